@@ -1,8 +1,8 @@
 """Print the tests of what has changed, as arguments of pytest: `make check` runs them.
 
 A change is everything that differs from the branch that this one follows (or from the last commit, if it follows none),
-and every new file. Its tests are those of the folders that it touches, one case of each parametrised test. Cases of a
-changed family or page run as well.
+and every new file. `make check` runs one case of each parametrised test in the folders that a change touches, and all
+cases of a changed family or page.
 """
 
 from __future__ import annotations

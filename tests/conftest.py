@@ -1,4 +1,4 @@
-"""What several test files share: checkpoints of the tiny models, saved once a session."""
+"""Fixtures of all tests: checkpoints of the tiny models, saved once a session, a browser, and the option `--few`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     torch.set_num_threads(threads)
 
 os.fsync = lambda _: None
-"""What tests write need not outlive a power cut, and each of thousands of files would wait for the disk."""
+"""Nothing that tests write must survive a power cut, and each of thousands of files would wait for the disk."""
 
 collect_ignore = ["serving", "older", "larger", "engines"]
-"""They need environments or time of their own: `make test-vllm`, `make test-engines`, `make test-transformers4`."""
+"""Folders with Makefile targets of their own: `test-vllm`, `test-transformers4`, `test-larger`, `test-engines`."""
 
 CheckpointFolder = Callable[[str], Path]
 
@@ -57,7 +57,7 @@ def few(items: list[pytest.Item], words: list[str]) -> list[pytest.Item]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _more_rows(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Models that only one file needs, its `MORE_ROWS`, are rows of the matrix while its tests run."""
+    """Add the rows `MORE_ROWS` of a test file to `models.ROWS` while its tests run."""
     more = getattr(request.module, "MORE_ROWS", {})
     ROWS.update(more)
     yield
@@ -67,7 +67,7 @@ def _more_rows(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFolder:
-    """A row of `models.ROWS` as a folder; not to be changed."""
+    """Return a function from the name of a row to its checkpoint folder, which tests must not change."""
     saved: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
@@ -80,7 +80,7 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFol
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window: the system's, or else the one that playwright has installed."""
+    """Yield a headless Chromium: the system's, or else playwright's."""
     from playwright.sync_api import sync_playwright
 
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

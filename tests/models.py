@@ -1,7 +1,7 @@
 """Tiny random models, one row a case: every family, and the variants that its config allows.
 
-Weights are drawn so that activations are of order one, biases are not zero and norm weights not one: a slab that
-is forgotten, swapped or shifted then shows in the logits.
+Weights are random with activations of order one. Biases are not zero and norm weights are not one, so that a tensor
+that is forgotten, swapped or shifted changes the logits.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 
 VOCAB = 128
 WORDS = 120
-"""What the tokenizer knows; embeddings are often longer."""
+"""Number of tokens in the tokenizer's vocabulary, smaller than the model's."""
 BOS, EOS, UNK, BREAK = 0, 1, 2, 3
 POSITIONS = 64
 LENGTH = 24
-"""Of a test row; longer than every sliding window here."""
+"""Length of a test row in tokens, longer than every sliding window in this file."""
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -78,9 +78,9 @@ GEMMA4_SMALL = GEMMA4 | {
     "vocab_size_per_layer_input": VOCAB,
     "num_kv_shared_layers": 2,
 }
-"""The last blocks attend with what earlier ones store, and every block reads the token once more."""
+"""Gemma 4 whose last blocks use keys and values of earlier ones, and whose blocks all have inputs of their own."""
 WIDE4 = GEMMA4_SMALL | {"use_double_wide_mlp": True, "global_head_dim": 12}
-"""The last blocks are twice as wide; but for that, all are alike."""
+"""Gemma 4 whose last blocks have feed-forwards of twice the width."""
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 48}
 
 ROWS: dict[str, Callable[[], Any]] = {
@@ -109,10 +109,10 @@ ROWS: dict[str, Callable[[], Any]] = {
     "gpt2 scaled": _config("gpt2", scale_attn_by_inverse_layer_idx=True),
     "gpt_neox serial": _config("gpt_neox", intermediate_size=80, use_parallel_residual=False, tie_word_embeddings=True),
 }
-"""Name of a case → its config. The first word is the family's model type, or its beginning."""
+"""Config of each case by its name. The name begins with the family's model type."""
 
 STREAMED = (*ROWS, "gemma4_text small")
-"""Rows whose blocks are run one by one in ways of their own."""
+"""Rows whose blocks differ in how they are run one at a time."""
 
 LINEAR: dict[str, Any] = {
     "head_dim": 12,
@@ -176,7 +176,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "helium": _config("helium", **GROUPED, head_dim=8),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", **GROUPED, head_dim=16),
     "jais2": _config("jais2", **GROUPED),
-    # Two thirds of this, rounded up: 72.
+    # The class takes two thirds of block_ff_dim, rounded up: 72.
     "lfm2": _config("lfm2", **GROUPED, **CONV, block_ff_dim=100, block_multiple_of=8),
     "ministral": _config("ministral", **GROUPED, **WINDOWED, head_dim=12),
     "ministral3": _config(
@@ -201,13 +201,13 @@ SIMILAR: dict[str, Callable[[], Any]] = {
         "bamba", **GROUPED, attn_layer_indices=[1, 2], mamba_n_heads=4, mamba_d_state=8, mamba_chunk_size=8
     ),
     "gptj": _config("gptj", "intermediate_size", rotary_dim=4, n_inner=96),
-    # Its class sets the padding token's embedding to zero whenever it loads.
+    # Youtu's class sets the padding token's embedding to zero whenever it loads.
     "youtu": _config("youtu", "pad_token_id", **LATENT),
     "youtu plain": _config(
         "youtu", "pad_token_id", **(LATENT | {"q_lora_rank": None}), attention_bias=True, rope_interleave=False
     ),
 }
-"""More families, of mechanisms that those above have too: they go through the matrix alone."""
+"""More families, without mechanisms that `ROWS` lack; they run through tests/commands/test_matrix.py only."""
 
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 SHARED = {"shared_expert_intermediate_size": 28}
@@ -275,7 +275,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "solar_open": _config("solar_open", "intermediate_size", **GROUPED, **ROUTED, head_dim=12, n_shared_experts=1),
     "qwen3_moe": _config("qwen3_moe", **GROUPED, **_EXPERTS, head_dim=16, norm_topk_prob=True),
 }
-"""Families whose feed-forwards are mixtures of experts, in all blocks or behind the first."""
+"""Families with a mixture of experts in every block, or in every block but the first."""
 
 
 @cache
@@ -284,7 +284,7 @@ def _made(row: Callable[[], Any]) -> Any:
 
 
 def config_of(name: str) -> Any:
-    """The config of a row; not to be changed. Files add rows of their own, whose names may be the same."""
+    """Return the config of a row, which callers must not change. Test files may add rows under the same names."""
     config = _made((ROWS | SIMILAR | MIXTURES)[name])
     # As opened checkpoints have it.
     config.allow_global_per_layer_attribute_access = True
@@ -294,7 +294,7 @@ def config_of(name: str) -> Any:
 
 
 def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
-    """The model of a row, float32, with weights that only the seed decides."""
+    """Return the model of a row in float32, with random weights that depend only on the seed."""
     with quiet(), torch.random.fork_rng():
         # Some vectors are drawn when they are made.
         torch.manual_seed(seed)
@@ -318,7 +318,7 @@ def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
 
 
 def token_rows(count: int = 4, length: int = LENGTH, seed: int = 0) -> Tensor:
-    """Random token ids, special ones left out."""
+    """Return random token ids (count x length) without special tokens."""
     return torch.randint(4, WORDS, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -328,12 +328,12 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """Largest deviation over the largest value."""
+    """Return the largest absolute difference, relative to the largest wanted value."""
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def make_tokenizer(bos: bool = False, template: str | None = None) -> PreTrainedTokenizerFast:
-    """One id a word, `w7` is id 11; a blank line is a token of its own, so that joins can be seen."""
+    """Return a tokenizer with an id for each word (`w7` is 11) and for a blank line, which marks joins of texts."""
     words = {"<s>": BOS, "</s>": EOS, "<unk>": UNK, "\n\n": BREAK} | {f"w{i}": 4 + i for i in range(WORDS - 4)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -352,7 +352,7 @@ def make_tokenizer(bos: bool = False, template: str | None = None) -> PreTrained
 
 
 def make_letters() -> PreTrainedTokenizerFast:
-    """One id a byte, of those that the tiny vocabulary has room for: what a GGUF file can hold."""
+    """Return a byte-level tokenizer that a GGUF file can hold, with as many bytes as the vocabulary has room for."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:WORDS]
     words = {letter: i for i, letter in enumerate(letters)} | {"<s>": WORDS, "</s>": 121, "!!": 122}
     backend = Tokenizer(models.BPE(words, [("!", "!")]))
@@ -362,12 +362,12 @@ def make_letters() -> PreTrainedTokenizerFast:
 
 
 def begins(name: str) -> bool:
-    """Whether the tokenizer of a row's checkpoint puts BOS in front."""
+    """Return whether the tokenizer of a row's checkpoint adds BOS."""
     return " " in name
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A row's checkpoint with a tokenizer; the variants' begins texts with BOS, the families' does not."""
+    """Save the checkpoint of a row with a tokenizer, which adds BOS if the row's name has several words."""
     with quiet():
         model: Any = build(name).to(dtype)
         vars(model.config).pop("allow_global_per_layer_attribute_access")
@@ -385,26 +385,26 @@ def blocks_of(model: Any) -> list[Block]:
 
 
 def reading(model: Any, index: int, kind: str) -> Tensor:
-    """Root mean square of the gains of the norms that run after a module, as Gemma names and stores them (float64)."""
+    """Return the root mean square of the gains of all norms after a module of a Gemma model (float64)."""
     norms = [norm for layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_feedforward_layernorm)]
     later = [*norms, model.model.norm][2 * index + 1 + (kind == "channels") :]
     return torch.stack([1 + norm.weight.double() for norm in later]).square().mean(0).sqrt()
 
 
 def wide(groups: int, per_group: int, channels: int = 0, experts: int = 0) -> Width:
-    """A block's width, with so many channels or so many of each expert."""
+    """Return the width of a block; with experts, `channels` is the width of each expert."""
     fed = {EXPERTS: experts, EXPERT_CHANNELS: channels} if experts else {CHANNELS: channels}
     return Width({KV_GROUPS: groups, HEADS_PER_GROUP: per_group} | fed)
 
 
 def selected(heads: Sequence[int], channels: Sequence[int] | None = None, **others: Any) -> dict[str, tuple[int, ...]]:
-    """Units that a block keeps."""
+    """Return the units that a block keeps, by kind."""
     named = {"heads": heads, **({} if channels is None else {"channels": channels}), **others}
     return {kind: tuple(units) for kind, units in named.items()}
 
 
 def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> KeptUnits:
-    """Units that differ from block to block and are no run: two thirds of the channels or experts, some heads."""
+    """Return non-contiguous units that differ between blocks: 2/3 of the channels or experts, and some heads."""
     generator = torch.Generator().manual_seed(index)
     attention, fed = block.attention, block.feed_forward
     heads = list(range(attention.units))
@@ -439,7 +439,7 @@ def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> Ke
 
 
 def narrowed(model: Any, keeps: dict[int, KeptUnits], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:
-    """A copy of a dense model with some blocks cut down in memory."""
+    """Return a copy of a dense model without the units that `keeps` lacks, and with some changed tensors."""
     small = copy.deepcopy(model)
     for index, keep in keeps.items():
         layer = layers_of(small)[index]
@@ -452,8 +452,8 @@ def narrowed(model: Any, keeps: dict[int, KeptUnits], changed: dict[int, dict[st
     return small
 
 
-class _Idle:
-    """Some channels of experts that give nothing: their weights of the last layer are zero."""
+class _SilencedChannels:
+    """Channels of experts that are silenced: their weights in the output projection are zero."""
 
     def __init__(self, layer: nn.Module, module: PrunableModule, keep: KeptUnits):
         axis = next(
@@ -477,8 +477,8 @@ class _Idle:
             weight.data.copy_(before)
 
 
-class _Unchosen:
-    """Some experts of a mixture as its router never chooses them: their logits are as low as can be."""
+class _SilencedExperts:
+    """Experts that are silenced: the router gives them logits of minus infinity."""
 
     def __init__(self, mixture: Any, units: int, gone: list[int]):
         router = getattr(mixture, "gate", None) or mixture.router
@@ -510,14 +510,14 @@ class _Unchosen:
 
 @contextmanager
 def masked(model: nn.Module, keeps: dict[int, KeptUnits]) -> Iterator[None]:
-    """Silence removed units: their entries of the level-2 input become zero."""
+    """Silence removed units: their entries in the input of the output projection become zero."""
     with silenced(layers_of(model), blocks_of(model), keeps):
         yield
 
 
 @contextmanager
 def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[int, KeptUnits]) -> Iterator[None]:
-    """`masked`, for blocks wherever they are."""
+    """Silence removed units of blocks that are not part of a causal language model."""
     handles = []
     for index, keep in keeps.items():
         layer, block = layers[index], blocks[index]
@@ -525,9 +525,9 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
             if module.kind == "experts":
                 gone = [unit for unit in range(module.units) if unit not in keep["experts"]]
                 home = layer if module.outer_norm else layer.get_submodule(module.output_layer)
-                handles.append(_Unchosen(home, module.units, gone))
+                handles.append(_SilencedExperts(home, module.units, gone))
                 if keep.get("channels"):
-                    handles.append(_Idle(layer, module, keep))
+                    handles.append(_SilencedChannels(layer, module, keep))
                 continue
             mask = torch.zeros(module.units * module.size)
             mask[inner_entries(module, keep[module.kind])] = 1

@@ -1,8 +1,8 @@
-"""A device beside the CPU that, like a GPU, refuses to mix with it; its tensors are computed on the CPU all the same.
+"""A second torch device that, like a GPU, refuses operations with tensors of two devices; it computes on the CPU.
 
-`python second_device.py OUTCOMES < CASES`, a JSON list of command lines of secateur with `{device}` where the device
-goes, carries each out on the CPU and on the other device and writes what went wrong, a list as long. That is a process
-of its own since torch knows the device for the rest of it.
+`python second_device.py OUTCOMES < CASES` runs command lines of secateur, a JSON list, on the CPU and on the second
+device, with the name of the device in place of `{device}`. It writes a list of the same length with what went wrong.
+The script needs a process of its own, since a device stays registered in torch.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 aten = torch.ops.aten
 NAME = "second"
 CROSSING = {aten._to_copy.default, aten.to.device, aten.to.dtype_layout, aten.copy_.default}
-"""What takes tensors from one device to another."""
+"""Operations that copy tensors from one device to another."""
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
-"""What takes indices from the CPU too."""
+"""Operations that accept indices on the CPU."""
 
 
 class There(Tensor):
-    """A tensor on the second device; `here` is what it holds."""
+    """Tensor on the second device, with its values in the CPU tensor `here`."""
 
     here: Tensor
 
@@ -58,7 +58,7 @@ class There(Tensor):
             return args[0].here.tolist()
         with torch._C.DisableTorchFunctionSubclass():
             if func is torch.nn.functional.scaled_dot_product_attention:
-                # What it chooses its kernel by knows no such device.
+                # The choice of a kernel does not know this device.
                 return _attention(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
@@ -68,14 +68,14 @@ class There(Tensor):
 
 
 class _Mode(TorchDispatchMode):
-    """Sees operations that make tensors too."""
+    """Mode that also catches operations that create tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _carried_out(func, args, kwargs or {})
 
 
 def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
-    """A function of all that tuples, lists and dictionaries hold; torch's own takes most of a test's time."""
+    """Apply a function to all leaves of tuples, lists and dictionaries; torch's own version is far slower."""
     if isinstance(value, tuple | list):
         return type(value)([tree_map(function, part) for part in value])
     if isinstance(value, dict):
@@ -84,21 +84,21 @@ def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def tree_leaves(value: Any) -> list[Any]:
-    """All that tuples, lists and dictionaries hold."""
+    """Return all leaves of tuples, lists and dictionaries."""
     found: list[Any] = []
     tree_map(found.append, value)
     return found
 
 
 def _here(value: Any) -> Any:
-    """What an operation on the CPU is given in place of a value."""
+    """Return the CPU tensor of a tensor, and the CPU in place of the second device."""
     if isinstance(value, torch.device) and value.type == NAME:
         return torch.device("cpu")
     return value.here if isinstance(value, There) else value
 
 
 def _check(func: Any, args: Any, kwargs: Any) -> None:
-    """Numbers, and indices of one tensor into another, may come from the CPU, as on a GPU; nothing else."""
+    """Raise RuntimeError for tensors of two devices; numbers and indices may be on the CPU, as for a GPU."""
     if func in INDEXING:
         args = (args[0], [at for at in args[1] if isinstance(at, There)], *args[2:])
     kinds = {
@@ -144,7 +144,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
 
 @contextmanager
 def second_device() -> Iterator[None]:
-    """The device is there, once this process has prepared for it."""
+    """Make the device usable inside the context; `prepare` must have been called."""
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:
@@ -155,12 +155,12 @@ def second_device() -> Iterator[None]:
 
 
 def prepare() -> None:
-    """Make the device known to torch, for good."""
+    """Register the device in torch, for the rest of the process."""
     _setup_privateuseone_for_python_backend(NAME)
-    # lm-eval asks for autocast, switched off, which asks for this all the same.
+    # lm-eval enters a disabled autocast context, which calls this function.
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
     torch.accelerator.synchronize = lambda *_: None
-    # One CPU multiplies in bfloat16 where it can, and so would differ from the other device.
+    # On some CPUs secateur multiplies in bfloat16, and so would compute differently from the second device.
     torch.cpu.get_capabilities = dict
 
 

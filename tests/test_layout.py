@@ -1,4 +1,4 @@
-"""One folder a step, and imports in one direction only."""
+"""The package has one folder for each step, and imports run in one direction only."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ ORDER = [
 
 
 PAPER = re.compile(r"\b(tau|sigma|similarity|refit_calibration)\b|[\"']paper[\"']|secateur\.paper")
-"""Ideas of the paper that are options, criteria or recoveries of a plug-in."""
+"""Options, criteria and recoveries of the paper, which a plug-in adds."""
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Modules and names that a file imports, for types alone or at run time."""
+    """Yield the modules and names that a file imports, at run time or for types only."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -48,7 +48,7 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def folder_of(name: str) -> str | None:
-    """The folder of secateur that an imported name comes from."""
+    """Return the folder of secateur that an imported name comes from."""
     first, *rest = name.split(".")
     return rest[0] if first == "secateur" and rest and (ROOT / rest[0]).is_dir() else None
 
@@ -73,7 +73,7 @@ def test_imports_run_to_the_left(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", ORDER)
 def test_no_two_files_import_each_other(folder: str) -> None:
-    """Inside a folder too, the way goes in one direction."""
+    """Imports inside a folder have no cycles."""
     files = {f"secateur.{folder}.{file.stem}": file for file in (ROOT / folder).glob("[!_]*.py")}
     graph = {
         name: {
@@ -95,7 +95,7 @@ def test_no_two_files_import_each_other(folder: str) -> None:
 
 
 def test_the_pipeline_does_not_know_the_paper() -> None:
-    """Only the list of plug-ins and the command of comparisons name it."""
+    """Only the list of plug-ins and the command `compare` name the paper."""
     naming = {
         str(file.relative_to(ROOT))
         for file in ROOT.rglob("*.py")

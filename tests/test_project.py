@@ -1,4 +1,4 @@
-"""What the project's own files promise each other: the Makefile, its help, and the lock that the tests are run with."""
+"""The Makefile, its help, its clean target and requirements.lock agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 
 
 def variable(name: str) -> str:
-    """What the Makefile sets."""
+    """Return the value of a variable of the Makefile."""
     found = re.search(rf"^{name} \??:?= (.+)$", MAKEFILE, re.MULTILINE)
     assert found, name
     return found[1]
@@ -26,7 +26,7 @@ def locked() -> dict[str, str]:
 
 
 def test_the_lock_is_names_and_hashes() -> None:
-    """No address, no option of pip, and nothing without a hash."""
+    """The lock has no URL and no option of pip, and every package has hashes."""
     comment, *lines = LOCK.removesuffix("\n").split("\n")
     assert comment.startswith("# Made by make lock")
     assert re.fullmatch(r"([a-z0-9-]+==[\w.]+( \\\n    --hash=sha256:[0-9a-f]{64})+\n?)+", "\n".join(lines))
@@ -34,7 +34,7 @@ def test_the_lock_is_names_and_hashes() -> None:
 
 
 def test_the_lock_is_within_the_ranges() -> None:
-    """Of everything that the tests need, but for torch."""
+    """The lock holds every requirement of the tests except torch."""
     wanted = [Requirement(text) for text in requires("secateur") or ()]
     wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": "test"})]
     wanted += [Requirement(variable(name)) for name in ("MODEL", "PEER")]

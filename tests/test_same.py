@@ -20,7 +20,7 @@ SAID = "Prune 3 of 3, 0:07\n25.1% of the parameters go\n0.9 s, peak memory 0.38 
 
 @pytest.fixture(scope="module")
 def differences() -> Any:
-    """The file of benchmarks/, which is no package."""
+    """Import benchmarks/differences.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location("differences", BENCHMARKS / "differences.py")
     assert spec
     assert spec.loader
@@ -80,7 +80,7 @@ def test_a_difference_is_noticed(change: str, differences: Any, tmp_path: Path) 
     assert expected in "\n".join(differences.folder_differences(before, after, differences.Rules()))
 
 
-def test_what_varies_or_is_meant_is_no_difference(differences: Any, tmp_path: Path) -> None:
+def test_times_roundings_and_ignored_files_are_no_difference(differences: Any, tmp_path: Path) -> None:
     before, after = written(tmp_path / "before"), written(tmp_path / "after")
     change_tensor(after, lambda down: down * (1 + 1e-6))
     (after / "secateur.json").write_text(json.dumps(RECORD | {"seconds": 9}).replace('"price"', '"cost"'))

@@ -1,6 +1,6 @@
-"""The README and the pages of `docs/`: every command and every code block runs as it stands, on a tiny model.
+"""Every command and every code block of the README and of `docs/` runs as it stands, on a tiny model.
 
-Sizes are small by other defaults, and the hub's data sets by a text; the pages' own words are not changed.
+Defaults of sizes are smaller than the real ones, and a text replaces the hub's data sets; the pages are not changed.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from secateur.text import documents
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 RECORDS = {"docs/results.md", "docs/log.md"}
-"""Commands of these measured real models and texts, with placeholders for what varied: nothing in them runs."""
+"""Pages of past measurements on real models, with placeholders: their commands are not run."""
 HISTORY = "docs/log.md"
-"""Names options and files of its day."""
+"""Page that names options and files that no longer exist."""
 ELSEWHERE = {
     r"pip install .+": "installs packages",
     r"torchrun .+": "starts processes, as tests/commands/test_team.py does",
@@ -58,18 +58,18 @@ ELSEWHERE = {
 """Commands that cannot run here, and why."""
 OF_OTHERS = {"--model-impl": "vLLM's", "--nproc-per-node": "torchrun's", "--methods": "benchmarks/quality.py's"}
 OF_OTHERS |= {"--model": "lm-eval's", "--model_args": "lm-eval's", "--hf-path": "mlx-lm's", "--no-deps": "pip's"}
-"""Options that are not of secateur's command line, and whose they are."""
+"""Options of other programs, and the program of each."""
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "tokens": 256, "overwrite": True}
-"""Defaults while a page runs. Most of its commands write the same names, each in place of what was there."""
+"""Defaults while a page runs. Most commands of a page overwrite the same files."""
 LLAMA = {**tiny.SIZES, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 MORE_ROWS = {"docs": lambda: AutoConfig.for_model("llama", **LLAMA, head_dim=8)}
-"""The model that every page prunes."""
+"""Model that every page prunes."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Block(NamedTuple):
-    """A piece of code on a page."""
+    """Block of code on a page."""
 
     line: int
     language: str
@@ -77,7 +77,7 @@ class Block(NamedTuple):
     text: str
 
     def commands(self) -> Iterator[tuple[int, str]]:
-        """Lines to type, each with its place; one that ends in a backslash goes on in the next."""
+        """Yield command lines with their line numbers; lines that end in a backslash are joined."""
         start, parts = self.line, list[str]()
         for number, line in enumerate(self.text.split("\n"), self.line + 1):
             start = start if parts else number
@@ -94,7 +94,7 @@ def source(page: str) -> str:
 
 
 def blocks(page: str) -> list[Block]:
-    """All blocks of a page: fenced ones by their language, indented ones by how they begin."""
+    """Return all blocks of a page; the language of an indented block follows from its first word."""
     found: list[Block] = []
     lines = [*source(page).split("\n"), ""]
     at = 0
@@ -115,13 +115,13 @@ def blocks(page: str) -> list[Block]:
 
 
 def options() -> dict[str, set[str]]:
-    """Every command with its options."""
+    """Return the options of every command."""
     found: dict[str, Any] = typer.main.get_command(app).commands
     return {name: {flag for one in command.params for flag in one.opts} for name, command in found.items()}
 
 
 def unknown(words: list[str], of: dict[str, set[str]]) -> list[str]:
-    """Options in the words behind `secateur` that its command does not have; the command, where there is none."""
+    """Return the options that a command does not have, or the command itself where there is no such command."""
     if words[0] not in of:
         return [words[0]]
     return [word for word in words[1:] if word.startswith("--") and word not in of[words[0]] | {"--help"}]
@@ -133,7 +133,7 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with everything that the pages name and do not make: models, texts, data."""
+    """Return the working folder, with the models, texts and data that the pages name but do not create."""
     with quiet():
         model = tiny.build("docs")
         for name, weight in model.named_parameters():
@@ -162,7 +162,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small sizes where a page names none, and small recipes."""
+    """Make default sizes and recipes small."""
     for owner in (Options, RunOptions, Training):
         names = inspect.signature(owner).parameters
         defaults = tuple(SMALL.get(name, parameter.default) for name, parameter in names.items())
@@ -189,10 +189,10 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def kept() -> Iterator[None]:
-    """Families, criteria, formats and what transformers knows are those of before."""
+def restored_registries() -> Iterator[None]:
+    """Restore the registries of families, criteria, formats and transformers classes afterwards."""
     registry.all_criteria()
-    # A class enters its table once, when its file is first imported.
+    # A class enters its registry only once, when its file is first imported.
     for name in FORMATS:
         format_class(name)
     axis_kinds()
@@ -208,7 +208,7 @@ def kept() -> Iterator[None]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in RECORDS])
 def test_a_page_runs(
-    page: str, place: Path, small: None, kept: None, run: Run, monkeypatch: pytest.MonkeyPatch
+    page: str, place: Path, small: None, restored_registries: None, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if any("model.gguf" in block.text for block in blocks(page)):
         how = ["--widths", "uniform", "--recovery", "none"]
@@ -226,14 +226,14 @@ def test_a_page_runs(
             for line, command in block.commands():
                 carry_out(command, f"{page}:{line}", run, monkeypatch)
         else:
-            # Text is for programs that are not here.
+            # Blocks of text are input of other programs.
             assert block.language in ("formula", "yaml", "text"), (
-                f"{where}: what is done with {block.language or 'it'}?"
+                f"{where}: this test cannot run a block of language {block.language or 'none'}"
             )
 
 
 def carry_out(command: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run one line as a shell would, as far as lines of the pages go."""
+    """Run a command line in this process, with the parts of shell syntax that the pages use."""
     if any(re.fullmatch(pattern, command) for pattern in ELSEWHERE):
         return
     words = shlex.split(command)
@@ -241,7 +241,7 @@ def carry_out(command: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(*words.pop(0).split("=", 1))
     if words[0] == "make":
         return  # see test_every_make_line_has_a_target
-    assert words[0] == "secateur", f"{where}: {words[0]} is no command that this test knows"
+    assert words[0] == "secateur", f"{where}: this test does not know the command {words[0]}"
     if "<" in words:
         piped = Path(words.pop()).read_bytes()
         assert words.pop() == "<", where
@@ -258,7 +258,7 @@ def test_every_family_is_named(page: str) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY])
 def test_every_option_exists(page: str) -> None:
-    """In commands that do not run here, and in the text around them."""
+    """Options are checked in commands that are not run, and in the text."""
     of, wrong = options(), list[str]()
     every = set().union(*of.values(), OF_OTHERS)
     for block in blocks(page):
@@ -326,8 +326,8 @@ def test_the_map_names_every_file() -> None:
     assert set(named) == there
 
 
-def test_promises_have_their_tests() -> None:
-    """What docs/quality.md names is there."""
+def test_every_promise_has_its_test() -> None:
+    """Every test that docs/quality.md names exists."""
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", source("docs/quality.md"))
     assert len(named) > 15
     assert not [name for file, name in named if f"def {name}(" not in source(file)]
@@ -340,5 +340,5 @@ def test_the_readme_is_read_in_one_sitting() -> None:
 
 
 def is_prose(line: str) -> bool:
-    """Not a table, a formula or a line of figures that a benchmark writes."""
+    """Return whether a line is not part of a table, a formula or the output of a benchmark."""
     return not line.startswith(("|", "    ", "SmolLM2-135M-Instruct, ", "second-moment: "))

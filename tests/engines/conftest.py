@@ -1,4 +1,4 @@
-"""What the engines' tests share: folders that secateur writes of tiny models, and how people load them."""
+"""Fixtures of the engines' tests: pruned folders of tiny models, loaded as users load them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Code of folders is copied here, and nothing is asked for elsewhere: both are read when transformers is imported.
+# transformers reads both at import: no network, and a cache for the modeling files of folders.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": tempfile.mkdtemp(), "TOKENIZERS_PARALLELISM": "false"}
 
 import pytest
@@ -32,12 +32,12 @@ ROWS |= {
 LLAMA, MIXTURE = "llama engines", "qwen3_moe engines"
 PLANS: dict[tuple[str, str], list[dict[str, int]]] = {
     (LLAMA, "stock"): [{"heads": 4, "channels": 160}] * 3,
-    # A block without heads, one without channels and one that has few of both.
+    # The first block has no heads, the second no channels, and the third few of both.
     (LLAMA, "hf"): [{"heads": 0, "channels": 192}, {"heads": 8, "channels": 0}, {"heads": 2, "channels": 96}],
     (MIXTURE, "stock"): [{"heads": 4, "experts": 5}] * 3,
     (MIXTURE, "hf"): [{"heads": 8, "experts": 6}, {"heads": 0, "experts": 4}, {"heads": 2, "experts": 8}],
 }
-"""How many of the first units stay in each block, by row and format."""
+"""Number of units that each block keeps, by row and format."""
 DENSE = [LLAMA, MIXTURE]
 CASES = list(PLANS)
 OF_LLAMA = [case for case in CASES if case[0] == LLAMA]
@@ -48,7 +48,7 @@ Folders = Callable[[Case], Path]
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """A pruned folder, or the dense one of a row; not to be changed."""
+    """Return a function from a case to its pruned or dense folder, which tests must not change."""
     place = tmp_path_factory.mktemp("engines")
     made: dict[Case, Path] = {}
 
@@ -67,7 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 def prune(source: Path, out: Path, format: str, counts: list[dict[str, int]], **more: Any) -> None:
-    """Kept the first units of each block."""
+    """Prune a model so that each block keeps its first units."""
     blocks = [{"block": i, **{kind: list(range(n)) for kind, n in own.items()}} for i, own in enumerate(counts)]
     plan = out.with_suffix(".json")
     plan.write_text(json.dumps({"blocks": blocks}))
@@ -76,7 +76,7 @@ def prune(source: Path, out: Path, format: str, counts: list[dict[str, int]], **
 
 
 def load(folder: Path, **how: Any) -> Any:
-    """A folder as its model card says: the code beside the weights builds it."""
+    """Load a folder as its model card says, with its own modeling file."""
     with quiet():
         return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **how).eval()
 
@@ -87,7 +87,7 @@ def logits(model: Any, ids: Tensor | None = None, **how: Any) -> Tensor:
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """Mean deviation over the mean size: where a router's choice is close, rounding decides it for a single token."""
+    """Return the mean deviation relative to the mean size, as a router's close choice may change a single token."""
     return float((found - expected).abs().mean() / expected.abs().mean())
 
 

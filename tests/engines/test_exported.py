@@ -1,4 +1,4 @@
-"""Pruned folders as graphs: ONNX Runtime, OpenVINO and ExecuTorch compute what transformers does."""
+"""Pruned folders exported as graphs compute in ONNX Runtime, OpenVINO and ExecuTorch what transformers computes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Logits(nn.Module):
 
     def __init__(self, folder: Path):
         super().__init__()
-        # Of the ways to run experts, this one can be exported.
+        # Only this implementation of experts can be exported.
         self.model = load(folder, experts_implementation="batched_mm")
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class Logits(nn.Module):
 
 
 @pytest.mark.parametrize("case", EXPORTED, ids="-".join)
-def test_onnx_runtime_and_openvino(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_onnx_runtime_and_openvino_compute_the_same(folders: Folders, case: Case, tmp_path: Path) -> None:
     file, expected = str(tmp_path / "model.onnx"), logits(load(folders(case)))
     model = Logits(folders(case)).eval()
     torch.onnx.export(model, (IDS,), file, dynamo=True, dynamic_shapes=SIZES, verbose=False, **NAMES)
@@ -50,7 +50,7 @@ def test_onnx_runtime_and_openvino(folders: Folders, case: Case, tmp_path: Path)
 
 
 @pytest.mark.parametrize("case", EXPORTED, ids="-".join)
-def test_executorch(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_executorch_computes_the_same(folders: Folders, case: Case, tmp_path: Path) -> None:
     graph = torch.export.export(Logits(folders(case)).eval(), (IDS,))
     program = to_edge_transform_and_lower(graph, partitioner=[XnnpackPartitioner()]).to_executorch()
     (tmp_path / "model.pte").write_bytes(program.buffer)

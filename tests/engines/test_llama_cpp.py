@@ -1,4 +1,4 @@
-"""GGUF files quantised by llama.cpp's own function: they load, and predict as the file did that they are made of."""
+"""Pruned GGUF files that llama.cpp quantises load, and predict almost as before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models import POSITIONS, _config, build, make_letters, relative
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_export import export
 
-# Rows of K-quants are multiples of 256.
+# K-quants need rows of a multiple of 256 entries.
 SIZE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 ROWS["llama 256"] = _config("llama", **SIZE, intermediate_size=512)
 PLANS = {
@@ -23,13 +23,13 @@ PLANS = {
     "hf": [{"heads": 4, "channels": 512}, {"heads": 8, "channels": 256}, {"heads": 4, "channels": 256}],
 }
 TYPES = {"q8_0": (7, 0.03), "q4_0": (2, 0.4), "q4_K_M": (15, 0.3)}
-"""Type → its number in llama.cpp, and the largest deviation of a logit over the largest one."""
+"""Number of each type in llama.cpp, and the accepted deviation of a logit relative to the largest one."""
 WINDOWS = 2048 // POSITIONS
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An f16 file of either format."""
+    """Return the f16 file of each format."""
     place, made = tmp_path_factory.mktemp("gguf"), {}
     with quiet():
         build("llama 256").save_pretrained(place / "dense")
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def scored(file: Path) -> tuple[Tensor, float]:
-    """Logits of the first window, and the perplexity over 2,048 tokens."""
+    """Return the logits of the first window, and the perplexity on 2,048 tokens."""
     ids = torch.randint(120, (WINDOWS, POSITIONS), generator=torch.Generator().manual_seed(0))
     each = torch.stack([run(file, row) for row in ids.tolist()])
     losses = torch.nn.functional.cross_entropy(each[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -50,7 +50,7 @@ def scored(file: Path) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize("format", PLANS)
-def test_quantised_by_llama_cpp(files: dict[str, Path], format: str, tmp_path: Path) -> None:
+def test_quantised_files_predict_almost_the_same(files: dict[str, Path], format: str, tmp_path: Path) -> None:
     expected, perplexity = scored(files[format])
     assert math.isfinite(perplexity)
     for name, (number, near) in TYPES.items():

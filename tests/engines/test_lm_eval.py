@@ -1,4 +1,4 @@
-"""Pruned folders in lm-eval: its own command gives the scores of `secateur eval`, and never imports secateur."""
+"""lm-eval's own command scores pruned folders as `secateur eval` does, without importing secateur."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "secateur"
 """
 
 
-def test_scores(folders: Folders, tmp_path: Path) -> None:
+def test_scores_equal_those_of_secateur_eval(folders: Folders, tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     (tmp_path / "mine.yaml").write_text(YAML.format(file=tmp_path / "items.jsonl"))
-    # The command reads the names of all its tasks each time it starts.
+    # One process for both folders, as lm-eval reads all its tasks at every start.
     paths = [str(folders(case)) for case in ((LLAMA, "hf"), (MIXTURE, "stock"))]
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), *paths]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

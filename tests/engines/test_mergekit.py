@@ -1,4 +1,4 @@
-"""Pruned folders in mergekit: a merge of a model with its own copy changes nothing."""
+"""mergekit merges a pruned folder with a copy of itself without changing it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = 3
 
 @pytest.mark.parametrize("method", ["passthrough", "linear"])
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_merged(folders: Folders, case: Case, method: str, tmp_path: Path) -> None:
+def test_a_merge_with_its_copy_changes_nothing(folders: Folders, case: Case, method: str, tmp_path: Path) -> None:
     shutil.copytree(folders(case), tmp_path / "copy")
     recipe: dict[str, Any] = {"merge_method": method, "dtype": "float32"}
     if method == "linear":
@@ -31,7 +31,7 @@ def test_merged(folders: Folders, case: Case, method: str, tmp_path: Path) -> No
     options = MergeOptions(copy_tokenizer=True, trust_remote_code=True)
     run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "merged"), options)
     if case[1] == "hf":
-        # mergekit leaves code of folders behind.
+        # mergekit does not copy the modeling file.
         assert not (tmp_path / "merged" / MODELING_FILE.name).exists()
         shutil.copy(folders(case) / MODELING_FILE.name, tmp_path / "merged")
     found, expected = logits(load(tmp_path / "merged")), logits(load(folders(case)))

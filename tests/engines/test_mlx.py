@@ -1,4 +1,4 @@
-"""Pruned folders in MLX, by mlx-lm and MLX's CPU build: the format stock, and why not the other."""
+"""mlx-lm on MLX's CPU build opens folders of the format `stock`, and refuses folders of the format `hf`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def found(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", [(row, "stock") for row in DENSE], ids="-".join)
-def test_stock(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_stock_folders_compute_the_same(folders: Folders, case: Case, tmp_path: Path) -> None:
     expected = logits(load(folders(case)))
     assert relative(found(folders(case)), expected) < 1e-5
     convert(str(folders(case)), mlx_path=str(tmp_path / "q8"), quantize=True, q_bits=8, q_group_size=32)
@@ -29,7 +29,7 @@ def test_stock(folders: Folders, case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", [(row, "hf") for row in DENSE], ids="-".join)
-def test_its_classes_have_one_width(folders: Folders, case: Case) -> None:
+def test_hf_folders_are_refused(folders: Folders, case: Case) -> None:
     """If this works one day, docs/engines.md is out of date."""
     with pytest.raises((ValueError, KeyError), match=r"Missing \d+ parameters|experts"):
         mlx_load(str(folders(case)))

@@ -1,4 +1,4 @@
-"""Pruned folders quantised by torchao and llm-compressor: logits stay near, and what is saved opens as it was."""
+"""Pruned folders quantised by torchao and llm-compressor keep their logits nearly, and can be saved and opened."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import TorchAoConfig
 from conftest import CASES, LLAMA, MIXTURE, Case, Folders, apart, load, logits
 
 NEAR = {8: 0.04, 4: 0.35}
-"""How far logits may be apart, by bits; weights at random are hard to round."""
+"""Accepted deviation of logits by number of bits; random weights are hard to round."""
 
 
 def settings(bits: int) -> Any:
@@ -26,7 +26,7 @@ def settings(bits: int) -> Any:
 
 @pytest.mark.parametrize("bits", NEAR)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_torchao(folders: Folders, case: Case, bits: int, tmp_path: Path) -> None:
+def test_torchao_keeps_logits_near(folders: Folders, case: Case, bits: int, tmp_path: Path) -> None:
     expected = logits(load(folders(case), dtype=torch.bfloat16))
     later = load(folders(case), dtype=torch.bfloat16)
     quantize_(later, settings(bits))
@@ -38,12 +38,12 @@ def test_torchao(folders: Folders, case: Case, bits: int, tmp_path: Path) -> Non
 
 
 def compress(folder: Path, bits: int, out: Path) -> torch.Tensor:
-    """Round to the nearest, by llm-compressor, and save; the logits of what is saved."""
+    """Round a model to the nearest values with llm-compressor, save it, and return its logits."""
     rounding = {"strategy": "channel"} if bits == 8 else {"strategy": "group", "group_size": 32}
     weights = QuantizationArgs(num_bits=bits, symmetric=True, **rounding)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     model = load(folder)
-    # Routers stay as they are.
+    # Routers are not quantised.
     ignore = ["lm_head", "re:.*mlp[.]gate$"]
     oneshot(model=model, recipe=QuantizationModifier(config_groups={"all": scheme}, ignore=ignore))
     model.save_pretrained(out, save_compressed=True)
@@ -52,7 +52,7 @@ def compress(folder: Path, bits: int, out: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", NEAR)
 @pytest.mark.parametrize("case", [(LLAMA, "stock"), (LLAMA, "hf"), (MIXTURE, "stock")], ids="-".join)
-def test_llm_compressor(folders: Folders, case: Case, bits: int, tmp_path: Path) -> None:
+def test_llm_compressor_keeps_logits_near(folders: Folders, case: Case, bits: int, tmp_path: Path) -> None:
     expected = logits(load(folders(case)))
     found = compress(folders(case), bits, tmp_path / "saved")
     assert 0 < apart(found, expected) < NEAR[bits]
@@ -61,7 +61,7 @@ def test_llm_compressor(folders: Folders, case: Case, bits: int, tmp_path: Path)
     assert apart(logits(load(tmp_path / "saved")), found) < 1e-5
 
 
-def test_llm_compressor_wants_one_number_of_experts(folders: Folders, tmp_path: Path) -> None:
+def test_llm_compressor_refuses_layers_with_different_numbers_of_experts(folders: Folders, tmp_path: Path) -> None:
     """If this works one day, docs/engines.md is out of date."""
     with pytest.raises(IndexError, match="out of bounds"):
         compress(folders((MIXTURE, "hf")), 8, tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""Pruned folders in peft, transformers' Trainer and trl: what trains, merges and opens again."""
+"""Pruned folders can be trained with peft, transformers' Trainer and trl, merged, saved and opened."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from models import relative
 HOW: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 HOW |= {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "bf16": False}
 TARGETS: list[Any] = [None, ["down_proj"], ["o_proj"], "all-linear"]
-# peft knows targets of its own for each kind of model, and has none for mixtures whose experts are one tensor.
+# None stands for peft's default targets; it has none for mixtures whose experts are stored in one tensor.
 LORA = [(case, targets) for case in CASES for targets in TARGETS if targets or case[0] != MIXTURE]
 
 
 @pytest.mark.parametrize(("case", "targets"), LORA, ids=str)
-def test_lora(folders: Folders, case: Case, targets: Any, tmp_path: Path) -> None:
+def test_lora_trains_merges_and_opens(folders: Folders, case: Case, targets: Any, tmp_path: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(load(folders(case)), config)
     optimizer = torch.optim.AdamW((weight for weight in model.parameters() if weight.requires_grad), lr=1e-2)
@@ -45,7 +45,7 @@ def test_lora(folders: Folders, case: Case, targets: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_trainer(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_the_trainer_trains_and_saves(folders: Folders, case: Case, tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in IDS.tolist()] * 4
     trainer = Trainer(load(folders(case)), TrainingArguments(str(tmp_path), **HOW), train_dataset=rows)
     assert falls(trainer)
@@ -54,10 +54,10 @@ def test_trainer(folders: Folders, case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_sft(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_trl_trains_an_adapter(folders: Folders, case: Case, tmp_path: Path) -> None:
     trainer = SFTTrainer(
         load(folders(case)),
-        # The loss that balances experts wants as many in all blocks.
+        # The loss that balances experts needs the same number of experts in all blocks.
         SFTConfig(str(tmp_path), max_length=16, router_aux_loss_coef=0.0, **HOW),
         train_dataset=Dataset.from_dict({"text": ["w1 w2 w3 w4 w5 w6 w7 w8"] * 8}),
         processing_class=AutoTokenizer.from_pretrained(folders(case)),
@@ -67,7 +67,7 @@ def test_sft(folders: Folders, case: Case, tmp_path: Path) -> None:
 
 
 def falls(trainer: Trainer) -> bool:
-    """Train, and tell whether the loss fell."""
+    """Train, and return whether the loss fell."""
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses[-1] < 0.95 * losses[0]

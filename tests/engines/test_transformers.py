@@ -1,4 +1,4 @@
-"""Pruned folders in the newest transformers: caches, saving, dtypes, training, compiling and pipelines."""
+"""Pruned folders in the newest transformers: caches, saving, dtypes, training, compilation and pipelines."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PROMPT = 20
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_caches(folders: Folders, case: Case) -> None:
+def test_generation_with_a_cache_equals_generation_without(folders: Folders, case: Case) -> None:
     model = load(folders(case))
     plain = model.generate(IDS, use_cache=False, **GREEDY)
     for cache in ("dynamic", "static"):
-        # Static caches would compile, which says nothing more.
+        # Compilation is left out, since it would take long and show nothing more.
         assert torch.equal(model.generate(IDS, cache_implementation=cache, disable_compile=True, **GREEDY), plain)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_a_quantised_cache(folders: Folders, case: Case) -> None:
+def test_a_quantised_cache_keeps_logits_near(folders: Folders, case: Case) -> None:
     model = load(folders(case))
     cache = QuantizedCache(backend="quanto", config=model.config, nbits=4)
     logits(model, IDS[:, :PROMPT], past_key_values=cache, use_cache=True)
@@ -35,7 +35,7 @@ def test_a_quantised_cache(folders: Folders, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_saved_twice(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_saving_twice_changes_nothing(folders: Folders, case: Case, tmp_path: Path) -> None:
     model = load(folders(case))
     expected = logits(model)
     for name in ("once", "twice"):
@@ -45,7 +45,7 @@ def test_saved_twice(folders: Folders, case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_dtypes_and_devices(folders: Folders, case: Case) -> None:
+def test_every_device_map_and_bfloat16_compute_the_same(folders: Folders, case: Case) -> None:
     expected = logits(load(folders(case)))
     for place in ("cpu", "auto"):
         assert torch.equal(logits(load(folders(case), device_map=place)), expected)
@@ -55,7 +55,7 @@ def test_dtypes_and_devices(folders: Folders, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_gradient_checkpointing(folders: Folders, case: Case) -> None:
+def test_gradient_checkpointing_gives_the_same_losses(folders: Folders, case: Case) -> None:
     losses = []
     for checkpointing in (False, True):
         model = load(folders(case)).train()
@@ -73,8 +73,8 @@ def test_gradient_checkpointing(folders: Folders, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_attention_weights(folders: Folders, case: Case) -> None:
-    """Every layer has an entry; one without heads has weights of no heads."""
+def test_attention_weights_have_the_shape_of_each_layer(folders: Folders, case: Case) -> None:
+    """A layer without heads has attention weights of zero heads."""
     model = load(folders(case), attn_implementation="eager")
     attentions = [layer.self_attn for layer in model.model.layers]
     heads = [getattr(attention, "heads", attention.config.num_attention_heads) for attention in attentions]
@@ -91,17 +91,17 @@ def test_no_new_graph_breaks(folders: Folders, case: Case) -> None:
 
     assert breaks(folders(case)) <= breaks(folders((case[0], "dense")))
     if case[0] != MIXTURE:
-        # A dense mixture breaks graphs too, where its experts are run one by one.
+        # Dense mixtures break graphs too, as their experts run one at a time.
         model = load(folders(case))
         assert relative(logits(torch.compile(model, backend="aot_eager", fullgraph=True)), logits(model)) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_pipelines(folders: Folders, case: Case) -> None:
+def test_a_pipeline_writes_what_generate_writes(folders: Folders, case: Case) -> None:
     writer = pipeline("text-generation", model=str(folders(case)), trust_remote_code=True)
     (found,) = writer("w1 w2", max_new_tokens=5, do_sample=False)
     ids = writer.tokenizer("w1 w2", return_tensors="pt").input_ids
     plain = load(folders(case)).generate(ids, use_cache=False, max_new_tokens=5, do_sample=False)
-    # Pipelines decode what is new apart, and the blank before it is lost.
+    # A pipeline decodes only the new tokens, and loses the blank before them.
     text = writer.tokenizer.decode(plain[0], skip_special_tokens=True)
     assert found["generated_text"].replace(" ", "") == text.replace(" ", "")

@@ -1,4 +1,4 @@
-"""Families are found by the files that declare them."""
+"""The registry holds the families of all files of the folder, each declared once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINEAGES = sorted(set(FILES) - {"entry", "registry"})
 
 
 @pytest.mark.parametrize("name", LINEAGES)
-def test_a_file_declares_families_of_its_own(name: str) -> None:
+def test_every_file_declares_families_that_no_other_file_declares(name: str) -> None:
     own = import_module(f"secateur.families.{name}").FAMILIES
     others = [import_module(f"secateur.families.{other}").FAMILIES for other in LINEAGES if other != name]
     assert own
@@ -23,7 +23,7 @@ def test_a_file_declares_families_of_its_own(name: str) -> None:
     assert all(FAMILIES[model_type] is entry for model_type, entry in own.items())
 
 
-def test_twins_are_of_families() -> None:
+def test_twins_name_known_families_and_are_none_themselves() -> None:
     assert TWINS
     assert {twin.family for twin in TWINS.values()} <= FAMILIES.keys()
     assert not TWINS.keys() & FAMILIES.keys()

@@ -1,4 +1,4 @@
-"""Sound inputs for the cases, each made once."""
+"""Intact inputs of fuzz cases, each made once."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from secateur.commands.survey_model import survey_model
 from secateur.families.registry import FAMILIES
 from secateur.formats import family_file
 
-WHOLE = 99
-"""More items than a run has."""
+NEVER = 99
+"""Number of an item that no run reaches."""
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "device": "cpu", "effort": "quick"}
 TEXT = " ".join(f"w{i * 37 % 116}" for i in range(600))
 
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY = AutoConfig.for_model("llama", **SIZES | NARROW | {"intermediate_size": 24})
-"""What all other files are of."""
+"""Config of the smallest model, which most inputs are made from."""
 
 
 class Stopping(Silent):
-    """Stops a run before its n-th item, as Ctrl-C would."""
+    """Watcher that stops a run before its n-th item, as Ctrl-C would."""
 
     def __init__(self, left: int):
         self.left = left
@@ -50,37 +50,37 @@ class Stopping(Silent):
 
 
 class Bench:
-    """Sound inputs, made once, and what cases have in common."""
+    """Intact inputs of fuzz cases, each made once."""
 
     def __init__(self, place: Path):
         self.place = place
 
     @cache  # noqa: B019
     def dense(self, name: str) -> Path:
-        """A row's folder."""
+        """Return the folder of a row of tests/models.py."""
         return save(name, self.place / name)
 
     @cached_property
     def tiny(self) -> Path:
-        """The smallest model, with a tokenizer whose words are seldom spelled."""
+        """Folder of the smallest model, with a tokenizer of words."""
         return self.saved("llama tiny", TINY)
 
     @cached_property
     def letters(self) -> Path:
-        """The same with a tokenizer that a GGUF file holds."""
+        """Folder of the smallest model, with a tokenizer that a GGUF file can hold."""
         folder = shutil.copytree(self.tiny, self.place / "letters")
         make_letters().save_pretrained(folder)
         return folder
 
     @cached_property
     def gguf(self) -> Path:
-        """As a GGUF file."""
+        """GGUF file of the smallest model, pruned."""
         prune(self.letters, self.place / "tiny.gguf", **SMALL, widths="uniform", format="gguf", type="f32")
         return self.place / "tiny.gguf"
 
     @cached_property
     def shards(self) -> Path:
-        """The same in two shards."""
+        """Folder of the smallest model in several shards."""
         folder = shutil.copytree(self.tiny, self.place / "shards")
         (folder / "model.safetensors").unlink()
         with quiet():
@@ -96,21 +96,21 @@ class Bench:
 
     @cached_property
     def survey(self) -> Path:
-        """What a survey of the smallest model keeps."""
+        """Survey file of the smallest model."""
         run = open_model(self.tiny, **SMALL, survey=self.place / "survey.json")
         survey_model(run, draw_rows(run))
         return self.place / "survey.json"
 
     @cache  # noqa: B019
     def pruned(self, widths: str) -> Path:
-        """What `prune` made of the smallest model."""
+        """Return the folder of the smallest model, pruned."""
         out = self.place / f"pruned-{widths}"
         prune(self.letters, out, **SMALL, widths=widths)
         return out
 
     @cache  # noqa: B019
     def stopped(self, item: int) -> Path:
-        """What is left of a run that was stopped before its n-th item."""
+        """Return the run folder of a run that was stopped before its n-th item."""
         out = self.place / f"stopped-{item}"
         with (
             patch.object(secateur.model.pass_checkpoint, "SPENT", float("inf")),
@@ -121,7 +121,7 @@ class Bench:
 
     @cached_property
     def biogpt(self) -> Path:
-        """A model of a family that only a file describes."""
+        """Folder of a model whose family only a YAML file describes."""
         family_file._READ.add("biogpt")
         with known("biogpt"):
             family_file.read_family(self.described)
@@ -134,7 +134,7 @@ class Bench:
         return file
 
     def saved(self, name: str, config: Any) -> Path:
-        """A folder of a config."""
+        """Save a random model of a config."""
         with patch.dict(ROWS, {name: lambda: config}):
             return save(name, self.place / name)
 
@@ -155,7 +155,7 @@ BIOGPT: dict[str, Any] = {
 
 @contextlib.contextmanager
 def known(kind: str) -> Iterator[None]:
-    """A family that a file describes, forgotten again."""
+    """Restore the registry of families afterwards."""
     before = dict(FAMILIES)
     try:
         yield

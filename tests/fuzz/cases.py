@@ -1,8 +1,8 @@
-"""Cases by number: an input of some kind, damaged, through the library or the command line.
+"""Fuzz cases by number: a damaged input of some kind, given to the library or to the command line.
 
-A case ends in a right result or in `SecateurError`, in seconds, in little memory, and leaves nothing half-made. What a
-result is held against does not come from secateur where that can be: transformers' own reading of the damaged folder,
-the safetensors library, the bytes of a run that was never stopped.
+A case must end in a right result or in `SecateurError`, within seconds and in little memory, and must leave no partial
+output. Where possible the expected result comes from elsewhere: transformers' reading of the damaged folder, the
+safetensors library, or the bytes of a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from unittest.mock import patch
 import safetensors
 import torch
 import yaml
-from asked import asked
-from bench import BIOGPT, SMALL, TEXT, WHOLE, Bench, known
+from bench import BIOGPT, NEVER, SMALL, TEXT, Bench, known
 from mutate import changed, damaged, damaged_file, damaged_header, spelled
+from option_cases import options
 from recipes import RECIPES
 from right import TOLERANCE, Fault, Skipped, command, compare, limits, loaded, pruned
 from transformers import AutoConfig
@@ -55,11 +55,11 @@ from secateur.text.calibration import calibration_rows
 
 CONFIGS = ("llama", "llama biased", "mistral window", "gpt2", "gemma2", "phi3", "opt", "qwen3_moe")
 """Rows whose config.json is damaged."""
-# The kinds. `at` is a folder for each case: the input in at/in, the output in at/out.
+# One function for each kind of input. `at` is the folder of the case: its input is at/in, its output at/out.
 
 
 def weights(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A safetensors file."""
+    """Damage a safetensors file."""
     folder = shutil.copytree(bench.tiny, at / "in")
     file = folder / "model.safetensors"
     if rng.random() < 0.5:
@@ -70,7 +70,7 @@ def weights(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def index(bench: Bench, rng: random.Random, at: Path) -> None:
-    """The index of shards, or one of them."""
+    """Damage the index of shards, or a shard."""
     folder = shutil.copytree(bench.shards, at / "in")
     if rng.random() < 0.7:
         damaged_file(rng, folder / "model.safetensors.index.json")
@@ -81,7 +81,7 @@ def index(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def _opened(rng: random.Random, folder: Path, at: Path) -> None:
-    """Tensors as the safetensors library reads them; a few of the models are pruned."""
+    """Compare all tensors with those that the safetensors library reads; prune some of the models."""
     checkpoint = open_checkpoint(folder)
     fingerprint = checkpoint.fingerprint
     assert fingerprint
@@ -99,7 +99,7 @@ def _opened(rng: random.Random, folder: Path, at: Path) -> None:
 
 
 def config(bench: Bench, rng: random.Random, at: Path) -> None:
-    """config.json."""
+    """Damage config.json or generation_config.json."""
     folder = shutil.copytree(bench.dense(rng.choice(CONFIGS)), at / "in")
     damaged_file(rng, folder / ("config.json" if rng.random() < 0.9 else "generation_config.json"))
     recovery = rng.choice(["none", "refit"])
@@ -108,7 +108,7 @@ def config(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def tokenizer(bench: Bench, rng: random.Random, at: Path) -> None:
-    """tokenizer.json or tokenizer_config.json."""
+    """Damage tokenizer.json or tokenizer_config.json."""
     folder = shutil.copytree(rng.choice([bench.tiny, bench.letters]), at / "in")
     damaged_file(rng, folder / rng.choice(["tokenizer.json", "tokenizer.json", "tokenizer_config.json"]))
     if rng.random() < 0.2:
@@ -127,7 +127,7 @@ def _rows(words: Any, source: Path) -> Any:
 
 
 def rows(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A file of text to calibrate on."""
+    """Damage a file of calibration text."""
     template = "{% for one in messages %}{{ one.role }} {{ one.content }} {% endfor %}"
     words = make_tokenizer(
         bos=rng.random() < 0.5, template=rng.choice([template, template, None, "{{ messages[9].x }}"])
@@ -144,7 +144,7 @@ def rows(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def gguf(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A GGUF file."""
+    """Damage a GGUF file."""
     file = at / "in.gguf"
     file.write_bytes(damaged(rng, bench.gguf.read_bytes(), rng.choice([64, 1200, 8000])))
     with patch.dict("os.environ", {"XDG_CACHE_HOME": str(at / "cache")}):
@@ -166,7 +166,7 @@ def plan(bench: Bench, rng: random.Random, at: Path) -> None:
     file, out = at / "in.json", at / "out"
     recovery = rng.choice(["none", "refit"])
     if rng.random() < 0.4:
-        # Sound, or nearly.
+        # An intact plan, or almost.
         blocks = [_units(rng, index) for index in rng.sample(range(2), rng.choice([1, 2, 2]))]
         file.write_text(json.dumps({"blocks": blocks}))
         compare(bench.tiny, out, pruned(rng, bench.tiny, out, plan=str(file), recovery=recovery), recovery)
@@ -186,7 +186,7 @@ def plan(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def _units(rng: random.Random, index: int) -> dict[str, Any]:
-    """A block's units, or its width: one head of each of two groups, both of some, or any."""
+    """Return a plan's entry of a block: random units, or a random width."""
     groups = rng.sample(range(2), rng.choice([0, 1, 2]))
     heads = [2 * group + head for group in groups for head in rng.sample(range(2), rng.choice([1, 2, 2]))]
     channels = rng.sample(range(24), rng.choice([0, 1, 5, 24]))
@@ -197,7 +197,7 @@ def _units(rng: random.Random, index: int) -> dict[str, Any]:
 
 
 def survey(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A survey that was kept."""
+    """Damage a survey file."""
     file = shutil.copy(bench.survey, at / "in.json")
     damaged_file(rng, Path(file))
     run = open_model(bench.tiny, **SMALL, survey=Path(file))
@@ -207,7 +207,7 @@ def survey(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def state(bench: Bench, rng: random.Random, at: Path) -> None:
-    """What a run that was killed has left."""
+    """Damage the run folder of a run that was stopped."""
     kept = shutil.copytree(bench.stopped(rng.choice([1, 2, 4, 5])), at / ".out.run")
     files = sorted(file for file in kept.rglob("*") if file.is_file() and file.name != "lock")
     for file in rng.sample(files, min(len(files), rng.choice([1, 1, 2]))):
@@ -221,17 +221,17 @@ def state(bench: Bench, rng: random.Random, at: Path) -> None:
     try:
         prune(bench.tiny, at / "out", **SMALL)
     except SecateurError:
-        # Left for the person to decide on.
+        # The run folder stays, for the user to decide on.
         shutil.rmtree(kept, ignore_errors=True)
         raise
-    whole = bench.stopped(WHOLE).with_name(f"stopped-{WHOLE}")
+    whole = bench.stopped(NEVER).with_name(f"stopped-{NEVER}")
     for file in whole.rglob("*"):
         if file.is_file() and file.name != "timings.json":
             assert file.read_bytes() == (at / "out" / file.relative_to(whole)).read_bytes(), file.name
 
 
 def recipe(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A recipe of `secateur compare`."""
+    """Damage a recipe of `secateur compare`."""
     file, what = at / "in.yaml", rng.random()
     if what < 0.25:
         file.write_text(rng.choice(RECIPES))
@@ -249,7 +249,7 @@ def recipe(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def family(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A family that a file describes."""
+    """Damage a family file."""
     model, file = bench.biogpt, at / "in.yaml"
     what = rng.random()
     if what < 0.2:
@@ -266,7 +266,7 @@ def family(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def _folder(bench: Bench, rng: random.Random, at: Path) -> Path:
-    """What `prune` wrote, with a file of it damaged."""
+    """Return a pruned folder with one damaged file."""
     folder = shutil.copytree(bench.pruned(rng.choice(["adaptive", "uniform"])), at / "in")
     name = rng.choice(["config.json", "config.json", "secateur.json", "generation_config.json", "model.safetensors"])
     if name == "model.safetensors":
@@ -277,7 +277,7 @@ def _folder(bench: Bench, rng: random.Random, at: Path) -> Path:
 
 
 def evaluated(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A pruned folder that `eval` reads."""
+    """Evaluate a damaged pruned folder."""
     folder = _folder(bench, rng, at)
     if rng.random() < 0.2:
         more = ("--report", "--against", bench.letters) if rng.random() < 0.7 else ()
@@ -288,7 +288,7 @@ def evaluated(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def exported(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A pruned folder that `export` reads, held against what transformers makes of the file."""
+    """Export a damaged pruned folder, and compare the folder with the file, both read by transformers."""
     folder, out = _folder(bench, rng, at), at / "out.gguf"
     found = export(folder, out, type="f32")
     out.rename(at / "in.gguf")
@@ -306,7 +306,7 @@ def exported(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def retrained(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A pruned folder that `retrain` reads."""
+    """Retrain a damaged pruned folder."""
     folder = _folder(bench, rng, at)
     how: dict[str, Any] = {"samples": 2, "length": 8, "epochs": 1, "batch": 2, "rank": rng.choice([0, 2])}
     retrain(folder, at / "out", Training(calibration=str(bench.text), **how), device="cpu")
@@ -314,7 +314,7 @@ def retrained(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def model(bench: Bench, rng: random.Random, at: Path) -> None:
-    """A model of any family, of sizes of its own."""
+    """Prune a model of a random family with random sizes."""
     name = rng.choice(sorted(ROWS | SIMILAR | MIXTURES))
     sizes = (ROWS | SIMILAR | MIXTURES)[name]().to_dict()
     made = resized(rng, sizes)
@@ -325,7 +325,7 @@ def model(bench: Bench, rng: random.Random, at: Path) -> None:
             save(name, folder)
         logits_of(loaded(folder), token_rows(2, 6))
     except Exception:
-        # No model: its class does not take these sizes.
+        # The class does not accept these sizes.
         raise Skipped from None
     recovery = rng.choice(["none", "refit"])
     how: dict[str, Any] = {"recovery": recovery, "widths": rng.choice(["adaptive", "uniform"])}
@@ -334,7 +334,7 @@ def model(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def resized(rng: random.Random, sizes: dict[str, Any]) -> dict[str, Any]:
-    """A config with other widths and depths."""
+    """Return a config with random widths and depth."""
     made = {key: value for key, value in sizes.items() if value is not None and key != "transformers_version"}
     made["dtype"] = "float32"
 
@@ -376,9 +376,9 @@ KINDS: dict[str, tuple[int, Callable[[Bench, random.Random, Path], None]]] = {
     "export": (5, exported),
     "retrain": (2, retrained),
     "model": (3, model),
-    "options": (3, asked),
+    "options": (3, options),
 }
-"""How many of a hundred cases are of each kind."""
+"""Number of cases of each kind in a hundred, and the function of the kind."""
 ORDER = [kind for kind, (weight, _) in KINDS.items() for _ in range(weight)]
 random.Random(0).shuffle(ORDER)
 assert len(ORDER) == 100
@@ -389,7 +389,7 @@ def kind_of(number: int) -> str:
 
 
 def run(bench: Bench, number: int) -> str:
-    """Carry a case out: `right`, `refused` or `skipped`; a `Fault` for anything else, with its number."""
+    """Run a case and return `right`, `refused` or `skipped`; raise `Fault` with its number for anything else."""
     kind, rng = kind_of(number), random.Random(number)
     at = Path(tempfile.mkdtemp(prefix=f"case-{number}-", dir=bench.place))
     why = ""
@@ -411,8 +411,8 @@ def run(bench: Bench, number: int) -> str:
         left = sorted(file.name for file in at.iterdir() if not file.name.startswith("in"))
         shutil.rmtree(at, ignore_errors=True)
     if left not in ([], ["out"]) or (end == "refused" and left):
-        # What is held against another once it is written may be refused then.
-        raise Fault(f"case {number} ({kind}): {end}, and left are {left} ({why})")
+        # A written output may be refused when it is compared.
+        raise Fault(f"case {number} ({kind}): {end}, and these files are left: {left} ({why})")
     if end == "refused" and not (why.strip() and len(why) < 3000):
         raise Fault(f"case {number} ({kind}): refused in {len(why)} characters: {why[:200]}")
     return end

@@ -1,4 +1,4 @@
-"""Damage to files: bytes, JSON and the headers of safetensors, decided by a random generator alone."""
+"""Random damage to bytes, JSON values and headers of safetensors files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 DIGITS = "9" * 5000
-"""A number longer than Python reads."""
+"""Number with more digits than Python reads."""
 DEEP = 100_000
-"""Levels of brackets, beyond any recursion limit."""
+"""Number of nested brackets, beyond any recursion limit."""
 
 _RAW = "@raw "
-"""What begins a string that is written as it is, without quotes."""
+"""Prefix of strings that are written to JSON without quotes."""
 
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 10**9, -(10**9), 2**31, 2**63, 2**64 - 1, 10**30),
@@ -28,11 +28,11 @@ ODD: tuple[Any, ...] = (
     _RAW + "1e400",
     _RAW + "[" * 400 + "]" * 400,
 )
-"""Values that may stand anywhere."""
+"""Values that may replace any JSON value."""
 
 
-class _Again(str):
-    """A key that may stand in an object twice."""
+class _DuplicateKey(str):
+    """Key that an object may contain twice."""
 
     __slots__ = ()
     __hash__ = object.__hash__
@@ -42,13 +42,13 @@ class _Again(str):
 
 
 def spelled(value: Any) -> str:
-    """JSON, with what is written as it is."""
+    """Return a value as JSON; strings that begin with `_RAW` are written without quotes."""
     parts = json.dumps(value).split(f'"{_RAW}')
     return parts[0] + "".join(part.replace('"', "", 1) for part in parts[1:])
 
 
 def _near(rng: random.Random, value: Any) -> Any:
-    """A value much like one."""
+    """Return a value that is similar to the given one."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -63,7 +63,7 @@ def _near(rng: random.Random, value: Any) -> Any:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Owners and keys of what is inside a value, down to where lists and mappings are long."""
+    """Return the containers and keys of all values inside a value, at most 60 of each inner container."""
     found = []
     entries: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
@@ -78,7 +78,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def changed(rng: random.Random, value: Any, odd: tuple[Any, ...] = ODD, times: int = 2) -> Any:
-    """JSON with a few values replaced, keys dropped, renamed or doubled."""
+    """Return a JSON value with a few values replaced, and keys removed, renamed or duplicated."""
     whole = [copy.deepcopy(value)]
     for _ in range(rng.choice([1, 1, times])):
         places = _places(whole[0])
@@ -99,7 +99,7 @@ def changed(rng: random.Random, value: Any, odd: tuple[Any, ...] = ODD, times: i
         elif isinstance(owner, list):
             owner.insert(key, copy.deepcopy(rng.choice(odd)))
         elif what < 0.97:
-            owner[_Again(key)] = copy.deepcopy(rng.choice(odd))
+            owner[_DuplicateKey(key)] = copy.deepcopy(rng.choice(odd))
         else:
             owner[key + rng.choice("x_ A")] = owner.pop(key)
     return whole[0]
@@ -155,7 +155,7 @@ _DAMAGES: tuple[Callable[[random.Random, bytearray], None], ...] = (
 
 
 def damaged(rng: random.Random, data: bytes, within: int | None = None) -> bytes:
-    """Bytes with a damage or two, by preference near the start."""
+    """Return bytes with one to four damages, most of them within the first `within` bytes."""
     found = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         head = found[:within] if within is not None and rng.random() < 0.8 else found
@@ -168,7 +168,7 @@ def damaged(rng: random.Random, data: bytes, within: int | None = None) -> bytes
 
 
 def damaged_file(rng: random.Random, file: Path, odd: tuple[Any, ...] = ODD) -> None:
-    """A file of JSON, as text or by its values; most of the time by its values."""
+    """Damage a JSON file: usually its values, sometimes its text."""
     what = rng.random()
     if what < 0.8:
         text = spelled(changed(rng, json.loads(file.read_bytes()), odd)).encode("utf-8", "surrogatepass")
@@ -188,12 +188,12 @@ _HEADER: tuple[Any, ...] = (
 
 
 def damaged_header(rng: random.Random, file: Path) -> None:
-    """A safetensors file whose header says something else, with the data as they were."""
+    """Damage the header of a safetensors file, and keep its data."""
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     if rng.random() < 0.3:
-        # Two tensors on one place, or on each other's.
+        # One tensor takes an entry of another one.
         names = [name for name in header if name != "__metadata__"]
         first, second = rng.choice(names), rng.choice(names)
         key = rng.choice(["data_offsets", "shape", "dtype"])

@@ -1,4 +1,4 @@
-"""Recipes that are none."""
+"""Invalid recipes of `secateur compare`."""
 
 from mutate import DEEP, DIGITS
 

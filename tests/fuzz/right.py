@@ -1,4 +1,4 @@
-"""What a case may take, and what its result is held against."""
+"""Limits of time and memory for a fuzz case, and the comparison of its result with the expected one."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
 
 SECONDS = 10
-"""Of processor time that a case may take; the usual one takes a tenth of one."""
+"""Limit of CPU time for a case, in seconds; most take 0.1."""
 MEMORY = 2**30
-"""Of address space that it may ask for; the files have some 100 kB."""
+"""Limit of additional address space for a case, in bytes; input files have about 100 kB."""
 GROWTH = 300 * 2**20
-"""Of memory that it may come to hold; libraries that are first loaded take the most of it."""
+"""Limit of additional resident memory for a case, in bytes; imports take most of it."""
 TOLERANCE = 2e-4
 
 
 class Hung(BaseException):
-    """A case has taken too long."""
+    """Raised when a case takes too long."""
 
 
 class Fault(AssertionError):
-    """A case has ended otherwise than it may."""
+    """Raised when a case ends in a wrong way."""
 
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """An end to time and memory."""
+    """Limit the time and the memory of a case."""
 
     def stop(*_: object) -> None:
         raise Hung(f"more than {SECONDS} s")
 
     now, held = (int(pages) * resource.getpagesize() for pages in Path("/proc/self/statm").read_text().split()[:2])
-    # The most that was ever held begins anew.
+    # Reset the peak of resident memory.
     Path("/proc/self/clear_refs").write_text("5")
     before = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGPROF, stop)
@@ -73,11 +73,11 @@ def limits() -> Iterator[None]:
 
 
 class Skipped(Exception):
-    """A case that is none."""
+    """Raised where the random input is not a model at all."""
 
 
 def command(*arguments: str | Path) -> None:
-    """`secateur` with some arguments, inside this process; its mistake is raised as the library would."""
+    """Run a command of secateur in this process; raise `SecateurError` with its error line."""
     out, log = io.StringIO(), io.StringIO()
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -99,7 +99,7 @@ def command(*arguments: str | Path) -> None:
 
 
 def pruned(rng: random.Random, model: Path, out: Path, **settings: Any) -> list[FittedBlock]:
-    """`prune` by the library or, at times, the command line; the blocks that were written."""
+    """Prune by the library or, at times, by the command line; return the written blocks."""
     settings = SMALL | settings
     blocks: list[FittedBlock] = []
     cut = write_model.slice_fitted
@@ -119,7 +119,7 @@ def pruned(rng: random.Random, model: Path, out: Path, **settings: Any) -> list[
 
 
 def loaded(folder: Path) -> Any:
-    """A folder's model as transformers reads it."""
+    """Return the model of a folder, loaded by transformers."""
     config = AutoConfig.from_pretrained(folder)
     with quiet():
         model, found = model_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -130,7 +130,7 @@ def loaded(folder: Path) -> Any:
 
 
 def compare(dense: Path, out: Path, blocks: list[FittedBlock], recovery: str) -> None:
-    """What was written computes what the dense model does without the units that went."""
+    """Check that the written model computes what the dense model computes with the removed units silenced."""
     ids = token_rows(2, 6)
     try:
         full = loaded(dense)
@@ -139,8 +139,8 @@ def compare(dense: Path, out: Path, blocks: list[FittedBlock], recovery: str) ->
         keeps = {block.index: block.keep for block in blocks}
         described = blocks_of(full)
     except (Exception, Fault):
-        # transformers alone cannot run it, whatever is made of it here.
-        loaded_or_not(out)
+        # transformers cannot run the dense model.
+        open_checkpoint(out)
         return
     if recovery == "none":
         with masked(full, keeps):
@@ -156,11 +156,6 @@ def compare(dense: Path, out: Path, blocks: list[FittedBlock], recovery: str) ->
     found = logits_of(loaded(out), ids)
     if not torch.isfinite(wanted).all():
         return
-    # Zeros are right where a config makes all logits zero.
+    # Some configs make all logits zero.
     if not (torch.equal(found, wanted) or relative(found, wanted) < TOLERANCE):
         raise Fault(f"logits differ by {relative(found, wanted):.2e}")
-
-
-def loaded_or_not(folder: Path) -> None:
-    """A folder that this library opens, whatever transformers says."""
-    open_checkpoint(folder)

@@ -1,6 +1,7 @@
-"""Many cases, in several processes: `python run.py [FIRST] [COUNT]`. A process that dies is named by its case.
+"""Run many fuzz cases in several processes: `python run.py [FIRST] [COUNT]`.
 
-FUZZ is the number of cases where none is given; a case alone is `python run.py NUMBER 1`.
+The default of COUNT is the environment variable FUZZ. `python run.py NUMBER 1` runs a single case. For a process that
+dies, the number of its case is printed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PATIENCE = 120
-"""Seconds after which a case that says nothing is given up."""
+"""Seconds without output after which a process is killed."""
 
 
 def child(place: str, numbers: range) -> None:
-    """Cases one after the other, a line for each."""
+    """Run cases one after the other, and print a line for each."""
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     import torch
     from bench import Bench
@@ -39,7 +40,7 @@ def child(place: str, numbers: range) -> None:
 
 
 class Part:
-    """A process that goes through some cases, and what it has said."""
+    """Process that runs some of the cases, and its output."""
 
     def __init__(self, numbers: range):
         self.numbers, self.last, self.kept = numbers, None, ""
@@ -53,7 +54,7 @@ class Part:
         self.read = self.log.open(errors="replace")
 
     def lines(self) -> list[str]:
-        """What is new since the last call, line by line."""
+        """Return the lines that the process has printed since the last call."""
         *found, self.kept = (self.kept + self.read.read()).split("\n")
         return found
 
@@ -73,7 +74,7 @@ def main(first: int, count: int) -> int:
         while parts:
             time.sleep(0.2)
             for part in list(parts):
-                # Asked first: what it says after that is read the next time.
+                # The order matters: output after this check is read in the next round.
                 ended = part.process.poll() is not None
                 for line in part.lines():
                     if line.startswith("case ") and line.removeprefix("case ").isdecimal():

@@ -1,4 +1,4 @@
-"""What the cases have found, each once more by itself."""
+"""Inputs that fuzz cases have found to fail, each as a test of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import BIOGPT, SMALL, WHOLE, Bench, known
+from bench import BIOGPT, NEVER, SMALL, Bench, known
 from mutate import spelled
 from recipes import RECIPES
 
@@ -31,7 +31,7 @@ def edited(folder: Path, file: str, **keys: Any) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(RECIPES)))
-def test_recipes(tmp_path: Path, number: int) -> None:
+def test_invalid_recipes_are_refused(tmp_path: Path, number: int) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPES[number])
     with pytest.raises(SecateurError, match=r"recipe\.yaml"):
@@ -52,7 +52,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", ENTRIES)
-def test_a_family_whose_entry_does_not_fit(tmp_path: Path, bench: Bench, case: str) -> None:
+def test_a_family_file_that_does_not_fit_the_model_is_refused(tmp_path: Path, bench: Bench, case: str) -> None:
     keys, said = ENTRIES[case]
     file = tmp_path / "family.yaml"
     model = bench.biogpt
@@ -70,14 +70,14 @@ def test_a_family_whose_entry_does_not_fit(tmp_path: Path, bench: Bench, case: s
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "auto"}}, "makes no model of config.json"),
     ],
 )
-def test_configs(tmp_path: Path, bench: Bench, keys: dict[str, Any], said: str) -> None:
+def test_impossible_configs_are_refused(tmp_path: Path, bench: Bench, keys: dict[str, Any], said: str) -> None:
     folder = shutil.copytree(bench.tiny, tmp_path / "in")
     edited(folder, "config.json", **keys)
     with pytest.raises(SecateurError, match=said):
         prune(folder, tmp_path / "out", **SMALL)
 
 
-def test_a_block_that_transformers_cannot_run(tmp_path: Path, bench: Bench) -> None:
+def test_a_block_that_transformers_cannot_run_is_refused(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.dense("phi3"), tmp_path / "in")
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
     edited(folder, "config.json", rope_parameters=rope | {"partial_rotary_factor": 7})
@@ -85,14 +85,14 @@ def test_a_block_that_transformers_cannot_run(tmp_path: Path, bench: Bench) -> N
         prune(folder, tmp_path / "out", **SMALL)
 
 
-def test_a_number_of_experts_under_another_name(tmp_path: Path, bench: Bench) -> None:
+def test_a_number_of_experts_under_another_key_is_checked(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.dense("qwen3_moe"), tmp_path / "in")
     edited(folder, "config.json", num_local_experts=float("-inf"))
     with pytest.raises(SecateurError, match="num_experts is -inf, no whole number"):
         open_checkpoint(folder)
 
 
-def test_an_output_layer_that_is_not_the_embedding_is_said_to_be(tmp_path: Path, bench: Bench) -> None:
+def test_a_wrong_tie_word_embeddings_is_corrected(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.tiny, tmp_path / "in")
     edited(folder, "config.json", tie_word_embeddings=True)
     for out in (folder, bench.tiny):
@@ -103,21 +103,21 @@ def test_an_output_layer_that_is_not_the_embedding_is_said_to_be(tmp_path: Path,
     assert (written / "model.safetensors").read_bytes() == (same / "model.safetensors").read_bytes()
 
 
-def test_a_class_that_nothing_has(tmp_path: Path, bench: Bench) -> None:
+def test_an_unknown_class_is_refused(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.pruned("adaptive"), tmp_path / "in")
     edited(folder, "config.json", architectures=["SecateurLlamaForCausal"])
     with pytest.raises(SecateurError, match="names the class SecateurLlamaForCausal, which nothing has"):
         export(folder, tmp_path / "out.gguf")
 
 
-def test_generation_settings_that_no_model_opens_with(tmp_path: Path, bench: Bench) -> None:
+def test_invalid_generation_settings_are_refused(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.tiny, tmp_path / "in")
     edited(folder, "generation_config.json", pad_token_id=[-1])
     with pytest.raises(SecateurError, match=r"generation_config.json: transformers refuses it"):
         open_checkpoint(folder)
 
 
-def test_a_file_with_a_name_that_is_too_long(tmp_path: Path, bench: Bench) -> None:
+def test_a_shard_with_too_long_a_name_is_refused(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.shards, tmp_path / "in")
     edited(folder, "model.safetensors.index.json", weight_map={"a": "é" * 200})
     with pytest.raises(SecateurError, match="is no file beside it"):
@@ -146,7 +146,7 @@ def test_headers_that_the_library_refuses(tmp_path: Path, bench: Bench, case: st
 @pytest.mark.parametrize(
     "keys", [{"left_after_refit": float("nan")}, {"kind": ["heads"]}, {"errors": [True]}, {"energy": "1"}]
 )
-def test_surveys(tmp_path: Path, bench: Bench, keys: dict[str, Any]) -> None:
+def test_invalid_surveys_are_refused(tmp_path: Path, bench: Bench, keys: dict[str, Any]) -> None:
     file, raw = tmp_path / "survey.json", json.loads(bench.survey.read_text())
     raw["curves"][0] |= keys
     file.write_text(json.dumps(raw))
@@ -154,8 +154,8 @@ def test_surveys(tmp_path: Path, bench: Bench, keys: dict[str, Any]) -> None:
         prune(bench.tiny, tmp_path / "out", **SMALL, survey=file)
 
 
-def test_a_tokenizer_that_panics(tmp_path: Path, bench: Bench) -> None:
-    """A template of a token that is not listed; the tokenizers library does not see it before it is used."""
+def test_a_tokenizer_that_panics_is_an_error_in_one_line(tmp_path: Path, bench: Bench) -> None:
+    """The template names a missing token, which the tokenizers library notices only when it encodes."""
     folder = shutil.copytree(bench.tiny, tmp_path / "in")
     single = [{"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
@@ -165,24 +165,24 @@ def test_a_tokenizer_that_panics(tmp_path: Path, bench: Bench) -> None:
         calibration_rows(open_checkpoint(folder).tokenizer(), str(bench.text), **how)
 
 
-def test_an_export_of_other_sizes_than_stored(tmp_path: Path, bench: Bench) -> None:
+def test_an_export_of_a_folder_with_wrong_sizes_is_refused(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.pruned("uniform"), tmp_path / "in")
     edited(folder, "config.json", vocab_size=127)
     with pytest.raises(SecateurError, match=r"is \[128, 16\] where config.json makes it \[127, 16\]"):
         export(folder, tmp_path / "out.gguf")
 
 
-def test_what_a_stop_has_left_before_the_weights(tmp_path: Path, bench: Bench) -> None:
+def test_a_damaged_shard_of_a_stopped_run_is_written_again(tmp_path: Path, bench: Bench) -> None:
     state = shutil.copytree(bench.stopped(5), tmp_path / ".out.run")
     (shard,) = state.glob("model/.shard-*")
     shard.write_bytes(b"\xff" * 4096 + shard.read_bytes()[4096:])
     prune(bench.tiny, tmp_path / "out", **SMALL)
-    bench.stopped(WHOLE)
-    whole = bench.place / f"stopped-{WHOLE}" / "model.safetensors"
+    bench.stopped(NEVER)
+    whole = bench.place / f"stopped-{NEVER}" / "model.safetensors"
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole.read_bytes()
 
 
-def test_half_a_surrogate_pair_in_a_config(tmp_path: Path, bench: Bench) -> None:
+def test_half_a_surrogate_pair_in_a_config_is_kept(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.tiny, tmp_path / "in")
     config = json.loads((folder / "config.json").read_text()) | {"note": "a\ud800"}
     (folder / "config.json").write_text(json.dumps(config))

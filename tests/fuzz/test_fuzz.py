@@ -1,4 +1,4 @@
-"""Damaged inputs end in a right result or in one line that says what is wrong; `make fuzz` runs many more cases."""
+"""Damaged inputs end in a right result or in a one-line error; `make fuzz` runs many more cases."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_right_or_refused(bench: Bench, kind: str) -> None:
     ends = [run(bench, number) for number in range(CASES) if kind_of(number) == kind]
     assert len(ends) == 3 * KINDS[kind][0]
-    # Most configs that are drawn make a model.
+    # Most random configs make a model.
     assert ends.count("skipped") < len(ends) / 2

@@ -1,7 +1,7 @@
-"""A model of 2 GiB in less memory than it takes: `make test-larger`, for the night.
+"""Commands prune a model of 2 GiB in less memory than its weights take: `make test-larger`, which takes half an hour.
 
-Each command runs in a control group of `LIMIT` bytes, which the system holds it to; where none can be made, under that
-limit of the process's own data.
+Each command runs in a control group of `LIMIT` bytes; where no control group can be made, with that limit on the data
+segment of the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEPTH = 46
 
 
 def benchmark(name: str) -> ModuleType:
-    """A file of benchmarks/, which is no package."""
+    """Import a file of benchmarks/, which is not a package."""
     folder = Path(__file__).parents[2] / "benchmarks"
     sys.path.insert(0, str(folder))
     try:
@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[Path | None]:
-    """What a process writes its number to, to be limited."""
+    """Yield the file of a control group to which a process writes its id, or None."""
     made = scale.bounded(LIMIT)
     yield made
     if made is not None:
@@ -57,7 +57,7 @@ def group() -> Iterator[Path | None]:
 
 
 def run(words: list[str], group: Path | None) -> str:
-    """What a command prints."""
+    """Run a command inside the control group, and return its standard output."""
 
     def enter() -> None:
         if group is None:
@@ -71,8 +71,8 @@ def run(words: list[str], group: Path | None) -> str:
     return found.stdout
 
 
-def test_every_command(model: Path, group: Path | None, tmp_path: Path) -> None:
-    # Of two blocks alone: all others are run through and copied, and the memory does not know the difference.
+def test_every_command_stays_within_the_limit(model: Path, group: Path | None, tmp_path: Path) -> None:
+    # Two blocks are pruned; the others are run and copied, which takes the same memory.
     rows = ["--calibration", "random", "--samples", "16", "--length", "64", "--blocks", "0:2", "--device", "cpu"]
     run(["survey", str(model), "--out", str(tmp_path / "survey"), *rows], group)
     asked = [*rows, "--effort", "quick", "--survey", str(tmp_path / "survey" / "survey.json")]

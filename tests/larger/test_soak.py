@@ -1,4 +1,4 @@
-"""Sixty prunes in one process: memory, open files and threads are at the end what they were in the middle."""
+"""Memory, open files and threads do not grow between the 30th and the 60th prune in one process."""
 
 import gc
 from pathlib import Path
@@ -11,11 +11,11 @@ from secateur import prune
 
 WARM, RUNS = 30, 60
 SLACK = 16 * 2**20
-"""Bytes: the allocator keeps more from prune to prune at first, and no more from the thirtieth on."""
+"""Accepted growth in bytes. The allocator keeps more memory from prune to prune until about the thirtieth."""
 
 
 def state() -> tuple[int, int, int]:
-    """Resident bytes, open files and threads."""
+    """Return resident bytes, and the numbers of open files and threads."""
     gc.collect()
     process = psutil.Process()
     return process.memory_info().rss, process.num_fds(), process.num_threads()

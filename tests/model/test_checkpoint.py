@@ -1,4 +1,4 @@
-"""Opening a checkpoint: what it tells, what it refuses and in which words, and that reading is lazy."""
+"""A checkpoint is opened lazily, and one that cannot be pruned is refused in one line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OPT = {**TINY, "ffn_dim": 24, "word_embed_proj_dim": 16}
 
 
 def save(folder: Path, model_type: str = "llama", *, shard: str = "1GB", **keys) -> dict[str, torch.Tensor]:
-    """A tiny random model; returns its parameters by transformers' names."""
+    """Save a tiny random model; return its parameters by transformers' names."""
     base = {"gpt2": GPT2, "opt": OPT}.get(model_type, TINY)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**base, **keys}))
@@ -65,7 +65,7 @@ def meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
 
 
 def refusal(model: Path | str, **options) -> str:
-    """The message of the error that opening raises; always one line."""
+    """Return the message of the error that opening a model raises, which must be one line."""
     with pytest.raises(SecateurError) as caught:
         open_checkpoint(model, **options)
     message = str(caught.value)
@@ -80,7 +80,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("shard", ["1GB", "5KB"])
-def test_reads_what_was_saved(tmp_path, shard):
+def test_reading_returns_the_saved_tensors(tmp_path, shard):
     parameters = save(tmp_path, shard=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard != "1GB")
     checkpoint = open_checkpoint(tmp_path)
@@ -104,7 +104,7 @@ def test_opening_reads_headers_only(folder, monkeypatch):
     checkpoint = open_checkpoint(folder)
     monkeypatch.undo()
     tensor = checkpoint.read("model.embed_tokens.weight")
-    # Memory of its own: neither a map of the file nor a view of a larger block.
+    # The tensor owns its memory: it is neither a map of the file nor a view of a larger block.
     assert tensor.untyped_storage().nbytes() == tensor.nbytes
     before = tensor.clone()
     file = folder / "model.safetensors"
@@ -128,7 +128,7 @@ def test_every_dtype_reads_back(tmp_path):
         assert torch.equal(read.double(), value.double())
 
 
-def test_a_file_that_shrinks_is_told(folder):
+def test_a_file_that_became_shorter_is_an_error(folder):
     checkpoint = open_checkpoint(folder)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -172,7 +172,7 @@ def test_names_that_transformers_5_changed(tmp_path):
     assert checkpoint.left_out == ()
 
 
-def test_tied_weights_may_be_absent_and_strangers_are_left_out(tmp_path):
+def test_tied_weights_may_be_missing_and_unknown_tensors_are_ignored(tmp_path):
     save(tmp_path, tie_word_embeddings=True)
     stored = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in stored
@@ -199,7 +199,7 @@ def test_wrong_shapes_are_named(folder):
         checkpoint.check_shapes(meta_model(checkpoint))
 
 
-def test_tokenizer(folder):
+def test_tokenizers_are_opened_and_listed_or_refused(folder):
     checkpoint = open_checkpoint(folder)
     with pytest.raises(SecateurError, match="no tokenizer files; copy"):
         checkpoint.tokenizer()
@@ -359,7 +359,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_folders(folder, case):
+def test_broken_folders_are_refused_in_one_line(folder, case):
     breaking, message = BROKEN[case]
     breaking(folder)
     with pytest.raises(SecateurError, match=message) as caught:
@@ -368,7 +368,7 @@ def test_broken_folders(folder, case):
     assert str(folder) in str(caught.value)
 
 
-def test_own_code_is_not_used_where_transformers_knows_the_model(folder):
+def test_code_of_the_checkpoint_is_not_run_where_transformers_knows_the_model(folder):
     edit(folder, auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"})
     for trust in (False, True):
         checkpoint = open_checkpoint(folder, trust_remote_code=trust)
@@ -376,7 +376,7 @@ def test_own_code_is_not_used_where_transformers_knows_the_model(folder):
         assert not checkpoint.trust_remote_code
 
 
-def test_paths(folder, tmp_path):
+def test_paths_that_are_no_model_are_refused(folder, tmp_path):
     assert "does not exist; name a folder" in refusal("./nowhere")
     assert "does not exist; name a folder" in refusal(tmp_path / "nowhere")
     assert "does not exist; name a folder" in refusal("nowhere/model.gguf")
@@ -386,7 +386,7 @@ def test_paths(folder, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub of one repository without a network: what it holds, what it answers and what was asked of it."""
+    """Replace the hub by one repository: its files, its errors, and a record of what is requested."""
     state = SimpleNamespace(files=[], error=None, reach=None, cached=None, wanted=None, folder=tmp_path / "m")
 
     def snapshot(repo, *, revision, allow_patterns, local_files_only=False):
@@ -435,7 +435,7 @@ def test_hub_downloads_one_set_of_safetensors(hub):
         (["config.json", "flax_model.msgpack"], "no safetensors weights on the hub"),
     ],
 )
-def test_hub_without_safetensors_is_told_before_downloading(hub, files, message):
+def test_a_repository_without_safetensors_is_refused_before_downloading(hub, files, message):
     hub.files = files
     assert message in refusal("owner/name")
     assert hub.wanted is None
@@ -451,13 +451,13 @@ def test_hub_without_safetensors_is_told_before_downloading(hub, files, message)
         (None, "download failed (dropped)"),
     ],
 )
-def test_hub_errors(hub, kind, message):
+def test_errors_of_the_hub_become_one_line(hub, kind, message):
     response = SimpleNamespace(headers={}, request=None)
     hub.error = kind("first line\nsecond line", response=response) if kind else RuntimeError("dropped")
     assert message in refusal("owner/name", revision="v9")
 
 
-def test_hub_out_of_reach(hub, tmp_path):
+def test_the_cache_is_used_when_the_hub_is_out_of_reach(hub, tmp_path):
     hub.reach = "HF_HUB_OFFLINE is set"
     assert "not in the cache, and HF_HUB_OFFLINE is set; name a local folder" in refusal("owner/name")
     # A cached model is used; without a tokenizer in the cache the hub is asked for it, if it can be.
@@ -472,7 +472,7 @@ def test_hub_out_of_reach(hub, tmp_path):
     assert "not in the cache" in refusal("owner/name")
 
 
-def test_the_hub_is_asked_briefly(monkeypatch):
+def test_the_hub_is_probed_with_a_short_timeout(monkeypatch):
     asked = []
 
     def head(url, *, timeout):
@@ -490,7 +490,7 @@ def test_the_hub_is_asked_briefly(monkeypatch):
 
 
 def write_gguf(file: Path, architecture: str = "llama", *, parts: int = 1) -> None:
-    """A one-block model of float32 weights with a tiny byte-pair tokenizer."""
+    """Write a GGUF file of a one-block model in float32 with a tiny byte-pair tokenizer."""
     d, f, v = 32, 64, 40
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(64)
@@ -527,7 +527,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "secateur"
 
 
-def test_gguf_is_dequantised_once(tmp_path, cache, monkeypatch, capfd):
+def test_a_gguf_file_is_dequantised_once(tmp_path, cache, monkeypatch, capfd):
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
     checkpoint = open_checkpoint(file)
@@ -576,7 +576,7 @@ def test_gguf_conversion_that_fails_leaves_nothing(tmp_path, cache, monkeypatch)
     assert list(cache.iterdir()) == []
 
 
-def test_broken_ggufs(tmp_path, cache):
+def test_broken_gguf_files_are_refused(tmp_path, cache):
     file = tmp_path / "m.gguf"
     write_gguf(file)
     data = file.read_bytes()
@@ -617,8 +617,8 @@ def test_quiet_restores_what_was_set():
 
 
 @pytest.mark.parametrize("kind", ["named", "blocks"])
-def test_further_heads_are_left_out(folder, kind):
-    """Heads that predict later tokens, and keys that count them: DeepSeek's are blocks behind the last."""
+def test_multi_token_prediction_heads_are_left_out(folder, kind):
+    """Multi-token prediction heads are not read, under names of their own or as extra blocks (DeepSeek)."""
     plain = open_checkpoint(folder)
     tensors = load_file(folder / "model.safetensors")
     place = {"named": "mtp.layers.0", "blocks": "model.layers.2"}[kind]

@@ -1,4 +1,4 @@
-"""Quantised weights: read as the libraries that wrote them read them, and pruned like the weights they stand for."""
+"""Quantised weights are read as their own libraries read them, and pruned like the dequantised weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rewritten(folder: Path, how: dict[str, Any], change: Any) -> Path:
-    """The folder with other tensors: `change` gives the parts of each by its name and value."""
+    """Replace every tensor of a folder by the tensors that `change(name, value)` returns."""
     tensors: dict[str, Tensor] = {}
     for name, value in load_file(folder / "model.safetensors").items():
         tensors |= change(name, value)
@@ -45,7 +45,7 @@ def rewritten(folder: Path, how: dict[str, Any], change: Any) -> Path:
 
 
 def opened(tmp_path: Path, tensors: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:
-    """What is read of some tensors."""
+    """Save tensors and return them as secateur reads them."""
     save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "t.safetensors")
     found = dequantised(read_header(tmp_path / "t.safetensors"), how, tmp_path)
     values = {name: info.read() for name, info in found.items()}
@@ -56,7 +56,7 @@ def opened(tmp_path: Path, tensors: dict[str, Tensor], **how: Any) -> dict[str, 
 
 
 def blocks(weight: Tensor, block: list[int], dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, Tensor]:
-    """A weight in float8 with one factor a block, entry by entry."""
+    """Return a weight in float8 with one scale per block, computed block by block."""
     *stack, high, wide = weight.shape
     scale = torch.empty(*stack, math.ceil(high / block[0]), math.ceil(wide / block[1]))
     quantised = torch.empty_like(weight)
@@ -78,7 +78,7 @@ def test_float8_blocks_as_transformers_reads_them(tmp_path, shape, dtype):
     assert torch.equal(found["w"], wanted)
 
 
-def test_blocks_that_are_cut_short(tmp_path):
+def test_incomplete_blocks_at_the_edges(tmp_path):
     weight = draw(2, 37, 45)
     parts = blocks(weight, [16, 20])
     found = opened(tmp_path, parts, **DEEPSEEK)["w"]
@@ -88,7 +88,7 @@ def test_blocks_that_are_cut_short(tmp_path):
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(0.25), torch.tensor([0.25]), torch.tensor([[125]], dtype=torch.uint8)])
-def test_one_factor_for_all(tmp_path, scale):
+def test_one_scale_for_the_whole_tensor(tmp_path, scale):
     weight = draw(5, 7).to(torch.float8_e4m3fn)
     found = opened(tmp_path, {"w": weight, "w_scale_inv": scale}, quant_method="fp8", weight_block_size=None)
     assert torch.equal(found["w"], (weight.float() / 4).bfloat16())
@@ -132,7 +132,7 @@ def test_compressed_tensors_as_their_library_reads_them(tmp_path, name):
     how["config_groups"] = {"group_0": {"weights": json.loads(args.model_dump_json())}}
     found = opened(tmp_path, stored, **how)
     assert found.keys() == {"weight"}
-    # The library multiplies in the factors' own dtype.
+    # The library multiplies in the dtype of the scales.
     assert (found["weight"].float() - wanted.float()).abs().max() <= 2**-7 * wanted.abs().max()
     assert (found["weight"].float() - weight.float()).abs().mean() < (0.5 if args.num_bits == 2 else 0.1)
 
@@ -149,7 +149,7 @@ def test_entries_of_groups_in_another_order(tmp_path):
 
 
 def fp8(name: str, value: Tensor) -> dict[str, Tensor]:
-    """As DeepSeek and Qwen store their weights."""
+    """Return a weight as DeepSeek and Qwen store it."""
     if value.dim() < 2 or "embed" in name or "head" in name:
         return {name: value}
     return {name + part.removeprefix("w"): value for part, value in blocks(value, [16, 20]).items()}
@@ -164,7 +164,7 @@ def in_bfloat16(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("row", ["llama", "deepseek_v3"])
-def test_pruned_like_the_weights_that_they_stand_for(tmp_path, row):
+def test_pruned_like_the_dequantised_weights(tmp_path, row):
     for name, change in {"quantised": fp8, "plain": in_bfloat16}.items():
         rewritten(save(row, tmp_path / name, torch.bfloat16), DEEPSEEK if change is fp8 else {}, change)
         options = {"widths": "uniform", "sparsity": 0.3, "effort": "quick", "samples": 4, "length": 16}
@@ -179,7 +179,7 @@ def test_pruned_like_the_weights_that_they_stand_for(tmp_path, row):
 
 
 def mxfp4(name: str, value: Tensor) -> dict[str, Tensor]:
-    """As gpt_oss's experts are stored: rows are outputs, of 32 entries each half a byte."""
+    """Return a weight of experts as gpt_oss stores it: a row per output, in groups of 32 entries of 4 bits."""
     if not name.endswith(("gate_up_proj", "down_proj")):
         return {name: value}
     experts, inputs, outputs = value.shape
@@ -192,7 +192,7 @@ def mxfp4(name: str, value: Tensor) -> dict[str, Tensor]:
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 
 
-def test_experts_of_gpt_oss(tmp_path, monkeypatch):
+def test_experts_of_gpt_oss_are_read_and_pruned(tmp_path, monkeypatch):
     row = models.MIXTURES["gpt_oss"]
 
     def wide() -> Any:
@@ -232,7 +232,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_parts_that_do_not_fit(tmp_path, case):
+def test_inconsistent_tensors_are_refused(tmp_path, case):
     tensors, message = BROKEN[case]
     with pytest.raises(SecateurError, match=message):
         opened(tmp_path, tensors)
@@ -252,7 +252,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_any_work(tmp_path, case):
+def test_unknown_quantisation_is_refused(tmp_path, case):
     how, message = REFUSED[case]
     folder = rewritten(save("llama", tmp_path / "m"), how, lambda name, value: {name: value})
     with pytest.raises(SecateurError, match=message):

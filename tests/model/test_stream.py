@@ -1,4 +1,4 @@
-"""Blocks run alone give what the whole model gives; and neither weights, hooks nor files outlive their block."""
+"""Blocks run one at a time compute what the whole model computes, and leave no weights, hooks or files behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from secateur.model.surgery import assign
 from secateur.plan.problem import Plan
 
 SMALL = Services(batch_tokens=50)
-"""A few rows a batch, so that there are several."""
+"""Services with few tokens per batch, so that rows make several batches."""
 
 TOLERANCE = 1e-5
 FAMILIES = list(ROWS)[:11]
@@ -47,7 +47,7 @@ def on_meta(module: nn.Module) -> bool:
     return all(value.is_meta for value in module.parameters())
 
 
-# Equal to the whole model.
+# Equality with the whole model.
 
 
 @pytest.mark.parametrize("name", STREAMED)
@@ -74,8 +74,8 @@ def test_blocks_alone_equal_the_model(checkpoint_folder, name):
 
 
 @pytest.mark.parametrize("name", STREAMED)
-def test_watching_and_replaying(checkpoint_folder, name):
-    """A module's own output in its place changes nothing; zero is the module without weights; `until` stops there."""
+def test_modules_can_be_watched_and_their_outputs_replayed(checkpoint_folder, name):
+    """A replay of a module's output changes nothing, one of zero removes the module, and `until` stops the block."""
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
     rows, block = Rows.of(token_rows(2)), stream.blocks[1]
     at = next(rows.batches())
@@ -97,7 +97,7 @@ def test_watching_and_replaying(checkpoint_folder, name):
             ((inner, output),) = caught
             assert output.numel() == 0
             assert inner.reshape(-1, module.units * module.size).shape[0] == rows.tokens
-            # Level 2 without weights gives nothing, which a norm after it leaves at nothing.
+            # An output projection of zeros gives zero, also behind a norm.
             for path in filter(None, (module.output_projection.name, module.bias)):
                 assign(layer, path, torch.zeros_like(layer.get_parameter(path)))
             assert relative(stream.run(1, layer, embedded, 0), zeroed) < TOLERANCE
@@ -115,11 +115,11 @@ def test_an_unfilled_block_knows_its_shapes(stream):
     assert len(stream) == 3
 
 
-# Nothing stays behind.
+# Clean-up.
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_weights_go_when_the_block_is_done(checkpoint_folder, name):
+def test_weights_are_released_after_the_block(checkpoint_folder, name):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
     assert on_meta(stream.model)
     stored = stream.stored(2)
@@ -135,7 +135,7 @@ def test_weights_go_when_the_block_is_done(checkpoint_folder, name):
     assert [type(layer) for layer in stream.layers] == [type(layer) for layer in layers_of(build(name))]
 
 
-def test_weights_go_after_an_exception(stream):
+def test_weights_are_released_after_an_exception(stream):
     def spoil() -> None:
         with stream.filled(0) as layer:
             assign(layer, "mlp.extra", torch.ones(1))
@@ -158,7 +158,7 @@ def test_a_broken_embedding_leaves_the_model_whole(stream):
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
-def test_hooks_go_even_after_an_exception(checkpoint_folder, name):
+def test_hooks_are_removed_even_after_an_exception(checkpoint_folder, name):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
     rows = Rows.of(token_rows(2))
     at = next(rows.batches())
@@ -192,7 +192,7 @@ def test_hooks_go_even_after_an_exception(checkpoint_folder, name):
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that hold memory, shared ones once."""
+    """Return the bytes of all tensors in memory, shared storage counted once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -204,7 +204,7 @@ def live_bytes() -> int:
 
 
 def test_memory_does_not_grow_with_depth(checkpoint_folder):
-    """Between two blocks there are the activations and the new weights of the block just done, nothing else."""
+    """Between two blocks only the activations and the new weights of the last block are in memory."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")), services=SMALL)
     rows = token_rows(4, 12)
     one_block = 4 * stream.blocks[0].parameters
@@ -231,7 +231,7 @@ def test_the_next_block_is_fetched_while_this_one_computes(checkpoint_folder, mo
             every = {(tensors[name].offset, tensors[name].bytes, os.POSIX_FADV_WILLNEED) for name in wanted}
             assert set(asked) == every
         asked.clear()
-    # Elsewhere nothing can be asked, and nothing is lost.
+    # Systems without posix_fadvise lose nothing but time.
     monkeypatch.delattr(os, "posix_fadvise")
     with stream.filled(0) as layer:
         assert all(not value.is_meta for value in layer.parameters())
@@ -254,7 +254,7 @@ def test_batches_cover_every_row_once():
     assert Rows.of(rows) is rows
 
 
-def test_openings_are_the_most_frequent_tokens(monkeypatch):
+def test_first_position_rows_are_the_most_frequent_tokens(monkeypatch):
     rows = Rows((torch.tensor([[5, 9, 5], [7, 9, 8]]), torch.tensor([[3], [9]])), (1.0, 2.0))
     opened = rows.with_openings()
     assert opened.groups[:2] == rows.groups
@@ -270,7 +270,7 @@ def test_energy_counts_weights():
     assert values.energy(rows) == pytest.approx(5 * 24 * 8 + 0.5 * 3 * 17 * 18)
 
 
-def test_activations_by_the_batch():
+def test_activations_are_read_and_written_by_batch():
     rows, arena = rows_of_two_lengths(), Arena()
     first, second = arena.empty(rows, 3), arena.empty(rows, 3)
     for at in rows.batches():
@@ -310,7 +310,7 @@ def test_the_arena_spills_beyond_its_limit(tmp_path):
         assert arena.used == one
         # Room that was given back is used again.
         assert in_files(arena.empty(rows, 8)) == [False]
-        # Without names, so that nothing can be left.
+        # The files have no names, so that none can be left behind.
         assert list(tmp_path.iterdir()) == []
     assert not files[0].alive
 
@@ -348,8 +348,8 @@ def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
             assert all(torch.equal(one.changed[name], two.changed[name]) for name in one.changed)
 
 
-def test_room_is_given_back_after_every_block(checkpoint_folder, monkeypatch):
-    """The arena holds the two streams between blocks, whatever a block needed meanwhile."""
+def test_the_arena_frees_memory_after_every_block(checkpoint_folder, monkeypatch):
+    """Between blocks the arena holds the two streams only."""
     made: list[Arena] = []
     release = Arena.release
 
@@ -397,9 +397,9 @@ def test_the_head_gives_the_logits_of_the_model(checkpoint_folder, name):
 # In bfloat16.
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_quick_products(name, tmp_path, monkeypatch):
-    """Blocks of a bfloat16 checkpoint multiply in bfloat16 where the device gains by it, and nowhere else."""
+@pytest.mark.parametrize("name", FAMILIES)
+def test_quick_products_are_in_bfloat16(name, tmp_path, monkeypatch):
+    """Blocks multiply in bfloat16 only for a bfloat16 checkpoint on a device that is faster in bfloat16."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)

@@ -1,7 +1,7 @@
-"""Pruned folders in transformers 4.57: what they compute there is what they compute in the version that wrote them.
+"""Pruned folders compute the same in transformers 4.57 as in the version that wrote them.
 
-An older transformers takes the place of the installed one in a process of its own, so that these tests are run apart
-from the others: `make test-transformers4`, which names its folder in TRANSFORMERS4.
+The older transformers replaces the installed one in a separate process: `make test-transformers4` installs it into the
+folder that the variable TRANSFORMERS4 names.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from secateur.commands.prune import prune
 
 IDS = token_rows(2, 20, seed=3)
 KNOWN = Path(os.environ["TRANSFORMERS4"]) / "transformers" / "models"
-APART = {"glm4_moe groups", "bamba"}
-"""There experts of closed groups may be chosen where the open ones' scores are below zero, and Bamba's class makes no
-cache by itself."""
+COMPUTED_DIFFERENTLY = {"glm4_moe groups", "bamba"}
+"""Rows that 4.57 computes differently: it may route to experts outside the selected groups where scores are negative,
+and its class of Bamba makes no cache."""
 CASES = [
     name
     for name in ROWS | SIMILAR | MIXTURES
-    if (KNOWN / config_of(name).model_type.removesuffix("_text")).is_dir() and name not in APART
+    if (KNOWN / config_of(name).model_type.removesuffix("_text")).is_dir() and name not in COMPUTED_DIFFERENTLY
 ]
 """Rows of families that transformers 4.57 knows."""
 SMALL: dict[str, Any] = {"samples": 4, "length": 16, "calibration": "random", "sparsity": 0.4}
@@ -39,7 +39,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "hf": {"format": "hf"},
     "bias": {"format": "hf", "recovery": "bias"},
     "stock": {"widths": "uniform"},
-    # Of mixtures alone: every expert has fewer channels.
+    # For mixtures only: every expert has fewer channels.
     "narrow hf": {"format": "hf", "modules": ("channels",), "sparsity": 0.15},
     "narrow stock": {"widths": "uniform", "modules": ("channels",), "sparsity": 0.15},
 }
@@ -66,7 +66,7 @@ torch.save(found, sys.argv[2])
 
 
 class Folders:
-    """Every row in every format that holds it, and what transformers 4.57 makes of all of them in one process."""
+    """Pruned folders of every row in every format, and their logits in transformers 4.57, computed in one process."""
 
     def __init__(self, place: Path, checkpoint_folder: CheckpointFolder):
         self.place = place
@@ -79,7 +79,7 @@ class Folders:
                 try:
                     prune(checkpoint_folder(row), out, **SMALL | options)
                 except SecateurError:
-                    # What a stock class cannot hold is another test's matter.
+                    # Other tests show which plans a stock class cannot hold.
                     assert "stock" in name, (row, name)
                     continue
                 self.written[row, name] = out

@@ -1,6 +1,6 @@
-"""PrunedModel folders in vLLM: it scores and continues prompts as transformers does, and fails where we say so.
+"""vLLM scores and continues prompts with pruned folders as transformers does, and fails where secateur says so.
 
-vLLM brings a torch and a transformers of its own, so it is run apart from the other tests: `make test-vllm`.
+vLLM needs its own torch and transformers, so these tests have an environment of their own: `make test-vllm`.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
-"""Largest deviation of a log-likelihood over the largest one, by what vLLM computes in; transformers is in float32."""
+"""Accepted deviation of a log-likelihood from transformers' in float32, relative to the largest, by vLLM's dtype."""
 PROMPT, NEW = 24, 12
 
-# vLLM's attention takes no head smaller than 32 on a CPU. For Qwen2 and others that is hidden size / heads.
+# On a CPU vLLM's attention needs heads of at least 32 entries; in Qwen2 and others the size is hidden size / heads.
 HEAD = {"head_dim": 32}
 HEADS = HEAD | {"global_head_dim": 32}
 WIDE = {"hidden_size": 192}
@@ -86,7 +86,7 @@ ROWS |= {
     "gemma4_text mixture served": _config(
         "gemma4_text", **GEMMA4 | HEADS, **SIZE, **_EXPERTS | FED, enable_moe_block=True, top_k_experts=3
     ),
-    # Its kernels of experts take sizes that 32 divides.
+    # Kernels of experts need sizes that are multiples of 32.
     "qwen3_moe served": _config("qwen3_moe", **GROUPED, **HEAD, **SIZE, **_EXPERTS | FED, norm_topk_prob=True),
     "glm4_moe served": _config(
         "glm4_moe", **GROUPED, **HEAD, **SIZE, **LEAD | FED, n_shared_experts=2, n_group=1, topk_group=1
@@ -121,16 +121,16 @@ PLANS: dict[str, Callable[[Width], list[Width]]] = {
     "experts": lambda full: [full | {EXPERTS: 5}],
     "experts' channels": lambda full: [full | {EXPERT_CHANNELS: full.channels // 2}],
 }
-"""Widths of the first blocks, by the dense width; the others stay dense."""
+"""Functions from the dense width to the widths of the first blocks; the other blocks stay dense."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A folder and how vLLM is asked to run it."""
+    """Pruned folder, and the settings with which vLLM runs it."""
 
     row: str
     plan: str | Width
-    """A plan block by block, or the width of every block in the stock format."""
+    """Name of a plan with a width for each block, or the width of every block in the format `stock`."""
     intercept: bool = False
     dtype: str = "float32"
     options: tuple[tuple[str, str], ...] = ()
@@ -160,12 +160,12 @@ SERVED = [
     Case("qwen3_moe served", wide(2, 2, 32, experts=5)),
     Case("mixtral served", wide(3, 1, 64, experts=4)),
     Case("llama4_text served", wide(3, 1, 96, experts=4)),
-    # Their files call experts otherwise than transformers does.
+    # Checkpoints of these families name experts differently from transformers.
     *(Case(f"{name} served", "experts") for name in ("mixtral", "ernie4_5_moe", "granitemoe")),
     Case("glm4_moe served", wide(2, 2, 32, experts=5)),
     *(Case(row, plan) for row in ("gemma4_text served", "gemma4_text small served") for plan in ("channels", FOUR)),
     Case("gemma4_text mixture served", wide(2, 3, 32, experts=5)),
-    # On a CPU linear attention is in bfloat16.
+    # On a CPU vLLM computes linear attention in bfloat16.
     Case("qwen3_5_text served", wide(2, 3, 64), dtype="bfloat16"),
 ]
 REFUSED = {
@@ -176,13 +176,13 @@ REFUSED = {
     Case("qwen2", wide(2, 2, 40)): "exceeds dimension size",
     Case("qwen2 window", wide(3, 2, 40)): "Sliding window for some but all layers is not supported",
 }
-"""With what vLLM says."""
+"""Cases that vLLM refuses, with its message."""
 WRONG = [
-    # Experts have one width, and the rest of the narrow ones holds anything.
+    # vLLM gives all experts one width, and leaves the rest of narrower ones uninitialised.
     Case("qwen3_moe served", "experts' channels"),
     Case("gemma4_text mixture served", "experts"),
 ]
-"""They open, and give something else."""
+"""Cases that vLLM opens and computes wrongly."""
 
 
 def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
@@ -216,7 +216,7 @@ def last_units(block: Block, width: Width) -> KeptUnits:
 
 
 def write_case(case: Case, source: Path, folder: Path) -> None:
-    """Prune a row's checkpoint to the widths of a case."""
+    """Prune the checkpoint of a row to the widths of a case."""
     stream = BlockStream(open_checkpoint(source))
     blocks = blocks_of(build(case.row))
     block, widths = blocks[0], widths_by_block(case, blocks)
@@ -235,13 +235,13 @@ def write_case(case: Case, source: Path, folder: Path) -> None:
 class Expected:
     folder: Path
     ids: Tensor
-    """Prompts and how transformers goes on."""
+    """Prompts with their continuations by transformers."""
     scores: Tensor
     """Log-likelihoods of all tokens but the first."""
 
 
 def expect(folder: Path) -> Expected:
-    """What transformers computes; eager attention is the one that caps Gemma 2's logits."""
+    """Compute continuations and scores with transformers; only eager attention caps Gemma 2's attention logits."""
     with quiet(), torch.no_grad():
         config = open_checkpoint(folder).config
         model = model_class(config).from_pretrained(folder, attn_implementation="eager").eval()
@@ -253,7 +253,7 @@ def expect(folder: Path) -> Expected:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Expected]:
-    """All of it comes first: vLLM changes transformers' classes once it has built a model of them."""
+    """Compute all expected values before vLLM is used, since vLLM changes transformers' classes."""
     place, found = tmp_path_factory.mktemp("served"), {}
     for index, case in enumerate((*SERVED, *REFUSED, *WRONG)):
         folder = place / f"model{index}"
@@ -264,7 +264,7 @@ def expected(checkpoint_folder: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 @contextmanager
 def opened(case: Case, folder: Path) -> Iterator[Any]:
-    """A model in vLLM."""
+    """Yield a model in vLLM."""
     from vllm import LLM
 
     how = {"trust_remote_code": isinstance(case.plan, str), "max_model_len": 64, **dict(case.options)}
@@ -273,14 +273,14 @@ def opened(case: Case, folder: Path) -> Iterator[Any]:
 
 
 def scored(model: Any, ids: Tensor) -> Tensor:
-    """Log-likelihoods of all tokens but the first."""
+    """Return the log-likelihoods of all tokens but the first."""
     rows = model.generate(prompts(ids), sampling(1), use_tqdm=False)
     pairs = [zip(row.prompt_logprobs[1:], own[1:], strict=True) for row, own in zip(rows, ids.tolist(), strict=True)]
     return torch.tensor([[entry[token].logprob for entry, token in pair] for pair in pairs])
 
 
 def continued(model: Any, ids: Tensor) -> list[list[int]]:
-    """The most likely tokens that follow."""
+    """Return the greedy continuations."""
     return [list(row.outputs[0].token_ids) for row in model.generate(prompts(ids), sampling(NEW), use_tqdm=False)]
 
 
@@ -294,23 +294,23 @@ def sampling(tokens: int) -> Any:
     return SamplingParams(temperature=0, max_tokens=tokens, prompt_logprobs=0, ignore_eos=True)
 
 
-def obstacle_of(case: Case, folder: Path) -> str | None:
+def unsupported_reason_of(case: Case, folder: Path) -> str | None:
     config = open_checkpoint(folder).config
     return vllm_unsupported(config, widths_of(config), per_layer=isinstance(case.plan, str))
 
 
 @pytest.mark.parametrize("case", SERVED, ids=str)
-def test_served(expected: dict[Case, Expected], case: Case) -> None:
+def test_vllm_computes_what_transformers_computes(expected: dict[Case, Expected], case: Case) -> None:
     meant = expected[case]
-    assert obstacle_of(case, meant.folder) is None or case.options
+    assert unsupported_reason_of(case, meant.folder) is None or case.options
     with opened(case, meant.folder) as model:
         assert relative(scored(model, meant.ids), meant.scores) < TOLERANCE[case.dtype]
         if case.dtype == "float32":
             assert continued(model, meant.ids[:, :PROMPT]) == meant.ids[:, PROMPT:].tolist()
 
 
-def test_the_doctor_finds_that_it_runs(expected: dict[Case, Expected]) -> None:
-    """In a process of its own, with transformers' own tokens."""
+def test_the_doctor_finds_that_vllm_runs_a_folder(expected: dict[Case, Expected]) -> None:
+    """The doctor starts vLLM in a separate process and compares its tokens with transformers'."""
     found = {engine.name: engine for engine in check_engines(expected[SERVED[0]].folder)}
     assert (found["vLLM"].runs, found["vLLM"].message) == (
         True,
@@ -319,18 +319,18 @@ def test_the_doctor_finds_that_it_runs(expected: dict[Case, Expected]) -> None:
 
 
 @pytest.mark.parametrize(("case", "message"), REFUSED.items(), ids=str)
-def test_refused(expected: dict[Case, Expected], case: Case, message: str) -> None:
-    """If one of these runs, an unsupported_reason is out of date."""
+def test_vllm_refuses_what_secateur_calls_unsupported(expected: dict[Case, Expected], case: Case, message: str) -> None:
+    """If this fails, vLLM has learned to run a case, and its unsupported reason must go."""
     folder = expected[case].folder
-    assert obstacle_of(case, folder)
+    assert unsupported_reason_of(case, folder)
     with pytest.raises((ValueError, RuntimeError, AssertionError), match=message), opened(case, folder) as model:
         scored(model, expected[case].ids)
 
 
 @pytest.mark.parametrize("case", WRONG, ids=str)
-def test_wrong(expected: dict[Case, Expected], case: Case) -> None:
-    """If this is right one day, an unsupported_reason is out of date."""
+def test_vllm_computes_wrongly_what_secateur_calls_unsupported(expected: dict[Case, Expected], case: Case) -> None:
+    """If this fails, vLLM computes a case correctly, and its unsupported reason must go."""
     meant = expected[case]
-    assert obstacle_of(case, meant.folder)
+    assert unsupported_reason_of(case, meant.folder)
     with opened(case, meant.folder) as model:
         assert not relative(scored(model, meant.ids), meant.scores) < 0.01

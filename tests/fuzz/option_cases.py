@@ -1,4 +1,4 @@
-"""Options of `prune` together, as nobody has thought of them, on any family."""
+"""Fuzz cases of `prune` with random combinations of options on a random family."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MODULES = (("heads",), ("channels",), ("experts",), ("heads", "channels"), ("exp
 TARGETS = ("params=80%", "active=80%", "bytes=80%", "kv=75%", "ppl=1.2x")
 
 
-def asked(bench: Bench, rng: random.Random, at: Path) -> None:
-    """What is written computes what was fitted, or the options are refused."""
+def options(bench: Bench, rng: random.Random, at: Path) -> None:
+    """Check that the written model computes what was fitted, or that the options are refused."""
     folder = bench.dense(rng.choice([*MIXTURES, *MIXTURES, *SIMILAR, *ROWS]))
     how = drawn(rng)
     recovery = "none" if how["recovery"] == "none" else "refit"
@@ -26,7 +26,7 @@ def asked(bench: Bench, rng: random.Random, at: Path) -> None:
 
 
 def drawn(rng: random.Random) -> dict[str, Any]:
-    """Some options."""
+    """Return random options of `prune`."""
 
     def often(share: float) -> bool:
         return rng.random() < share
