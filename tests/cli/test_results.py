@@ -1,4 +1,4 @@
-"""What each command writes and prints."""
+"""Results of each command: what it writes and prints."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_a_disk_that_is_full_when_json_is_written(place: Path, run: Run, monkeyp
     ],
 )
 def test_files_of_a_killed_run_are_named(out: str, left: str, place: Path, run: Run, no_work: None) -> None:
-    """Unfinished files of this output are reported before the work, those of another output are not."""
+    """Unfinished files of this output are reported before the work; unfinished files of another output are not."""
     for name in (left, f".other-{left}"):
         (place / name).mkdir()
     result = run("prune", "model", out, *SMALL, "--blocks", "9:12", *(["--format", "gguf"] if "." in out else []))

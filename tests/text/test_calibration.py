@@ -226,7 +226,7 @@ SIZES = [
     ({"length": 1}, "length is 1"),
     ({"length": 65, "max_positions": 64}, "length is 65, but the model has 64 positions"),
     ({"samples": 30}, "it has 100 tokens, but 30 rows of 8 tokens need 240; take samples 12 or length 3"),
-    ({"samples": 1, "length": 101}, "it has 100 tokens, but 1 row of 101 tokens need 101; take length 100"),
+    ({"samples": 1, "length": 101}, "it has 100 tokens, but 1 row of 101 tokens needs 101; take length 100"),
     ({"samples": 200}, "it has 100 tokens, but 200 rows of 8 tokens need 1,600; take samples 12, or a longer text"),
     ({"vocab_size": 50}, "the tokenizer gives id 103, but the model has 50 ids"),
 ]
@@ -253,7 +253,7 @@ def test_advice_of_a_short_text_is_right(tokenizer: PreTrainedTokenizerFast, hun
 def test_evaluation_sizes_are_named(hundred: str) -> None:
     with pytest.raises(SecateurError, match="tokens is 7, which does not fill one row of length 8"):
         consecutive_rows(make_tokenizer(), hundred, length=8, tokens=7, vocab_size=VOCAB)
-    with pytest.raises(SecateurError, match="100 tokens, but 1 row of 101 tokens need 101"):
+    with pytest.raises(SecateurError, match="100 tokens, but 1 row of 101 tokens needs 101"):
         consecutive_rows(make_tokenizer(), hundred, length=101, tokens=None, vocab_size=VOCAB)
 
 

@@ -17,7 +17,13 @@ def families() -> None:
         from secateur.commands.families import list_families
 
     table = Table(title="Families", title_justify="left")
-    for name in ("model_type", "heads removed", "removed from feed-forwards", "--format stock", "--format gguf"):
+    for name in (
+        "model_type",
+        "heads can be removed",
+        "feed-forward units",
+        "heads in --format stock",
+        "GGUF architecture",
+    ):
         table.add_column(name)
     found = list_families()
     for row in found:

@@ -248,5 +248,5 @@ def _check_enough(source: str, ids: Tensor, rows: int, length: int, bos: int, op
     name = "standard input" if source == STDIN else source
     raise SecateurError(
         f"{name}: too short, it has {tokens:,} tokens, but {rows:,} row{'s' * (rows > 1)} of {length} tokens "
-        f"need {rows * body:,}; {change}"
+        f"need{'s' * (rows == 1)} {rows * body:,}; {change}"
     )
