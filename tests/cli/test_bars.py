@@ -58,5 +58,5 @@ def test_a_loop_that_fails_stops_logging(log: io.StringIO, monkeypatch: pytest.M
 
 def test_times_lists_long_steps_first() -> None:
     progress = Bars()
-    progress.seconds = {"Survey": 61.2, "Price": 0.4, "Prune": 3725.0}
+    progress.seconds = {"Survey": 61.2, "Probe": 0.4, "Prune": 3725.0}
     assert progress.times() == "prune 1:02:05, survey 1:01"

@@ -26,7 +26,7 @@ def test_prune_writes_a_model_and_prints_a_summary(place: Path, run: Run) -> Non
     assert notes[0] == f"Opened model: llama, 3 blocks, {counted:,} parameters, float32"
     assert f"{counted:,}" in next(line for line in result.out.splitlines() if "parameters" in line)
     assert notes[1].startswith("Calibrating on 4 rows of 16 tokens; computing on ")
-    assert [line.split()[0] for line in notes[2:]] == ["Resample", "Draw", "Survey", "Price", "Keeping", "Prune"]
+    assert [line.split()[0] for line in notes[2:]] == ["Resample", "Draw", "Survey", "Probe", "Keeping", "Prune"]
     assert "of 18 query heads (" in notes[6]
     assert "estimated loss increase: " in notes[6]
     for words in ("parameters", "weights on disk", "KV cache per token", "KV groups", "channels", "peak memory"):

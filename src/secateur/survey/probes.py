@@ -110,7 +110,7 @@ class ProbeStreams:
         """
         totals = torch.zeros(len(self.hidden), dtype=torch.float64)
         with self.stream.head() as head:
-            for row in self.stream.services.watcher.track(range(len(self.rows.groups[0])), "Price"):
+            for row in self.stream.services.watcher.track(range(len(self.rows.groups[0])), "Probe"):
                 # The seed depends on the row alone, so that the result is the same with any number of processes.
                 generator = torch.Generator().manual_seed(self._first + row)
                 parts = (dense, *(hidden.parts[0] for hidden in self.hidden))
