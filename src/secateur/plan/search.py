@@ -6,6 +6,7 @@ the costs of the survey for the next attempt.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from secateur.base.errors import SecateurError
@@ -70,22 +71,21 @@ def smallest_within(
 def _largest_cut(problem: PlanProblem, widths: str, survey: Survey, max_cost: float) -> Plan:
     """Return the plan with the highest sparsity whose cost by the survey is at most `max_cost`, in nats per token."""
 
-    def plan_at(sparsity: float) -> Plan:
-        return plan(replace(problem, target=sparsity, meter=problem.parameters), widths, survey)
+    def problem_at(sparsity: float) -> PlanProblem:
+        return replace(problem, target=sparsity, meter=problem.parameters)
 
     low, high = 0.0, 1.0
     best: Plan | None = None
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        try:
-            current = plan_at(middle)
-        except SecateurError:
-            high = middle
-            continue
-        if (current.cost or 0.0) <= max_cost:
+        current: Plan | None = None
+        # A sparsity that no plan reaches counts as too expensive.
+        with suppress(SecateurError):
+            current = plan(problem_at(middle), widths, survey)
+        if current is not None and (current.cost or 0.0) <= max_cost:
             low, best = middle, current
         else:
             high = middle
             # If every plan is too expensive, the smallest cut is returned.
             best = best if best is not None or middle > 0.001 else current
-    return best if best is not None else plan_at(0.01)
+    return best if best is not None else plan(problem_at(0.01), widths, survey)

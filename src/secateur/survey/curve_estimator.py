@@ -55,13 +55,13 @@ class CurveEstimator(ABC):
 
     @abstractmethod
     def add(
-        self, activations: ModuleActivations, inverse_rms_n1: Tensor | None, norms_n1: Tensor, batch: Batch
+        self, activations: ModuleActivations, inverse_rms_bt1: Tensor | None, norms_n1: Tensor, batch: Batch
     ) -> None:
         """Add a batch of calibration rows.
 
         Args:
             activations: activations of the module.
-            inverse_rms_n1: reciprocal root mean square of each output, if a norm follows the module.
+            inverse_rms_bt1: reciprocal root mean square of each output (b x t x 1), if a norm follows the module.
             norms_n1: norm of the dense stream after the block for each token; errors are relative to it.
             batch: weight of the batch's tokens in errors and in the selection of units.
         """

@@ -61,11 +61,11 @@ class GramEstimator(CurveEstimator):
         """Statistics for errors; and those for the order of removal, if they are separate."""
 
     def add(
-        self, activations: ModuleActivations, inverse_rms_n1: Tensor | None, norms_n1: Tensor, batch: Batch
+        self, activations: ModuleActivations, inverse_rms_bt1: Tensor | None, norms_n1: Tensor, batch: Batch
     ) -> None:
         """Add a batch of calibration rows to the sums."""
         x_bta = activations.projection_input
-        x_na = (x_bta if inverse_rms_n1 is None else x_bta * inverse_rms_n1).reshape(len(norms_n1), -1) / norms_n1
+        x_na = (x_bta if inverse_rms_bt1 is None else x_bta * inverse_rms_bt1).reshape(len(norms_n1), -1) / norms_n1
         if batch.weight:
             self._moments.update(x_na, weight=batch.weight)
         if batch.score and self._score_moments is not None:

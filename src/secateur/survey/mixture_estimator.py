@@ -76,11 +76,11 @@ class MixtureEstimator(CurveEstimator):
         return tuple(axis for axis in self.module.axes if axis.name == EXPERTS or axis.kind in self._kinds)
 
     def add(
-        self, activations: ModuleActivations, inverse_rms_n1: Tensor | None, norms_n1: Tensor, batch: Batch
+        self, activations: ModuleActivations, inverse_rms_bt1: Tensor | None, norms_n1: Tensor, batch: Batch
     ) -> None:
         """Add evenly spaced tokens of a batch to the sample."""
         width, scale_n = self.stream.width, norms_n1[:, 0].reciprocal()
-        scale_n = scale_n if inverse_rms_n1 is None else scale_n * inverse_rms_n1.reshape(-1)
+        scale_n = scale_n if inverse_rms_bt1 is None else scale_n * inverse_rms_bt1.reshape(-1)
         some = torch.arange(-self._token_count % self._stride, len(scale_n), self._stride, device=scale_n.device)
         self._token_count += len(scale_n)
         x_md, z_md = (values.reshape(-1, width)[some] for values in (activations.module_input, activations.output))
