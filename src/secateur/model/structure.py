@@ -1,9 +1,9 @@
-"""What a prunable block looks like, as frozen data: every other file speaks in these terms.
+"""Description of a block: its two modules, their axes and units, and the parts of tensors that follow each unit.
 
-A Transformer block holds two depth-2 modules (level-1 layers in parallel, then one level-2 layer).
-Pruning removes *units*: query heads (with the key/value heads that no kept query head uses) from the
-attention, channels from the feed-forward; where that is a mixture, whole experts, or as many channels of each. A `Slab`
-says which part of a stored tensor follows a unit.
+A block has an attention and a feed-forward. Each is a module: input projections, then one output projection, whose
+output is added to the residual stream. A *unit* is what can be removed: a query head, a channel, an expert, a channel
+of every expert. A `Slab` is the part of one stored tensor that belongs to units. A description holds names and sizes,
+no weights.
 """
 
 import math
@@ -13,83 +13,92 @@ from dataclasses import dataclass
 from secateur.model.axes import Axis, Width, axis_kinds
 
 KeptUnits = Mapping[str, tuple[int, ...]]
-"""Indices of the units that a block keeps, sorted, by kind: those of each module. Channels of experts are listed where
-some leave, numbered through: those of the second expert behind those of the first, the shared expert's last."""
+"""Sorted indices of the units that a block keeps, by kind of units.
+
+Channels of experts are listed only where some are removed. They have one numbering for the whole block: channel c of
+expert e is e * channels + c, and the channels of the shared expert come last."""
 
 
 @dataclass(frozen=True)
 class Slab:
-    """The part of one stored tensor whose `axis` runs over units, `size` consecutive entries each."""
+    """Part of a stored tensor that belongs to units: `size` consecutive entries along `axis` for each unit."""
 
     name: str
     """Tensor name inside the block, for example `self_attn.q_proj.weight`."""
     axis: int
+    """Dimension of the tensor along which the units lie."""
     along: tuple[str, ...]
     """Names of the nested axes along which the units lie, the outermost first."""
     units: int
-    """Their number in the dense block."""
+    """Number of units in the dense block."""
     size: int
+    """Entries along `axis` of each unit."""
     offset: int = 0
     """First entry along `axis`; not zero where several layers are fused into one tensor."""
     run: int = 1
+    """Number of units that lie next to each other before a gap."""
     gap: int = 0
-    """So many entries of other layers follow each `run` of units."""
+    """Number of entries of other layers between two runs of units."""
 
     @property
     def layer(self) -> str:
-        """Path of the layer, inside the block."""
+        """Path of the layer inside the block."""
         return self.name.rpartition(".")[0]
 
     @property
     def bias(self) -> str:
-        """The name that the bias of the same layer has, if there is one."""
+        """Name of the bias of the same layer, whether the layer has a bias or not."""
         return f"{self.layer}.bias"
 
 
 @dataclass(frozen=True)
 class PrunableModule:
-    """One prunable module of a block."""
+    """Module of a block: an attention, a token mixer, a feed-forward or a mixture of experts."""
 
     kind: str
+    """Kind of its units."""
     axes: tuple[Axis, ...]
-    """Directions in which the module can become narrower, nested ones from the outermost on."""
+    """Axes along which the module can become narrower; an outer axis comes before the axes nested in it."""
     input_projections: tuple[Slab, ...]
-    """Every level-1 weight and bias, those of the query, key and value or of the up and gate layers."""
+    """Weights and biases of the input projections: query, key and value, or up and gate."""
     output_projection: Slab
-    """The level-2 weight; its `axis` is the inner one, the other one is the residual width."""
+    """Weight of the output projection. Units lie along its input dimension; its output dimension is the residual
+    width."""
     bias: str | None
-    """Name of the stored level-2 bias, if the architecture has one."""
+    """Name of the stored bias of the output projection; None without one."""
     path: str | None
-    """The submodule whose output joins the residual stream; None where the layers hang in the block itself."""
+    """Submodule whose output is added to the residual stream; None if the layers are children of the block itself."""
     post_norm: str | None
-    """A norm between level 2 and the residual stream (Gemma 2 and 3, OLMo-2)."""
+    """Norm between the output projection and the residual stream (Gemma 2 and 3, OLMo-2)."""
     outer_norm: str | None = None
-    """A norm behind that one, on the sum of this module's output and another's."""
+    """Norm after `post_norm`, on the sum of this module's output and that of a parallel module (Gemma 4)."""
     groups: int = 1
-    """Number of KV groups, or of groups of experts, all of which keep equally many units."""
+    """Number of KV groups or of groups of experts. All groups keep the same number of units."""
     locked: str | None = None
-    """Why no unit can be removed without changing what the others compute, where that is so."""
+    """Reason why single units cannot be removed exactly; None if they can."""
     fixed: bool = False
-    """Whether the module as a whole has to stay."""
+    """Whether the module cannot be removed as a whole."""
     returns_tuple: bool = False
-    """Its submodule returns something else behind the output: attention weights, or the router's scores."""
+    """Whether the submodule returns a tuple: its output, then attention weights or router scores."""
     experts_per_token: int = 0
-    """Experts that a token meets."""
+    """Number of experts per token (top-k); zero without experts."""
     shared: tuple[Slab, ...] = ()
-    """Of the expert that all tokens meet, where its width follows from that of the others: level 1, then level 2. A
-    unit is as many of its channels as leave with one of each of the others; they are counted behind all of those."""
+    """Input projections and output projection of a shared expert that is pruned with the other experts, else empty.
+
+    The shared expert is `shared_multiple` times as wide as another expert and loses that many channels for each channel
+    that the others lose."""
     input_reader: str | None = None
-    """A layer whose input is the module's, where no level-1 layer has it: heads that share a latent vector, experts
-    beside a feed-forward."""
+    """Layer that has the module's input where no input projection has it: latent attention, experts parallel to a
+    feed-forward."""
 
     @property
     def slabs(self) -> tuple[Slab, ...]:
-        """Of both levels."""
+        """All slabs of the module."""
         return (*self.input_projections, *self.shared, self.output_projection)
 
     @property
     def input_layer(self) -> str:
-        """A layer, of level 1 as a rule, whose input is the module's input; the level-2 layer where none is known."""
+        """Path of a layer whose input is the module's input; the output layer if no other layer has it."""
         if self.input_reader is not None:
             return self.input_reader
         return (
@@ -98,17 +107,17 @@ class PrunableModule:
 
     @property
     def output_layer(self) -> str:
-        """The level-2 layer; of experts, which have one each, the whole mixture."""
+        """Path of the layer whose output is the module's output; for experts, the whole mixture."""
         return self.output_projection.layer if self.kind != "experts" else str(self.path)
 
     @property
     def shared_multiple(self) -> int:
-        """How many times as wide as another expert the shared one is; 0 where its width does not follow from theirs."""
+        """Width of the shared expert over the width of another expert; 0 if the shared expert is not pruned."""
         return self.shared[0].size if self.shared else 0
 
     @property
     def channel_projections(self) -> tuple[Slab, ...]:
-        """Level-1 weights whose rows feed level-2 columns one to one: (up, gate), (up,); empty for attention."""
+        """Weights of the input projections with one row for each channel: (up, gate) or (up,); empty for attention."""
         return tuple(
             slab for slab in self.input_projections if self.kind == "channels" and slab.name.endswith(".weight")
         )
@@ -120,26 +129,26 @@ class PrunableModule:
 
     @property
     def units(self) -> int:
-        """Query heads, channels or experts."""
+        """Number of units: query heads, channels or experts."""
         return self.output_projection.units
 
     @property
     def size(self) -> int:
-        """Level-2 input entries per unit: the head dimension, or 1."""
+        """Inputs of the output projection per unit: the head dimension, or 1."""
         return self.output_projection.size
 
     @property
     def per_group(self) -> int:
-        """Query heads per key/value head; for channels, all of them."""
+        """Number of units per group."""
         return self.units // self.groups
 
     @property
     def kind_inside(self) -> str | None:
-        """Kind of the units inside each unit: channels of experts."""
+        """Kind of the units inside each unit: `channels` of experts; None without such units."""
         return next((axis.kind for axis in self.axes if axis.name not in self.output_projection.along), None)
 
     def width_of(self, kept: KeptUnits) -> dict[str, int]:
-        """Return the width that a selection of units amounts to."""
+        """Return the module's number of kept units along each axis."""
         units = kept[self.kind]
         outer, *nested = self.output_projection.along
         found = {outer: len({unit // self.nested_units(outer) for unit in units})}
@@ -151,17 +160,17 @@ class PrunableModule:
 
     @property
     def min_units(self) -> int:
-        """Smallest number of units that the module works with; zero where it may go as a whole."""
+        """Smallest number of units with which the module works; zero if the whole module can be removed."""
         return self.axes[0].min_units if self.fixed else 0
 
     @property
     def units_inside(self) -> int:
-        """Channels of each expert, numbered through: those of the second expert follow those of the first."""
+        """Number of units inside each unit: channels of each expert; zero without such units."""
         return next((axis.units for axis in self.axes if axis.name not in self.output_projection.along), 0)
 
     @property
     def bias_name(self) -> str:
-        """What level 2's bias is called, or would be."""
+        """Name of the output projection's bias, whether the checkpoint has one or not."""
         return self.output_projection.bias
 
     def is_prunable(self, kinds: Sequence[str]) -> bool:
@@ -170,11 +179,12 @@ class PrunableModule:
 
     @property
     def may_gain_bias(self) -> bool:
-        """A level-2 bias can be fitted: behind a norm, what is constant in the residual stream is no bias of it."""
+        """Whether a bias of the output projection can be fitted: a norm after the projection would not keep it
+        constant."""
         return self.post_norm is None and not self.fixed
 
     def axis(self, name: str) -> Axis:
-        """Return the axis of a name."""
+        """Return the axis with a name."""
         return next(axis for axis in self.axes if axis.name == name)
 
     @property
@@ -183,37 +193,37 @@ class PrunableModule:
         return tuple(axis for axis in self.axes if axis.units > 1) or self.axes[:1]
 
     def nested_units(self, axis: str) -> int:
-        """Return how many neighbouring units leave with one number of an axis: those along the axes nested in it."""
+        """Return how many units one step along an axis removes: the units along the axes nested in it."""
         along = self.output_projection.along
         return math.prod(self.axis(name).units for name in along[along.index(axis) + 1 :])
 
     def enclosing_units(self, axis: str) -> int:
-        """Return how many units leave at once, one from each number of the axes that hold this one."""
+        """Return the number of units along the outer axes: each loses one unit for a step along this axis."""
         along = self.output_projection.along
         return math.prod(self.axis(name).units for name in along[: along.index(axis)])
 
     @property
     def removed(self) -> dict[str, int]:
-        """Zero along each axis: the width of a module that has left as a whole."""
+        """Width of the removed module: zero along each of its axes."""
         return dict.fromkeys((axis.name for axis in self.axes), 0)
 
     def units_at(self, width: Width) -> int:
-        """Return how many units stay at a width."""
+        """Return the number of units that stay at a width."""
         return width.product(self.output_projection.along)
 
 
 @dataclass(frozen=True)
 class Block:
-    """The two modules of a dense block and the shapes of its tensors."""
+    """Description of a dense block: its two modules and the shapes of its tensors."""
 
     attention: PrunableModule
     feed_forward: PrunableModule
     shapes: dict[str, tuple[int, ...]]
-    """Of every tensor, by its name inside the block."""
+    """Shape of every tensor, by its name inside the block."""
 
     @property
     def modules(self) -> tuple[PrunableModule, PrunableModule]:
-        """Both, in the order in which they run and in which `KINDS` has them."""
+        """Attention and feed-forward, in the order in which they run."""
         return self.attention, self.feed_forward
 
     @property
@@ -228,7 +238,7 @@ class Block:
 
     @property
     def kinds(self) -> tuple[str, str]:
-        """Of the units in either."""
+        """Kinds of units of the two modules."""
         return self.attention.kind, self.feed_forward.kind
 
     @property
@@ -237,21 +247,21 @@ class Block:
         return [module.kind for module in self.modules if module.axes[0].removable]
 
     def module(self, kind: str) -> PrunableModule:
-        """The module that holds units of that kind."""
+        """Return the module with a kind of units."""
         return self.modules[self.kinds.index(kind)]
 
     @property
     def parameters(self) -> int:
-        """All parameters, norms included."""
+        """Number of all parameters, norms included."""
         return sum(map(math.prod, self.shapes.values()))
 
     @property
     def width(self) -> Width:
-        """The dense width."""
+        """Width of the dense block."""
         return Width({axis.name: axis.units for axis in self.axes})
 
     def inside(self, module: PrunableModule) -> list[str]:
-        """Tensors that go with the module's last unit: all of it but the level-2 bias, which is still added."""
+        """Return the names of the tensors that a removed module no longer has: all but the output projection's bias."""
         slabs = {slab.name for slab in module.slabs}
         path = f"{module.path}." if module.path else None
         return [
@@ -261,7 +271,8 @@ class Block:
         ]
 
     def shapes_at(self, width: Width, kind: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of a module's tensors at a width, without the level-2 bias, which stays whatever goes."""
+        """Return the shapes of a module's tensors at a width, without the output projection's bias, which never
+        leaves."""
         module = self.module(kind)
         if not module.units_at(width):
             return {}
@@ -271,11 +282,11 @@ class Block:
         return {name: tuple(shape) for name, shape in shapes.items()}
 
     def module_parameters(self, width: Width, kind: str) -> int:
-        """Parameters of a module at a width, without the level-2 bias; exact, from the stored shapes."""
+        """Return the number of a module's parameters at a width, without the output projection's bias."""
         return sum(map(math.prod, self.shapes_at(width, kind).values()))
 
     def active_parameters(self, width: Width, kind: str) -> float:
-        """Parameters of a module that a token meets, on average: of experts, those that it is routed to."""
+        """Return the number of a module's parameters that are active per token: of experts, only the routed ones."""
         module, shapes = self.module(kind), self.shapes_at(width, kind)
         if kind != "experts":
             return self.module_parameters(width, kind)
@@ -284,6 +295,6 @@ class Block:
         return self.module_parameters(width, kind) - inside * (1 - module.experts_per_token / module.units_at(width))
 
     def parameters_at(self, width: Width) -> int:
-        """Parameters of the whole block at a width."""
+        """Return the number of the whole block's parameters at a width."""
         prunable = sum(math.prod(self.shapes[name]) for module in self.modules for name in self.inside(module))
         return self.parameters - prunable + sum(self.module_parameters(width, kind) for kind in self.kinds)
