@@ -90,7 +90,7 @@ def nats(stream: BlockStream, rows: Rows, texts: list[Tensor], share: float, met
     widths = {index: block.width for index, block in enumerate(stream.blocks)}
     fewer = {index: width | {EXPERTS: math.ceil(width.experts * (1 - share))} for index, width in widths.items()}
     plan = Plan(fewer, share, share)
-    every, lost = rows.along(*texts), list[float]()
+    every, lost = rows.with_held_out(*texts), list[float]()
 
     def judge(dense: Activations, pruned: Activations) -> None:
         for group in range(len(rows.groups), len(every.groups)):

@@ -122,7 +122,8 @@ def test_the_memory_of_fits(checkpoint_folder: CheckpointFolder, expected: Any) 
     rows = Rows((torch.zeros(4, 16, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long)), (1.0, 0.0))
     widths = {0: stream.blocks[0].width | {"channels": 40}}
     held = [
-        fit_work(stream, rows.with_versions(*[rows.groups[0]] * fits), widths, 0).activation_bytes for fits in (1, 2, 3)
+        fit_work(stream, rows.with_resampled(*[rows.groups[0]] * fits), widths, 0).activation_bytes
+        for fits in (1, 2, 3)
     ]
     # Two streams of each further fit, to the text and its own rows.
     assert held[1] - held[0] == held[2] - held[1] == 4 * 2 * width * 2 * 64

@@ -398,10 +398,10 @@ def recorded_rows(record: dict[str, Any], stream: BlockStream, text: Tensor) -> 
     if record["options"]["recovery"] == "refit":
         rows = rows if said["begins_with_bos"] else rows.with_openings()
         if fits := Options(effort=record["options"]["effort"]).resampled_fits:
-            rows = rows.with_versions(*resample_tokens(stream, text, count=fits))
+            rows = rows.with_resampled(*resample_tokens(stream, text, count=fits))
     assert [list(group.shape) for group in rows.groups] == said["groups"]
     assert list(rows.weights) == said["weights"]
-    assert list(rows.versions) == said["versions"]
+    assert list(rows.resampled) == said["resampled"]
     return rows
 
 

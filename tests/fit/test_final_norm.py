@@ -15,7 +15,7 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 
 LENGTH = 9
-ROWS = Rows.of(token_rows(4, LENGTH, seed=0)).along(token_rows(3, LENGTH, seed=1))
+ROWS = Rows.of(token_rows(4, LENGTH, seed=0)).with_held_out(token_rows(3, LENGTH, seed=1))
 
 
 def divergences(name: str, stream: BlockStream, dense: Tensor, pruned: Tensor, scales: list[float]) -> list[float]:

@@ -53,7 +53,7 @@ def test_equal_rows_for_choice_and_fit_change_nothing(
 ) -> None:
     folder, how = checkpoint_folder(name), {"method": method, "when": when, "criterion": criterion}
     alike = run(folder, name, MANY, **how)
-    apart = run(folder, name, Rows.of(MANY).scored_by(Rows.of(MANY)), **how)
+    apart = run(folder, name, Rows.of(MANY).with_scoring_rows(Rows.of(MANY)), **how)
     for one, other in zip(alike, apart, strict=True):
         assert one.keep == other.keep
         assert one.changed.keys() == other.changed.keys()
@@ -72,7 +72,7 @@ def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(
     folder = checkpoint_folder(name)
     few = FEW[:1, :6]
     chosen = run(folder, name, few, criterion)[0]
-    both = run(folder, name, Rows.of(MANY).scored_by(Rows.of(few)), criterion)[0]
+    both = run(folder, name, Rows.of(MANY).with_scoring_rows(Rows.of(few)), criterion)[0]
     assert both.keep["heads"] == chosen.keep["heads"]
     model = build(name).double()
     module = blocks_of(model)[0].attention
@@ -184,7 +184,7 @@ def test_prune_uses_both_sets_of_rows(checkpoint_folder: CheckpointFolder, tmp_p
     assert shapes[len(openings) + 1] == [62, 16]
     assert shapes[len(openings) + 2] == [2, 16]
     assert shapes[len(openings) + 3] == [4, 16]
-    assert calibration["versions"] == [len(openings) + 1]
+    assert calibration["resampled"] == [len(openings) + 1]
     assert weights == [1.0, *openings, 1.0, 0.0, 0.0, *[0.0 for _ in openings]]
     assert scores == [0.0, *[0.0 for _ in openings], 0.0, 0.0, 1.0, *openings]
 

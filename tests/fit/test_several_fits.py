@@ -37,24 +37,24 @@ def groups_of(rows: Rows) -> list[int]:
 
 
 def test_each_fit_has_its_resampled_rows_and_the_common_rows():
-    rows = Rows.of(TEXT).with_openings().with_versions(ONE, OTHER).along(BESIDE)
+    rows = Rows.of(TEXT).with_openings().with_resampled(ONE, OTHER).with_held_out(BESIDE)
     opened = len(rows.groups[1])
-    assert rows.versions == (2, 3)
+    assert rows.resampled == (2, 3)
     assert rows.weights == (1.0, OPENING_WEIGHT, 1.0, 1.0, 0.0)
     assert [groups_of(part) for part in rows.fits()] == [[9, opened, 7, 0, 0], [9, opened, 0, 8, 0]]
-    assert groups_of(rows.counted(False)) == [0, 0, 0, 0, 3]
+    assert groups_of(rows.weighted(False)) == [0, 0, 0, 0, 3]
     assert sum(len(rows.ids(at)) for at in rows.fits()[1].batches()) == 9 + opened + 8
     assert [groups_of(part) for part in Rows.of(TEXT).fits()] == [[9]]
-    assert groups_of(Rows.of(TEXT).counted(False)) == [0]
+    assert groups_of(Rows.of(TEXT).weighted(False)) == [0]
 
 
 def test_only_the_first_fit_runs_the_rows_that_choose_units():
-    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE).scored_by(Rows.of(BESIDE))
-    assert rows.versions == (1, 2)
+    rows = Rows.of(TEXT).with_resampled(ONE, OTHER).with_held_out(BESIDE).with_scoring_rows(Rows.of(BESIDE))
+    assert rows.resampled == (1, 2)
     first, second = rows.fits()
     assert (groups_of(first), first.scores) == ([9, 7, 0, 0, 3], (0.0, 0.0, 0.0, 0.0, 1.0))
     assert (groups_of(second), second.scores) == ([9, 0, 8, 0, 0], None)
-    assert groups_of(rows.counted(False)) == [0, 0, 0, 3, 0]
+    assert groups_of(rows.weighted(False)) == [0, 0, 0, 3, 0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,7 +62,7 @@ def test_weights_are_the_mean_of_separate_fits(checkpoint_folder, name, monkeypa
     # Where units are given, fewer inputs are summed over, which rounds otherwise; bfloat16 would make much of that.
     monkeypatch.setattr(block_regression, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
-    together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_versions(ONE, OTHER)))
+    together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_resampled(ONE, OTHER)))
     keeps = {block.index: block.keep for block in together}
     units = {index: {kind: keep[kind] for kind in SCORED_KINDS} for index, keep in keeps.items()}
     alone = [
@@ -83,7 +83,7 @@ def test_weights_are_the_mean_of_separate_fits(checkpoint_folder, name, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_mean_is_rounded_to_the_output_dtype(checkpoint_folder, dtype):
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    for block in refit(stream, plan_of("llama"), Rows.of(TEXT).with_versions(ONE, OTHER), dtype=dtype):
+    for block in refit(stream, plan_of("llama"), Rows.of(TEXT).with_resampled(ONE, OTHER), dtype=dtype):
         assert all(torch.equal(tensor, tensor.to(dtype).float()) for tensor in block.changed.values())
 
 
@@ -96,7 +96,7 @@ def test_held_out_rows_run_through_the_dense_and_the_averaged_model(checkpoint_f
     def judge(dense: Activations, pruned: Activations) -> None:
         seen.update(dense=dense.parts[3].clone(), pruned=pruned.parts[3].clone())
 
-    rows = Rows.of(TEXT).with_versions(ONE, OTHER).along(BESIDE)
+    rows = Rows.of(TEXT).with_resampled(ONE, OTHER).with_held_out(BESIDE)
     found = list(refit(stream, plan_of(name, *blocks), rows, compare=judge))
     model = build(name)
     small = narrowed(model, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
@@ -147,7 +147,7 @@ def test_only_the_fit_that_chooses_sums_over_all_inputs(checkpoint_folder, monke
     )
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan, alone = plan_of("llama"), Method(recovery=recovery_of(input_steps=0))
-    list(refit(stream, plan, Rows.of(TEXT).with_versions(ONE, OTHER), method=alone))
+    list(refit(stream, plan, Rows.of(TEXT).with_resampled(ONE, OTHER), method=alone))
     widths = [(stream.blocks[index], width) for index, width in plan.widths.items()]
     assert sizes == [
         entries

@@ -60,7 +60,7 @@ def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: P
     expected = resample_tokens(opened(model).stream, first.groups[0], count=2)
     for fit, one in ((first, 0), (second, 1)):
         assert torch.equal(fit.groups[0], given[0].groups[0])
-        own = [group for number, group in enumerate(fit.groups) if number in given[0].versions and len(group)]
+        own = [group for number, group in enumerate(fit.groups) if number in given[0].resampled and len(group)]
         assert len(own) == 1
         assert torch.equal(own[0], expected[one])
     prune(model, tmp_path / "b", **SIZE)
@@ -79,7 +79,7 @@ def test_blank_copies_are_as_many(checkpoint_folder: CheckpointFolder, effort: s
     assert blank.resampled is None
     found, wanted = blank.with_placeholders().grouped, rows.grouped
     assert [group.shape for group in found.groups] == [group.shape for group in wanted.groups]
-    assert (found.weights, found.scores, found.versions) == (wanted.weights, wanted.scores, wanted.versions)
+    assert (found.weights, found.scores, found.resampled) == (wanted.weights, wanted.scores, wanted.resampled)
 
 
 def test_an_effort_that_there_is_not() -> None:

@@ -74,4 +74,4 @@ def test_the_refit_alone_takes_more_rows(checkpoint_folder, tmp_path, settings, 
     record = json.loads((tmp_path / "out" / "secateur.json").read_text())
     found = [count for count, length in record["calibration"]["groups"] if length == 16]
     assert found == [6] * (1 + copies)
-    assert record["calibration"]["versions"] == list(range(2, 2 + copies))
+    assert record["calibration"]["resampled"] == list(range(2, 2 + copies))

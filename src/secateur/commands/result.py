@@ -104,7 +104,7 @@ def make_record(
             "rows": [hash_rows(group) for group in grouped.groups],
             "weights": list(grouped.weights),
             "scores": list(grouped.scores or grouped.weights),
-            "versions": list(grouped.versions),
+            "resampled": list(grouped.resampled),
             "begins_with_bos": rows.begins_with_bos,
         },
         "sparsity": {

@@ -70,7 +70,7 @@ class DenseBlock:
 
         replay: dict[PrunableModule, Tensor | None] = {attention: self.outputs[attention.kind][at], feed_forward: None}
         self.residual[attention.kind][at] = replayed(replay)
-        if stream.beside.own_inputs:
+        if stream.side_inputs.has_token_inputs:
             # The block adds a third term to the residual stream, which is no part of either module's target.
             replay[feed_forward] = self.outputs[feed_forward.kind][at]
             self.residual[feed_forward.kind][at] = replayed(replay)

@@ -99,7 +99,7 @@ class _Streams:
         """Embed the rows; all streams are then equal."""
         dense = stream.embed(rows, arena)
         fits = [(part, arena.copy(part, dense)) for part in rows.fits()]
-        others = [rows.counted(False)] if held_out else []
+        others = [rows.weighted(False)] if held_out else []
         return cls(rows, dense, fits, [(part, arena.copy(part, dense)) for part in others])
 
     @property
@@ -129,7 +129,7 @@ def _fit_and_average(
     arena: Arena,
 ) -> FittedBlock:
     """Make all fits of one block, return their mean, and advance every stream through the block, in place."""
-    rows, dense = streams.rows.counted(), streams.dense
+    rows, dense = streams.rows.weighted(), streams.dense
     outputs = DenseBlock.run(stream, index, layer, rows, dense, arena, with_inputs=method.recovery.needs_dense_inputs)
     fits: list[FittedBlock] = []
     for part, pruned in streams.fits:

@@ -91,11 +91,11 @@ class ModuleTarget:
     def _target(self, z_btd: Tensor, at: Batch) -> Tensor:
         """Return what the module should add to the residual stream, in error units (b x t x d)."""
         if not self.is_error_aware:
-            return self.norm.own(z_btd)
+            return self.norm.output(z_btd)
         missing = self._missing(at)
         if self.norm.norm is None:
             return missing
-        return self.norm.own(z_btd) + self.norm.read(self.norm.share_o * (missing - self.norm.after(z_btd)))
+        return self.norm.output(z_btd) + self.norm.read(self.norm.share_o * (missing - self.norm.after(z_btd)))
 
     def _missing(self, at: Batch) -> Tensor:
         """Return the dense stream after the module minus the pruned stream without the module (b x t x d)."""
@@ -117,7 +117,7 @@ class ModuleTarget:
             for total, part in ((output_d, output), (error_d, error)):
                 total += at.weight * part.square().flatten(0, -2).sum(0)
         stream.processes.all_reduce(output_d, error_d)
-        self.norm.take_over(output_d, error_d)
+        self.norm.set_repair_shares(output_d, error_d)
 
     def _weights(self, target_nd: Tensor, z_btd: Tensor) -> Tensor | None:
         """Return Cauchy weights of the tokens, 1 / (1 + e_n / (c median(e))), with e_n the inherited squared error.

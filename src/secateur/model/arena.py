@@ -16,23 +16,23 @@ from secateur.base.files import is_disk_full
 from secateur.model.rows import Batch, Rows
 
 PIECE = 2**24
-"""Bytes that are read, written or sent at once where a whole group of rows goes through memory."""
+"""Bytes that are copied at once when a whole group of rows is read, written or sent."""
 
 
 class FileRows:
-    """A tensor in a file, reached by its first axis.
+    """Tensor in a temporary file, indexed along its first dimension.
 
-    Read into memory of its own and never mapped: pages of a mapped file count as resident.
+    Values are copied into memory. The file is not memory-mapped, as mapped pages count as resident memory.
     """
 
     def __init__(self, folder: Path | None, shape: tuple[int, ...], dtype: torch.dtype):
-        """Make the file, without a name: it is gone with the process, whatever ends that."""
+        """Create the file. It has no name, so that the system deletes it however the process ends."""
         self.shape, self.dtype = shape, dtype
         self._row = math.prod(shape[1:]) * dtype.itemsize
         self._folder = folder or Path(tempfile.gettempdir())
         self._file, path = tempfile.mkstemp(dir=folder)
         self.close = weakref.finalize(self, os.close, self._file)
-        """Gives the room back."""
+        """Function that closes the file and frees its space on disk."""
         os.unlink(path)
         os.ftruncate(self._file, shape[0] * self._row)
 
@@ -40,7 +40,7 @@ class FileRows:
         return self.shape[0]
 
     def __getitem__(self, rows: int | slice) -> Tensor:
-        """Some rows, copied."""
+        """Return a copy of some rows."""
         if isinstance(rows, int):
             return self[rows : rows + 1][0]
         start, stop, _ = rows.indices(len(self))
@@ -52,7 +52,7 @@ class FileRows:
         return result
 
     def __setitem__(self, rows: slice, values: Tensor) -> None:
-        """Write some rows."""
+        """Write rows."""
         view, place = memory_of(values.to(self.dtype)), rows.indices(len(self))[0] * self._row
         try:
             while view:
@@ -62,15 +62,16 @@ class FileRows:
             if not is_disk_full(error):
                 raise
             raise StoppedError(
-                f"{self._folder}: the disk is full, and activations have no room; make room, or allow more --memory, "
-                "and run again"
+                f"{self._folder}: the disk is full and cannot hold the activations; free space, or allow more "
+                "--memory, and run again"
             ) from error
 
 
 class Activations:
-    """One vector for each token of some `Rows`, on the host; read and written by the batch (b x t x width).
+    """One vector for each token of some `Rows`, in CPU memory or in files; indexed by a `Batch` (b x t x width).
 
-    `parts` has a tensor for each group of rows (rows x t x width), or what reads and writes one in a file.
+    Attributes:
+        parts: one tensor for each group of rows (rows x t x width).
     """
 
     def __init__(self, parts: list[Tensor | FileRows]):
@@ -85,21 +86,21 @@ class Activations:
         part[at.rows] = values.detach().reshape(shape).cpu()
 
     def energy(self, rows: Rows, scale: Tensor | None = None) -> float:
-        """Sum of the squared norms, each token counted by its weight, and each entry by a scale (width)."""
+        """Return the weighted sum over tokens of the squared norm of each vector, times a scale (width) if given."""
         factor = 1.0 if scale is None else scale.cpu()
         norms = ((at.weight, torch.linalg.vector_norm(self[at] * factor)) for at in rows.batches())
         return sum(weight * float(norm) ** 2 for weight, norm in norms)
 
 
 class Arena:
-    """Room for activations: in memory up to a limit, in files beyond it, which are closed on leaving."""
+    """Allocator of activations: in memory up to a limit, beyond it in files that are closed on exit."""
 
     def __init__(self, limit: int | None = None, folder: Path | None = None):
-        """Start empty.
+        """Create an empty arena.
 
         Args:
-            limit: bytes in memory, by default a quarter of the machine's.
-            folder: for the files; by default the system's for temporary ones.
+            limit: largest number of bytes in memory; by default a quarter of the machine's memory.
+            folder: folder of the files; by default the system's folder for temporary files.
         """
         self.limit = psutil.virtual_memory().total // 4 if limit is None else limit
         self.folder = folder
@@ -107,18 +108,18 @@ class Arena:
         self._files: weakref.WeakSet[FileRows] = weakref.WeakSet()
 
     def empty(self, rows: Rows, width: int, dtype: torch.dtype = torch.float32) -> Activations:
-        """Uninitialised activations of some rows."""
+        """Return uninitialised activations for rows."""
         return Activations([self._empty((*group.shape, width), dtype) for group in rows.groups])
 
     def copy(self, rows: Rows, other: Activations) -> Activations:
-        """What others hold of some rows, once more."""
+        """Return a copy of the activations of some rows."""
         result = self.empty(rows, other.parts[0].shape[-1], other.parts[0].dtype)
         for at in rows.batches():
             result[at] = other[at]
         return result
 
     def release(self, activations: Activations) -> None:
-        """Give their room back; they must not be used any more."""
+        """Free the memory or file space of activations, which must not be used afterwards."""
         for part in activations.parts:
             if isinstance(part, FileRows):
                 part.close()
@@ -140,11 +141,11 @@ class Arena:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # An error holds on to what it went through.
+        # The traceback of an error keeps the activations alive.
         for file in self._files:
             file.close()
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the host, in order."""
+    """Return the bytes of a tensor in CPU memory."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,6 +1,7 @@
-"""What layers are made to do while a block runs: be watched, give a stored output, stay silent, or keep what they get.
+"""Temporary changes to layers while a block runs: watch a layer, replay a stored output, return zeros, record
+arguments.
 
-All of it ends with the context manager that began it.
+Each change ends with its context manager.
 
 Shapes: b rows of a batch, t positions, d residual width.
 """
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from secateur.model.structure import PrunableModule
 
 
-class Reached(Exception):
-    """Raised by a hook to end a block's forward once what was wanted has been seen."""
+class LayerReached(Exception):
+    """Signal by which a hook ends a block's forward pass early."""
 
 
 class Recorder(nn.Module):
-    """Stands in for a block while the model prepares its arguments; passes its input through, or `instead`."""
+    """Placeholder for a block that records the arguments with which the model calls the block."""
 
     def __init__(self, original: nn.Module, tupled: bool):
         super().__init__()
@@ -29,26 +30,27 @@ class Recorder(nn.Module):
         self.__dict__.update({k: v for k, v in vars(original).items() if not k.startswith("_") and k != "training"})
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.input_btd = torch.empty(0)
-        self.instead: Tensor | None = None
+        self.replacement: Tensor | None = None
+        """Output of the placeholder; None for its input."""
 
     def forward(self, hidden_btd: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What comes in, or `instead`."""
+        """Return the input, or `replacement`."""
         self.input_btd, self.call = hidden_btd, (args, kwargs)
-        result = hidden_btd if self.instead is None else self.instead
+        result = hidden_btd if self.replacement is None else self.replacement
         return (result, None) if self._tupled else result
 
 
 @contextmanager
-def watched(module: nn.Module, see: Callable[[Tensor, Tensor], None], *, stop: bool) -> Iterator[None]:
-    """Show a layer's input and output; or its input alone, and go no further."""
+def watched(module: nn.Module, function: Callable[[Tensor, Tensor], None], *, stop: bool) -> Iterator[None]:
+    """Call a function with a layer's input and output; with `stop`, with its input alone, and end the forward there."""
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        see(args[0], args[0].new_empty(0))
-        raise Reached
+        function(args[0], args[0].new_empty(0))
+        raise LayerReached
 
     def after(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        # A whole mixture may give scores behind its output.
-        see(args[0], output[0] if isinstance(output, tuple) else output)
+        # A mixture may return router scores after its output.
+        function(args[0], output[0] if isinstance(output, tuple) else output)
 
     handle = module.register_forward_pre_hook(before) if stop else module.register_forward_hook(after)
     try:
@@ -61,26 +63,34 @@ def watched(module: nn.Module, see: Callable[[Tensor, Tensor], None], *, stop: b
 def replayed(
     layer: nn.Module, module: PrunableModule, hidden_btd: Tensor, value: Tensor | None, lends: bool
 ) -> Iterator[None]:
-    """Let a module return a stored output in place of computing it, unless it `lends` what it makes on the way."""
+    """Let a module return a stored output.
+
+    Args:
+        layer: the filled block.
+        module: its module.
+        hidden_btd: residual stream before the block.
+        value: output to return; None for zeros.
+        lends: whether the module must still run, because later blocks attend to its keys and values.
+    """
     output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if lends:
             part = layer.get_submodule(str(module.path))
             type(part).forward(part, *args, **kwargs)
-        # Some blocks add to it in place.
+        # Some blocks add to the output in place.
         return (output.clone(), None) if module.returns_tuple else output.clone()
 
-    def nothing(hidden: Tensor) -> Tensor:
+    def narrow(hidden: Tensor) -> Tensor:
         return hidden[..., :1]
 
     def flat(hidden: Tensor) -> Tensor:
-        # The layers hang in the block itself, which may have folded rows and positions into one axis.
+        # The layers are children of the block itself, which may have flattened rows and positions into one dimension.
         return output.reshape(hidden.shape[:-1] + output.shape[-1:])
 
     changes = {module.path: forward} if module.path else {module.output_layer: flat}
     if not module.path and module.input_projections:
-        changes[module.input_layer] = nothing
+        changes[module.input_layer] = narrow
     for path, function in changes.items():
         layer.get_submodule(path).__dict__["forward"] = function
     try:
@@ -91,8 +101,8 @@ def replayed(
 
 
 @contextmanager
-def silent(module: nn.Module, like: Tensor) -> Iterator[None]:
-    """Let a module give zeros of another tensor's shape."""
+def zeroed(module: nn.Module, like: Tensor) -> Iterator[None]:
+    """Let a module return zeros of the shape of `like`."""
     module.__dict__["forward"] = lambda *_: torch.zeros_like(like)
     try:
         yield

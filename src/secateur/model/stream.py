@@ -5,7 +5,7 @@ the arguments which the model prepares for each of them (masks, rotary tables); 
 run on stored activations, alone. Hooks live inside context managers only.
 
 Shapes: b rows of a batch, t positions, d residual width, c columns of what flows from block to block: d, unless blocks
-read something beside the residual stream (`secateur.model.beside`).
+read something beside the residual stream (`secateur.model.side_inputs`).
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -28,12 +28,12 @@ from secateur.base.services import Services
 from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION
-from secateur.model.beside import Beside
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.describe import describe
 from secateur.model.held import Held
-from secateur.model.hooks import Reached, Recorder, replayed, silent, watched
+from secateur.model.hooks import LayerReached, Recorder, replayed, watched, zeroed
 from secateur.model.rows import Rows
+from secateur.model.side_inputs import SideInputs
 from secateur.model.structure import Block, PrunableModule
 from secateur.model.surgery import assign
 from secateur.model.weights import read_ahead
@@ -78,7 +78,7 @@ class BlockStream:
             raise SecateurError(f"{checkpoint.source}: the model has no blocks; find the config.json of these weights")
         self.width: int = checkpoint.config.hidden_size
         """d."""
-        self.beside = Beside(checkpoint.config, self.family, [*self.layers.children()], self.width)
+        self.side_inputs = SideInputs(checkpoint.config, self.family, [*self.layers.children()], self.width)
         self.products = torch.float32
         """What blocks multiply in; see `quick`."""
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -230,7 +230,7 @@ class BlockStream:
         result = arena.empty(rows, self.columns)
         with self._around(base, recorders):
             self._calls = []
-            self.beside.prepare(rows, arena)
+            self.side_inputs.prepare(rows, arena)
             for group in rows.groups:
                 # One row: what the model prepares for it broadcasts over batches of any size.
                 one = group[:1] if len(group) else group.new_zeros(1, group.shape[1])
@@ -239,13 +239,14 @@ class BlockStream:
                 self._calls.append([recorder.call for recorder in recorders])
             for at in rows.batches():
                 base(rows.ids(at).to(self.device), use_cache=False)
-                result[at] = self.beside.note(at, recorders[0].input_btd, [recorder.call[0] for recorder in recorders])
+                arguments = [recorder.call[0] for recorder in recorders]
+                result[at] = self.side_inputs.record(at, recorders[0].input_btd, arguments)
         return result
 
     @property
     def columns(self) -> int:
         """c."""
-        return self.beside.columns
+        return self.side_inputs.columns
 
     def residual(self, hidden_btc: Tensor) -> Tensor:
         """The residual stream alone (b x t x d)."""
@@ -264,7 +265,7 @@ class BlockStream:
         with self._around(self.model, recorders):
 
             def logits(hidden_kc: Tensor) -> Tensor:
-                recorders[-1].instead = self.residual(hidden_kc.to(self.device))[:, None]
+                recorders[-1].replacement = self.residual(hidden_kc.to(self.device))[:, None]
                 ids = torch.zeros(len(hidden_kc), 1, dtype=torch.long, device=self.device)
                 with self._understood():
                     return self.model(ids, use_cache=False).logits[:, 0]
@@ -339,24 +340,25 @@ class BlockStream:
             modules: leave out what the block adds to the residual stream beside its two modules.
         """
         hidden_btc = to_device(hidden_btc, self.device)
-        args, kwargs = self.beside.given(index, group, hidden_btc, *self._calls[group][index])
+        args, kwargs = self.side_inputs.arguments(index, group, hidden_btc, *self._calls[group][index])
         hidden_btd = self.residual(hidden_btc)
         if self.family.for_rows is not None:
             kwargs = self.family.for_rows(kwargs, len(hidden_btd))
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
-                lends = module.role == ATTENTION and self.beside.stores(index)
+                lends = module.role == ATTENTION and self.side_inputs.stores(index)
                 stack.enter_context(replayed(layer, module, hidden_btd, value, lends))
             if modules:
                 for path in self._aside(index):
-                    stack.enter_context(silent(layer.get_submodule(path), hidden_btd))
+                    stack.enter_context(zeroed(layer.get_submodule(path), hidden_btd))
             for path, see in (watch or {}).items():
                 stack.enter_context(watched(layer.get_submodule(path), see, stop=path == until))
             stack.enter_context(self.multiplying())
             try:
-                found = layer(hidden_btd, *args, **kwargs)
-                return self.beside.behind(index, hidden_btc, found[0] if self.family.returns_tuple else found, kwargs)
-            except Reached:
+                output = layer(hidden_btd, *args, **kwargs)
+                after = output[0] if self.family.returns_tuple else output
+                return self.side_inputs.stream_after(index, hidden_btc, after, kwargs)
+            except LayerReached:
                 return None
             except (SecateurError, torch.OutOfMemoryError):
                 raise
@@ -379,7 +381,7 @@ class BlockStream:
 
     def _aside(self, index: int) -> Iterator[str]:
         """What adds to the residual stream in a block, and is none of its two modules."""
-        if self.beside.own_inputs:
+        if self.side_inputs.has_token_inputs:
             yield self.family.per_layer_output
         if self.blocks[index].feed_forward.outer_norm is not None:
             yield str(self.family.feed_forward)

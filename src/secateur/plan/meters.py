@@ -99,7 +99,7 @@ def _unsupported_quantity(stream: BlockStream, target: Target) -> str | None:
     is_time = target.quantity in SPEEDUPS
     reasons = [
         (
-            (is_time or target.quantity == "kv") and stream.beside.lent,
+            (is_time or target.quantity == "kv") and stream.side_inputs.shares_keys,
             "some blocks attend to keys and values of other blocks, so that one block cannot be measured alone; use "
             "params or bytes",
         ),

@@ -61,7 +61,7 @@ def survey(
     curves: list[ErrorCurve] = []
     curves += [ErrorCurve.of(one) for one in checkpoint.value("curves", lambda: [asdict(one) for one in curves], [])]
     calibration = Rows.of(rows)
-    all_rows = calibration if probe_rows is None else calibration.along(probe_rows)
+    all_rows = calibration if probe_rows is None else calibration.with_held_out(probe_rows)
     rows, probe_group = stream.own(all_rows), len(calibration.groups)
     with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)

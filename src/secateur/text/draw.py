@@ -94,14 +94,14 @@ class CalibrationRows:
         """
         rows = self._with_openings(self.fit)
         if self.resampled is not None:
-            rows = rows.with_versions(*self.resampled)
+            rows = rows.with_resampled(*self.resampled)
         if len(self.norm_scale):
-            rows = rows.along(self.norm_scale)
+            rows = rows.with_held_out(self.norm_scale)
         if self.random is not None:
-            rows = rows.scored_by(Rows.of(self.random))
+            rows = rows.with_scoring_rows(Rows.of(self.random))
         elif self.separate_refit is not None:
-            rows = rows.scored_by(self._with_openings(self.selection))
-        return rows if self.held_out is None else rows.along(self.held_out)
+            rows = rows.with_scoring_rows(self._with_openings(self.selection))
+        return rows if self.held_out is None else rows.with_held_out(self.held_out)
 
     def _with_openings(self, rows: Tensor) -> Rows:
         # One-token rows are of use to fits only; means and scores alone are computed on the text as it is.

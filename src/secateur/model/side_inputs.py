@@ -1,12 +1,11 @@
-"""What a block reads beside the residual stream, where blocks are run one at a time.
+"""Side inputs of blocks: inputs other than the residual stream, for blocks that are run one at a time.
 
-Gemma 4's small models have two such things. Each block adds a function of the token of its own: the model makes these
-inputs of all blocks at once, so they are kept by row, once for all streams. And the last blocks attend with keys and
-values of an earlier one: they depend on the stream, so they travel with it, as columns behind the residual width. One
-more column says which row it is.
+Gemma 4's small models have two kinds of side inputs. (1) Each block has a second input that depends on the token alone.
+The model computes these inputs for all blocks at once, and they are stored by row, once for all streams. (2) The last
+blocks attend to keys and values of an earlier block. These depend on the stream, so they are appended to the stream as
+columns after the residual width. One more column holds the index of the row.
 
-Shapes: b rows of a batch, t positions, d residual width, c columns in all, e entries of a token's keys and of its
-values.
+Shapes: b rows of a batch, t positions, d residual width, c all columns, e entries of a token's keys or of its values.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from secateur.model.rows import Batch, Rows
 
 
 class Shared(NamedTuple):
-    """Keys and values of one block that later ones attend with."""
+    """Columns of the keys and values of one block to which later blocks attend."""
 
     keys: slice
     """Columns of the keys."""
     values: slice
-    """And of the values."""
+    """Columns of the values."""
     size: int
-    """Entries of one head."""
+    """Entries per head."""
 
 
-class Beside:
-    """Side inputs of a model's blocks; of most models there are none, and nothing here costs anything."""
+class SideInputs:
+    """Side inputs of a model's blocks. Most models have none; all methods then return at once."""
 
     def __init__(self, config: Any, family: Family, layers: Sequence[nn.Module], width: int):
         self.width = width
-        """d."""
+        """Residual width d."""
         self._own = bool(family.per_layer_input and getattr(config, family.per_layer_input, None))
         self._kinds: list[str | None] = [None] * len(layers)
-        """What each block shares: one kind's keys and values."""
+        """Layer type whose keys and values a block shares, for each block; None where a block does not share."""
         self._stores: set[int] = set()
         self._shared: dict[str, Shared] = {}
         end = width + 1
@@ -55,47 +54,53 @@ class Beside:
                 end = last
                 self._stores.add(index)
         self.columns = end if self._own or self._shared else width
-        """c: of what flows from block to block."""
+        """Number of columns c of the stream between blocks."""
         self._inputs: list[Activations] = []
         self.kept = self._own * len(layers) * int(getattr(config, family.per_layer_input or "", None) or 0)
-        """Entries of a token's inputs, of all blocks."""
+        """Number of entries of the second inputs of all blocks, per token."""
 
     @property
-    def own_inputs(self) -> bool:
-        """Each block has an input of its own for every token."""
+    def has_token_inputs(self) -> bool:
+        """Whether each block has a second input that depends on the token alone."""
         return self._own
 
     @property
-    def lent(self) -> bool:
-        """Some blocks attend with keys and values of others."""
+    def shares_keys(self) -> bool:
+        """Whether some blocks attend to keys and values of other blocks."""
         return bool(self._stores)
 
     def stores(self, index: int) -> bool:
-        """Later blocks attend with this one's keys and values."""
+        """Return whether later blocks attend to the keys and values of this block."""
         return index in self._stores
 
     def prepare(self, rows: Rows, arena: Arena) -> None:
-        """Make room for what blocks are given for these rows; `note` fills it."""
+        """Prepare to store the second inputs for rows; `record` fills the store."""
         self._inputs, self._rows, self._arena = [], rows, arena
 
-    def note(self, at: Batch, hidden_btd: Tensor, given: Sequence[tuple[Any, ...]]) -> Tensor:
-        """Keep what a batch's blocks are given behind the residual stream, and return that stream with its columns."""
+    def record(self, at: Batch, hidden_btd: Tensor, arguments: Sequence[tuple[Any, ...]]) -> Tensor:
+        """Store the second inputs of a batch, and return the stream with its additional columns.
+
+        Args:
+            at: the batch.
+            hidden_btd: residual stream before the first block.
+            arguments: arguments that the model gives to each block after the residual stream.
+        """
         if self.columns == self.width:
             return hidden_btd
         if self._own:
             if not self._inputs:
-                sizes = [args[0].shape[-1] for args in given]
+                sizes = [args[0].shape[-1] for args in arguments]
                 self._inputs = [self._arena.empty(self._rows, size) for size in sizes]
-            for kept, args in zip(self._inputs, given, strict=True):
+            for kept, args in zip(self._inputs, arguments, strict=True):
                 kept[at] = args[0]
         rest = hidden_btd.new_zeros(*hidden_btd.shape[:-1], self.columns - self.width)
         rest[..., 0] = torch.arange(at.rows.start, at.rows.stop, device=rest.device)[:, None]
         return torch.cat([hidden_btd, rest], -1)
 
-    def given(
+    def arguments(
         self, index: int, group: int, hidden_btc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A block's arguments for a batch, from those that the model prepared for one row."""
+        """Return a block's arguments for a batch, from the arguments that the model prepared for one row."""
         if self._own:
             rows = hidden_btc[:, 0, self.width].long()
             start, stop = int(rows.min()), int(rows.max()) + 1
@@ -110,8 +115,8 @@ class Beside:
             kwargs = kwargs | {"shared_kv_states": shared}
         return args, kwargs
 
-    def behind(self, index: int, hidden_btc: Tensor, after_btd: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """The stream behind a block, with its columns."""
+    def stream_after(self, index: int, hidden_btc: Tensor, after_btd: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the stream after a block, with its additional columns."""
         if self.columns == self.width:
             return after_btd
         rest = hidden_btc[..., self.width :]
@@ -125,5 +130,5 @@ class Beside:
 
     @staticmethod
     def _heads(values_bte: Tensor, size: int) -> Tensor:
-        """By heads, as attention takes them (b x heads x t x size)."""
+        """Return columns split into heads (b x heads x t x size)."""
         return values_bte.unflatten(-1, (-1, size)).transpose(1, 2)
