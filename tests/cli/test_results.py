@@ -141,7 +141,7 @@ def test_plan_prints_the_widths_that_prune_gives(place: Path, run: Run) -> None:
     assert "40." in result.out.partition("% of the blocks' parameters are removed")[0][-6:]
     assert "Estimated loss increase: " in result.out
     part = run("plan", "model", *SMALL, "--sparsity", "0.4", "--blocks", "1:2")
-    assert "% of the parameters of blocks 1:2 go: " in part.out
+    assert "% of the parameters of blocks 1:2 are removed; " in part.out
     result = run("plan", "model", *SMALL, "--sparsity", "0.4", "--out", "plan.json", "--survey", "survey.json")
     assert "Written to plan.json; prune with --plan plan.json" in result.out
     assert run("prune", "model", "planned", *SMALL, "--plan", "plan.json").code == 0

@@ -503,7 +503,7 @@ WRONG = [
     ("compare grid.yaml --out out", "the recipe names no model; give one before the recipe"),
     ("compare nowhere/at/all grid.yaml --out out", "nowhere/at/all: does not exist"),
     ("compare model model grid.yaml --out out", "model model is given twice; leave one out"),
-    ("compare model grid.yaml --out text.txt", "text.txt: a file is there; name a folder"),
+    ("compare model grid.yaml --out text.txt", "text.txt: a file with this name exists; choose another name"),
     ("compare model grid.yaml --out model", "model: holds other files and no comparison; name a new folder"),
     ("compare model grid.yaml --out missing/out", "missing does not exist; create it"),
     ("compare model grid.yaml --out out --seeds 0,x", "--seeds is '0,x'; write whole numbers separated by commas, for"),
@@ -539,7 +539,7 @@ WRONG = [
     ("compare model grid.yaml --out out --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
     ("compare model grid.yaml --out out --task-path gone", "gone: no such folder; name one with task files"),
     ("compare model grid.yaml --out out --device nonsense", "device 'nonsense' is not available here"),
-    ("compare model wide.yaml --out out", "model, L1, sparsity 0.999: a sparsity of 99.9% of the blocks is more than"),
+    ("compare model wide.yaml --out out", "model, L1, sparsity 0.999: sparsity 99.9% is out of reach"),
 ]
 
 

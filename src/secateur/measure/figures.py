@@ -29,7 +29,7 @@ class ModelScore:
 
 
 class Figure(NamedTuple):
-    """One row of the table: a value for each model, and their ratio."""
+    """Row of the table: a value for each model, and their ratio."""
 
     label: str
     values: list[float]
@@ -44,7 +44,7 @@ class Figure(NamedTuple):
 
     @classmethod
     def of(cls, label: str, values: list[float], form: str) -> "Figure":
-        """Return a figure whose ratio is that of the values."""
+        """Return a figure whose ratio is the first value over the second."""
         return cls(label, values, values[0] / values[1] if len(values) == 2 else None, form)
 
 
@@ -54,7 +54,7 @@ class Evaluation:
 
     models: list[ModelScore]
     speed_ratios: tuple[float, float] | None = None
-    """Speeds of prefill and decoding of the first model over those of the second, from runs in turns."""
+    """Ratios of the first model's speed to the second's in prefill and decoding, from runs in turns."""
 
     def figures(self) -> list[Figure]:
         """Return all figures, in the order of the table."""

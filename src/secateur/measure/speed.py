@@ -43,7 +43,7 @@ class Speed:
     """Number of CPU threads of torch."""
 
     def over(self, other: "Speed") -> tuple[float, float]:
-        """Return the speeds of prefill and decoding over those of another model: medians over runs in turns."""
+        """Return the ratios of speed to another model in prefill and decoding: medians over runs in turns."""
         pairs = (
             (self.prefill_seconds, other.prefill_seconds),
             (self.decode_seconds, other.decode_seconds),

@@ -18,7 +18,7 @@ from secateur.base.quiet import first_line, quiet
 from secateur.model.hub_source import out_of_reach
 
 _FILES = {"arrow", "csv", "json", "parquet", "text"}
-"""Names of data sets in task files that stand for the user's own local files."""
+"""Values of `dataset_path` in task files that mean local files."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy on multiple-choice tasks: prompts, likelihoods and metrics are those of lm-eval."""
+"""Zero-shot accuracy on multiple-choice tasks; lm-eval makes prompts, likelihoods and metrics."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ class Accuracy:
     standard_error: float | None
     """Standard error of the share; None for a single item."""
     outcomes: list[int]
-    """One number per item in the task's order, 1 for correct and 0 for wrong, by which two models are compared."""
+    """Outcome of each item in the task's order, 1 for correct and 0 for wrong, by which two models are compared."""
 
     @classmethod
     def of(cls, outcomes: list[int]) -> "Accuracy":

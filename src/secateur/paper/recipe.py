@@ -44,7 +44,7 @@ class PaperModel(_Strict):
     id: str
     """Hub id; the models of this list are the default of the recipe."""
     also: list[str] = []
-    """Other names of folders and hub ids that hold the same model."""
+    """Further names of folders and hub ids that hold the same model."""
     options: dict[str, Any] = {}
     """Options for this model, such as the blocks that the paper prunes."""
     published: dict[str, dict[str, float]] = {}
@@ -103,7 +103,7 @@ class Run:
     """Place in the grid: pairs of option and value."""
     options: Options
     training: Training | None = None
-    """Retraining of the pruned model; calibration, length and seed are those of the run unless the recipe sets them."""
+    """Retraining of the pruned model; calibration, length and seed come from the run unless the recipe sets them."""
 
     @property
     def row(self) -> str:
@@ -131,7 +131,9 @@ def read_recipe(name: str) -> Recipe:
     except UnicodeDecodeError as error:
         raise SecateurError(f"{path}: not UTF-8; a recipe is a YAML file") from error
     if not isinstance(raw, dict):
-        raise SecateurError(f"{path}: a recipe is a mapping with title, runs, evaluation, ...; see those of secateur")
+        raise SecateurError(
+            f"{path}: a recipe is a mapping with title, runs, evaluation, ...; see the recipes of secateur"
+        )
     try:
         recipe = Recipe.model_validate(raw)
         for entry in (None, *recipe.models):
@@ -254,7 +256,7 @@ def named(text: str, name: str) -> tuple[str, str]:
 
 
 def _options(given: Mapping[str, Any], where: str) -> Options:
-    """Return options from a recipe, checked like those of the command line."""
+    """Return options from a recipe, checked like options of the command line."""
     options = _made(Options, given, where)
     if options.output_format.suffix is not None:
         raise SecateurError(f"{where}: runs are scored by transformers; take the format hf or stock")

@@ -156,7 +156,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _texts(texts: Sequence[tuple[str, str, str]]) -> str:
-    """Return the texts of both models after each prompt, side by side."""
+    """Return a section with the texts that both models generate after each prompt."""
     if not texts:
         return ""
     pairs = "".join(

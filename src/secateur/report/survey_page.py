@@ -1,7 +1,7 @@
 """A survey as one self-contained HTML page: the cost of every width, and what a given sparsity removes.
 
-This file makes the data, rounded and thinned so that the page of a large model stays small; `survey_page.html` beside
-it draws them. The page loads nothing when it opens, and knows axes only from its data.
+This file makes the data, rounded and thinned so that the page of a large model stays small; `survey_page.html` draws
+them. The page loads nothing when it opens, and knows axes only from its data.
 """
 
 import json

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from secateur.base.words import format_count
 from secateur.formats.format import format_class
-from secateur.model.axes import Width, axis_kinds, present, shares, totals
+from secateur.model.axes import Width, axis_kinds, shares, totals
 from secateur.report.summary import ModelSize, Proposal, Summary, SurveySummary, bos_note, pruned_part
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -84,7 +84,8 @@ def profile(dense: list[Width], pruned: list[Width]) -> list[str]:
 
 def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     """Return a table of a plan, one row for each block, and lines about the whole plan."""
-    plan, axes = proposal.plan, present(proposal.dense)
+    plan = proposal.plan
+    axes = [axis_kinds()[name] for name in dict.fromkeys(name for width in proposal.dense for name in width)]
     table = Table(title="Plan", title_justify="left")
     # Names of axes take two lines, so that bars fit beside them.
     for name in ("block", *(kind.label.replace(" ", "\n", 1) for kind in axes)):

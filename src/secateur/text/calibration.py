@@ -43,7 +43,7 @@ class SampleOption:
     """Number of rows drawn for each row that comes from the text."""
 
     def largest(self, text_rows: int) -> int:
-        """Return the largest value of the option with which a text of so many rows is long enough."""
+        """Return the largest value of the option for which a text with this number of rows is long enough."""
         return self.rows_per_text_row * text_rows - self.extra_rows
 
 

@@ -1,8 +1,8 @@
 """Rows of the source `general`: several kinds of text from a file that comes with the package.
 
-A pruned model keeps the abilities that its calibration rows use. So the rows hold several kinds of text, and above all
-text that repeats itself: otherwise the heads with which a model copies earlier tokens are removed first, and with them
-the handling of names, source code and long contexts. docs/calibrate.md has the measurements behind the shares.
+A pruned model keeps the abilities that its calibration rows use, so the rows hold several kinds of text. Text that
+repeats itself matters most: without it, the heads with which a model copies earlier tokens are removed first, and the
+model loses names, source code and long contexts. docs/calibrate.md has the measurements behind the shares.
 """
 
 import json
@@ -64,7 +64,7 @@ def rows_per_kind(samples: int) -> dict[str, int]:
 
 
 def spread(parts: list[Tensor]) -> Tensor:
-    """Return the rows of several tensors, those of each tensor spread evenly over the result."""
+    """Return the rows of several tensors together; the rows of each tensor are spread evenly over the result."""
     places = torch.cat([(torch.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
     return torch.cat(parts)[places.argsort(stable=True)]
 
