@@ -38,7 +38,7 @@ def changed_files() -> list[str]:
     return git("diff", "--name-only", base[0]) + git("ls-files", "--others", "--exclude-standard")
 
 
-def tests_of(file: str) -> list[str]:
+def paths_of(file: str) -> list[str]:
     """Return the files and folders of the tests of a file."""
     first, *rest = Path(file).parts
     if first == "tests":
@@ -52,7 +52,7 @@ def tests_of(file: str) -> list[str]:
 
 def arguments(files: list[str]) -> list[str]:
     """Return pytest's arguments for some changed files: names of cases, and paths, none inside another one."""
-    paths = dict.fromkeys([*ALWAYS, *(path for file in files for path in tests_of(file))])
+    paths = dict.fromkeys([*ALWAYS, *(path for file in files for path in paths_of(file))])
     there = [Path(path) for path in paths if (ROOT / path.partition("::")[0]).exists()]
     outermost = [str(path) for path in there if not any(other in path.parents for other in there)]
     families = [Path(file).stem for file in files if file.startswith("src/secateur/families/")]

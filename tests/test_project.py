@@ -6,8 +6,11 @@ import re
 from importlib.metadata import requires
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from changed import paths_of
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -51,6 +54,13 @@ def test_help_names_every_target() -> None:
     targets = set(found[1].split()) - {"help", "browser"}
     assert set(re.findall(r'@echo "make ([\w-]+)  ', MAKEFILE)) == targets
     assert {name for name in targets if re.search(rf"^{name}:", MAKEFILE, re.MULTILINE)} == targets
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("src/secateur/*/__init__.py")))
+def test_make_check_finds_the_tests_of_every_folder(folder: str) -> None:
+    paths = paths_of(f"src/secateur/{folder}/__init__.py")
+    assert paths
+    assert not [path for path in paths if not (ROOT / path.partition("::")[0]).exists()]
 
 
 def test_clean_removes_every_environment() -> None:
