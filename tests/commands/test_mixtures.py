@@ -161,7 +161,7 @@ WRONG = {
     ),
     "channels of which no kernel is": (
         {"block": 1, "width": numbers(8, 13)},
-        "kernels of experts take channels that 8 divides, not 13",
+        "kernels of experts need a number of channels that 8 divides, not 13",
     ),
     "channels of an expert that goes": (
         {"block": 1, "experts": [0, 1, 2], "channels": [*range(8), *range(20, 28), *range(60, 68)]},
@@ -226,8 +226,8 @@ def test_one_survey_serves_the_page_and_prune(tmp_path: Path, checkpoint_folder:
     model = checkpoint_folder(NAME)
     survey_page(model, tmp_path / "survey", Options(**ROWS), RunOptions(device="cpu"))
     page = (tmp_path / "survey" / "survey.html").read_text()
-    assert "Experts kept, by block" in page
-    assert "channels of experts that go are shown as the experts that would hold them" in page
+    assert '"experts"' in page
+    assert '"expert_channels"' in page
     assert "{{" not in page
     run_options = RunOptions(device="cpu", survey=tmp_path / "survey" / "survey.json")
     found = prune(model, tmp_path / "out", Options(sparsity=0.3, **ROWS), run_options)

@@ -353,7 +353,7 @@ def test_no_bias_is_fitted_before_a_norm(
     prune(
         checkpoint_folder(name), tmp_path / "out", sparsity=0.3, **SMALL, recovery="bias", format="hf", watcher=watcher
     )
-    assert sum(line.startswith("No bias is fitted: this model has a norm behind") for line in watcher.said) == said
+    assert sum(line.startswith("No bias is fitted: this model has a norm after") for line in watcher.said) == said
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert any("down_proj.bias" in one for one in names) == (not said)
 
