@@ -1,1 +1,1 @@
-"""What is known of each model family: one entry a model_type, one file a lineage."""
+"""Entries of model families: one entry for each model_type, one file for each lineage."""

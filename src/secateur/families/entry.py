@@ -39,9 +39,9 @@ class Experts:
     groups keep the same number of experts."""
     parallel_norms: tuple[str, str] | None = None
     """Norms in front of and behind the experts, where experts and router hang in the block itself, parallel to a
-    feed-forward that stays. The norm of that feed-forward then follows on the sum of both outputs."""
+    feed-forward that stays. The feed-forward's own norm then applies to the sum of the two outputs."""
     returns_scores: bool = False
-    """The feed-forward returns the router's scores behind its output."""
+    """Whether the feed-forward returns a tuple: its output, then the router's scores."""
     scales_inputs: bool = False
     """Gates multiply the inputs of experts, not their outputs."""
     gating: Literal["softmax", "sigmoid"] = "sigmoid"
@@ -81,7 +81,8 @@ class KvSharing(NamedTuple):
     layer_type: str
     """The blocks that share keys and values with each other are of one layer type."""
     lends: bool
-    """Later blocks attend with this attention's keys and values; else it attends with those of an earlier one."""
+    """Whether later blocks attend to the keys and values of this attention; else it attends to those of an earlier
+    block."""
     entries: int
     """Entries of a token's keys; its values have as many."""
     head_dim: int
@@ -90,14 +91,15 @@ class KvSharing(NamedTuple):
 
 @dataclass(frozen=True)
 class Stock:
-    """How the config class of one model_type spells widths and rotary settings, and the widths that it accepts."""
+    """Spelling of widths and rotary settings in the config class of one model_type, and the widths that the class
+    accepts."""
 
     channels: str = "intermediate_size"
     """Config key of the feed-forward width."""
     derived: bool = False
     """The class derives that width and reads no key of it; only the per-layer format can change it."""
     same: tuple[str, ...] = ()
-    """Other keys of the feed-forward width, as the family's own checkpoints have them."""
+    """Further config keys with the feed-forward width in the family's own checkpoints."""
     also: tuple[tuple[str, Any], ...] = ()
     """Keys and values that make the class take the width as it is written."""
     heads: Literal["any", "divisors", "dense"] = "any"
@@ -153,12 +155,13 @@ def no_config(_: GgufContents) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class GgufInput:
-    """How secateur itself reads GGUF files of the family: facts that metadata and tensor shapes do not state."""
+    """Facts with which secateur itself reads GGUF files of the family, where metadata and tensor shapes do not give
+    them."""
 
     architecture: str
     """llama.cpp's name of the architecture."""
     dense: bool = False
-    """Secateur also reads files without experts; transformers reads those of the other families."""
+    """Whether secateur also reads files without experts; else transformers reads them."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Metadata keys that a file must have, and the config's keys of the same values, in addition to `Gguf.keys`."""
     known_keys: frozenset[str] = frozenset()
@@ -166,7 +169,7 @@ class GgufInput:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Constants in llama.cpp's code for the architecture, by config key."""
     pairs: bool = False
-    """In files, neighbouring entries of a head rotate together; in checkpoints, entries half a head apart."""
+    """Whether neighbouring entries of a head rotate together in files, and entries half a head apart in checkpoints."""
     scales_queries: bool = False
     """The class can scale queries with their positions, as some files ask for."""
     yarn: Mapping[str, Any] = field(default_factory=dict)
@@ -180,7 +183,7 @@ class GgufInput:
 
 @dataclass(frozen=True)
 class Gguf:
-    """How models of the family are written as GGUF files for llama.cpp, and read from them."""
+    """Facts with which GGUF files of the family are written for llama.cpp, and read."""
 
     architectures: tuple[str, ...] = ()
     """llama.cpp's architectures that compute the family, the preferred one first."""
@@ -188,7 +191,8 @@ class Gguf:
     """Metadata keys that only some families have, and the config's keys of the same values. They are written, and must
     be there when secateur itself reads a file."""
     unlike: str | None = None
-    """What llama.cpp computes differently for the family, as a clause; files are then not written."""
+    """Difference between llama.cpp's computation and the family's, as a clause; files are then not written. None
+    without one."""
     unlike_inside: Mapping[str, str] = field(default_factory=dict)
     """The same for decoders inside multimodal models, by the model_type of the multimodal model."""
     activation: str = "hidden_act"
@@ -200,14 +204,14 @@ class Gguf:
     transposed: bool = False
     """Checkpoints store matrices inside blocks with inputs first."""
     pairs: bool = False
-    """In checkpoints, neighbouring entries of a head rotate together."""
+    """Whether neighbouring entries of a head rotate together in checkpoints."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Metadata keys that transformers ignores although the config has a place for them, and the config's keys."""
     deepest: int | None = None
     """Number of blocks by which llama.cpp recognises Gemma's 27B models: it scales their attention scores by
     hidden_size / heads, those of the other sizes by the head size."""
     input: GgufInput | None = None
-    """How secateur reads GGUF files itself; None where transformers reads them."""
+    """Facts with which secateur itself reads GGUF files; None where transformers reads them."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,8 @@ class Vllm:
     """Limits of vLLM for the family; each reason is a clause that ends in what can be done instead."""
 
     derives_head_size: str | None = None
-    """What to do in place of fewer heads, where vLLM's own class derives the head size from their number."""
+    """Advice instead of fewer heads, where vLLM's own class derives the head size from the number of heads; else
+    None."""
     backend: str | None = None
     """Why vLLM's transformers backend cannot run the family block by block."""
     stock: Callable[[Any], str | None] | None = None
@@ -224,7 +229,7 @@ class Vllm:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything that is known of one model_type. The defaults are those of Llama."""
+    """Entry of one model_type: all that secateur knows of the family. Defaults are Llama's."""
 
     blocks: str = "model.layers"
     attention: str = "self_attn"
@@ -233,7 +238,7 @@ class Family:
     values: str = "v_proj"
     output: str = "o_proj"
     fused: str | None = None
-    """One layer for queries, keys and values, in place of the three."""
+    """Fused layer of queries, keys and values; None for three layers."""
     interleaved: bool = False
     """The fused layer holds queries, key and value of one KV group after the other, not all queries first."""
     key_value_heads: Callable[[Any], int] | None = None
@@ -253,7 +258,7 @@ class Family:
     gate: str | None = "gate_proj"
     down: str = "down_proj"
     fused_gate: str | None = None
-    """One layer with the gate's rows, then the up layer's."""
+    """Fused layer with the rows of the gate, then the rows of the up layer; None for two layers."""
     activation: str | None = None
     """Activation of the feed-forward, where it is a submodule with parameters of its own."""
     final_norm: str = "model.norm"
@@ -272,7 +277,7 @@ class Family:
     locked_by: str | None = None
     """Config key under which alone heads are locked; None for always."""
     attention_fixed: bool = False
-    """Where heads are locked, the attention cannot be removed as a whole either."""
+    """Whether the attention cannot be removed as a whole where heads are locked."""
     adds_residual: bool = False
     """The attention adds its output to the residual stream itself, and so does the feed-forward."""
     returns_tuple: bool = False
@@ -288,7 +293,7 @@ class Family:
     """Config key of the width of a second input of each block, which depends on the token alone and is added behind
     both modules."""
     per_layer_output: str = "per_layer_projection"
-    """Layer by which a block adds to the residual stream what it makes of that input."""
+    """Layer with which a block adds a function of the second input to the residual stream."""
     kv_sharing: Callable[[Any, nn.Module], KvSharing | None] | None = None
     """Hook that returns, for a config and one of its attentions, how that shares keys and values with others."""
     pre_norm: str | None = None
@@ -320,7 +325,7 @@ class Family:
         return "" if self.experts.parallel_norms else f"{self.feed_forward}."
 
     def sharing(self, config: Any, attention: nn.Module) -> KvSharing | None:
-        """Return how an attention shares keys and values with those of other blocks; None where it does not."""
+        """Return how an attention shares keys and values with other blocks; None if it does not."""
         return None if self.kv_sharing is None else self.kv_sharing(config, attention)
 
     def keeps_residual(self, config: Any) -> bool:
@@ -348,6 +353,6 @@ class Twin:
     derives_head_size: bool = False
     """The decoder's class derives the head size, unlike the family's."""
     inputs_first: bool = False
-    """Its checkpoints may store matrices of experts with inputs first."""
+    """Whether checkpoints may store matrices of experts with inputs first."""
     gguf: Gguf = field(default_factory=Gguf)
-    """How llama.cpp computes the decoder, as in `Family`."""
+    """Facts about GGUF files of the decoder, as in `Family`."""

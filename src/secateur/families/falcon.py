@@ -8,7 +8,7 @@ from secateur.families.entry import Gguf, Stock
 
 
 def _key_value_heads(config: Any) -> int:
-    """Return the number of key/value heads: one in multi-query models but for those of the new architecture."""
+    """Return the number of key/value heads: one in multi-query models, except in the new architecture."""
     return 1 if config.multi_query and not config.new_decoder_architecture else int(config.num_kv_heads)
 
 

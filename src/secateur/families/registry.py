@@ -62,6 +62,6 @@ def experts_of(config: Any) -> Experts | None:
 
 
 def gguf_of(config: Any) -> Gguf:
-    """Return how a model becomes a GGUF file: its family's way, or that of the twin."""
+    """Return the GGUF entry of a model: its twin's entry if it has a twin, else its family's."""
     twin = twin_of(config)
     return family_of(config).gguf if twin is None else twin.gguf

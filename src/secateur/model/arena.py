@@ -68,7 +68,7 @@ class FileRows:
 
 
 class Activations:
-    """One vector for each token of some `Rows`, in CPU memory or in files; indexed by a `Batch` (b x t x width).
+    """Vectors of all tokens of some `Rows`, in CPU memory or in files; indexed by a `Batch` (b x t x width).
 
     Attributes:
         parts: one tensor for each group of rows (rows x t x width).

@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from secateur.families.entry import Family
 
 ConfigKeys = Mapping[tuple[str, ...], tuple[str, ...]]
-"""Config keys of numbers of units, by the nested axes along which these lie: the key that the family's class reads,
-then other keys of the same number that a config may have."""
+"""Config keys of numbers of units, by the nested axes along which the units lie: first the key that the family's class
+reads, then other keys that configs may have for the same number."""
 
 LEVELS = 256
-"""Most numbers that an axis offers: finer steps gain nothing and make odd sizes."""
+"""Largest number of widths offered along an axis: finer steps gain nothing and give odd sizes."""
 
 
 @dataclass(frozen=True)
 class AxisKind:
-    """What an axis counts, in any block."""
+    """Kind of axis: the same in all blocks of all models."""
 
     name: str
     """Key in plan files, surveys and records, unique within a block."""
     unit: str
-    """Units that leave along the axis, as `--modules` names them."""
+    """Kind of units along the axis, as in `--modules`."""
     role: str
     """Module to which the axis belongs: the attention or the feed-forward."""
     label: str
@@ -40,19 +40,19 @@ class AxisKind:
     total: str
     """Plural noun for all units of a model that lie along the axis."""
     outer: tuple[str, ...] = ()
-    """Axes that hold this one: so many units lie along it for each of theirs."""
+    """Outer axes. The axis counts units in each unit of the outer axes."""
     counts: tuple[str, ...] = ()
-    """Attributes of transformers' modules, in any version, that state the number of all units along the axis."""
+    """Attributes of transformers' modules, in any version, with the number of all units along the axis."""
     counts_each: tuple[str, ...] = ()
-    """Attributes that state the number along this axis alone."""
+    """Attributes with the number of units in each unit of the outer axes."""
     entries: tuple[str, ...] = ()
-    """Attributes that state how many inputs of the output projection all units have."""
+    """Attributes with the number of the output projection's inputs of all units."""
     config_keys: Callable[[Family], ConfigKeys] = lambda _: {}
     """Function that returns the config keys of a family for the number along this axis."""
     layer_key: str | None = None
-    """Key of the number along this axis alone among the numbers of one layer, where configs have no such key."""
+    """Key in a layer's own sizes for the number in each unit of the outer axes, where configs have no such key."""
     removable: bool = True
-    """Whether units ever leave along the axis, so that `--modules` may name them."""
+    """Whether units can be removed along the axis, so that `--modules` may name them."""
 
     def count(self, width: Mapping[str, int]) -> int:
         """Return the number of units of a block; zero in a block without the axis."""
@@ -65,20 +65,20 @@ _KINDS: dict[str, AxisKind] = {}
 
 
 def axis_kind(name: str, unit: str, role: str, label: str, total: str, **facts: Any) -> str:
-    """Make an axis known to plans, tables, pages and formats, by its facts as in `AxisKind`; return its name."""
+    """Register a kind of axis with the fields of `AxisKind`, and return its name."""
     _KINDS[name] = AxisKind(name, unit, role, label, total, **facts)
     return name
 
 
 @cache
 def load_units() -> None:
-    """Import every file of `secateur.model.units`, each of which makes its axes known."""
+    """Import every file of `secateur.model.units`; each registers its axes."""
     import_modules("secateur.model.units")
 
 
 @cache
 def axis_kinds() -> dict[str, AxisKind]:
-    """Return all kinds of axes by name, those of the attention first."""
+    """Return all kinds of axes by name, attentions first."""
     load_units()
     return {
         kind.name: kind
@@ -88,28 +88,28 @@ def axis_kinds() -> dict[str, AxisKind]:
 
 @dataclass(frozen=True)
 class Axis:
-    """Direction along which the tensors of a module can become narrower."""
+    """Axis of one module: a direction along which its tensors can become narrower."""
 
     name: str
     """Name of its kind, in `axis_kinds`."""
     units: int
     """Number of units in the dense block."""
     min_units: int = 1
-    """Smallest number with which the module still works; zero takes the whole module away."""
+    """Smallest number of units with which the module still works. Zero removes the whole module."""
     step: int = 1
-    """Number of units that leave together: one from each group of experts."""
+    """Number of units that are removed together: one from each group of experts."""
     multiple: int = 1
-    """Divisor of every narrower number that kernels ask for."""
+    """Divisor that kernels require of every narrower number."""
     rounded: bool = False
     """Whether `--round` applies: feed-forward widths, not heads or experts."""
     wide: int = 0
-    """Dense number from which rounded axes are cut to multiples of 32 unless `--round` says otherwise."""
+    """Dense number from which the default of `--round` is 32 on rounded axes."""
     locked: bool = False
-    """Whether single units cannot leave without changing what the others compute."""
+    """Whether single units cannot be removed exactly."""
 
     @property
     def kind(self) -> str:
-        """Units that leave along the axis, as `--modules` names them."""
+        """Kind of units along the axis, as in `--modules`."""
         return axis_kinds()[self.name].unit
 
     @property
@@ -119,11 +119,11 @@ class Axis:
 
     @property
     def removable(self) -> bool:
-        """Whether units ever leave along such an axis."""
+        """Whether units can be removed along such an axis."""
         return axis_kinds()[self.name].removable
 
     def numbers(self, multiple: int = 1) -> list[int]:
-        """Return the numbers that a plan may choose, the dense one first, zero left out.
+        """Return the numbers of units that a plan may choose: the dense number first; zero is left out.
 
         Args:
             multiple: the value of `--round`, which rounded axes follow.
@@ -131,7 +131,7 @@ class Axis:
         return self._stepped(self.stride(multiple))
 
     def all_numbers(self, multiple: int = 1) -> list[int]:
-        """Return the same without the limit of `LEVELS`."""
+        """Return the numbers as `numbers` does, without the limit of `LEVELS`."""
         return self._stepped(math.lcm(multiple, self.multiple))
 
     def _stepped(self, step: int) -> list[int]:
@@ -142,17 +142,18 @@ class Axis:
         return list(range(self.units, self.min_units - 1, -self.step))
 
     def supports(self, number: int) -> bool:
-        """Return whether the module works with a number: any of rounded axes, whatever is offered."""
+        """Return whether the module works with a number of units: any number on rounded axes."""
         return 0 < number <= self.units if self.rounded else number in self.numbers()
 
     @property
     def range(self) -> str:
-        """The numbers that the module works with, in words."""
+        """Numbers of units with which the module works, in words."""
         least, most = (1, self.units) if self.rounded else (min(self.numbers()), self.units)
         return f"{least} to {most}" if least < most else str(most)
 
     def stride(self, multiple: int) -> int:
-        """Return the distance between offered numbers: a power of two times the multiple, at most `LEVELS` of them."""
+        """Return the step between offered numbers: a power of two times the multiple, so that at most `LEVELS` are
+        offered."""
         least = math.lcm(multiple, self.multiple)
         return least * 2 ** max(0, math.ceil(math.log2(self.units / least / LEVELS)))
 
@@ -253,7 +254,7 @@ def present(widths: Iterable[Width]) -> list[AxisKind]:
 
 
 def model_width(widths: Iterable[Width]) -> Width:
-    """Return the number along each axis that any block has: that of the first block with the axis."""
+    """Return the number of units along each axis of any block: the number in the first block with the axis."""
     numbers: dict[str, int] = {}
     for width in widths:
         numbers = {**width, **numbers}
@@ -261,13 +262,13 @@ def model_width(widths: Iterable[Width]) -> Width:
 
 
 def totals(widths: Iterable[Width]) -> dict[str, int]:
-    """Return how many units lie along each axis in all blocks, by plural noun; axes that no block has are left out."""
+    """Return the total number of units along each axis in all blocks, by plural noun; axes of no block are left out."""
     widths = list(widths)
     return {kind.total: sum(map(kind.count, widths)) for kind in present(widths)}
 
 
 def shares(width: Width, dense: Width) -> dict[str, float]:
-    """Return the share of its units that each module of a block keeps; 1 where the dense module has none."""
+    """Return the kept share of the units of each module, by role; 1 for a module without units in the dense block."""
     found: dict[str, float] = {}
     for axis, full in dense.items():
         role = axis_kinds()[axis].role
@@ -276,6 +277,6 @@ def shares(width: Width, dense: Width) -> dict[str, float]:
 
 
 def alike(widths: Iterable[Mapping[str, int]]) -> bool:
-    """Return whether blocks have one width: along each axis the same number in all blocks that have the axis."""
+    """Return whether blocks have one width: along each axis, the same number in all blocks with the axis."""
     seen: dict[str, int] = {}
     return all(seen.setdefault(axis, number) == number for width in widths for axis, number in width.items())

@@ -1,4 +1,5 @@
-"""An open checkpoint: a folder, a hub id or a GGUF file, checked before any long work and read lazily."""
+"""Checkpoint of a model: a folder, a hub id or a GGUF file. It is checked before long work, and tensors are read one at
+a time."""
 
 import hashlib
 import re
@@ -42,16 +43,16 @@ from secateur.model.tokens import is_fault
 from secateur.model.weights import TensorInfo, Turned, list_tensors
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-"""Causal masks and rotary tables, which old checkpoints carry and every model computes anew."""
+"""Names of buffers that old checkpoints store and every model computes itself: causal masks and rotary tables."""
 
 _HEADS = re.compile(r"(^|\.)mtp[._]")
-"""Heads that predict tokens beyond the next one, where they are not blocks behind the last."""
+"""Names of multi-token prediction heads, where they are not stored as blocks after the last block."""
 
 HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
-"""The config's keys of their number."""
+"""Config keys of the number of multi-token prediction heads."""
 
 _SAMPLE = 4096
-"""Bytes that the fingerprint reads at each of three places of a tensor."""
+"""Number of bytes that the fingerprint reads at each of three places of a tensor."""
 
 _COPIED = (
     # What a licence asks for goes with the weights.
@@ -75,7 +76,7 @@ _COPIED = (
 
 @dataclass(kw_only=True)
 class Checkpoint(Stored):
-    """A decoder language model on disk.
+    """Decoder language model on disk.
 
     Attributes:
         path: the folder with the files.
@@ -94,9 +95,9 @@ class Checkpoint(Stored):
     left_out: tuple[str, ...] = ()
 
     def leave_heads(self) -> None:
-        """Forget heads that predict tokens beyond the next one: they read what the dense model gives.
+        """Leave out multi-token prediction heads: they read the dense model's output.
 
-        They stand under a name of their own, or as blocks behind the last.
+        They have names of their own, or are stored as blocks after the last block.
         """
         family = FAMILIES.get(self.config.model_type)
         places = self.spelled(f"{family.blocks}.") if family else []
@@ -111,26 +112,27 @@ class Checkpoint(Stored):
             self.raw_config |= {key: 0 for key in HEADS if self.raw_config.get(key)}
 
     def _leave(self, names: Collection[str]) -> None:
-        """Forget some tensors, which are then neither counted nor written."""
+        """Leave out some tensors, which are then neither counted nor written."""
         self.tensors = {name: info for name, info in self.tensors.items() if name not in names}
         self.left_out += tuple(names)
 
     @cached_property
     def ignorable(self) -> frozenset[str]:
-        """Stored buffers that a model computes anew; they are not written again."""
+        """Stored buffers that every model computes itself; they are not written."""
         return frozenset(name for name in self.tensors if _BUFFERS.search(name))
 
     @property
     def weights(self) -> dict[str, TensorInfo]:
-        """The stored tensors but for those."""
+        """Stored tensors without the buffers that every model computes itself."""
         return {name: info for name, info in self.tensors.items() if name not in self.ignorable}
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells these weights from others, whatever the folder is called.
+        """Hash that identifies the weights, whatever the name of the folder.
 
-        A hash of every tensor's name, shape, dtype and some bytes at its start, middle and end: fine-tuning changes all
-        tensors, new tokens the end of two, and reading a whole model takes long.
+        The hash covers the name, shape and dtype of every tensor, and some bytes at its start, middle and end.
+        Fine-tuning changes all tensors, new tokens change the end of two tensors, and hashing a whole model would take
+        long.
         """
         digest = hashlib.sha256()
         for name, info in sorted(self.tensors.items()):
@@ -140,7 +142,7 @@ class Checkpoint(Stored):
         return digest.hexdigest()[:32]
 
     def _samples(self, name: str) -> Iterator[bytes]:
-        """Some bytes at a stored tensor's start, middle and end."""
+        """Yield bytes at the start, middle and end of a stored tensor."""
         for stored in self.tensors[name].parts:
             with stored.file.open("rb") as file:
                 for part in range(3):
@@ -149,11 +151,11 @@ class Checkpoint(Stored):
 
     @property
     def auto_class(self) -> Any:
-        """What transformers opens the whole model with."""
+        """Auto class of transformers that opens the whole model."""
         return AutoModelForCausalLM if self.around is None else AutoModelForImageTextToText
 
     def loaded(self, auto: Any, dtype: torch.dtype, **how: Any) -> Any:
-        """What a class's `from_pretrained` makes of the checkpoint; quantised weights are read by this one.
+        """Return the model that a class loads from the checkpoint; quantised weights are dequantised here.
 
         Raises:
             SecateurError: transformers makes no model of it.
@@ -174,29 +176,30 @@ class Checkpoint(Stored):
             raise self.no_model(error) from error
 
     def no_model(self, error: Exception) -> SecateurError:
-        """What is said where the classes stumble over something in config.json, whatever that is."""
+        """Return the error for a config.json of which transformers' classes make no model."""
         reason = f"{type(error).__name__}: {first_line(error)}"
         return SecateurError(f"{self.source}: transformers makes no model of config.json ({reason})")
 
     @property
     def max_positions(self) -> int | None:
-        """The longest row that the model's positions allow, if there is a limit."""
+        """Largest number of positions, if the model has a limit."""
         return positions_of(self.config)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all stored weights."""
+        """Number of bytes of all stored weights."""
         return sum(info.bytes for info in self.weights.values())
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The other files to hand on untouched: tokenizer, chat templates, generation settings."""
+        """Files besides config and weights that are copied to the output: tokenizer, chat templates, generation
+        settings."""
         wanted = (*_COPIED, "*.py") if self.trust_remote_code else _COPIED
         entries = sorted(self.path.iterdir())
         return tuple(entry for entry in entries if any(fnmatch(entry.name, glob) for glob in wanted))
 
     def check_range(self, dtype: torch.dtype) -> None:
-        """Check that a dtype holds every weight; all are read.
+        """Check that a dtype can represent every weight; all weights are read.
 
         Raises:
             SecateurError: one of them would become infinite there; with its name.
@@ -212,7 +215,7 @@ class Checkpoint(Stored):
                     )
 
     def check_dense(self) -> None:
-        """Raise `SecateurError` where widths differ from block to block, which the stock model does not show."""
+        """Raise `SecateurError` for a folder whose blocks differ in width: the stock model would ignore that."""
         from secateur.model.modeling_secateur import PREFIX
 
         whole = self.raw_config if self.around is None else self.around
@@ -223,7 +226,7 @@ class Checkpoint(Stored):
             )
 
     def empty(self, auto: Any) -> Any:
-        """What a class makes of the config, float32 and without weights.
+        """Return the model that a class makes of the config, in float32 and without weights.
 
         Raises:
             SecateurError: it makes none.
@@ -234,16 +237,16 @@ class Checkpoint(Stored):
             raise self.no_model(error) from error
 
     def check_shapes(self, model: nn.Module) -> None:
-        """Check that the stored tensors are those of the model that the config describes.
+        """Check that the stored tensors are the tensors of the model that the config describes.
 
-        Others, but for the towers of a multimodal model, are left out: transformers drops them too. An output layer
-        that is said to be the embedding, and is not, is one of its own from here on.
+        Tensors that the model does not have are left out, as transformers does, except for the towers of a multimodal
+        model. If config.json ties the output layer to the embedding, and the stored tensors differ, the model is
+        treated as untied.
 
         Args:
             model: the transformers model, on the meta device or not.
 
-        Raises:
-            SecateurError: tensors are missing (tied ones may be) or have another shape.
+        Raises:     SecateurError: tensors are missing (tied ones may be missing) or have another shape.
         """
         tied = _tied(model)
         missing, wrong, unused = self._compared(model)
@@ -261,7 +264,8 @@ class Checkpoint(Stored):
                     part["tie_word_embeddings"] = False
 
     def misfit(self, model: nn.Module) -> str | None:
-        """Return how the stored tensors differ from those of a model, as a clause; None where all of both fit."""
+        """Return the difference between the stored tensors and the tensors of a model, as a clause; None if they are
+        the same."""
         missing, wrong, unused = self._compared(model)
         if missing:
             return f"tensors missing from the weights: {first_few(missing)}"
@@ -274,7 +278,8 @@ class Checkpoint(Stored):
         )
 
     def _compared(self, model: nn.Module) -> tuple[list[str], list[str], list[str]]:
-        """Return the model's tensors that are not stored, what is wrong with others, and stored ones without a place.
+        """Return the model's tensors that are not stored, descriptions of tensors that do not fit, and stored tensors
+        that the model does not have.
 
         The last are none for a multimodal model, whose towers are no part of `model`.
         """
@@ -301,7 +306,7 @@ class Checkpoint(Stored):
         return missing, wrong, unused
 
     def lacking(self, names: list[str]) -> SecateurError:
-        """What is said where weights of the model are not stored."""
+        """Return the error for missing weights."""
         return SecateurError(
             f"{self.source}: tensors missing from the weights: {first_few(names)}; "
             "download them again, or check that config.json belongs to them"
@@ -309,11 +314,11 @@ class Checkpoint(Stored):
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer's files lie in the folder."""
+        """Whether the folder has the files of a tokenizer."""
         return any(file.name in TOKENIZER or file.suffix == ".tiktoken" for file in self.files)
 
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer.
+        """Return the checkpoint's tokenizer.
 
         Raises:
             SecateurError: there is none, or transformers cannot load it.
@@ -336,17 +341,16 @@ def open_checkpoint(
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Checkpoint:
-    """Open a model: a folder, a .gguf file or a hub id. What exists on disk wins over the hub.
+    """Open a model.
 
     Args:
-        model: path or hub id.
-        revision: of a hub id; a branch, tag or commit.
-        trust_remote_code: let the checkpoint's own code run where transformers does not know the model.
-        dtype: of the weights that a GGUF file is dequantised to; others keep theirs.
+        model: path of a folder or of a .gguf file, or a hub id. A path that exists wins over a hub id.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: whether the checkpoint's own code may run where transformers does not know the model.
+        dtype: dtype to which a GGUF file is dequantised; other checkpoints keep their dtype.
 
-    Raises:
-        SecateurError: it does not exist, is broken or incomplete, no decoder-only model, or quantised in a way that
-            is not known here.
+    Raises:     SecateurError: the model does not exist, is broken or incomplete, is not a decoder language model, or is
+    quantised in an unknown way.
     """
     source = str(model)
     folder = _locate(source, revision, dtype)
@@ -382,7 +386,7 @@ def open_checkpoint(
 
 
 def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
-    """The folder of a checkpoint."""
+    """Return the folder of a checkpoint."""
     path = local_path(source)
     if path.exists() and revision is not None:
         raise SecateurError(f"{source}: a local path has no revision {revision!r}; leave it out")
@@ -398,17 +402,18 @@ def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Return the tensors of a model that are others once more, with these."""
+    """Return the parameters of a model that are tied to one of these parameters."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def _first_of(wrong: list[str]) -> str:
-    """Return the first of some differences, and how many more there are."""
+    """Return the first difference, and the number of other differences."""
     return wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
 
 
 def _upright(name: str, info: TensorInfo, hidden: int) -> TensorInfo:
-    """A stored tensor as transformers 5 takes it: experts' matrices with inputs first, as 4.57 has them, are turned."""
+    """Return a stored tensor in the orientation of transformers 5: 4.57 stores the matrices of some experts
+    transposed."""
     place = 2 if name.endswith(".mlp.experts.gate_up_proj") else 1 if name.endswith(".mlp.experts.down_proj") else None
     if place is None or len(info.shape) != 3 or info.shape[place] == hidden:
         return info
@@ -417,7 +422,7 @@ def _upright(name: str, info: TensorInfo, hidden: int) -> TensorInfo:
 
 
 def _common_dtype(source: str, tensors: dict[str, TensorInfo]) -> torch.dtype:
-    """The floating dtype that holds the most bytes."""
+    """Return the floating-point dtype with the most bytes."""
     sizes: Counter[torch.dtype] = Counter()
     for name, info in tensors.items():
         if info.dtype.is_floating_point and not _BUFFERS.search(name):

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json: read, and refused before any long work where the model cannot be pruned."""
+"""The config.json of a checkpoint: read it, and refuse models that cannot be pruned before any long work."""
 
 import json
 from pathlib import Path
@@ -28,15 +28,15 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mistral4", "Mistral4ForCausalLM")
 OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _DROPPED = ("dropout", "pdrop", "layerdrop")
-"""How keys of shares end that torch looks at when a block runs."""
+"""Endings of config keys with dropout rates, which torch checks when a block runs."""
 _SHARED = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
-"""Keys that a multimodal model has of its own, as well as its language model."""
+"""Keys that a multimodal model and its language model both have."""
 TEXT = "text_config"
-"""Where the config of a multimodal model has that of its language model."""
+"""Key of the language model's config in the config of a multimodal model."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as stored.
+    """Return the contents of config.json.
 
     Raises:
         SecateurError: there is none, it is not JSON, or it does not say what kind of model this is, or how.
@@ -80,14 +80,14 @@ def empty_model(auto: Any, config: Any) -> Any:
 
 
 def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:
-    """The transformers config object of a decoder language model, or of one with towers.
+    """Return the transformers config object of a decoder language model, or of a multimodal model.
 
-    Stock classes are preferred: the checkpoint's own code runs only where transformers does not know the
-    model_type, and only if it is trusted. A padding token that is not in the vocabulary, of which transformers makes no
-    model, is taken out of the object and of `raw`.
+    Stock classes are preferred: the checkpoint's own code runs only if transformers does not know the model_type and
+    the user trusts the code. A padding token outside the vocabulary is removed from the object and from `raw`, as
+    transformers makes no model with it.
 
     Raises:
-        SecateurError: the model is of another kind, unknown to transformers, or quantised otherwise than can be read.
+        SecateurError: the model is of another kind, is unknown to transformers, or is quantised in an unknown way.
     """
     file, kind = folder / "config.json", raw["model_type"]
     how = quantisation(raw)
@@ -151,13 +151,13 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
 
 
 def _family(kind: Any) -> Any:
-    """The family by which a model type is read."""
+    """Return the model_type of the family by which a model is read."""
     return TWINS[kind].family if kind in TWINS else kind
 
 
 def decoder_config(whole: Any) -> Any:
-    """The config object of a multimodal model's language model: that of its twin, which knows whose it is, if it has
-    one."""
+    """Return the config object of a multimodal model's language model. If that has a twin family, return the twin's
+    config, with the original model_type in `twin_of`."""
     own = whole.text_config
     if own.model_type in TWINS:
         found = TWINS[own.model_type]
@@ -172,7 +172,7 @@ def decoder_config(whole: Any) -> Any:
 
 
 def _nest(raw: dict[str, Any], config: Any) -> None:
-    """Give the language model of an older config.json, whose keys stand among all others, a part of its own."""
+    """Move the language model's keys of an older config.json into a part of their own."""
     own = config.text_config.to_dict()
     for key in (*own, "rope_scaling", "rope_theta"):
         if key not in _SHARED and not key.endswith("token_id"):
@@ -181,7 +181,7 @@ def _nest(raw: dict[str, Any], config: Any) -> None:
 
 
 def check_generation(folder: Path) -> None:
-    """Raise `SecateurError` where generation_config.json, which is handed on, keeps transformers from opening it."""
+    """Raise `SecateurError` for a generation_config.json that would keep transformers from opening the output."""
     try:
         with quiet():
             GenerationConfig.from_pretrained(folder)
@@ -194,13 +194,14 @@ def check_generation(folder: Path) -> None:
 
 
 def stock_class(classes: Any, config_class: type) -> Any:
-    """transformers' own class for a config, out of one of its mappings; `secateur.register` puts ours behind it."""
+    """Return the stock class of a config in a mapping of transformers; `secateur.register` adds classes of this library
+    after the stock class."""
     found = classes[config_class]
     return found[0] if isinstance(found, tuple) else found
 
 
 def _no_config(folder: Path) -> str:
-    """What to say of a folder without config.json."""
+    """Return the error for a folder without config.json."""
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
         return f"{folder}: no config.json, but {ggufs[0].name}; name that file instead of the folder"

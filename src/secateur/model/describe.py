@@ -1,6 +1,6 @@
-"""A block as its modules: each is described by the file of `secateur.model.units` that knows its kind.
+"""Description of a block by its modules; each file of `secateur.model.units` describes one kind of module.
 
-Sizes, biases and the orientation of stored matrices are read off the block itself, on the meta device.
+Sizes, biases and the orientation of matrices are read from the block itself, on the meta device.
 """
 
 from typing import Any
@@ -36,9 +36,9 @@ def describe(config: Any, layer: nn.Module) -> Block:
 
 
 def _names(module: PrunableModule) -> list[str]:
-    """Return the tensors of a module, those twice that the entry names for two layers.
+    """Return the names of a module's tensors; a name is there twice if the family's entry gives it to two layers.
 
-    Fused layers are several parts of one tensor, and the matrices of experts narrow along two axes.
+    Fused layers are several slabs of one tensor, and the matrices of experts become narrower along two axes.
     """
     apart = dict.fromkeys(slab.name for slab in module.input_projections)
     doubled = [slab.name for slab in module.input_projections if module.input_projections.count(slab) > 1]

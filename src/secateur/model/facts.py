@@ -1,4 +1,4 @@
-"""Sizes and functions that a config or a filled block states, read by its family's entry."""
+"""Sizes and functions that a family's entry reads from a config or a loaded block."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ from secateur.families.registry import family_of
 
 
 def head_dim(config: Any) -> int:
-    """Return the entries per attention head; of most blocks, where they differ."""
+    """Return the head size in entries; the most frequent one if blocks differ."""
     with quiet():
         own = None if family_of(config).ungrouped else getattr(config, "head_dim", None)
         return own or config.hidden_size // config.num_attention_heads
 
 
 def key_value_heads(config: Any) -> int:
-    """Return the number of key/value heads of a block; of most blocks, where they differ."""
+    """Return the number of key/value heads of a block; the most frequent one if blocks differ."""
     family = family_of(config)
     if family.key_value_heads is not None:
         return family.key_value_heads(config)
@@ -28,27 +28,28 @@ def key_value_heads(config: Any) -> int:
 
 
 def latent_width(config: Any) -> int | None:
-    """Return the entries that one token has in a block's cache, whatever the number of heads; None where each head has
-    its own."""
+    """Return the entries per token in a block's KV cache with latent attention, for any number of heads; None for other
+    attentions."""
     if family_of(config).latent is None:
         return None
     return int(config.kv_lora_rank + config.qk_rope_head_dim)
 
 
 def positions_of(config: Any) -> int | None:
-    """Return the longest row that a model's positions allow, if there is a limit."""
+    """Return the largest number of positions of a model; None without a limit."""
     return getattr(config, "max_position_embeddings", None)
 
 
 def multiplier_of(config: Any, layer: nn.Module) -> float:
-    """Return the factor between a module's output and the residual stream behind a filled block."""
+    """Return the factor by which a loaded block multiplies a module's output before it is added to the residual
+    stream."""
     family = family_of(config)
     own = 1.0 if family.block_multiplier is None else float(layer.get_buffer(family.block_multiplier))
     return own if family.residual_multiplier is None else own * float(getattr(config, family.residual_multiplier))
 
 
 def activation_of(config: Any, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the activation of a filled block's feed-forward."""
+    """Return the activation function of a loaded block's feed-forward."""
     family = family_of(config)
     if family.activation is not None:
         return layer.get_submodule(".".join(filter(None, (family.feed_forward, family.activation))))

@@ -1,7 +1,7 @@
-"""The matrices of a block's experts, in memory as they are stored.
+"""Matrices of experts in memory, in their stored dtype.
 
-They are nearly all of such a block, and are multiplied by one after the other: only what is taken out is float32, or
-left as it is where torch casts it to a narrower type anyway.
+They are nearly all of a block's memory and are multiplied one after the other. So each expert's matrix becomes float32
+only when it is used, or stays as stored where torch converts it to a narrower dtype anyway.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,15 @@ from torch import Tensor
 
 
 class Held(Tensor):
-    """Matrices of all experts (experts x rows x columns) in any dtype; each one, by its number, comes in float32.
+    """Matrices of all experts (experts x rows x columns) in any dtype; indexing returns one expert's matrix in float32.
 
-    Inside autocast it comes as it is stored: to cast it twice took a quarter of an expert's forward pass.
+    Inside autocast, indexing returns the matrix in its stored dtype: converting it twice took a quarter of an expert's
+    forward.
     """
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Held":
-        """The same memory, held so."""
+        """Return a `Held` that shares the memory of a tensor."""
         return tensor.as_subclass(cls)
 
     @classmethod
@@ -30,7 +31,7 @@ class Held(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Whatever is done with it, as torch asks; see there."""
+        """Apply an operation of torch; see PyTorch's documentation of `__torch_function__`."""
         found = super().__torch_function__(func, types, args, kwargs or {})
         if func is not Tensor.__getitem__:
             return found
@@ -38,5 +39,5 @@ class Held(Tensor):
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The same memory as an ordinary tensor."""
+    """Return an ordinary tensor that shares the memory."""
     return tensor.as_subclass(Tensor)

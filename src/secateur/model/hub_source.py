@@ -1,4 +1,4 @@
-"""A hub id to a folder: from the local cache where it is complete, else downloaded, safetensors only."""
+"""Folder of a hub id: from the local cache if it is complete there, else downloaded; safetensors only."""
 
 import re
 import threading
@@ -19,7 +19,7 @@ from secateur.model.weights import INDEX, SINGLE, has_weights
 
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _PATIENCE = 3.0
-"""Seconds to wait for the hub's first answer."""
+"""Timeout in seconds for the hub's first answer."""
 
 TOKENIZER = (
     "tokenizer.json",
@@ -30,18 +30,18 @@ TOKENIZER = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-"""Files any one of which makes a tokenizer."""
+"""Files of which one is enough for a tokenizer."""
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 
 
 def looks_like_id(name: str) -> bool:
-    """Whether a name has the shape of a hub id, `name` or `owner/name`."""
+    """Return whether a name has the form of a hub id: `name` or `owner/name`."""
     return _ID.fullmatch(name) is not None and not name.endswith(".gguf") and ".." not in name
 
 
 def hub_folder(repo: str, revision: str | None) -> Path:
-    """The folder with a hub model's files.
+    """Return the folder with the files of a hub model.
 
     Args:
         repo: `owner/name`.
@@ -82,7 +82,7 @@ def hub_folder(repo: str, revision: str | None) -> Path:
 
 
 def choose_files(repo: str, names: list[str]) -> list[str]:
-    """The files of a repository that are worth downloading: one set of weights, the configs, the tokenizer.
+    """Return the files of a repository to download: one set of weights, the configs, the tokenizer.
 
     Raises:
         SecateurError: there are no safetensors weights.
@@ -105,7 +105,7 @@ def choose_files(repo: str, names: list[str]) -> list[str]:
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """The snapshot in the local cache, if its config and weights are all there."""
+    """Return the snapshot in the local cache; None if its config or weights are incomplete."""
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
     except (HfHubHTTPError, OSError, ValueError):
@@ -114,7 +114,8 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
 
 def out_of_reach() -> str | None:
-    """Why the hub cannot be asked, or None; asked once and briefly, as the client retries at length."""
+    """Return why the hub cannot be reached; None if it can. The hub is asked once with a short timeout, as its client
+    retries for long."""
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     answered = threading.Event()

@@ -1,7 +1,8 @@
-"""What follows from a block's numbers of units in its stock layer, as the data that `modeling_secateur.py` reads.
+"""Sizes of a stock layer's tensors and attributes as functions of its numbers of units: data for
+`modeling_secateur.py`.
 
-The data is JSON-ready. That file's docstring has the format; `resize` there applies it, to the layers of a written
-folder and, by way of `surgery.narrow`, to a block in memory.
+The data can be stored as JSON. The docstring of `modeling_secateur.py` describes the format; its `resize` applies the
+data, to the layers of a written folder and, through `surgery.narrow`, to a block in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -12,26 +13,28 @@ from secateur.model.structure import Block, PrunableModule
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 
 Axes = list[dict[str, int] | None]
-"""For each axis of a tensor the keys that its length is made of, each with a factor; None for an axis that stays."""
+"""Sizes of a tensor's dimensions: keys whose numbers, each times a factor, add up to the length; None for a fixed
+length."""
 
 QUERY_HEADS, GROUPS, PER_GROUP = "num_attention_heads", "num_key_value_heads", "num_key_value_groups"
-"""Config keys of the query heads, the key/value heads and the query heads of each of these."""
+"""Config keys of the number of query heads, of key/value heads, and of query heads per key/value head."""
 
 BIASES = ("attention_output_bias", "feed_forward_output_bias")
-"""Keys that say whether the output projections have a bias that the stock class does not give them."""
+"""Keys for a bias of the output projection that the stock class does not have."""
 
 Keys = dict[tuple[str, ...], str]
-"""Keys of numbers of units, by the nested axes along which these lie."""
+"""Config keys of numbers of units, by the nested axes along which the units lie."""
 
 StoredNames = Callable[[int, str], Sequence[str]]
-"""Names that the checkpoint has for a block's tensor: one, or one for each matrix that it holds apart."""
+"""Function that returns the checkpoint's names of a block's tensor: one name, or one for each expert's matrix."""
 
 IN_MEMORY: Keys = {HEADS: QUERY_HEADS, (KV_GROUPS,): GROUPS, (HEADS_PER_GROUP,): PER_GROUP}
-"""Keys where no config is written: attentions read those of heads, and other axes have their own names."""
+"""Keys for blocks in memory, where no config is written: attentions read the keys of heads; other axes use their
+names."""
 
 
 def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
-    """Return how the tensors and attributes of a block follow from its numbers of units.
+    """Return the sizes of a block's tensors and attributes as functions of its numbers of units.
 
     Args:
         block: the dense block.
@@ -57,15 +60,15 @@ def model_sizes(
     stored_names: StoredNames,
     used: Set[str],
 ) -> dict[str, dict[str, Any]]:
-    """Return how the tensors and attributes of all kinds of blocks follow from their numbers of units.
+    """Return the sizes of the tensors and attributes of all kinds of blocks as functions of their numbers of units.
 
-    Tensors have the names of this version of transformers and those of the checkpoint: older versions have the latter.
+    Tensors have two names: one of this version of transformers, and the checkpoint's, which older versions use.
 
     Args:
         blocks: all dense blocks.
         keys: config keys of the numbers of units of one layer.
-        stored_names: of the checkpoint.
-        used: the keys that have several values in the model; what depends on others is left out.
+        stored_names: function that returns the checkpoint's names of a tensor.
+        used: keys with several values in the model. Sizes that depend on no such key are left out.
     """
     found: dict[str, dict[str, Any]] = {}
     for index, block in enumerate(blocks):
@@ -82,13 +85,14 @@ def model_sizes(
 
 
 def _mentioned(parts: Any) -> Iterator[str]:
-    """Yield the keys in an entry: a key, the keys with their factors, or a list of such."""
+    """Yield the keys in an entry: one key, keys with factors, or a list of these."""
     for part in parts if isinstance(parts, list) else [parts]:
         yield from [part] if isinstance(part, str) else part or ()
 
 
 def _as_stored(axes: Axes, names: Sequence[str]) -> dict[str, Axes]:
-    """Return the axes of a tensor by the names of its matrices in the checkpoint, those of experts as `experts.*`."""
+    """Return the sizes of a tensor by the names of its matrices in the checkpoint; matrices of experts are named
+    `experts.*`."""
     if len(names) < 2:
         return dict.fromkeys(names, axes)
     # Gate and up of the first expert, then those of the second.
@@ -103,13 +107,13 @@ def numbers(width: Width, keys: Keys = IN_MEMORY) -> dict[str, int]:
 
 
 def _of_all(width: Width, keys: Keys) -> Keys:
-    """Return the keys, with the axis's own name where there is none."""
+    """Return the keys, and the names of the axes that have no key."""
     named = {axis for along in keys for axis in along}
     return keys | {(axis,): axis for axis in width if axis not in named}
 
 
 def _axes(module: PrunableModule, block: Block, keys: Keys) -> dict[str, Axes]:
-    """Return for each tensor of a module what its axes are made of; None for an axis that stays."""
+    """Return the sizes of each tensor of a module."""
     result: dict[str, Axes] = {}
     for slab in module.slabs:
         axes = result.setdefault(slab.name, [None] * len(block.shapes[slab.name]))
@@ -120,7 +124,7 @@ def _axes(module: PrunableModule, block: Block, keys: Keys) -> dict[str, Axes]:
 
 
 def _attributes(module: PrunableModule, keys: Keys) -> dict[str, dict[str, int]]:
-    """Return the attributes, of any part of the block, that state numbers of a module's units."""
+    """Return the attributes of submodules that store numbers of a module's units."""
     found: dict[str, dict[str, int]] = {}
     for axis in module.axes:
         kind = axis_kinds()[axis.name]

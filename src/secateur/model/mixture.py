@@ -1,4 +1,4 @@
-"""The mixture of experts of a filled block, run by the model's own modules: routes of tokens, and outputs of experts.
+"""Mixture of experts of a loaded block, run by the model's own modules: routes of tokens, and outputs of experts.
 
 Shapes: n tokens, d residual width, k experts per token, f channels of an expert.
 """
@@ -24,12 +24,12 @@ _TOP_K = ("top_k", "num_experts_per_tok")
 
 
 class Routes(NamedTuple):
-    """The experts that tokens are routed to, and their gates."""
+    """Experts of each token, and their gates."""
 
     experts: Tensor
-    """n x k, as the dense block numbers them."""
+    """Indices of experts (n x k), in the numbering of the dense block."""
     gates: Tensor
-    """n x k."""
+    """Gates (n x k)."""
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return the tokens routed to an expert, and its gate for each of them (m; m)."""
@@ -38,7 +38,7 @@ class Routes(NamedTuple):
 
 
 class Mixture:
-    """A filled block's experts, router and shared expert. The mixture's inputs are what the router reads."""
+    """Experts, router and shared expert of a loaded block. The input of the mixture is the input of the router."""
 
     def __init__(self, stream: BlockStream, layer: nn.Module, module: PrunableModule):
         """Find the experts, the router and the shared expert."""
@@ -46,14 +46,14 @@ class Mixture:
         self.stream, self.module, self.names = stream, module, stream.family.experts
         apart = self.names.parallel_norms
         self.whole: Any = layer if apart else layer.get_submodule(module.output_layer)
-        """What holds experts and router."""
+        """Module that contains the experts and the router."""
         self._norm: Any = layer.get_submodule(apart[0]) if apart else None
         self.experts: Any = self.whole.get_submodule(self.names.experts)
         self.layout = layout_of(self.experts)
         self.router: Any = self.whole.get_submodule(self.names.router)
         self.shared: Any = shared_expert(self.names, self.whole)
         self._shared_number = module.units
-        """Number of the shared expert, behind those of all others."""
+        """Index of the shared expert: one more than the last routed expert."""
 
     @property
     def shared_name(self) -> str:
@@ -70,22 +70,22 @@ class Mixture:
 
     @property
     def every(self) -> Tensor:
-        """Numbers of all experts."""
+        """Indices of all routed experts."""
         return torch.arange(self.module.units, device=self.stream.device)
 
     def parts(self, alive: Tensor) -> list[int]:
-        """Return the numbers of some experts, and ahead of them the shared expert's, where there is one."""
+        """Return the indices of some experts, after the index of the shared expert if there is one."""
         return [*([] if self.shared is None else [self._shared_number]), *alive.tolist()]
 
     def route(self, x_nd: Tensor, alive: Tensor) -> Routes:
-        """Return the routes of tokens while only some experts are there (ascending)."""
+        """Return the routes of tokens if only some experts exist."""
         with self._only(alive, self.whole, *self.router.modules()), self.stream.multiplying():
             bias = [] if self.names.router_bias is None else [getattr(self.whole, self.names.router_bias)]
             found = self._routes(self.router(x_nd, *bias))
         return Routes(alive[found.experts], found.gates.float())
 
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
-        """Return the output of the whole mixture while only some experts are there."""
+        """Return the output of the whole mixture if only some experts exist."""
         if self.names.scales_inputs:
             # They are run together, each on all tokens.
             with self.only(alive), self.stream.multiplying():
@@ -98,7 +98,7 @@ class Mixture:
         return (y_nd if shared is None else y_nd + shared).view_as(x_btd)
 
     def _routes(self, found: tuple[Tensor, ...]) -> Routes:
-        """Read routes off a router's output.
+        """Return the routes in the output of a router.
 
         Logits come first, and have the shape of gates where tokens are routed to all experts that are left.
         """
@@ -111,7 +111,7 @@ class Mixture:
         return Routes(chosen, floats[-1])
 
     def read(self, expert: int, x_nd: Tensor) -> Tensor:
-        """Return an expert's inputs, from the mixture's."""
+        """Return the inputs of an expert, from the inputs of the mixture."""
         if expert == self._shared_number:
             return x_nd
         if self.names.scales_inputs:
@@ -150,7 +150,7 @@ class Mixture:
         return cast(Tensor, up * self.experts.act_fn(gate))
 
     def tokens(self, expert: int, routes: Routes) -> Tensor:
-        """Return the tokens routed to an expert (m); the shared expert has all."""
+        """Return the tokens routed to an expert (m); for the shared expert, all tokens."""
         if expert == self._shared_number:
             return torch.arange(len(routes.experts), device=routes.experts.device)
         return routes.of(expert)[0]
@@ -170,7 +170,7 @@ class Mixture:
         return weight if self.layout.inputs_first else weight.T
 
     def feed_forward(self, expert: int) -> PrunableModule:
-        """Return one expert as a feed-forward of its own, with the names of `tensors`."""
+        """Return one expert described as a feed-forward, with the names of `tensors`."""
         tensors, channels = self.tensors(expert), len(self.weight(expert))
         output = Slab("down_proj.weight", 1, (CHANNELS,), channels, 1)
         # Up first, as everywhere.
@@ -179,13 +179,13 @@ class Mixture:
         return PrunableModule("channels", (Axis(CHANNELS, channels),), tuple(slabs), output, None, None, None)
 
     def put(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
-        """Give a routed expert other values, by the names of `tensors`."""
+        """Set the values of a routed expert's tensors, by the names of `tensors`."""
         views = self.tensors(expert)
         for name, tensor in tensors.items():
             views[name].copy_(tensor)
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
-        """Return the tensors of one expert as a feed-forward of its own: views of what the block holds."""
+        """Return the tensors of one expert, as views of the block's tensors."""
         if expert == self._shared_number:
             return {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
         layout, f = self.layout, self.module.units_inside
@@ -240,12 +240,12 @@ class Mixture:
         return getattr(self.experts, name)[expert] if self.layout.biased else None
 
     def only(self, alive: Tensor) -> AbstractContextManager[None]:
-        """Let the block run as if the other experts were gone; those that stay are copied."""
+        """Let the block run as if only some experts existed; their tensors are copied."""
         return self._only(alive, self.whole, self.experts, *self.router.modules())
 
     @contextmanager
     def _only(self, alive: Tensor, *owners: nn.Module) -> Iterator[None]:
-        """Let modules work as if the other experts were gone: these are taken out of what the modules hold."""
+        """Let modules work as if only some experts existed: the other experts are cut from the modules' tensors."""
         count, before = self.module.units, [(owner, dict(vars(owner))) for owner in owners]
         try:
             for owner in owners if len(alive) < count else ():

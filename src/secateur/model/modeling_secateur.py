@@ -9,8 +9,8 @@ meta device, where that costs nothing. This file knows no model family. config.j
 - `layer_sizes`: what follows from those keys in a layer.
   - `shapes`: parameter or buffer → for each axis null (it stays) or the keys that its length is made of, each with a
     factor: `"self_attn.q_proj.weight": [{"num_attention_heads": 64}, null]`. A bias that only some output layers have
-    is a multiple of a key that is true or false. `experts.*.w1.weight` stands for the same parameter of all modules in
-    a list, and its first axis is the length of the list.
+    is a multiple of a key that is true or false. `experts.*.w1.weight` is the same parameter of all modules in a list,
+    and its first axis is the length of the list.
   - `attributes`: attribute of any module → its value, as keys with factors.
   - `attentions`, `feed_forwards`: output layer → the key that is zero where nothing but the layer's bias is left.
 
@@ -52,7 +52,8 @@ AUTO = {
 """Auto class by the end of a class name; all others are causal language models."""
 
 WIDTHS = "layer_widths"
-"""Config key in the place of `per_layer_config`, for stock classes that read that key and refuse what it says."""
+"""Config key used instead of `per_layer_config` by stock classes that read that key themselves and refuse its
+contents."""
 
 SIZES = "layer_sizes"
 """Config key of the data by which layers are cut."""

@@ -1,4 +1,4 @@
-"""The checkpoint of a pass through the blocks: its state behind a block, in files, from which a stopped run resumes."""
+"""Checkpoint of a pass through the blocks: the state after a block, in files, from which a stopped run resumes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,15 +13,15 @@ from secateur.model.activation_file import read_activations, write_activations
 from secateur.model.arena import Activations
 
 SPENT = 0.03
-"""Largest share of the time that goes into saving; where blocks take less, some of them are not saved."""
+"""Largest share of the time spent on saving; if blocks are fast, the state is not saved after every block."""
 STATE = "state.json"
 
 
 class PassCheckpoint:
-    """The last saved state of a pass through the blocks; without a run folder or a name, nothing is saved.
+    """Last saved state of a pass through the blocks. Without a run folder or a name, nothing is saved.
 
     Attributes:
-        done: number of blocks that the pass has behind it.
+        done: number of blocks that the pass has finished.
     """
 
     def __init__(self, services: Services, name: str | None = None):
@@ -44,7 +44,7 @@ class PassCheckpoint:
         self._hash: str = state["activations"]
 
     def value(self, name: str, save: Callable[[], Any], default: Any = None) -> Any:
-        """Return a value of the saved state, and from here on save with each state what `save` returns.
+        """Return a value of the saved state. From here on, save the result of `save` with each state.
 
         Args:
             name: of the value.
@@ -55,7 +55,7 @@ class PassCheckpoint:
         return self._values.get(name, default)
 
     def blocks(self, stop: int, what: str, streams: Callable[[], Sequence[Activations]]) -> Iterator[int]:
-        """Yield the blocks that remain, up to `stop`, and save the state behind each once the next one is asked for.
+        """Yield the remaining blocks, up to `stop`. Save the state after a block when the next block is asked for.
 
         Args:
             stop: number of blocks of the whole pass.
@@ -74,7 +74,7 @@ class PassCheckpoint:
             self._save(index + 1, streams())
 
     def _save(self, done: int, streams: Sequence[Activations]) -> None:
-        """Save the state behind so many blocks, unless that would take too much of the time."""
+        """Save the state after some number of blocks, unless saving would take too much of the time."""
         start, processes = perf_counter(), self._services.processes
         if not processes.broadcast(lambda: self.folder is not None and start - self._since >= self._cost / SPENT):
             return
@@ -86,7 +86,7 @@ class PassCheckpoint:
         self._cost = self._since - start
 
     def _write(self, folder: Path, done: int, streams: Sequence[Activations]) -> None:
-        """Write a state, which replaces the one before it once it is whole on disk."""
+        """Write a state. It replaces the previous state once it is complete on disk."""
         file = _file(folder, done)
         try:
             folder.mkdir(exist_ok=True)

@@ -1,11 +1,11 @@
-"""Quantised weights of a safetensors folder, read as the bfloat16 ones that they stand for, one tensor at a time.
+"""Quantised weights of a safetensors folder, dequantised to bfloat16 one tensor at a time.
 
-config.json says how the weights are stored (`quant_method`); the parts of a weight w lie under names of their own:
+The entry `quantization_config` of config.json names the method. The parts of a weight w have these names:
 
-- fp8: w in float8 and `w_scale_inv`, one factor for each block of w, or one for all of it.
-- mxfp4: `w_blocks`, two 4-bit floats a byte, and `w_scales`, a power of two for 32 of them; the experts of gpt_oss.
-- compressed-tensors: w in float8 or int8, or `w_packed`, several integers in 32 bits, and `w_scale`, one factor for a
-  row, for a block, for a group of a row's entries or for all; integers may have zero points.
+- fp8: w in float8, and `w_scale_inv`, one factor for each block of w or for all of w.
+- mxfp4: `w_blocks`, two 4-bit floats per byte, and `w_scales`, one power of two for 32 values (experts of gpt_oss).
+- compressed-tensors: w in float8 or int8, or `w_packed`, several integers in 32 bits; and `w_scale`, one factor for
+  a row, a block, a group of entries of a row, or all of w. Integers may have zero points.
 """
 
 from collections.abc import Callable
@@ -23,35 +23,35 @@ from secateur.model.weights import TensorInfo, read_tensor
 
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense")
-"""Of compressed-tensors."""
+"""Formats of compressed-tensors that can be read."""
 _KEYS = ("quantization_config", "compression_config")
 _ACTIVATIONS = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale", "q_scale")
-"""Ends of names of what scales activations, which weights do without."""
+"""Endings of names of activation scales, which are not needed to read weights."""
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _ENTRIES = 1 << 24
-"""That are in float32 at a time."""
+"""Number of entries that are converted to float32 at a time."""
 
 
 @dataclass(frozen=True)
 class Packed(TensorInfo):
-    """A weight whose place, `file` and `offset`, is that of its main part."""
+    """Quantised weight; `file` and `offset` locate its main part."""
 
     stored: tuple[TensorInfo, ...]
-    """All that it is made of, the main part first."""
+    """Stored tensors of all its parts, the main part first."""
     unpack: Callable[..., Tensor]
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """What has to be read."""
+        """Stored tensors that must be read."""
         return self.stored
 
     def read(self) -> Tensor:
-        """The weight, in memory of its own."""
+        """Return the dequantised weight in CPU memory."""
         return self.unpack(*map(read_tensor, self.stored))
 
 
 class _Found(NamedTuple):
-    """A weight, and the names of the parts that it is made of."""
+    """Weight with the names of its parts."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,18 +60,18 @@ class _Found(NamedTuple):
 
 
 def quantisation(raw: dict[str, Any]) -> dict[str, Any] | None:
-    """What config.json says of quantised weights; None if they are not."""
+    """Return the quantisation settings in config.json; None for weights that are not quantised."""
     found = next((raw[key] for key in _KEYS if raw.get(key)), None)
     return found if found is None or isinstance(found, dict) else {}
 
 
 def without_quantisation(raw: dict[str, Any]) -> dict[str, Any]:
-    """config.json for the weights that are read."""
+    """Return the contents of config.json for dequantised weights."""
     return {key: value for key, value in raw.items() if key not in _KEYS}
 
 
 def quantisation_unsupported(how: dict[str, Any]) -> str | None:
-    """Why such weights cannot be read, as a clause; None if they can."""
+    """Return why quantised weights cannot be read, as a clause; None if they can."""
     method = how.get("quant_method", "unknown")
     if method not in METHODS:
         return f"quantised weights ({method}), which cannot be dequantised here; {', '.join(METHODS)} can"
@@ -83,7 +83,7 @@ def quantisation_unsupported(how: dict[str, Any]) -> str | None:
 
 
 def dequantised(tensors: dict[str, TensorInfo], how: dict[str, Any], folder: Path) -> dict[str, TensorInfo]:
-    """The tensors of a folder, with weights in place of what they are stored as.
+    """Return the tensors of a folder, with weights in place of their quantised parts.
 
     Args:
         tensors: as stored, by name.
@@ -108,13 +108,13 @@ def dequantised(tensors: dict[str, TensorInfo], how: dict[str, Any], folder: Pat
 
 
 def _groups(how: dict[str, Any]) -> list[dict[str, Any]]:
-    """What compressed-tensors says of groups of layers."""
+    """Return the settings of compressed-tensors for each group of layers."""
     groups = how.get("config_groups")
     return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
 
 
 def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], how: dict[str, Any]) -> _Found | None:
-    """The weight whose main part a tensor is."""
+    """Return the weight whose main part is a tensor."""
     if name.endswith("_blocks") and info.dtype == torch.uint8 and len(info.shape) == 4:
         place = name.removesuffix("_blocks")
         experts, rows, groups, half = info.shape
@@ -136,7 +136,7 @@ def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], how: di
 
 
 def _halves(blocks: Tensor, scales: Tensor) -> Tensor:
-    """The weight that 4-bit floats and their powers of two stand for."""
+    """Return the weight of 4-bit floats and their powers of two."""
     # A second of imports, which most runs do without.
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -144,7 +144,7 @@ def _halves(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _integers(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> _Found:
-    """A weight of integers that lie side by side in 32 bits."""
+    """Return the weight of integers that are packed into 32 bits."""
     place = name.removesuffix("_packed")
     shape = tuple(read_tensor(tensors[f"{place}_shape"]).tolist())
     bits = next((bits for bits in (2, 4, 8) if info.shape == (shape[0], -(-shape[-1] * bits // 32))), None)
@@ -168,14 +168,14 @@ def _integers(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> _F
 
 
 def _apart(words: Tensor, bits: int) -> Tensor:
-    """Signed integers out of words of 32 bits, the lowest bits first (rows x words; int8)."""
+    """Return signed integers unpacked from words of 32 bits, the lowest bits first (rows x words; int8)."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     values = (words[:, :, None] >> shifts) & ((1 << bits) - 1)
     return (values - (1 << (bits - 1))).to(torch.int8).reshape(len(words), -1)
 
 
 def _check(shape: tuple[int, ...], scales: tuple[int, ...], block: list[int] | None) -> None:
-    """Refuse factors that do not fit a weight."""
+    """Raise `SecateurError` for factors that do not fit a weight."""
     if prod(scales) == 1 or scales in ((shape[0],), (*shape[:-1], 1)):
         return
     if block is not None and len(scales) == len(shape) > 1:
@@ -188,7 +188,8 @@ def _check(shape: tuple[int, ...], scales: tuple[int, ...], block: list[int] | N
 
 
 def _scaled(weight: Tensor, scale: Tensor, zero: Tensor | None = None, *, block: list[int] | None = None) -> Tensor:
-    """A float8 or int8 weight, less its zero points, times its factors; in bfloat16, computed in float32."""
+    """Return a float8 or int8 weight minus its zero points, times its factors: computed in float32, returned in
+    bfloat16."""
     shape, columns = weight.shape, weight.shape[-1]
     # A factor that is a power of two may be stored as its exponent.
     factors = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
@@ -204,7 +205,7 @@ def _scaled(weight: Tensor, scale: Tensor, zero: Tensor | None = None, *, block:
 
 
 class _Spread:
-    """Numbers of which each belongs to a block of a weight, a row, a part of a row, or all of it."""
+    """Scales or zero points of a weight: one for a block, a row, a part of a row, or all of it."""
 
     def __init__(self, values: Tensor, shape: tuple[int, ...], block: list[int] | None):
         values = values.reshape(-1, *shape[1:-1], 1) if values.numel() == prod(shape[:-1]) else values
@@ -218,7 +219,7 @@ class _Spread:
         self.flat = values.reshape(-1, self.along)
 
     def of(self, rows: Tensor) -> Tensor:
-        """Those of some rows, counted through all matrices of the weight (m x columns, or m x 1)."""
+        """Return the numbers of some rows of the weight, all matrices counted through (m x columns, or m x 1)."""
         if self.flat.numel() == 1:
             return self.flat
         own = self.flat[rows // self.high * self.down + rows % self.high // self.tall]

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by the names that transformers has for them, and in how many pieces they are stored."""
+"""Stored tensors of a checkpoint by transformers' names, and the pieces in which they are stored."""
 
 import re
 from dataclasses import dataclass
@@ -14,27 +14,28 @@ from secateur.families.registry import FAMILIES, experts_of
 from secateur.model.weights import TensorInfo
 
 _ALIASES = {"lm_head.": "embed_out."}
-"""What transformers 5 calls a tensor → what checkpoints call it, where the two differ (GPT-NeoX)."""
+"""Checkpoints' names of tensors for which transformers 5 has another name (GPT-NeoX), by transformers' name."""
 
 _TOWERS = {
     "model.": ("model.language_model.", "model.text_model.", "language_model.model."),
     "lm_head.": ("language_model.lm_head.",),
 }
-"""What a language model calls a tensor → what checkpoints of multimodal models do, newer ones first."""
+"""Names of a language model's tensors in checkpoints of multimodal models, newer ones first, by the language model's
+name."""
 
 _PLAIN = ("lm_head.", "model.layers.", "model.embed_tokens.", "model.norm.")
-"""How names begin in multimodal checkpoints that call the language model's tensors as it does itself (Qwen2-VL's)."""
+"""Beginnings of names in multimodal checkpoints that use the language model's own names (Qwen2-VL)."""
 
 
 @dataclass(kw_only=True)
 class Stored:
-    """Stored tensors, and the model that they are of.
+    """Stored tensors of a model.
 
     Attributes:
-        source: what the person named.
-        config: the transformers config object; of a multimodal model, that of its language model.
-        tensors: every stored tensor by its stored name.
-        around: config.json of a multimodal model, whose towers and projectors are handed on as they are.
+        source: the model as the user named it.
+        config: the transformers config object; for a multimodal model, its language model's.
+        tensors: all stored tensors by stored name.
+        around: config.json of a multimodal model; its towers and projectors are copied unchanged.
     """
 
     source: str
@@ -43,7 +44,7 @@ class Stored:
     around: dict[str, Any] | None = None
 
     def read(self, name: str) -> Tensor:
-        """A tensor by its stored name, in memory of its own on the CPU, in the stored dtype.
+        """Return a tensor by its stored name, in CPU memory, in the stored dtype.
 
         Raises:
             KeyError: there is no such tensor.
@@ -51,15 +52,15 @@ class Stored:
         return self.tensors[name].read()
 
     def resolve(self, name: str) -> str | None:
-        """The stored name of a transformers parameter, or None.
+        """Return the stored name of a transformers parameter; None if it is not stored.
 
-        The stored name may lack the base model's prefix (GPT-2's own checkpoints) or carry it where the given
-        one does not.
+        The stored name may lack the prefix of the base model (GPT-2's own checkpoints) or have one where the given name
+        has none.
         """
         return next((candidate for candidate in self.spelled(name) if candidate in self.tensors), None)
 
     def spelled(self, name: str) -> list[str]:
-        """What checkpoints may call a transformers parameter, or the first part of its name."""
+        """Return the possible stored names of a transformers parameter, or of the first part of its name."""
         candidates = [name]
         if self._prefix:
             candidates += [name.removeprefix(self._prefix), self._prefix + name]
@@ -72,7 +73,7 @@ class Stored:
         return candidates
 
     def own_name(self, stored: str) -> str | None:
-        """What a language model calls a stored tensor; None for one of the towers and projectors around it."""
+        """Return the language model's name of a stored tensor; None for a tensor of a tower or projector."""
         if self.around is None or stored.startswith(_PLAIN):
             return stored
         parts = ((own, place) for own, places in _TOWERS.items() for place in places if stored.startswith(place))
@@ -80,13 +81,13 @@ class Stored:
 
     @cached_property
     def _experts(self) -> Experts | None:
-        """How the model's mixtures of experts are called, if it has any."""
+        """Entry of the model's mixtures of experts; None without experts."""
         return experts_of(self.config)
 
     def pieces(self, name: str) -> tuple[str, ...]:
-        """Stored names of all that a transformers parameter holds, in order; none where something is missing.
+        """Return the stored names of the pieces of a transformers parameter, in order; empty if a piece is missing.
 
-        That is one tensor, but for the matrices of experts, which most checkpoints hold apart, expert by expert.
+        Most parameters are one piece. Most checkpoints store the matrices of experts one by one.
         """
         if found := self.resolve(name):
             return (found,)
@@ -100,18 +101,19 @@ class Stored:
         return self._apart(name, count)
 
     def _apart(self, name: str, count: int) -> tuple[str, ...]:
-        """The stored matrices of the first experts, if they are stored one by one; none where one is missing."""
+        """Return the names of the matrices of the first experts if they are stored one by one; empty if one is
+        missing."""
         owner, _, leaf = name.rpartition(".")
         parts = dict(self._experts.stored).get(leaf, ()) if self._experts else ()
         names = [self.resolve(f"{owner}.{e}.{part}.weight") for e in range(count) for part in parts]
         return () if None in names else tuple(map(str, names))
 
     def holds_experts(self, name: str) -> bool:
-        """Whether a tensor of a block's experts is stored, together or apart."""
+        """Return whether a tensor of a block's experts is stored, in one piece or in several."""
         return bool(self.resolve(name) or self._apart(name, 1))
 
     def read_parameter(self, name: str) -> Tensor:
-        """A transformers parameter as stored, put together where checkpoints hold it in pieces.
+        """Return a transformers parameter as stored, put together from its pieces.
 
         Raises:
             SecateurError: it is missing.
@@ -129,11 +131,11 @@ class Stored:
         return result
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of what `read_parameter` gives."""
+        """Return the shape of the tensor that `read_parameter` returns."""
         return self._shape_of(name, self.pieces(name))
 
     def _shape_of(self, name: str, pieces: tuple[str, ...]) -> tuple[int, ...]:
-        """The same, of the pieces that were found."""
+        """Return the shape of a parameter that is stored in these pieces."""
         shapes = [self.tensors[piece].shape for piece in pieces]
         if len(pieces) == 1:
             return shapes[0]
@@ -141,7 +143,7 @@ class Stored:
         return (len(pieces) // together, sum(shape[0] for shape in shapes[:together]), shapes[0][1])
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """A parameter's values as the checkpoint holds them: by stored names, of as many experts as are left."""
+        """Return a parameter's values by stored names, for the experts that are left."""
         pieces = self.pieces(name)
         if len(pieces) == 1:
             return {pieces[0]: self.tensors[pieces[0]].as_stored(tensor)}
@@ -149,12 +151,12 @@ class Stored:
         return dict(zip(pieces, parts, strict=False))
 
     def together(self, name: str) -> int:
-        """How many stored matrices of one expert a parameter holds."""
+        """Return the number of stored matrices of one expert that a parameter joins."""
         assert self._experts is not None
         return len(dict(self._experts.stored)[name.rpartition(".")[2]])
 
     @cached_property
     def _prefix(self) -> str:
-        """What the causal language model calls its base model, with a dot; empty if that is unknown."""
+        """Name of the base model in the causal language model, with a dot; empty if unknown."""
         family = FAMILIES.get(self.config.model_type)
         return "" if family is None else f"{family.base}."

@@ -1,11 +1,11 @@
-"""Blocks of a model, filled from disk one at a time and run through transformers' own forward.
+"""Blocks of a model, loaded from disk one at a time and run by transformers' own forward.
 
-The model is built without weights. Its embedding is run once, with the blocks replaced by recorders that keep
-the arguments which the model prepares for each of them (masks, rotary tables); afterwards any block can be
-run on stored activations, alone. Hooks live inside context managers only.
+The model is built without weights. Its embedding is run once, with recorders in place of the blocks. They keep the
+arguments that the model prepares for each block, such as masks and rotary tables. Then any block can be run alone on
+stored activations. Hooks exist only inside context managers.
 
-Shapes: b rows of a batch, t positions, d residual width, c columns of what flows from block to block: d, unless blocks
-read something beside the residual stream (`secateur.model.side_inputs`).
+Shapes: b rows of a batch, t positions, d residual width, c columns of the stream between blocks: d, or more where
+blocks have side inputs (`secateur.model.side_inputs`).
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -39,11 +39,12 @@ from secateur.model.surgery import assign
 from secateur.model.weights import read_ahead
 
 MIXED = 4
-"""Times the tokens of a batch where experts' matrices are made float32 for each: that took a quarter of a forward."""
+"""Factor on the tokens of a batch where each expert's matrices are converted to float32: that took a quarter of a
+forward."""
 
 
 class BlockStream:
-    """An open checkpoint as a sequence of blocks.
+    """Open checkpoint as a sequence of blocks.
 
     Attributes:
         model: the transformers model, without weights.
@@ -59,7 +60,7 @@ class BlockStream:
         self.model: Any = checkpoint.empty(AutoModelForCausalLM)
         self.model.requires_grad_(False)
         self._held: tuple[str, ...] = ()
-        """What a block's tensors are called that are run expert by expert."""
+        """Names of the tensors of experts, which are converted to float32 expert by expert."""
         if self.family.experts is not None and self.device.type != "cuda":
             # Grouped products stay float32 here, and take twice as long as one expert after the other.
             self.model.set_experts_implementation("eager")
@@ -77,10 +78,10 @@ class BlockStream:
         if not self.blocks:
             raise SecateurError(f"{checkpoint.source}: the model has no blocks; find the config.json of these weights")
         self.width: int = checkpoint.config.hidden_size
-        """d."""
+        """Residual width d."""
         self.side_inputs = SideInputs(checkpoint.config, self.family, [*self.layers.children()], self.width)
         self.products = torch.float32
-        """What blocks multiply in; see `quick`."""
+        """Dtype of matrix products in blocks; see `quick`."""
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
     def __len__(self) -> int:
@@ -94,24 +95,24 @@ class BlockStream:
 
     @property
     def processes(self) -> Processes:
-        """The processes that share the rows."""
+        """Processes that share the rows."""
         return self.services.processes
 
     @property
     def batch_tokens(self) -> int:
-        """Most tokens of a batch; a multiple of the usual number where each has a few experts alone."""
+        """Largest number of tokens in a batch; more for mixtures, where each expert gets only some of the tokens."""
         return self.services.batch_tokens * (MIXED if self._held else 1)
 
     def stored(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
-        """A block's tensors as stored, by their names inside the block, but for some."""
+        """Return a block's tensors as stored, by their names inside the block, without some of them."""
         return {name: self._read_block(index, name) for name in self.blocks[index].shapes if name not in without}
 
     def stored_names(self, index: int, name: str) -> tuple[str, ...]:
-        """What the checkpoint calls a block's tensor, or the pieces of it."""
+        """Return the checkpoint's names of a block's tensor: one name, or the names of its pieces."""
         return self.checkpoint.pieces(self._inside(index, name))
 
     def stored_name(self, index: int, name: str) -> str:
-        """The same, of a tensor in one piece."""
+        """Return the checkpoint's name of a block's tensor that is stored in one piece."""
         (stored,) = self.stored_names(index, name)
         return stored
 
@@ -119,18 +120,18 @@ class BlockStream:
         return f"{self.family.blocks}.{index}.{name}"
 
     def as_stored(self, index: int, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Values of a block's tensor by the names that the checkpoint has for them."""
+        """Return values of a block's tensor by the checkpoint's names."""
         return self.checkpoint.split(self._inside(index, name), tensor)
 
     @property
     def final_norm(self) -> list[str]:
-        """Names in the model of the weight and bias of the norm before the output layer; some models have none."""
+        """Names of the weight and bias of the final norm in the model; some models have none."""
         names = (f"{self.family.final_norm}.{leaf}" for leaf in ("weight", "bias"))
         return [name for name in names if self.checkpoint.resolve(name) is not None]
 
     @cached_property
     def reading_gains(self) -> Tensor | None:
-        """Gains of the norms in front of the modules, in the order in which they run, and of the final norm.
+        """Gains of the norms before the modules, in the order in which they run, and of the final norm.
 
         (2 * blocks + 1) x d; None where the family names no such norms.
         """
@@ -142,24 +143,25 @@ class BlockStream:
         return torch.stack(stored).to(self.device, torch.float32) + self.family.norm_offset
 
     def read(self, name: str) -> Tensor:
-        """A tensor as stored, by its name in the model."""
+        """Return a tensor as stored, by its name in the model."""
         return self.checkpoint.read_parameter(name)
 
     def _read_block(self, index: int, name: str) -> Tensor:
         return self.read(self._inside(index, name))
 
     def held(self, name: str, tensor: Tensor) -> Tensor:
-        """A block's tensor as a filled block holds it: in float32, but for the matrices of experts."""
+        """Return a block's tensor as it is held in memory: float32, except for the matrices of experts."""
         return Held.of(tensor) if name.endswith(self._held) else tensor.float()
 
     @property
     def expert_bytes(self) -> int:
-        """What an entry of these matrices takes in a filled block."""
+        """Bytes per entry of the matrices of experts in a loaded block."""
         return self.checkpoint.dtype.itemsize if self._held else 4
 
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
-        """One block with its weights on the device, as `held`; they go on exit. The next one is fetched meanwhile."""
+        """Load the weights of one block onto the device, and release them on exit. The next block is read ahead
+        meanwhile."""
         layer = self.layers.get_submodule(str(index))
         try:
             for name in self.blocks[index].shapes:
@@ -183,7 +185,8 @@ class BlockStream:
 
     @contextmanager
     def quick(self) -> Iterator[None]:
-        """Let blocks of a bfloat16 checkpoint multiply in bfloat16, as its users do, where this device gains by it.
+        """Let blocks of a bfloat16 checkpoint multiply in bfloat16, as its users do, where this device is faster with
+        it.
 
         What flows between modules, norms included, stays float32.
         """
@@ -195,16 +198,16 @@ class BlockStream:
 
     @property
     def quick_dtype(self) -> torch.dtype:
-        """What blocks multiply in inside `quick`."""
+        """Dtype of matrix products inside `quick`."""
         return fast_dtype(self.device) if self.checkpoint.dtype == torch.bfloat16 else torch.float32
 
     def multiplying(self) -> AbstractContextManager[Any]:
-        """Products of layers as `quick` has them."""
+        """Compute the matrix products of layers in the dtype that `quick` sets."""
         quick = self.products != torch.float32
         return torch.autocast(self.device.type, self.products) if quick else nullcontext()
 
     def rounded(self) -> AbstractContextManager[None]:
-        """Products of float32 matrices as `quick` has them; for sums over tokens."""
+        """Compute products of float32 matrices, such as sums over tokens, in the precision that `quick` sets."""
         return reduced_precision_matmul(self.device, self.products)
 
     def arena(self) -> Arena:
@@ -221,7 +224,7 @@ class BlockStream:
         return replace(rows, batch_tokens=self.batch_tokens).spans(self.processes.rank, self.processes.size)
 
     def embed(self, rows: Rows, arena: Arena) -> Activations:
-        """Input of the first block, for token rows.
+        """Return the input of the first block for rows of tokens.
 
         Also records what the model hands to each block for each group of rows, for `run`.
         """
@@ -245,11 +248,11 @@ class BlockStream:
 
     @property
     def columns(self) -> int:
-        """c."""
+        """Number of columns c of the stream between blocks."""
         return self.side_inputs.columns
 
     def residual(self, hidden_btc: Tensor) -> Tensor:
-        """The residual stream alone (b x t x d)."""
+        """Return the residual stream without additional columns (b x t x d)."""
         return hidden_btc[..., : self.width]
 
     def _recorders(self) -> list[Recorder]:
@@ -257,7 +260,7 @@ class BlockStream:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function from the stream behind the last block (k x c) to logits (k x v).
+        """Yield a function from the stream after the last block (k x c) to logits (k x v).
 
         It is the model's own final norm and output layer, run as k texts of one token.
         """
@@ -274,7 +277,7 @@ class BlockStream:
 
     @contextmanager
     def replaced(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Other values for tensors that `head` has filled."""
+        """Replace the values of tensors that `head` has loaded."""
         before = {name: self.model.get_parameter(name).data for name in tensors}
         try:
             for name, tensor in tensors.items():
@@ -285,14 +288,14 @@ class BlockStream:
                 assign(self.model, name, tensor)
 
     def fewer_logits(self, tokens: Tensor) -> AbstractContextManager[None]:
-        """An output layer for some of the vocabulary (k ids) in the place of the whole one, inside `head`."""
+        """Replace the output layer by one for some of the vocabulary (k ids), inside `head`."""
         layer = self.model.get_output_embeddings()
         path = next(name for name, module in self.model.named_modules() if module is layer)
         return self.replaced({f"{path}.{name}": value.data[tokens] for name, value in layer.named_parameters()})
 
     @contextmanager
     def _around(self, part: nn.Module, recorders: list[Recorder]) -> Iterator[None]:
-        """The weights of a part of the model outside its blocks, filled, with recorders for the blocks."""
+        """Load the weights of a part of the model outside its blocks, with recorders in place of the blocks."""
         parent_name, _, child = self.family.blocks.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         inside = {f"{self.family.blocks}.{name}" for name, _ in self.layers.named_parameters()}
@@ -333,11 +336,11 @@ class BlockStream:
         Args:
             layer: the block, from `filled`.
             hidden_btc: its input, on any device.
-            group: which group of rows the batch belongs to.
-            replay: outputs to use in place of computing a module: (b, t, d), or None for zero.
-            watch: called with a layer's input and output, by the layer's path.
-            until: stop at this layer's input; its `watch` then sees an empty output, and the result is None.
-            modules: leave out what the block adds to the residual stream beside its two modules.
+            group: index of the batch's group of rows.
+            replay: outputs of modules that are not to be computed (b x t x d); None for zeros.
+            watch: functions of a layer's input and output, by the layer's path.
+            until: path of the layer at which to stop. Its function gets an empty output, and the result is None.
+            modules: whether to leave out layers that belong to neither of the two modules.
         """
         hidden_btc = to_device(hidden_btc, self.device)
         args, kwargs = self.side_inputs.arguments(index, group, hidden_btc, *self._calls[group][index])
@@ -371,7 +374,7 @@ class BlockStream:
 
     @contextmanager
     def _understood(self) -> Iterator[None]:
-        """What transformers' classes trip over in a config that makes no sense, as an error of ours."""
+        """Raise errors of transformers' classes about an impossible config as `SecateurError`."""
         try:
             yield
         except (SecateurError, torch.OutOfMemoryError):
@@ -380,14 +383,14 @@ class BlockStream:
             raise self.checkpoint.no_model(error) from error
 
     def _aside(self, index: int) -> Iterator[str]:
-        """What adds to the residual stream in a block, and is none of its two modules."""
+        """Layers that add to the residual stream but belong to neither of the block's two modules."""
         if self.side_inputs.has_token_inputs:
             yield self.family.per_layer_output
         if self.blocks[index].feed_forward.outer_norm is not None:
             yield str(self.family.feed_forward)
 
     def run_through(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int, **how: Any) -> Tensor:
-        """`run` to the block's end, on values that must be finite (b x t x c).
+        """Run a block to its end, and check that all values are finite (b x t x c).
 
         Raises:
             SecateurError: they are not; with the block and the module.
@@ -399,12 +402,13 @@ class BlockStream:
         return after
 
     def advance(self, index: int, layer: nn.Module, rows: Rows, hidden: Activations) -> None:
-        """Run all of `rows` through a filled block; their activations are replaced by those behind it."""
+        """Run all rows through a loaded block; their activations are replaced by the stream after the block."""
         for at in rows.batches():
             hidden[at] = self.run_through(index, layer, hidden[at], at.group)
 
     def trouble(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int) -> SecateurError:
-        """Where a filled block first gives NaN or infinite values on a batch, as the error to raise."""
+        """Return the error for a batch on which a loaded block gives NaN or infinite values, with the first module that
+        does."""
         block = self.blocks[index]
         broken = {"the norms": True, "the input": not _finite(hidden_btc)}
         names = {"the attention module": block.attention, "the feed-forward module": block.feed_forward}

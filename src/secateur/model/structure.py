@@ -71,7 +71,7 @@ class PrunableModule:
     post_norm: str | None
     """Norm between the output projection and the residual stream (Gemma 2 and 3, OLMo-2)."""
     outer_norm: str | None = None
-    """Norm after `post_norm`, on the sum of this module's output and that of a parallel module (Gemma 4)."""
+    """Norm after `post_norm`, on the sum of the outputs of this module and a parallel one (Gemma 4)."""
     groups: int = 1
     """Number of KV groups or of groups of experts. All groups keep the same number of units."""
     locked: str | None = None

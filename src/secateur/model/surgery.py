@@ -1,4 +1,4 @@
-"""Index tensors by slab: the only place where weights are cut."""
+"""Slicing of weights by slab: the only file that cuts tensors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +15,15 @@ from secateur.model.units.experts import EXPERT_CHANNELS
 
 
 def entries(slab: Slab, keep: Sequence[int]) -> Tensor:
-    """Positions along the slab's axis, offset included, of the kept units."""
+    """Return the positions of kept units along the slab's axis, counted from the beginning of the tensor."""
     units = torch.tensor(keep, dtype=torch.long)
     first = slab.offset + units * slab.size + units // slab.run * slab.gap
     return (first[:, None] + torch.arange(slab.size)).reshape(-1)
 
 
 def rows_of(slab: Slab, tensors: Mapping[str, Tensor]) -> Tensor:
-    """What the tensor holds for a slab, its axis first (units * size x ...); a view where it lies in one piece."""
+    """Return the part of a tensor that belongs to a slab, its axis first (units * size x ...); a view if it is
+    contiguous."""
     stored = tensors[slab.name].movedim(slab.axis, 0)
     if not slab.gap:
         return stored[slab.offset : slab.offset + slab.units * slab.size]
@@ -30,24 +31,25 @@ def rows_of(slab: Slab, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def inner_weight(module: PrunableModule, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The level-2 weight with the inner axis first (a x o), a view."""
+    """Return the weight of the output projection with inputs first (a x o), as a view."""
     return tensors[module.output_projection.name].movedim(module.output_projection.axis, 0)
 
 
 def stored_weight(module: PrunableModule, weight_ao: Tensor) -> Tensor:
-    """The inverse of `inner_weight`: back to the stored orientation, contiguous."""
+    """Return a weight (a x o) in the stored orientation, contiguous: the inverse of `inner_weight`."""
     return weight_ao.movedim(0, module.output_projection.axis).contiguous()
 
 
 def inner_entries(module: PrunableModule, keep: Sequence[int]) -> Tensor:
-    """Level-2 input entries of the kept units."""
+    """Return the indices of the output projection's inputs that belong to kept units."""
     return entries(module.output_projection, keep)
 
 
 def slice_module(
     module: PrunableModule, tensors: Mapping[str, Tensor], keep: Sequence[int], inner: Sequence[int] = ()
 ) -> dict[str, Tensor]:
-    """The module's tensors with only the kept units, level 2 included; of experts with only these channels, if any."""
+    """Return the tensors of a module with only the kept units, and of experts with only the kept channels if any are
+    given."""
     parts: dict[tuple[str, int], list[Tensor]] = {}
     # Fused layers are several slabs of one tensor.
     for slab in module.slabs:
@@ -64,7 +66,8 @@ def slice_module(
 
 
 def inner_by_expert(module: PrunableModule, experts: int, inner: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The channels that stay, each counted inside its own expert: of so many (experts x c), and of the shared one."""
+    """Return the kept channels of each expert (experts x c) and of the shared expert, each counted from the expert's
+    first channel."""
     every = torch.tensor(inner)
     own = len(every) // (experts + module.shared_multiple) * experts
     return every[:own].view(experts, -1) % module.units_inside, every[own:] - module.units * module.units_inside
@@ -73,7 +76,7 @@ def inner_by_expert(module: PrunableModule, experts: int, inner: Sequence[int]) 
 def _slice_experts(
     module: PrunableModule, tensors: Mapping[str, Tensor], experts: int, inner: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The matrices of experts with only some channels of each."""
+    """Return the matrices of experts with only the kept channels of each expert."""
     inner_ec, beside = inner_by_expert(module, experts, inner)
     result = {
         slab.name: tensors[slab.name].index_select(slab.axis, beside.to(tensors[slab.name].device))
@@ -92,7 +95,8 @@ def _slice_experts(
 
 
 def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: KeptUnits) -> dict[str, Tensor]:
-    """All tensors of a block, sliced to the kept units; of a module without units only the level-2 bias is left."""
+    """Return all tensors of a block, sliced to the kept units. A module without units keeps only the bias of its output
+    projection."""
     result = dict(tensors)
     for module in block.modules:
         if units := kept[module.kind]:
@@ -105,7 +109,8 @@ def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: KeptUnits) ->
 
 
 def masked_weight(module: PrunableModule, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> Tensor:
-    """The stored level-2 weight with zeros for all units that go: the module then gives what it gives without them."""
+    """Return the stored weight of the output projection with zeros for removed units. The module then gives the same
+    output as without these units."""
     weight = torch.zeros_like(inner_weight(module, tensors))
     kept = inner_entries(module, keep).to(weight.device)
     weight[kept] = inner_weight(module, tensors)[kept]
@@ -113,7 +118,7 @@ def masked_weight(module: PrunableModule, tensors: Mapping[str, Tensor], keep: S
 
 
 def width_of(block: Block, kept: KeptUnits) -> Width:
-    """The width that a selection amounts to."""
+    """Return the width of a selection of units."""
     return Width({axis: number for module in block.modules for axis, number in module.width_of(kept).items()})
 
 
@@ -129,7 +134,7 @@ def first_units(block: Block, width: Width) -> KeptUnits:
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Set a parameter or buffer of a module or of one inside it, whatever its shape was; None takes it away."""
+    """Set a parameter or buffer of a module or of one of its submodules, of any shape; None deletes it."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._buffers:
@@ -140,7 +145,7 @@ def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
 
 @contextmanager
 def restored(layer: nn.Module) -> Iterator[None]:
-    """On exit, a module's parameters are those that it had."""
+    """Restore the parameters of a module on exit."""
     before = layer.state_dict()
     try:
         yield
@@ -152,7 +157,7 @@ def restored(layer: nn.Module) -> Iterator[None]:
 
 
 def cut_down(layer: nn.Module, block: Block, width: Width, biases: Sequence[str] = ()) -> None:
-    """Cut a dense stock layer down to a width, in place. The first units stay.
+    """Narrow a dense stock layer to a width, in place. The first units stay.
 
     Args:
         layer: the layer.
@@ -167,7 +172,7 @@ def cut_down(layer: nn.Module, block: Block, width: Width, biases: Sequence[str]
 
 
 def narrow(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor], width: Width) -> None:
-    """Put sliced tensors into a dense stock layer, and tell its modules their numbers of units."""
+    """Put sliced tensors into a dense stock layer, and update the sizes that its submodules store."""
     cut_down(layer, block, width, [name for name in tensors if name not in block.shapes])
     for name, tensor in tensors.items():
         assign(layer, name, tensor)

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of a text: its ids, and whether the beginning-of-sequence token (BOS) opens them."""
+"""Token ids of texts, and whether a tokenizer puts the beginning-of-sequence token (BOS) first."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from secateur.base.quiet import first_line
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    """Ids of a text of any length; `verbose=False` because rows are cut to the model's length afterwards.
+    """Return the token ids of a text of any length.
 
     Raises:
         SecateurError: the tokenizer has no ids for it.
@@ -29,14 +29,15 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether something has failed, and nobody stopped it: panics of the tokenizers library are no `Exception`s."""
+    """Return whether an exception is a failure and not an interruption: panics of the tokenizers library are no
+    `Exception`s."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def begins_with_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts BOS in front of a text.
+    """Return whether the tokenizer puts BOS before a text.
 
-    Tried and not looked up: tokenizers keep this in their post-processor, whatever their settings say.
+    This is found by encoding a text: tokenizers decide it in their post-processor, whatever their settings say.
     """
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:

@@ -1,6 +1,6 @@
-"""The tensors of a safetensors folder: listed from the headers alone, read one at a time.
+"""Tensors of a safetensors folder: listed from the headers, read one at a time.
 
-A tensor is read into memory of its own and never mapped, so that resident memory is what the caller holds.
+A tensor is read into memory and not memory-mapped, so that resident memory is the tensors that the caller keeps.
 Nothing is unpickled: a folder with only pytorch_model.bin is refused.
 """
 
@@ -41,71 +41,71 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""What a header calls a dtype."""
+"""Dtypes by their names in safetensors headers."""
 
 _LONGEST_NAME = 255
-"""Bytes of a file's name; the system has no answer for longer ones."""
+"""Largest number of bytes of a file's name; the system reports an error for longer names."""
 _HEADER_LIMIT = 100_000_000
-"""The format's own limit; a longer header is a broken file."""
+"""Largest size of a header in bytes, by the format's specification; a longer header is a broken file."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a stored tensor lies and what it is."""
+    """Shape, dtype and place in a file of a stored tensor."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
-    """The first byte in the file."""
+    """Offset in the file, in bytes."""
 
     @property
     def entries(self) -> int:
-        """The number of entries."""
+        """Number of entries."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         return self.entries * self.dtype.itemsize
 
     @property
     def parts(self) -> "tuple[TensorInfo, ...]":
-        """The stored tensors that it is made of: itself."""
+        """Stored tensors that make up the tensor: itself."""
         return (self,)
 
     def read(self) -> Tensor:
-        """Its values; see `read_tensor`."""
+        """Return the values; see `read_tensor`."""
         return read_tensor(self)
 
     def as_stored(self, tensor: Tensor) -> Tensor:
-        """Other values of it, as they are to be stored."""
+        """Return other values of the tensor, as they are stored."""
         return tensor
 
 
 @dataclass(frozen=True)
 class Turned(TensorInfo):
-    """Matrices (expert x outputs x inputs) of which the file holds the transposes."""
+    """Matrices (expert x outputs x inputs) that are stored transposed."""
 
     whole: TensorInfo
-    """The tensor as the file has it."""
+    """Tensor as it is stored."""
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """What has to be read."""
+        """Stored tensors that must be read."""
         return self.whole.parts
 
     def read(self) -> Tensor:
-        """Its values."""
+        """Return the values."""
         return self.as_stored(self.whole.read())
 
     def as_stored(self, tensor: Tensor) -> Tensor:
-        """The transposes."""
+        """Return the transposed matrices."""
         return tensor.transpose(1, 2).contiguous()
 
 
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a folder, from the headers of its safetensors files.
+    """Return all tensors of a folder, from the headers of its safetensors files.
 
     Raises:
         SecateurError: there are no weights, none that can be read without unpickling, or they are incomplete.
@@ -132,13 +132,13 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def index_shards(index: Path) -> dict[str, list[str]]:
-    """Shard file → the names of its tensors, from an index file."""
+    """Return the names of the tensors of each shard file, from an index file."""
     try:
         weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, list[str]] = {}
         for name, shard in weight_map.items():
             if Path(str(shard)).name != shard or len(os.fsencode(shard)) > _LONGEST_NAME:
-                raise SecateurError(f"{index}: {shard!r} is no file beside it; download the model again")
+                raise SecateurError(f"{index}: {shard!r} is missing from the folder; download the model again")
             shards.setdefault(str(shard), []).append(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SecateurError(f"{index}: not a safetensors index; download it again") from error
@@ -146,7 +146,7 @@ def index_shards(index: Path) -> dict[str, list[str]]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file.
+    """Return the tensors of one safetensors file.
 
     Raises:
         SecateurError: the header is broken, or the file is shorter or longer than it says.
@@ -186,7 +186,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """One tensor, in memory of its own on the CPU.
+    """Return one tensor in CPU memory.
 
     Raises:
         SecateurError: the file has become shorter since it was opened.
@@ -200,7 +200,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
 
 
 def read_into(stream: FileIO, view: memoryview) -> bool:
-    """Fill memory from a file; whether the file held as much."""
+    """Fill memory from a file, and return whether the file had enough bytes."""
     # One read returns at most 2 GiB on Linux.
     while view and (count := stream.readinto(view)):
         view = view[count:]
@@ -208,7 +208,7 @@ def read_into(stream: FileIO, view: memoryview) -> bool:
 
 
 def read_ahead(infos: Iterable[TensorInfo]) -> None:
-    """Let the system fetch tensors from disk while the caller goes on; where it cannot be asked, nothing happens."""
+    """Ask the system to read tensors from disk in the background; do nothing where it cannot be asked."""
     if not hasattr(os, "posix_fadvise"):
         return
     for info in infos:
@@ -217,7 +217,7 @@ def read_ahead(infos: Iterable[TensorInfo]) -> None:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has safetensors weights, with every shard that its index names."""
+    """Return whether a folder has safetensors weights, with every shard of its index."""
     if (folder / SINGLE).is_file():
         return True
     index = folder / INDEX
@@ -225,7 +225,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def _no_weights(folder: Path) -> str:
-    """What to say of a folder without safetensors weights."""
+    """Return the error for a folder without safetensors weights."""
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         return (
             f"{folder}: only pickled weights (.bin), which are not opened as they can run code; "

@@ -1,4 +1,4 @@
-"""Kinds of removable units, a file each: the axes along which they lie, and where a block has them.
+"""Kinds of units, one file each: the axes along which units lie, and the tensors of a block that belong to them.
 
-A file makes its axes known with `axis_kind` and a function with `describes`; nothing else lists the files.
+A file registers its axes with `axis_kind` and a function with `describes`. Nothing else lists the files.
 """

@@ -1,7 +1,7 @@
-"""Whole experts of a mixture, and the channels of each.
+"""Whole experts of a mixture, and the channels of each expert.
 
-All experts keep the same number of channels. A shared expert whose width follows from that of the others loses channels
-with them.
+All experts keep the same number of channels. A shared expert whose width is a multiple of the width of the other
+experts is pruned with them.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ EXPERT_CHANNELS = axis_kind(
     config_keys=lambda family: {("expert_channels",): (family.experts.expert_width,)} if family.experts else {},
 )
 EXPERTS_MULTIPLE = 8
-"""Divisor of the channels of experts: their kernels take rows of 16 bytes, in half precision."""
+"""Divisor of the number of channels of experts: their kernels need rows of 16 bytes in half precision."""
 
 
 class ExpertLayout(NamedTuple):
     """Layout of the tensors that hold the matrices of all experts."""
 
     inputs_first: bool
-    """Whether a matrix has an axis of inputs, then one of outputs."""
+    """Whether matrices have the order inputs, outputs."""
     in_turn: bool
-    """Whether outputs of gate and up lie in turn, not one behind the other."""
+    """Whether outputs of gate and up alternate; else all outputs of gate come first."""
     biased: bool
 
 
 def layout_of(experts: Any) -> ExpertLayout:
-    """Return the layout that a module of experts states; Llama 4's states nothing."""
+    """Return the layout that a module of experts declares; Llama 4's module declares nothing."""
     return ExpertLayout(
         getattr(experts, "is_transposed", True),
         not getattr(experts, "is_concatenated", True),
@@ -116,7 +116,7 @@ def _groups(config: Any, names: Experts, per_token: int) -> tuple[int, int]:
 
 
 def _rows_of_experts(layer: Any, family: Family, names: Experts, number: int) -> list[Slab]:
-    """Return the tensors of experts and router: whatever has an axis of the number of experts follows them."""
+    """Return the slabs of experts and router: all tensors with a dimension of the number of experts."""
     parts = (names.experts, names.router, names.router_bias)
     inside = tuple(f"{family.mixture}{part}" for part in parts if part is not None)
     return [
@@ -127,7 +127,7 @@ def _rows_of_experts(layer: Any, family: Family, names: Experts, number: int) ->
 
 
 def _channels(layer: Any, path: str, stored: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[int, tuple[Slab, ...]]:
-    """Return the number of channels of each expert, and what follows them in the matrices of all experts."""
+    """Return the number of channels of each expert, and their slabs."""
     experts = layer.get_submodule(path)
     (up, _), (down, _) = stored
     layout = layout_of(experts)
@@ -144,7 +144,7 @@ def _channels(layer: Any, path: str, stored: tuple[tuple[str, tuple[str, ...]], 
 
 
 def _shared(layer: Any, path: str, channels: int) -> tuple[Slab, ...]:
-    """Return the parts of the shared expert, in as many units as another expert has channels."""
+    """Return the slabs of the shared expert, in as many units as another expert has channels."""
     times = layer.get_submodule(f"{path}.down_proj").weight.shape[1] // channels
     along = (EXPERT_CHANNELS,)
     projections = (

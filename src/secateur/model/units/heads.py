@@ -1,7 +1,7 @@
-"""Query heads, which leave by whole KV groups or by as many of every group.
+"""Query heads. They are removed by whole KV groups, or the same number from every group.
 
-Along with a KV group go its key and value head. Where an attention's heads cannot go one by one, its axes are locked:
-the module stays as it is, or leaves as a whole.
+The key head and the value head of a KV group are removed with the group. If single heads of an attention cannot be
+removed exactly, its axes are locked: the module stays as it is or is removed as a whole.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ HEADS = (KV_GROUPS, HEADS_PER_GROUP)
 
 
 def head_axes(groups: int, heads: int, locked: bool = False) -> tuple[Axis, Axis]:
-    """Return the axes of so many query heads in so many KV groups."""
+    """Return the axes of query heads in KV groups."""
     return Axis(KV_GROUPS, groups, locked=locked), Axis(HEADS_PER_GROUP, heads // groups, locked=locked)
 
 
 @describes(ATTENTION, rank=9)
 def attention(config: Any, family: Family, layer: Any) -> PrunableModule:
-    """Describe an attention whose heads have keys and values of their own or of their group."""
+    """Describe an attention with keys and values per head or per KV group."""
     from secateur.model.facts import head_dim, key_value_heads
 
     heads, groups, dim = config.num_attention_heads, key_value_heads(config), head_dim(config)
@@ -72,7 +72,7 @@ def attention(config: Any, family: Family, layer: Any) -> PrunableModule:
 
 
 def _locked(config: Any, family: Family, layer: Any, why: str) -> PrunableModule:
-    """Describe an attention all of whose heads stay, or none."""
+    """Describe an attention that keeps all of its heads or none."""
     from secateur.model.facts import key_value_heads
 
     heads, groups, path = config.num_attention_heads, key_value_heads(config), family.attention
@@ -88,7 +88,7 @@ def _locked(config: Any, family: Family, layer: Any, why: str) -> PrunableModule
 
 
 def _input_projections(family: Family, layer: Any, heads: int, groups: int, dim: int) -> tuple[Slab, ...]:
-    """Return the parts of the query, key and value layers, which may be one layer."""
+    """Return the slabs of the query, key and value layers, which may be fused."""
     path = f"{family.attention}.{family.fused}"
     if family.fused is None:
         return _apart(family, layer, heads, groups, dim)
@@ -105,7 +105,7 @@ def _input_projections(family: Family, layer: Any, heads: int, groups: int, dim:
 
 
 def _apart(family: Family, layer: Any, heads: int, groups: int, dim: int) -> tuple[Slab, ...]:
-    """Return the parts of three layers, and of the attention's sinks."""
+    """Return the slabs of separate query, key and value layers, and of attention sinks."""
     path = family.attention
     linear = layer.get_submodule(f"{path}.{family.queries}")
     # Queries may carry a gate of the head's output with them.

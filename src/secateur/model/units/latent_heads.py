@@ -1,6 +1,6 @@
-"""Query heads of multi-head latent attention, each a KV group of its own.
+"""Query heads of multi-head latent attention; each head is a KV group.
 
-All heads make their keys and values of one latent vector per token; each has rows of its own in the layer that does it.
+All heads share one latent vector per token. The layer that makes keys and values of it has rows for each head.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @describes(ATTENTION, rank=5)
 def attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
-    """Describe an attention whose heads share a latent vector; None where the family has another one."""
+    """Describe an attention with a latent vector; None if the family has another attention."""
     if family.latent is None:
         return None
     heads, path, (reader, maker) = config.num_attention_heads, family.attention, family.latent

@@ -1,4 +1,4 @@
-"""Parts of a block's layers that follow units, with the orientation and biases that the layers have."""
+"""Slabs of a block's layers, with the orientation and biases of the layers."""
 
 from typing import Any
 
@@ -6,18 +6,19 @@ from secateur.model.structure import Slab
 
 
 def inputs_first(linear: Any) -> bool:
-    """Return whether a layer stores its weight with inputs first: GPT-2's Conv1D, not Linear."""
+    """Return whether a layer stores its weight with inputs first (GPT-2's Conv1D) and not with outputs first
+    (Linear)."""
     return hasattr(linear, "nf")
 
 
 def input_projection(
     layer: Any, path: str, along: tuple[str, ...], units: int, size: int, offset: int = 0, run: int = 1, gap: int = 0
 ) -> tuple[Slab, ...]:
-    """Return the weight and, if there is one, the bias of a layer whose outputs follow units.
+    """Return the slabs of a layer with units along its outputs: the weight, and the bias if there is one.
 
     Args:
         layer: the block.
-        path: of the layer inside the block.
+        path: path of the layer inside the block.
         along: names of the axes along which the units lie, the outermost first.
         units: number of units.
         size: outputs of each.
@@ -33,7 +34,8 @@ def input_projection(
 def output_projection(
     layer: Any, path: str, along: tuple[str, ...], units: int, size: int | None = None
 ) -> tuple[Slab, str | None]:
-    """Return the weight of a layer whose inputs follow units, and the name of its bias if it has one.
+    """Return the slab of the weight of a layer with units along its inputs, and the name of its bias; None without a
+    bias.
 
     Without a size, units share all inputs in equal parts.
     """

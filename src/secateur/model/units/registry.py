@@ -1,4 +1,4 @@
-"""Functions that describe the modules of a block, found by scanning this folder."""
+"""Registry of the functions that describe the modules of a block; the files of this folder register them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from secateur.model.structure import PrunableModule
 
 Describer = Callable[[Any, "Family", Any], "PrunableModule | None"]
-"""Function of a config, a family and a block of it on any device: the module, or None where the block has none such."""
+"""Function of a config, a family and a block on any device that returns the module, or None if it does not know it."""
 
 _DESCRIBERS: dict[str, list[tuple[int, Describer]]] = {}
 
 
 def describes(role: str, *, rank: int) -> Callable[[Describer], Describer]:
-    """Register a describer of the attention or of the feed-forward; those of lower rank are asked first."""
+    """Register a function that describes an attention or a feed-forward. Functions of lower rank are asked first."""
 
     def register(describer: Describer) -> Describer:
         _DESCRIBERS.setdefault(role, []).append((rank, describer))
@@ -28,7 +28,7 @@ def describes(role: str, *, rank: int) -> Callable[[Describer], Describer]:
 
 
 def described(role: str, config: Any, family: Family, layer: Any) -> PrunableModule:
-    """Return the module that a block has in a role, by the first describer that knows it."""
+    """Return the module of a block in a role, from the first function that knows it."""
     load_units()
     ordered = (describer for _, describer in sorted(_DESCRIBERS[role], key=lambda one: one[0]))
     return next(module for describer in ordered if (module := describer(config, family, layer)) is not None)
