@@ -1,9 +1,13 @@
-"""The option `--criterion`: one criterion for heads, one for channels, one for experts.
+"""Option `--criterion`: one criterion for heads, one for channels, one for experts.
 
-X                        for heads and channels; an expert criterion's name chooses the experts only
-heads=X,channels=Y       a criterion for each
-P, P+X                   for heads: the preselection P, alone or followed by the criterion X
-...,experts=Z            an expert criterion as well
+The forms of the option are
+
+    X                        criterion X for heads and channels
+    heads=X,channels=Y       criterion X for heads, Y for channels
+    Z                        criterion Z for experts, the default for heads and channels
+    ...,experts=Z            any of the other forms, with criterion Z for experts
+
+For heads, X may also be P or P+X: the preselection P alone, or followed by criterion X.
 """
 
 import re
@@ -59,7 +63,7 @@ class Choice:
 
 
 def parse_choice(text: str) -> Choice:
-    """Read the option, as this file's docstring gives its forms.
+    """Read the option; the docstring of this file gives its forms.
 
     Raises:
         SecateurError: the text has none of these forms, or a name is not known.

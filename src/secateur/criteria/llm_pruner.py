@@ -7,8 +7,8 @@ stands in for the Hessian matrix,
     element1    |g w|
     element2    |g w - w h w / 2|
 
-The score of a unit is the sum over its coupled group: all its rows in the input projections and its columns in the
-output projection, without biases, as in the authors' program (there element2 is called `param_mix`).
+The score of a unit is the sum over its coupled group: its rows in the input projections and its columns in the output
+projection. Biases are left out, as in the authors' program, which calls element2 `param_mix`.
 
 h is the mean over samples of the squared gradient of a sample's own loss. A sample is one calibration row, and its loss
 is the mean over its tokens, as in the authors' program. The exact Fisher matrix has the squared gradients of single

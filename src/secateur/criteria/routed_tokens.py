@@ -68,21 +68,15 @@ class RoutedTokens:
         """
         if before.experts.shape != after.experts.shape:
             return self.output(tokens, after)
-        same = before.experts[:, :, None] == after.experts[:, None, :]
-        removed, added = ~same.any(2), ~same.any(1)
-        gates_after = (same * after.gates[:, None, :]).sum(2)
-        ratio = gates_after.sum(1) / (before.gates * ~removed).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
-        difference = ((gates_after - ratio[:, None] * before.gates) * ~removed).abs().amax(1)
-        scaled = difference <= _SAME_RATIO * after.gates.abs().amax(1)
-        simple = (removed.sum(1) == 1) & (added.sum(1) == 1) & scaled
+        is_swap, removed, added, ratio = _find_swaps(before, after)
         result = torch.empty_like(output_md)
-        if not bool(simple.all()):
-            other = ~simple
+        if not bool(is_swap.all()):
+            other = ~is_swap
             result[other] = self.output(tokens[other], Routes(after.experts[other], after.gates[other]))
-        some, leaving, coming = tokens[simple], removed & simple[:, None], added & simple[:, None]
-        less = self._expert_outputs(some, before.experts[leaving][:, None])[:, 0] * before.gates[leaving][:, None]
-        more = self._expert_outputs(some, after.experts[coming][:, None])[:, 0] * after.gates[coming][:, None]
-        result[simple] = (output_md[simple] - less) * ratio[simple, None] + more
+        swapped, removed, added = tokens[is_swap], removed & is_swap[:, None], added & is_swap[:, None]
+        less = self._expert_outputs(swapped, before.experts[removed][:, None])[:, 0] * before.gates[removed][:, None]
+        more = self._expert_outputs(swapped, after.experts[added][:, None])[:, 0] * after.gates[added][:, None]
+        result[is_swap] = (output_md[is_swap] - less) * ratio[is_swap, None] + more
         return result
 
     def expert_output(self, expert: int, tokens: Tensor) -> Tensor:
@@ -112,3 +106,19 @@ class RoutedTokens:
             room = self._outputs.new_empty(max(count, 3 * len(self._outputs) // 2), self._outputs.shape[1])
             room[:used] = self._outputs[:used]
             self._outputs = room
+
+
+def _find_swaps(before: Routes, after: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compare two routes of the same tokens.
+
+    Returns:
+        Whether one expert replaces another and the other gates keep their ratios (m); which experts of `before` are
+        removed (m x k); which experts of `after` are added (m x k); the factor on the other gates (m).
+    """
+    same = before.experts[:, :, None] == after.experts[:, None, :]
+    removed, added = ~same.any(2), ~same.any(1)
+    gates_after = (same * after.gates[:, None, :]).sum(2)
+    ratio = gates_after.sum(1) / (before.gates * ~removed).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    difference = ((gates_after - ratio[:, None] * before.gates) * ~removed).abs().amax(1)
+    in_ratio = difference <= _SAME_RATIO * after.gates.abs().amax(1)
+    return (removed.sum(1) == 1) & (added.sum(1) == 1) & in_ratio, removed, added, ratio

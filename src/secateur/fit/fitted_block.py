@@ -2,8 +2,8 @@
 
     W = (1/F) sum_f W_f        over F fits, each to resampled rows of its own
 
-Fits to different rows share most of what they learn, and differ in what each learns from its own rows. Their weights
-are so close that they can be averaged, which cancels much of that difference.
+Fits to different rows differ in the errors that each takes from its own rows. Their weights are so close that they can
+be averaged, which cancels much of these errors.
 """
 
 from collections.abc import Iterator, Sequence

@@ -50,8 +50,8 @@ def refit(
             Groups with neither weight are held out. With resampled groups, one fit is made for each of them.
         method: criterion and recovery.
         dtype: dtype of the new tensors, by default the checkpoint's. Later blocks read the rounded weights.
-        compare: function of the dense and the pruned stream after the last block, called at the end with this process's
-            held-out rows; the blocks after the last pruned one then run as well.
+        compare: function that is called at the end with the dense and the pruned stream after the last block, on this
+            process's held-out rows. If it is given, the blocks after the last pruned one run as well.
         checkpoint: saves the streams after each block, and resumes after the last block that was saved.
 
     Yields:

@@ -9,8 +9,8 @@ parallel. In a parallel block the attention is fitted first, to the whole error,
 Exceptions: a recovery may ask for the module's own dense output instead. If a norm follows the output projection, each
 output takes over a share of the error (`secateur.model.post_norm`).
 
-Error units are the units in which errors are measured: those of the residual stream, or, if a norm follows the output
-projection, the residual stream as the norms of later layers scale it.
+Error units are the units in which errors are measured: the units of the residual stream. If a norm follows the output
+projection, they are the units in which later layers read the residual stream after their own norms.
 
 Shapes: n tokens of a batch, a inputs of the output projection, d residual width; b x t x d for stored activations.
 """
