@@ -136,7 +136,7 @@ def test_second_moment_of_attention_folds_the_probabilities_in(name):
 
 
 def normal_statistics(gated: bool) -> tuple[Statistics, Tensor, Tensor]:
-    """A module of its own whose inputs are normal with a known covariance, and the scores that follow from it."""
+    """Return a module with normal inputs of a known covariance, and the scores that follow from that covariance."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -354,7 +354,7 @@ def test_every_width_along_every_axis_can_be_reached(criterion, name):
             curve = error_curve(found, stats, axis, 1)
             assert len(curve.errors) == (units - 1) * a_round + 1
             assert torch.equal(curve.order, removal_order(found, stats, axis, 1))
-            # The dense module yields its own output: no error yet, and all of it is at stake.
+            # The dense module has no error, and removing all of it loses its whole energy.
             energy = float((inner.double() @ stats.weight_ao.double()).square().sum())
             assert abs(float(curve.errors[0])) < 1e-4 * energy
             assert 0 < float(curve.errors[-1]) < energy
@@ -385,7 +385,7 @@ def test_choice_rows_decide_the_order_and_fit_rows_the_errors():
 
 
 def test_surgeon_has_lower_errors_than_random():
-    """On its own terms the greedy order beats chance."""
+    """The greedy order has a smaller error than a random one."""
     stats = statistics("llama", "channels")[0]
     surgeon, chance = (error_curve(all_criteria()[name], stats, "channels", 1) for name in ("surgeon", "random"))
     assert float(surgeon.errors[20]) < float(chance.errors[20])

@@ -212,10 +212,10 @@ def test_depth_pruning_removes_blocks(checkpoint_folder, peers, model, name):
     ids, left = rows.groups[0], []
     peer = peers.PEERS[name](stream, rows, 0.3)
     assert peer.kept_parameters == 2 * stream.blocks[0].parameters
-    for gone in range(3):
+    for removed in range(3):
         shorter = build(model)
         layers = layers_of(shorter)
-        layers[gone].forward = lambda hidden, *_, **__: hidden
+        layers[removed].forward = lambda hidden, *_, **__: hidden
         left.append((float(loss(shorter, ids)), logits_of(shorter, ids)))
     chosen = int(peer.note.split(";")[0].split()[-1])
     assert relative(logits_of(peer.network, ids), left[chosen][1]) < 1e-4
@@ -299,9 +299,9 @@ def test_uniform_obc_regresses_on_the_modules_own_output(checkpoint_folder, peer
     old, x = seen[0][0].T.double(), seen[0][1].reshape(-1, 48).double()
     gram, found = x.T @ x, layers_of(network)[0].self_attn.o_proj.weight.T.double()
     costs = {}
-    for gone in range(64):
+    for removed in range(64):
         # One head, or both, of every group stays: here some choice of one.
-        picks = [(gone >> group) % 2 for group in range(3)]
+        picks = [(removed >> group) % 2 for group in range(3)]
         at = torch.cat([torch.arange(8) + 8 * (2 * group + pick) for group, pick in enumerate(picks)])
         pull = peers.OBC_RIDGE * torch.diag(gram.diagonal()[at])
         fitted = torch.linalg.solve(gram[at][:, at] + pull, (gram @ old)[at] + pull @ old[at])

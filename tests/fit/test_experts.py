@@ -121,12 +121,12 @@ def test_experts_stay_in_the_stored_dtype(tmp_path: Path, name: str) -> None:
         assert all(torch.equal(*pair) for pair in pairs)
 
 
-def error_without(mixture: Mixture, routed: RoutedTokens, gone: list[int]) -> float:
+def error_without(mixture: Mixture, routed: RoutedTokens, removed: list[int]) -> float:
     """Return the error without some experts, by the model's own forward pass."""
-    alive = torch.tensor([unit for unit in range(mixture.module.units) if unit not in gone])
+    alive = torch.tensor([unit for unit in range(mixture.module.units) if unit not in removed])
     found = mixture.output(routed.x_nd[None], alive)[0]
-    beside = mixture.shared_output(routed.x_nd)
-    found = found if beside is None else found - beside
+    shared = mixture.shared_output(routed.x_nd)
+    found = found if shared is None else found - shared
     return float(((found - routed.target_nd).square().sum(1) * routed.weight_n).sum())
 
 
@@ -136,13 +136,13 @@ def test_reroute_removes_the_expert_with_the_least_error(checkpoint_folder: Chec
         routed, module = routed_of(mixture), mixture.module
         found = expert_order("reroute", routed, module.min_units)
         assert len(found.order) == module.units - module.min_units == len(found.errors) - 1
-        gone: list[int] = []
+        removed: list[int] = []
         for place, expert in enumerate(found.order):
-            others = [unit for unit in range(module.units) if unit not in gone]
-            errors = {unit: error_without(mixture, routed, [*gone, unit]) for unit in others}
+            others = [unit for unit in range(module.units) if unit not in removed]
+            errors = {unit: error_without(mixture, routed, [*removed, unit]) for unit in others}
             # Gates over all experts change a little where none of theirs goes, and that is left out.
             assert errors[expert] <= 1.02 * min(errors.values())
-            gone.append(expert)
+            removed.append(expert)
             assert found.errors[place + 1] == pytest.approx(errors[expert], rel=1e-4)
 
 
@@ -178,8 +178,8 @@ def test_rerouted_output_equals_the_full_sum(checkpoint_folder: CheckpointFolder
         routed.output = lambda tokens, routes: looked_up.append(len(tokens)) or whole(tokens, routes)  # type: ignore[method-assign]
         size = mixture.module.per_group
         for ones in ([1], [0, 3]):
-            gone = torch.tensor([one + group * size for one in ones for group in range(mixture.module.groups)])
-            after = mixture.route(routed.x_nd, every[torch.isin(every, gone, invert=True)])
+            removed = torch.tensor([one + group * size for one in ones for group in range(mixture.module.groups)])
+            after = mixture.route(routed.x_nd, every[torch.isin(every, removed, invert=True)])
             found = routed.rerouted_output(routed.all_tokens, before, given, after)
             torch.testing.assert_close(found, whole(routed.all_tokens, after), rtol=1e-3, atol=1e-4)
         if mixture.module.groups == 1:
@@ -211,10 +211,10 @@ def test_expert_scores_equal_their_formulas(checkpoint_folder: CheckpointFolder)
         scores, counts = [], []
         for expert in range(8):
             norms = torch.linalg.vector_norm(mixture.given(expert, routed.x_nd), dim=1)
-            met = (chosen == expert).any(1)
+            is_routed = (chosen == expert).any(1)
             gate = (gates * (chosen == expert)).sum(1)
-            counts.append(float(routed.weight_n[met].sum()))
-            scores.append(float((routed.weight_n * gate * norms)[met].sum()) / counts[-1])
+            counts.append(float(routed.weight_n[is_routed].sum()))
+            scores.append(float((routed.weight_n * gate * norms)[is_routed].sum()) / counts[-1])
         for name, wanted in (("reap", scores), ("frequency", counts)):
             found = expert_order(name, routed, 3)
             assert found.order == tuple(sorted(range(8), key=wanted.__getitem__)[:5])
@@ -285,10 +285,10 @@ def test_the_refit_of_experts_is_least_squares(checkpoint_folder: CheckpointFold
             weights[expert] = tensors["experts.down_proj"][expert].T
         left = wanted - sum(rows[one] @ weights[one] for one in rows)
         for one, part in rows.items():
-            met = int(part.abs().sum(1).count_nonzero())
-            assert met >= MIN_TOKENS
+            routed_count = int(part.abs().sum(1).count_nonzero())
+            assert routed_count >= MIN_TOKENS
             hessian = part.T @ part
-            penalty = ridge * (1 + part.shape[1] / met) * hessian.diagonal().diag()
+            penalty = ridge * (1 + part.shape[1] / routed_count) * hessian.diagonal().diag()
             right = part.T @ (left + part @ weights[one]) + penalty @ weights[one]
             units = stay.get(one, list(range(part.shape[1])))
             if one >= 0 and stay:
@@ -391,8 +391,8 @@ def test_the_refit_of_narrowed_experts_reduces_the_error(checkpoint_folder: Chec
 def test_every_criterion_orders_the_channels_of_experts(checkpoint_folder: CheckpointFolder, criterion: str) -> None:
     """Each expert has its own statistics. The default replaces a criterion that needs gradients."""
     folder = checkpoint_folder("gpt_oss")
-    found, usual = (fitted(folder, 8, 24, name, method="none") for name in (criterion, "surgeon"))
-    same = found.keep.get("channels") == usual.keep.get("channels")
+    found, default = (fitted(folder, 8, 24, name, method="none") for name in (criterion, "surgeon"))
+    same = found.keep.get("channels") == default.keep.get("channels")
     assert same == criterion.startswith("llm-pruner")
     if criterion == "l2":
         with mixture_of(lambda _: folder, "gpt_oss") as (mixture, _):
@@ -411,21 +411,21 @@ def test_the_error_curve_of_channels_equals_the_output_error(checkpoint_folder: 
         assert errors[0] == 0
         every, dense = mixture.every, mixture.output(routed.x_nd[None], mixture.every)[0]
         routes, down = mixture.route(routed.x_nd, every), mixture.experts.down_proj
-        before, gone = down.detach().clone(), round(inner / 2)
-        beside = set(orders) - set(every.tolist())
-        assert beside == ({mixture.module.units} if mixture.module.shared_multiple else set())
-        for shared in beside:
+        before, removed = down.detach().clone(), round(inner / 2)
+        shared_experts = set(orders) - set(every.tolist())
+        assert shared_experts == ({mixture.module.units} if mixture.module.shared_multiple else set())
+        for shared in shared_experts:
             _, rows = mixture.gated(shared, routed.x_nd, routes)
             energy = (routed.weight_n[:, None] * rows.square()).sum(0) * mixture.weight(shared).square().sum(1)
-            mixture.shared.down_proj.weight.data[:, energy.argsort()[: gone * mixture.module.shared_multiple]] = 0
+            mixture.shared.down_proj.weight.data[:, energy.argsort()[: removed * mixture.module.shared_multiple]] = 0
         for expert in every.tolist():
             tokens, gates = routes.of(expert)
             rows = mixture.inner(expert, routed.x_nd[tokens]) * gates[:, None]
             energy = (routed.weight_n[tokens][:, None] * rows.square()).sum(0) * mixture.weight(expert).square().sum(1)
-            mixture.weight(expert).data[energy.argsort()[:gone]] = 0
+            mixture.weight(expert).data[energy.argsort()[:removed]] = 0
         lost = mixture.output(routed.x_nd[None], every)[0] - dense
         down.data.copy_(before)
-        assert errors[gone] == pytest.approx(float((lost.square().sum(1) * routed.weight_n).sum()), rel=1e-3)
+        assert errors[removed] == pytest.approx(float((lost.square().sum(1) * routed.weight_n).sum()), rel=1e-3)
         assert list(errors) == sorted(errors)
 
 

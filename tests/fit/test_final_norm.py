@@ -31,9 +31,9 @@ def divergences(name: str, stream: BlockStream, dense: Tensor, pruned: Tensor, s
 def streams(width: int, noise: float) -> tuple[Tensor, Tensor]:
     """Streams of the unseen rows that differ by noise at every second position, and by far more between these."""
     dice = torch.Generator().manual_seed(0)
-    dense, beside = torch.randn(2, len(ROWS.groups[1]), LENGTH, width, generator=dice)
-    pruned = dense + noise * beside
-    pruned[:, ::2] = 5 * beside[:, ::2]
+    dense, other = torch.randn(2, len(ROWS.groups[1]), LENGTH, width, generator=dice)
+    pruned = dense + noise * other
+    pruned[:, ::2] = 5 * other[:, ::2]
     return dense, pruned
 
 

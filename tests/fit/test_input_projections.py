@@ -95,15 +95,15 @@ def test_the_step_is_the_least_squares_solution(seed, gated, ridge, channels, wi
         # d y_to / d V_jk = D_jo f_tj s_tk
         derivative = np.einsum("jo,tj,tk->tojk", weight, factor, source).reshape(tokens, width, size)
         jacobian[:, :, number * size : (number + 1) * size] = derivative
-        own = weight.square().sum(1) * (counts[:, None] * factor.square()).sum(0)
-        penalty.append(torch.outer(own, (counts[:, None] * source.square()).sum(0) / counts.sum()).reshape(-1))
+        energy = weight.square().sum(1) * (counts[:, None] * factor.square()).sum(0)
+        penalty.append(torch.outer(energy, (counts[:, None] * source.square()).sum(0) / counts.sum()).reshape(-1))
     rows = np.concatenate(
         [(jacobian * root[:, None, None]).reshape(tokens * width, -1), np.diag((ridge * torch.cat(penalty)).sqrt())]
     )
-    goals = np.concatenate([(residual.numpy() * root[:, None]).reshape(-1), np.zeros(rows.shape[1])])
-    expected = np.linalg.lstsq(rows, goals, rcond=None)[0]
+    targets = np.concatenate([(residual.numpy() * root[:, None]).reshape(-1), np.zeros(rows.shape[1])])
+    expected = np.linalg.lstsq(rows, targets, rcond=None)[0]
     # What is left of the problem, as the solution itself may be ill-determined.
-    best, got = (float(np.square(rows @ v - goals).sum()) for v in (expected, found))
+    best, got = (float(np.square(rows @ v - targets).sum()) for v in (expected, found))
     assert got == pytest.approx(best, rel=1e-6)
     if np.linalg.cond(rows) < 1e3:
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

@@ -66,8 +66,8 @@ def run(
     folder: Path, name: str, *, criterion: str = "surgeon", own_output: bool = False, **recovery: Any
 ) -> list[FittedBlock]:
     plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
-    alike = {} if recovery.get("method", "refit") != "refit" else {"cauchy_scale": math.inf}
-    settings = {"ridge": RIDGE} | alike | recovery
+    equal_weights = {} if recovery.get("method", "refit") != "refit" else {"cauchy_scale": math.inf}
+    settings = {"ridge": RIDGE} | equal_weights | recovery
     method = Method(criterion, OwnOutput(**settings) if own_output else some_recovery(**settings))
     return list(refit(BlockStream(open_checkpoint(folder)), plan, IDS, method=method))
 
@@ -80,15 +80,15 @@ def pruned_model(name: str, found: list[FittedBlock]) -> nn.Module:
 
 
 def least_squares(x: Tensor, t: Tensor, old: Tensor, ridge: float = RIDGE, *, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Weights (inputs x outputs) and bias, pulled to the old weights by each input's own energy.
+    """Return weights (inputs x outputs) and bias, with a ridge toward the old weights relative to each input's energy.
 
-    Without a ridge the change of least norm, each input in units of its own energy.
+    Without a ridge, the solution is the nearest to the old weights, with each input in units of its energy.
     """
     mean_x, mean_t = x.mean(0) * intercept, t.mean(0) * intercept
     x, t = x - mean_x, t - mean_t
     size = x.square().sum(0).sqrt()
-    rows, goals = torch.cat([x / size, ridge**0.5 * torch.eye(len(old))]), torch.cat([t - x @ old, 0 * old])
-    change = torch.from_numpy(np.linalg.lstsq(rows.numpy(), goals.numpy(), rcond=None)[0])
+    rows, targets = torch.cat([x / size, ridge**0.5 * torch.eye(len(old))]), torch.cat([t - x @ old, 0 * old])
+    change = torch.from_numpy(np.linalg.lstsq(rows.numpy(), targets.numpy(), rcond=None)[0])
     weight = old + change / size[:, None]
     return weight, mean_t - mean_x @ weight
 
@@ -119,10 +119,10 @@ def put(layer: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> Non
 
 def fit_level1(module: PrunableModule, dense: Any, pruned: Any, index: int, ridge: float) -> None:
     layer, original = layers_of(pruned)[index], layers_of(dense)[index]
-    x, goal = seen(pruned, index, module.input_layer)[0], seen(dense, index, module.input_layer)[0]
+    x, dense_input = seen(pruned, index, module.input_layer)[0], seen(dense, index, module.input_layer)[0]
     for path in dict.fromkeys(slab.name.rpartition(".")[0] for slab in module.input_projections):
         old, bias = matrix(original, path), original.get_submodule(path).bias
-        target = goal @ old + (0 if bias is None else bias)
+        target = dense_input @ old + (0 if bias is None else bias)
         weight, shift = least_squares(x, target, old, ridge, intercept=bias is not None)
         put(layer, path, weight, None if bias is None else shift)
 
@@ -132,9 +132,9 @@ def fit_output_projection(
 ) -> None:
     """The kept entries; what goes becomes zero, so that the whole model computes as the narrow one would."""
     layer = layers_of(pruned)[index]
-    x, goal = seen(pruned, index, module.output_layer)[0], seen(dense, index, module.output_layer)[1]
+    x, dense_output = seen(pruned, index, module.output_layer)[0], seen(dense, index, module.output_layer)[1]
     old = matrix(layers_of(dense)[index], module.output_layer)
-    weight, shift = least_squares(x[:, entries], goal, old[entries], ridge, intercept=module.bias is not None)
+    weight, shift = least_squares(x[:, entries], dense_output, old[entries], ridge, intercept=module.bias is not None)
     full = torch.zeros_like(old)
     full[entries] = weight
     put(layer, module.output_layer, full, shift if module.bias else None)

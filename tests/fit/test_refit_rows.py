@@ -52,9 +52,9 @@ def test_equal_rows_for_choice_and_fit_change_nothing(
     checkpoint_folder: CheckpointFolder, name: str, method: str, when: str, criterion: str
 ) -> None:
     folder, how = checkpoint_folder(name), {"method": method, "when": when, "criterion": criterion}
-    alike = run(folder, name, MANY, **how)
-    apart = run(folder, name, Rows.of(MANY).with_scoring_rows(Rows.of(MANY)), **how)
-    for one, other in zip(alike, apart, strict=True):
+    single = run(folder, name, MANY, **how)
+    separate = run(folder, name, Rows.of(MANY).with_scoring_rows(Rows.of(MANY)), **how)
+    for one, other in zip(single, separate, strict=True):
         assert one.keep == other.keep
         assert one.changed.keys() == other.changed.keys()
         for tensor in one.changed:

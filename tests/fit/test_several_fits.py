@@ -24,7 +24,7 @@ from secateur.model.surgery import assign, masked_weight, restored
 from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
 
-TEXT, ONE, OTHER, BESIDE = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
+TEXT, ONE, OTHER, HELD_OUT = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
 NAMES = [*WIDTHS, "gpt_neox"]
 
 
@@ -37,7 +37,7 @@ def groups_of(rows: Rows) -> list[int]:
 
 
 def test_each_fit_has_its_resampled_rows_and_the_common_rows():
-    rows = Rows.of(TEXT).with_openings().with_resampled(ONE, OTHER).with_held_out(BESIDE)
+    rows = Rows.of(TEXT).with_openings().with_resampled(ONE, OTHER).with_held_out(HELD_OUT)
     opened = len(rows.groups[1])
     assert rows.resampled == (2, 3)
     assert rows.weights == (1.0, OPENING_WEIGHT, 1.0, 1.0, 0.0)
@@ -49,7 +49,7 @@ def test_each_fit_has_its_resampled_rows_and_the_common_rows():
 
 
 def test_only_the_first_fit_runs_the_rows_that_choose_units():
-    rows = Rows.of(TEXT).with_resampled(ONE, OTHER).with_held_out(BESIDE).with_scoring_rows(Rows.of(BESIDE))
+    rows = Rows.of(TEXT).with_resampled(ONE, OTHER).with_held_out(HELD_OUT).with_scoring_rows(Rows.of(HELD_OUT))
     assert rows.resampled == (1, 2)
     first, second = rows.fits()
     assert (groups_of(first), first.scores) == ([9, 7, 0, 0, 3], (0.0, 0.0, 0.0, 0.0, 1.0))
@@ -93,17 +93,17 @@ def test_held_out_rows_run_through_the_dense_and_the_averaged_model(checkpoint_f
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     seen: dict[str, Tensor] = {}
 
-    def judge(dense: Activations, pruned: Activations) -> None:
+    def record_streams(dense: Activations, pruned: Activations) -> None:
         seen.update(dense=dense.parts[3].clone(), pruned=pruned.parts[3].clone())
 
-    rows = Rows.of(TEXT).with_resampled(ONE, OTHER).with_held_out(BESIDE)
-    found = list(refit(stream, plan_of(name, *blocks), rows, compare=judge))
+    rows = Rows.of(TEXT).with_resampled(ONE, OTHER).with_held_out(HELD_OUT)
+    found = list(refit(stream, plan_of(name, *blocks), rows, compare=record_streams))
     model = build(name)
     small = narrowed(model, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
     for kind, network in (("dense", model), ("pruned", small)):
         last: list[Tensor] = []
         layers_of(network)[-1].register_forward_hook(lambda _, __, z, last=last: last.append(z))
-        logits_of(network, BESIDE)
+        logits_of(network, HELD_OUT)
         assert relative(seen[kind], last[0]) < 1e-4
     assert relative(seen["pruned"], seen["dense"]) > 1e-2
 

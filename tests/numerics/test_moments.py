@@ -97,7 +97,7 @@ def test_streamed_moments_equal_moments_of_all_rows(case: Case, centre: bool) ->
     assert close(found.energy(), (root * t).square().sum(), size_o.square().sum())
     assert close(found.gram(), found.gram().T, 0.05 * torch.outer(size_a, size_a))
     assert found.finite()
-    # Handing the sums over changes nothing but that they are gone.
+    # `take` returns the same matrices, and leaves all else in place.
     gram, squares = found.gram(), found.mean_square_a()
     assert torch.equal(found.take()[0], gram)
     assert torch.equal(found.mean_square_a(), squares)
@@ -223,7 +223,7 @@ def test_moments_of_several_processes_equal_those_of_one(case: Case, size: int, 
     torch.testing.assert_close(found.cross(), wanted.cross(), atol=100 * room, rtol=1e-4)
     assert found.energy() == pytest.approx(wanted.energy(), rel=1e-4, abs=1e4 * room)
     for part in parts:
-        # Means and counts are known to all, and what nobody else needs is gone.
+        # All ranks know means and counts; only the owner has the matrices.
         torch.testing.assert_close(part.mean_a, wanted.mean_a)
         torch.testing.assert_close(part.mean_o, wanted.mean_o)
         assert part is found or part.gram().numel() == 0

@@ -39,26 +39,26 @@ class Layer:
     def gram(self) -> Tensor:
         return self.x.T @ self.x
 
-    def normal(self, ridge: float, *, own: bool = False) -> NormalEquations:
-        cross = None if own else self.x.T @ self.t
+    def normal(self, ridge: float, *, old_as_target: bool = False) -> NormalEquations:
+        cross = None if old_as_target else self.x.T @ self.t
         return normal_equations(self.gram, cross, float(self.t.square().sum()), self.old, ridge)
 
     def centred(self) -> Layer:
         return Layer(self.x - self.x.mean(0), self.t - self.t.mean(0), self.old)
 
     def minimiser(self, ridge: float, keep: Tensor) -> Tensor:
-        """Least squares over stacked rows: the inputs, and one row an input that pulls to the old weights."""
-        pull = (ridge * self.gram.diagonal()[keep]).sqrt()
-        rows = torch.cat([self.x[:, keep], torch.diag(pull)])
-        goals = torch.cat([self.t, pull[:, None] * self.old[keep]])
-        return torch.from_numpy(np.linalg.lstsq(rows.numpy(), goals.numpy(), rcond=None)[0])
+        """Return least squares over stacked rows: the inputs, and one row per input for the ridge penalty."""
+        penalty = (ridge * self.gram.diagonal()[keep]).sqrt()
+        rows = torch.cat([self.x[:, keep], torch.diag(penalty)])
+        targets = torch.cat([self.t, penalty[:, None] * self.old[keep]])
+        return torch.from_numpy(np.linalg.lstsq(rows.numpy(), targets.numpy(), rcond=None)[0])
 
     def error(self, ridge: float, keep: Tensor) -> float:
         """||XW - T||^2 at the penalised minimum."""
         return float((self.x[:, keep] @ self.minimiser(ridge, keep) - self.t).square().sum())
 
     def penalised(self, ridge: float, keep: Tensor) -> float:
-        """The minimum with its penalty; a removed input has gone all the way from its old weights to zero."""
+        """Return the penalised minimum; a removed input is penalised as a weight of zero."""
         weight = torch.zeros_like(self.old)
         weight[keep] = self.minimiser(ridge, keep)
         penalty = ridge * (self.gram.diagonal()[:, None] * (weight - self.old).square()).sum()
@@ -92,7 +92,7 @@ def layers(draw: st.DrawFn, least: int = 2, most: int = 14, offset: float = 0.0)
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Both finite, and apart by little beside the largest entry of each row."""
+    """Assert that both are finite and close, relative to the largest entry."""
     found, wanted = found.double(), wanted.double()
     assert float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
 
@@ -143,11 +143,11 @@ def test_squared_error_of_any_weights(data: st.DataObject, case: Layer, ridge: f
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
-@pytest.mark.parametrize("own", [False, True])
-def test_normal_equations_may_overwrite_the_gram_matrix(ridge, own):
+@pytest.mark.parametrize("old_as_target", [False, True])
+def test_normal_equations_may_overwrite_the_gram_matrix(ridge, old_as_target):
     case = layer(12, 40, 6, 3)
     gram, energy = case.gram.float(), case.energy
-    cross = None if own else (case.x.T @ case.t).float()
+    cross = None if old_as_target else (case.x.T @ case.t).float()
     copied = normal_equations(gram, cross, energy, case.old.float(), ridge)
     assert torch.equal(gram, case.gram.float())
     given_away = normal_equations(gram, cross, energy, case.old.float(), ridge, overwrite=True)
@@ -183,14 +183,14 @@ def test_a_strong_ridge_gives_the_old_weights():
 def test_the_old_output_as_target_equals_its_cross_moment(ridge):
     case = layer(2, 50, 8, 4)
     case.t = case.x @ case.old
-    own, given_ = case.normal(ridge, own=True), case.normal(ridge)
-    assert own.energy == pytest.approx(given_.energy, rel=1e-5)
-    assert_near(own.cross_ao, given_.cross_ao, 1e-5)
-    assert_near(own.right_ao, given_.right_ao, 1e-5)
-    weight, error = least_squares(own, torch.arange(8))
+    old_as_target, with_cross = case.normal(ridge, old_as_target=True), case.normal(ridge)
+    assert old_as_target.energy == pytest.approx(with_cross.energy, rel=1e-5)
+    assert_near(old_as_target.cross_ao, with_cross.cross_ao, 1e-5)
+    assert_near(old_as_target.right_ao, with_cross.right_ao, 1e-5)
+    weight, error = least_squares(old_as_target, torch.arange(8))
     assert_near(weight, case.old, 1e-4)
     assert abs(error) < 1e-5 * case.energy
-    first, second = eliminate(own, 1), eliminate(given_, 1)
+    first, second = eliminate(old_as_target, 1), eliminate(with_cross, 1)
     assert torch.equal(first.order, second.order)
     assert_near(first.increases, second.increases, 1e-4)
     assert_near(first.errors, second.errors, 1e-4)
@@ -340,13 +340,13 @@ def test_every_step_removes_the_cheapest_unit_of_each_group(
     assert len(found.order) == units - groups
     check(case, ridge, found, size)
     left = list(range(units))
-    for gone in found.order.view(-1, groups).tolist():
-        assert [unit // per_group for unit in gone] == list(range(groups))
+    for removed in found.order.view(-1, groups).tolist():
+        assert [unit // per_group for unit in removed] == list(range(groups))
         # Each is the cheapest of its group, as prices stand when the round begins.
-        for group, unit in enumerate(gone):
+        for group, unit in enumerate(removed):
             prices = cheapest(case, ridge, left, size, [u for u in left if u // per_group == group])
             assert prices[unit] <= min(prices.values()) * 1.005 + 1e-5 * case.energy
-        left = [unit for unit in left if unit not in gone]
+        left = [unit for unit in left if unit not in removed]
 
 
 @given(data=st.data(), seed=st.integers(0, 2**31), size=st.integers(1, 3), ridge=st.sampled_from((0.03, 0.3, 1.0)))
@@ -382,22 +382,27 @@ def test_several_units_a_step_cost_what_single_removals_cost(step_from, given_or
     check(case, 0.3, found, 1)
 
 
-@given(seed=st.integers(0, 2**31), size=st.integers(1, 3), ridge=st.sampled_from((0.0, 0.03, 1.0)), own=st.booleans())
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(1, 3),
+    ridge=st.sampled_from((0.0, 0.03, 1.0)),
+    old_as_target=st.booleans(),
+)
 @settings(max_examples=40, deadline=None)
-def test_weights_at_a_width_equal_a_refit(seed: int, size: int, ridge: float, own: bool) -> None:
+def test_weights_at_a_width_equal_a_refit(seed: int, size: int, ridge: float, old_as_target: bool) -> None:
     """Even if the width ends a step early, or an input is always zero."""
     case = layer(seed, 300, 70 * size, 4)
     case.x[:, 3] = 0
-    if own:
+    if old_as_target:
         case.t = case.x @ case.old
-    normal = case.normal(ridge, own=own)
+    normal = case.normal(ridge, old_as_target=old_as_target)
     found = eliminate(normal, size, stop=30, weights_at=[7, 40])
     assert sorted(found.weights) == [7, 40]
-    for gone, weight in found.weights.items():
-        left = sorted(set(range(70)) - set(found.order[:gone].tolist()))
+    for removed, weight in found.weights.items():
+        left = sorted(set(range(70)) - set(found.order[:removed].tolist()))
         wanted, error = least_squares(normal, positions(left, size))
         assert_near(weight, wanted, 2e-3)
-        assert float(found.errors[gone]) == pytest.approx(error, rel=2e-3, abs=1e-5 * case.energy)
+        assert float(found.errors[removed]) == pytest.approx(error, rel=2e-3, abs=1e-5 * case.energy)
 
 
 def test_several_units_of_several_inputs_a_step():
@@ -498,11 +503,11 @@ def test_a_step_is_greedy_among_its_candidates(seed):
 
 def test_errors_are_nan_if_not_asked_for():
     case = layer(9, 60, 12, 4)
-    priced, bare = eliminate(case.normal(0.3), 1), eliminate(case.normal(0.3), 1, with_errors=False)
-    assert torch.equal(priced.order, bare.order)
-    assert torch.equal(priced.increases, bare.increases)
+    full, bare = eliminate(case.normal(0.3), 1), eliminate(case.normal(0.3), 1, with_errors=False)
+    assert torch.equal(full.order, bare.order)
+    assert torch.equal(full.increases, bare.increases)
     assert bool(bare.errors[1:].isnan().all())
-    assert not bool(priced.errors.isnan().any())
+    assert not bool(full.errors.isnan().any())
 
 
 def test_elimination_with_nothing_to_remove():

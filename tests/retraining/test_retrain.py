@@ -128,10 +128,10 @@ def test_the_loss_falls_and_the_folder_is_complete(
     files = [{file.name for file in path.iterdir()} for path in (folder, out)]
     assert files[1] == files[0] - {"timings.json"}
     assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
-    (said,) = record(out).pop("retrained")
-    assert record(out) == record(folder) | {"retrained": [said]}
-    assert said["options"]["epochs"] == 6
-    assert said["perplexity"] == {"before": done.perplexity[0], "after": done.perplexity[1]}
+    (entry,) = record(out).pop("retrained")
+    assert record(out) == record(folder) | {"retrained": [entry]}
+    assert entry["options"]["epochs"] == 6
+    assert entry["perplexity"] == {"before": done.perplexity[0], "after": done.perplexity[1]}
     # Adapters of rank 8 on each matrix.
     shapes = [network.get_submodule(layer).weight.shape for layer in adapted_layers(network)]
     assert done.adapted == sum(8 * sum(shape) for shape in shapes)
@@ -275,7 +275,7 @@ def test_a_retrained_folder_can_be_retrained(checkpoint_folder: CheckpointFolder
     settings = {**SMALL, "calibration": str(text), "epochs": 1}
     retrain(folder, tmp_path / "one", **settings)
     retrain(tmp_path / "one", tmp_path / "two", rank=2, **settings)
-    assert [said["options"]["rank"] for said in record(tmp_path / "two")["retrained"]] == [8, 2]
+    assert [entry["options"]["rank"] for entry in record(tmp_path / "two")["retrained"]] == [8, 2]
 
 
 @pytest.mark.parametrize(
