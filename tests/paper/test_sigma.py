@@ -195,7 +195,7 @@ def test_the_three_choose_differently(checkpoint_folder: CheckpointFolder, tmp_p
 
 def test_random_ids_decide_alone(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     options: dict[str, Any] = {"sigma": "random", "calibration": text_file(tmp_path), "refit_samples": 3, **SMALL}
-    rows = draw_rows(open_model(checkpoint_folder("llama"), device="cpu", **options), fitted=False)
+    rows = draw_rows(open_model(checkpoint_folder("llama"), device="cpu", **options), resample=False)
     scores = rows.grouped.scores
     assert scores is not None
     assert rows.random is not None
