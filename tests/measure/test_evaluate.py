@@ -126,7 +126,7 @@ def test_float32_holds_only_small_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {dtype for dtype, _ in seen} == {torch.float32}
 
 
-def test_progress_and_mode_are_left_right() -> None:
+def test_progress_ends_and_the_mode_is_restored() -> None:
     model, seen = llama().train(), []
 
     class Watcher(Silent):
@@ -207,7 +207,7 @@ def test_speed_counts_its_tokens(build: Callable[[], PreTrainedModel]) -> None:
     assert model.training
 
 
-def test_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_come_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(float(2**i) for i in range(1000))
     monkeypatch.setattr(sys.modules[speeds.__module__], "perf_counter", lambda: next(ticks))
     (result,) = speeds([llama()], prompt=4, new=2, repeats=1)
@@ -295,7 +295,7 @@ def test_weights_are_never_drawn_at_random(
         evaluate(str(folder), texts=[text], length=20, tokens=100)
 
 
-def test_a_second_model_is_held_against_the_first(checkpoint_folder: CheckpointFolder, text: str) -> None:
+def test_two_models_are_compared(checkpoint_folder: CheckpointFolder, text: str) -> None:
     small, dense = str(checkpoint_folder("llama tied")), str(checkpoint_folder("llama biased"))
     result = evaluate(small, against=dense, texts=[text, text], length=20, speed=True)
     figures = {figure.label: figure for figure in result.figures()}
@@ -315,8 +315,8 @@ def test_a_second_model_is_held_against_the_first(checkpoint_folder: CheckpointF
     assert json.loads(json.dumps(result.as_dict()))["models"][1]["texts"][text]["tokens"] == second.texts[text].tokens
 
 
-def test_models_that_cut_text_otherwise(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
-    """Their perplexities are per token of their own, which is said; with one tokenizer nothing is."""
+def test_different_tokenizers_get_a_note(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
+    """Perplexities per token of different tokenizers do not compare; with one tokenizer there is no note."""
 
     class Notes(Silent):
         def note(self, text: str) -> None:

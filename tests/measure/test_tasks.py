@@ -56,14 +56,14 @@ NORM = "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n"
 
 
 def ids_of(question: str, answer: str, bos: bool) -> tuple[list[int], list[int]]:
-    """By hand: the tokenizer gives `w7` the id 11 and drops spaces."""
+    """Return token ids computed by hand: the tokenizer gives `w7` the id 11 and drops spaces."""
     before = [4 + int(word[1:]) for word in question.split()]
     after = [4 + int(word[1:]) for word in answer.split()]
     return [BOS, *before] if bos or not before else before, after
 
 
 def plain(model: Any, before: list[int], after: list[int]) -> tuple[float, bool]:
-    """One pair in one forward without a cache, token by token in float64."""
+    """Return the log-likelihood of one pair from one forward without a cache, token by token in float64."""
     ids = [*before, *after]
     with torch.no_grad():
         logits = model(torch.tensor([ids]), use_cache=False).logits[0].double()
@@ -73,7 +73,7 @@ def plain(model: Any, before: list[int], after: list[int]) -> tuple[float, bool]
 
 
 class Source:
-    """Stands for lm-eval's task: keeps the likelihoods that it is handed."""
+    """Substitute for a task of lm-eval that records its likelihoods."""
 
     def __init__(self) -> None:
         self.found: list[list[tuple[float, bool]]] = []
@@ -85,7 +85,7 @@ class Source:
 
 
 def likelihoods(model: Any, tokenizer: Any, *items: list[tuple[str, str]], **watching: Any) -> list[Any]:
-    """Of each item's answers, as `zero_shot` hands them to the task."""
+    """Return the likelihoods of each item's answers as `zero_shot` passes them to the task."""
     source = Source()
     zero_shot(model, tokenizer, [tasks.OpenTask("these", source, list(enumerate(items)))], **watching)
     return source.found
@@ -169,7 +169,7 @@ def test_a_question_too_long_loses_its_beginning() -> None:
         likelihoods(model, make_tokenizer(), [("w1", whole + " w1")])
 
 
-def test_model_tokenizer_and_progress_are_left_right(capfd: pytest.CaptureFixture[str]) -> None:
+def test_model_and_tokenizer_are_not_changed_and_progress_ends(capfd: pytest.CaptureFixture[str]) -> None:
     model, tokenizer, seen = build("llama").train(), make_tokenizer(), []
     model.config.tie_word_embeddings = True
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -257,7 +257,7 @@ def expected_outcomes(model: Any, items: list[dict[str, Any]]) -> tuple[list[int
     return acc, norm
 
 
-def test_a_task_is_scored_as_by_hand(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_task_is_scored_as_computed_by_hand(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = build("llama")
     mine, other = zero_shot(model, make_tokenizer(), open_tasks(["mine", "other"], task_path=folder))
     acc, norm = expected_outcomes(model, ITEMS)

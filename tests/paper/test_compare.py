@@ -146,7 +146,7 @@ def test_tasks_are_scored_in_percent(grid: Path, run: Run) -> None:
     assert figures["average"]["mean"] == pytest.approx((figures["piqa"]["mean"] + figures["other"]["mean"]) / 2)
 
 
-def test_what_runs_have_in_common_is_made_once(
+def test_shared_work_is_done_once(
     grid: Path,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
@@ -163,7 +163,7 @@ def test_what_runs_have_in_common_is_made_once(
     assert sorted(reads) == ["held.txt", "text.txt"]
 
 
-def test_only_what_is_missing_is_made(grid: Path, run: Run, prunings: list[Any]) -> None:
+def test_only_missing_runs_are_executed(grid: Path, run: Run, prunings: list[Any]) -> None:
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
     before = tables(grid / "out")
     assert len(prunings) == 8
@@ -351,7 +351,7 @@ def score(folder: str) -> float:
         {"recovery": "paper", "refit_calibration": "self"},
     ],
 )
-def test_what_a_model_writes_is_written_once_for_all_runs(
+def test_generated_rows_are_shared_by_all_runs(
     own: dict[str, Any],
     grid: Path,
     run: Run,
@@ -380,7 +380,7 @@ def test_what_a_model_writes_is_written_once_for_all_runs(
     assert all(summary.sparsity > 0 for summary in summaries)
 
 
-def test_rows_of_the_fits_are_shared(
+def test_resampled_rows_are_shared(
     grid: Path,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
@@ -464,7 +464,7 @@ def test_retraining_without_peft_is_named_early(
     assert listing(grid) == before
 
 
-def test_graphs_join_the_heads_that_are_alike(
+def test_graphs_join_similar_heads(
     grid: Path,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,

@@ -66,7 +66,7 @@ def test_changes_replace_an_option_wherever_it_stands() -> None:
     assert changed(small()) == small()
 
 
-def test_rows_of_the_refits_own_change_where_there_are_such() -> None:
+def test_refit_samples_change_only_runs_that_have_the_option() -> None:
     runs = {"a": {"recovery": "paper", "refit_samples": 1024}, "b": {"recovery": "none"}, "c": {"calibration": "self"}}
     retrain: dict[str, dict[str, Any]] = {"b": {"samples": 512, "calibration": "other.txt"}}
     recipe = small(runs=runs, retrain={}, grid={})
@@ -118,7 +118,7 @@ def test_a_column_may_have_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_those_of_the_package_are_sound(name: str) -> None:
+def test_recipes_of_the_package_are_valid(name: str) -> None:
     recipe = read_recipe(name)
     judged = {*recipe.evaluation.perplexity, *recipe.evaluation.tasks, AVERAGE}
     for label, model in recipe.models.items():

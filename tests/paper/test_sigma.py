@@ -1,4 +1,4 @@
-"""Where second-moment takes its covariance from: calibration rows, nothing (the identity), or random token ids."""
+"""Covariance of the criterion second-moment: from calibration rows, the identity, or random token ids."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def text_file(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_the_three_choose_differently(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
+def test_each_sigma_chooses_other_units(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
     text, kept = text_file(tmp_path), {}
     for sigma in (None, "data", "identity", "random"):
         prune(checkpoint_folder(name), tmp_path / f"{sigma}", widths="uniform", format="hf", sigma=sigma,

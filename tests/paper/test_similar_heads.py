@@ -60,7 +60,7 @@ def table(heads: int, near: dict[tuple[int, int], float], far: float = 0.6) -> T
 
 
 def algorithm2(distances: Tensor, tau: float) -> list[int]:
-    """As the paper writes it."""
+    """Algorithm 2 as the paper writes it."""
     found: list[int] = []
     for i in range(len(distances)):
         for j in range(len(distances)):
@@ -87,7 +87,7 @@ def test_algorithm_2(distances: Tensor, tau: float) -> None:
     assert free
 
 
-def test_of_a_pair_the_lower_goes_and_the_last_of_a_group_stays() -> None:
+def test_the_lower_head_of_a_pair_is_removed_and_the_last_of_a_group_stays() -> None:
     assert candidates(table(5, {(1, 3): 0.1}), 0.2) == (1,)
     group = dict.fromkeys(itertools.combinations((0, 2, 4), 2), 0.1)
     assert candidates(table(5, group), 0.2) == (0, 2)
@@ -126,14 +126,14 @@ LOADABLE: list[tuple[str, tuple[int, ...], tuple[int, ...], Width]] = [
 
 
 @pytest.mark.parametrize(("name", "similar", "gone", "width"), LOADABLE)
-def test_what_can_go_together(
+def test_heads_that_can_be_removed_together(
     checkpoint_folder: CheckpointFolder, name: str, similar: tuple[int, ...], gone: tuple[int, ...], width: Width
 ) -> None:
     assert loadable(wish_of(checkpoint_folder, name), 1, similar) == (gone, width)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "llama one group"])
-def test_no_larger_set_could_go(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_no_larger_set_can_be_removed(checkpoint_folder: CheckpointFolder, name: str) -> None:
     """Against every subset of the candidates that leaves whole groups or equal ones."""
     wish = wish_of(checkpoint_folder, name)
     module = wish.blocks[0].attention
@@ -154,7 +154,7 @@ def test_no_larger_set_could_go(checkpoint_folder: CheckpointFolder, name: str) 
         assert set(gone) <= set(similar)
 
 
-def test_a_format_that_holds_less(checkpoint_folder: CheckpointFolder) -> None:
+def test_a_format_that_allows_fewer_widths(checkpoint_folder: CheckpointFolder) -> None:
     odd = replace(
         wish_of(checkpoint_folder, "gpt2"), unsupported_reason=lambda width: "no" if width.heads % 2 else None
     )
@@ -173,7 +173,7 @@ def some_distances(seed: int = 0, blocks: int = 3) -> dict[int, Tensor]:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("tau", [0.1, 0.2, 0.3])
 def test_a_plan_of_similar_heads_is_exact(checkpoint_folder: CheckpointFolder, name: str, tau: float) -> None:
-    """It names the heads that stay, which amount to its widths, and the share that goes."""
+    """The plan lists the kept heads, which match its widths, and names the share removed."""
     wish, distances = wish_of(checkpoint_folder, name), some_distances(1)
     plan = similar_plan(wish, distances, tau)
     assert plan.lists_units
@@ -230,7 +230,7 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-def test_similar_heads_go_first_then_by_score(name: str, criterion: str) -> None:
+def test_similar_heads_are_removed_first_then_by_score(name: str, criterion: str) -> None:
     plain = statistics(name, "heads")[0]
     module, similar = plain.module, {1, 2, 3}
     for axis in [one.name for one in module.cut_axes]:
@@ -285,7 +285,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", UNGROUPED)
-def test_of_two_copies_one_goes_and_nothing_is_lost(tmp_path: Path, name: str) -> None:
+def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path: Path, name: str) -> None:
     folder = copied(name, tmp_path / "model", [(1, 4), (3, 2)])
     dense, ids = load(folder), token_rows(4, seed=5)
     wanted = logits_of(dense, ids)
@@ -356,7 +356,7 @@ def test_a_record_gives_the_same_bytes(tmp_path: Path, checkpoint_folder: Checkp
     assert weights[0] == weights[1]
 
 
-def test_some_blocks_alone(tmp_path: Path) -> None:
+def test_only_the_chosen_blocks_are_pruned(tmp_path: Path) -> None:
     folder = copied("gpt2", tmp_path / "model", [(0, 5)])
     prune(folder, tmp_path / "out", criterion="similarity", tau=1e-4, blocks="1:3", **SMALL)
     assert [(b["block"], b["heads"]) for b in record(tmp_path / "out")["blocks"]] == [
@@ -495,7 +495,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("how", "message"), WRONG, ids=[str(row[0]) for row in WRONG])
-def test_a_wrong_wish(how: dict[str, Any], message: str) -> None:
+def test_contradicting_options_are_refused(how: dict[str, Any], message: str) -> None:
     assert message in raised(lambda: Options(**how))
 
 

@@ -1,4 +1,4 @@
-"""What a pruned folder says of itself to people: README.md and report.html, made, measured and opened in a browser."""
+"""Card and page of a pruned folder, README.md and report.html: written, measured, and opened in a browser."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def front(text: str) -> dict[str, Any]:
 
 
 def text_of(page: str) -> str:
-    """What a browser shows as text."""
+    """Return the text that a browser shows."""
     parts: list[str] = []
     parser = HTMLParser()
     parser.handle_data = parts.append  # type: ignore[method-assign]
@@ -49,7 +49,7 @@ def text_of(page: str) -> str:
 
 
 def test_a_notebook_shows_a_plan(place: Path) -> None:
-    """As a table, and as a picture whose bars are the shares that stay."""
+    """A plan is shown as a table, and as a plot whose bars are the shares of units kept."""
     asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16}
     found = propose("model", Options(sparsity=0.4, **asked), RunOptions(device="cpu"))
     table = found._repr_html_()
@@ -111,7 +111,7 @@ def test_the_card_says_what_was_done(place: Path, run: Run) -> None:
         "---\n- a list\n---",
     ],
 )
-def test_a_base_card_that_says_nothing(base: str | None) -> None:
+def test_a_base_card_without_readable_metadata(base: str | None) -> None:
     assert "license" not in front(card(made(), base_card=base))
 
 
@@ -149,7 +149,7 @@ def test_the_card_tells_a_fit_from_none(recovery: str, words: str) -> None:
     assert ("were fitted" in text) == (recovery == "refit")
 
 
-def test_a_share_of_some_blocks_is_said_to_be_one(place: Path, run: Run) -> None:
+def test_the_share_names_the_blocks_that_it_counts(place: Path, run: Run) -> None:
     """The terminal, the card and the page; where another plan goes through all blocks, the share is of all."""
     result = run("prune", "model", "out", *SMALL, "--blocks", "1:", "--sparsity", "0.4")
     reached = json.loads((place / "out" / "secateur.json").read_text())["sparsity"]["reached"]
@@ -163,15 +163,15 @@ def test_a_share_of_some_blocks_is_said_to_be_one(place: Path, run: Run) -> None
     assert f"{whole:.1%} of the blocks' parameters were removed" in (place / "again" / "README.md").read_text()
 
 
-def test_a_model_without_a_cache_has_no_ratio_of_it(place: Path) -> None:
-    """As one whose blocks have linear attention alone."""
+def test_a_model_without_a_cache_has_no_ratio(place: Path) -> None:
+    """Such a model has only blocks with linear attention."""
     asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16, "effort": "quick"}
     found = replace(prune("model", "out", **asked), cache_bytes=(0, 0))
     table, _ = prune_table(found, Path("out"))
     assert [list(column.cells)[2] for column in table.columns] == ["KV cache per token", "0 B", "0 B", ""]
 
 
-def test_what_stays_is_counted_by_kind() -> None:
+def test_kept_units_are_counted_by_kind() -> None:
     kept = ("6 of 8 query heads", "3 of 4 KV groups", "5 of 10 feed-forward channels")
     assert units_kept(made()) == f"{' and '.join(kept)} and 15 of 20 expert channels and 3 of 4 experts are kept"
     assert units_kept(made(blocks=[])) == "all units are kept"
@@ -183,7 +183,7 @@ def test_a_hub_model_is_named_as_the_base() -> None:
     assert "/home/me" not in card(made(model="/home/me/models/name"))
 
 
-def test_names_are_no_markup() -> None:
+def test_names_are_escaped() -> None:
     text = card(made(model=f"/x/{NASTY}"), measured=[(NASTY, "1", "2", "0.5")])
     assert "<script>" not in text.replace("`<script>", "")
     (row,) = [line for line in text.splitlines() if line.endswith("| 2 | 1 | 0.5 |")]
@@ -195,7 +195,7 @@ def test_names_are_no_markup() -> None:
     assert text_of(page).count("window.broken") == 4
 
 
-def test_measured_afterwards(place: Path, run: Run) -> None:
+def test_measurements_are_added_to_card_and_page(place: Path, run: Run) -> None:
     pruned(place, run)
     before = {name: (place / "out" / name).read_text() for name in ("README.md", "report.html")}
     assert "has not been measured yet" in before["README.md"]
@@ -247,8 +247,8 @@ def test_eval_refuses(place: Path, run: Run, words: tuple[str, ...], message: st
     assert (place / "out" / "README.md").read_text() == before
 
 
-def test_a_base_with_tensors_that_the_model_has_no_place_for(place: Path, run: Run) -> None:
-    """They do not count in the fingerprint that the record has."""
+def test_tensors_without_a_place_are_not_in_the_fingerprint(place: Path, run: Run) -> None:
+    """The model is still the base that the record names."""
     tensors = load_file(place / "model" / "model.safetensors")
     save_file(tensors | {"odd": torch.ones(3)}, place / "model" / "model.safetensors", metadata={"format": "pt"})
     pruned(place, run)
@@ -256,7 +256,7 @@ def test_a_base_with_tensors_that_the_model_has_no_place_for(place: Path, run: R
     assert result.code == 0, result.err
 
 
-def test_a_retrained_folder_says_so(place: Path, run: Run) -> None:
+def test_the_card_of_a_retrained_folder_names_the_retraining(place: Path, run: Run) -> None:
     pruned(place, run)
     asked = ("--calibration", "text.txt", "--samples", "8", "--length", "16", "--epochs", "1")
     assert run("retrain", "out", "trained", *asked).code == 0
@@ -267,7 +267,7 @@ def test_a_retrained_folder_says_so(place: Path, run: Run) -> None:
 
 
 def test_errors_before_and_after_the_refit(place: Path, run: Run) -> None:
-    """A refit leaves less than what it begins with, which is what a run without one has in the first block."""
+    """The refit lowers the error; the error before it equals the error of a run without a refit in the first block."""
     refit = pruned(place, run, "--widths", "uniform", "--modules", "channels", "--effort", "quick")
     none = pruned(place, run, "--plan", "out/secateur.json", "--recovery", "none", out="none")
     (plain, left), (same, without) = (

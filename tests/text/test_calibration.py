@@ -1,4 +1,4 @@
-"""Calibration: what a row holds, that a seed fixes it, and that each bad source is named in one line."""
+"""Calibration and evaluation rows: their contents, the seed, and an error of one line for each bad source."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_messages_are_rendered_and_bos_is_not_doubled(tmp_path: Path, bos: bool,
     assert read_documents(str(path), make_tokenizer(bos, TEMPLATE)) == [rendered]
 
 
-def test_random_ids_spare_the_special_ones(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_random_ids_are_never_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = draw(tokenizer, "random", 40, 50)
     bos = int(begins_with_bos(tokenizer))
     assert (rows[:, 0] == BOS).all() == bool(bos)
@@ -264,7 +264,7 @@ def test_text_needs_a_tokenizer_and_random_is_no_text(hundred: str) -> None:
         consecutive_rows(make_tokenizer(), "random", length=8, tokens=8, vocab_size=VOCAB)
 
 
-def test_early_check_needs_no_tokenizer(hundred: str) -> None:
+def test_the_early_check_needs_no_tokenizer(hundred: str) -> None:
     check_calibration(hundred, samples=1000, length=8)
     check_calibration("random", length=2, max_positions=2)
     with pytest.raises(SecateurError, match="does not exist"):
@@ -283,7 +283,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4", "ptb", "bookcorpus", "some/set:config:column"])
-def test_an_unreachable_data_set_is_told_at_once(hub: Path, source: str) -> None:
+def test_an_unreachable_data_set_is_an_error_at_once(hub: Path, source: str) -> None:
     start = time.perf_counter()
     with pytest.raises(SecateurError, match=f"data set {source} is not in the local cache, and it does not answer"):
         read_documents(source)

@@ -1,4 +1,4 @@
-"""Rows of a run: each fit takes its own copy of them, and mistakes are said before any work."""
+"""Calibration rows of a run: each fit has resampled rows of its own, and mistakes are errors before any work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def opened(folder: Path, **options: Any) -> OpenRun:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2"])
-def test_where_copies_come_from(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_each_fit_gets_its_own_resampled_rows(checkpoint_folder: CheckpointFolder, name: str) -> None:
     run = opened(checkpoint_folder(name), effort="best", samples=3, length=12, seed=2)
     rows = draw_rows(run)
     assert rows.resampled is not None
@@ -45,7 +45,7 @@ def test_where_copies_come_from(checkpoint_folder: CheckpointFolder, name: str) 
     assert torch.equal(again, rows.resampled)
 
 
-def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+def test_each_fit_uses_its_own_rows(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
     given: list[Rows] = []
 
     def noted(stream: Any, plan: Any, rows: Rows, **how: Any) -> Any:
@@ -72,8 +72,8 @@ def test_each_fit_takes_its_own(checkpoint_folder: CheckpointFolder, tmp_path: P
 
 
 @pytest.mark.parametrize("effort", ["quick", "normal", "best"])
-def test_blank_copies_are_as_many(checkpoint_folder: CheckpointFolder, effort: str) -> None:
-    """A dry run runs no model for them."""
+def test_placeholders_have_the_shapes_of_resampled_rows(checkpoint_folder: CheckpointFolder, effort: str) -> None:
+    """A dry run draws no resampled rows."""
     rows = draw_rows(opened(checkpoint_folder("llama"), effort=effort))
     blank = draw_rows(opened(checkpoint_folder("llama"), effort=effort), dry=True)
     assert blank.resampled is None
@@ -82,20 +82,20 @@ def test_blank_copies_are_as_many(checkpoint_folder: CheckpointFolder, effort: s
     assert (found.weights, found.scores, found.resampled) == (wanted.weights, wanted.scores, wanted.resampled)
 
 
-def test_an_effort_that_there_is_not() -> None:
+def test_an_unknown_effort_is_refused() -> None:
     with pytest.raises(SecateurError, match="effort is 'fast'; it must be one of quick, normal, best"):
         Options(effort="fast")
 
 
 @pytest.mark.parametrize("recovery", ["none", "paper", "bias"])
-def test_no_other_recovery_takes_copies(checkpoint_folder: CheckpointFolder, recovery: str) -> None:
-    """The effort is the refit's; a recipe may share one with runs that do not refit."""
+def test_only_the_refit_takes_resampled_rows(checkpoint_folder: CheckpointFolder, recovery: str) -> None:
+    """Only the refit uses the effort; other recoveries ignore it."""
     assert Options(effort="normal", recovery=recovery).resampled_fits == 0
     assert draw_rows(opened(checkpoint_folder("llama"), effort="normal", recovery=recovery)).resampled is None
 
 
 def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    """Said before any text is read; no memory is asked for where the model writes no row."""
+    """The error comes before any text is read; a run without generated rows checks no memory."""
     monkeypatch.setattr(self_calibration, "free_memory", lambda _: 100_000)
     monkeypatch.setattr(draw, "calibration_rows", lambda *_, **__: pytest.fail("the text was read"))
     with pytest.raises(SecateurError, match=r"whole model must be in memory, .*; calibrate on a text, or on random"):

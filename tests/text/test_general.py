@@ -1,4 +1,4 @@
-"""`general`: what is in its rows, and that own text is mixed in half and half."""
+"""Rows of the source `general`: kinds of text, and `general+TEXT` for half of each."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def read(row: torch.Tensor) -> str:
 
 
 @given(st.integers(1, 5000))
-def test_shares_come_to_the_samples(samples: int) -> None:
+def test_rows_per_kind_add_up_to_the_samples(samples: int) -> None:
     counts = rows_per_kind(samples)
     assert sum(counts.values()) == samples
     for kind, share in SHARES.items():
         assert abs(counts[kind] - samples * share / sum(SHARES.values())) < 1
 
 
-def test_rows_are_there_twice_by_their_share() -> None:
+def test_repeated_rows_have_their_share() -> None:
     for length in (64, 65):
         rows = draw("general", 256, length)
         half = -(-length // 2)
@@ -63,7 +63,7 @@ def test_rows_are_there_twice_by_their_share() -> None:
         assert all(part.any() for part in twice.split(32))
 
 
-def test_a_seed_decides() -> None:
+def test_the_seed_decides_the_rows() -> None:
     assert torch.equal(draw("general", 20, 40), draw("general", 20, 40))
     assert not torch.equal(draw("general", 20, 40), draw("general", 20, 40, seed=1))
 
@@ -73,7 +73,7 @@ def test_more_rows_than_text() -> None:
     assert draw("general", 64, 40_000).shape == (64, 40_000)
 
 
-def test_every_kind_is_there() -> None:
+def test_every_kind_of_text_occurs() -> None:
     text = "\n".join(map(read, draw("general", 600, 500)))
     for sign in ("def ", " @-@ ", "The answer is ", "self."):
         assert sign in text, sign
@@ -87,7 +87,7 @@ def test_a_conversation_follows_the_chat_template() -> None:
     assert "<assistant> " not in "\n".join(map(read, draw("general", 200, 300)))
 
 
-def test_half_of_the_rows_are_ones_own(tmp_path: Path) -> None:
+def test_general_plus_text_takes_half_of_the_rows_from_the_text(tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_text("æ" * 2000)
     rows = draw(f"general+{own}", 21, 50)
@@ -98,7 +98,7 @@ def test_half_of_the_rows_are_ones_own(tmp_path: Path) -> None:
     assert not (draw(f"general+{own}", 1, 50) == ord("æ")).any()
 
 
-def test_advice_for_own_text_that_is_short(tmp_path: Path) -> None:
+def test_advice_for_general_plus_a_short_text(tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_text("æ" * 130)
     with pytest.raises(SecateurError, match=r"own.txt: too short, .*; take samples 4 "):
@@ -148,6 +148,6 @@ def test_windows_are_runs(tokens: int, count: int, length: int) -> None:
         assert len(found.unique()) == count * length
 
 
-def test_licences_are_said() -> None:
+def test_licences_are_named() -> None:
     said = (general.FILE.parent / "general.md").read_text(encoding="utf-8")
     assert all(word in said for word in ("CC BY-SA", "MIT", "Apache", "PSF"))

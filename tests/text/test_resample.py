@@ -1,4 +1,4 @@
-"""Rewritten rows: tokens drawn from the model's own distributions, at the right places and in the right shares."""
+"""Resampled rows: tokens drawn from the model's own distributions, at the right places and in the right shares."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stream(checkpoint_folder: Callable[[str], Path], name: str) -> BlockStream:
 
 
 def test_draws_follow_the_model(stream, name, monkeypatch):
-    """At a place whose text before it is the same in every copy, tokens come as often as the model says."""
+    """Tokens drawn at one position have the frequencies of the model's distribution."""
     monkeypatch.setattr(resample, "RESAMPLED_SHARE", 1.0)
     text, copies = token_rows(1, 6), 4000
     drawn = resample_tokens(stream, text, count=copies)
@@ -69,7 +69,7 @@ def test_half_of_the_tokens_stay(stream):
         ({"recovery": "paper"}, 0),
     ],
 )
-def test_the_refit_alone_takes_more_rows(checkpoint_folder, tmp_path, settings, copies):
+def test_each_effort_adds_its_resampled_rows(checkpoint_folder, tmp_path, settings, copies):
     prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, **settings)
     record = json.loads((tmp_path / "out" / "secateur.json").read_text())
     found = [count for count, length in record["calibration"]["groups"] if length == 16]

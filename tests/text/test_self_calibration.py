@@ -1,4 +1,4 @@
-"""What a model writes to calibrate on: its own distribution, the same rows again, and mistakes in one line."""
+"""Rows that a model generates: its own distribution, the same rows for the same seed, and errors of one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from secateur.text import draw, self_calibration
 from secateur.text.self_calibration import BATCH_ROWS, opening_token, self_rows
 
 NAMES = ["llama", "llama biased", "llama tied", "gpt2", "gpt2 scaled", "opt", "qwen2", "gemma2", "gpt_neox"]
-"""Those of two words have a tokenizer that begins texts with BOS."""
+"""Names of models; a name of two words has a tokenizer that begins texts with BOS."""
 
 
 def written(folder: Path, samples: int = 4, length: int = 12, **how: Any) -> Tensor:
@@ -65,7 +65,7 @@ def test_the_seed_decides_and_nothing_else_is_disturbed(checkpoint_folder: Check
     assert not torch.equal(written(folder, seed=1), first)
 
 
-def test_settings_of_the_checkpoint_do_not_bend_it(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_generation_settings_of_the_checkpoint_are_ignored(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint_folder("llama"), folder)
     wanted = written(folder)
@@ -86,7 +86,7 @@ def names(bos: int | None, eos: int | None, **config: Any) -> tuple[Any, Any]:
     return checkpoint, SimpleNamespace(bos_token_id=bos, eos_token_id=eos)
 
 
-def test_where_a_text_begins() -> None:
+def test_the_token_that_opens_a_text() -> None:
     assert opening_token(*names(5, 6)) == 5
     assert opening_token(*names(None, 6, bos_token_id=7)) == 7
     assert opening_token(*names(None, 6)) == 6
@@ -113,7 +113,9 @@ def test_one_seed_gives_one_model(checkpoint_folder: CheckpointFolder, tmp_path:
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_a_model_that_cannot_begin(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_model_without_bos_and_eos_is_refused(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint_folder("gpt2"), folder)
     tokenizer = make_tokenizer()
@@ -133,7 +135,7 @@ def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path
         prune(checkpoint_folder("llama"), tmp_path / "out", calibration="self", **SIZE)
 
 
-def test_damaged_weights_are_said(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_damaged_weights_are_an_error(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     model = build("llama")
     model.lm_head.weight[0] = torch.nan
     model.save_pretrained(tmp_path / "model")
