@@ -55,7 +55,7 @@ ELSEWHERE = {
     r"secateur doctor .+": "it starts a process for each engine, as tests/commands/test_doctor.py does",
     r"secateur eval .+ --tasks piqa,arc_easy": "lm-eval's own tasks read their data from the hub",
 }
-"""Commands that cannot run here, and why."""
+"""Patterns of commands that cannot run here, and the reasons."""
 OF_OTHERS = {"--model-impl": "vLLM's", "--nproc-per-node": "torchrun's", "--methods": "benchmarks/quality.py's"}
 OF_OTHERS |= {"--model": "lm-eval's", "--model_args": "lm-eval's", "--hf-path": "mlx-lm's", "--no-deps": "pip's"}
 """Options of other programs, and the program of each."""
