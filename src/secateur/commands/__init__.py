@@ -1,1 +1,1 @@
-"""One function a command, each built of the same six steps."""
+"""Functions of the commands, and the steps that they share."""

@@ -1,4 +1,4 @@
-"""What each step of `prune` costs: floating-point operations, and bytes in memory or in files.
+"""Costs of each step of `prune`: floating-point operations, and bytes in memory or in files.
 
 Left out are the products inside the attention, which depend on the length of the rows, and everything that is not a
 matrix product. `module_costs.py` has the costs of single modules.

@@ -42,7 +42,7 @@ class Engine(NamedTuple):
     runs: bool | None
     """Whether the engine runs the model; None if it was not tried."""
     message: str
-    """What the engine did, or why it does not run the model."""
+    """Message about what the engine did, or why it does not run the model."""
     command: str
     """Line of Python or of the shell that opens the model in this engine."""
 
@@ -98,7 +98,7 @@ def check_engines(out: str | Path, *, trust_remote_code: bool = False, watcher: 
 
 
 def _compare(tokens: list[int], expected: list[int] | None) -> str:
-    """Return how many tokens an engine generated, and how many of them are those of transformers."""
+    """Return how many tokens an engine generated, and how many of them equal the tokens of transformers."""
     if expected is None:
         return f"generates {NEW_TOKENS} tokens"
     same = sum(one == other for one, other in zip(tokens, expected, strict=True))

@@ -1,4 +1,4 @@
-"""One engine opens one model, in a process that runs nothing else.
+"""Open a model in one engine, in a process that runs nothing else.
 
     python -m secateur.commands.doctor_probe PACKAGE JSON
 

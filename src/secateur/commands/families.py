@@ -10,7 +10,7 @@ STOCK_HEADS = {"any": "any number", "divisors": "numbers that divide the hidden 
 
 
 class FamilyRow(NamedTuple):
-    """One row of the table of families."""
+    """Row of the table of families."""
 
     name: str
     """The `model_type` in config.json."""

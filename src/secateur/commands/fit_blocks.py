@@ -98,7 +98,7 @@ def perplexity_ratio(run: OpenRun, rows: CalibrationRows, plan: Plan) -> float:
     """Prune by a plan, measure on the held-out rows, and discard the pruned model.
 
     Returns:
-        Perplexity of the pruned model divided by that of the dense model.
+        Perplexity of the pruned model divided by the perplexity of the dense model.
     """
     stream, groups, losses = run.stream, rows.grouped, list[float]()
     held_out = len(groups.groups) - 1

@@ -1,4 +1,4 @@
-"""What the survey and the fit of one module cost, a class for each kind of module.
+"""Costs of the survey and the fit of one module, in a class for each kind of module.
 
 Symbols: n tokens, d residual width, a inputs of an output projection, k channels that are kept, m input projections of
 a feed-forward (up, and gate if there is one).
@@ -55,7 +55,7 @@ class FeedForwardCosts(ModuleCosts):
     """Costs of a dense feed-forward, whose input projections are fitted too."""
 
     def fit(self, tokens: int, width: Width, input_steps: int) -> Work:
-        """Return the work of a fit: that of the output projection, and the steps of the input projections.
+        """Return the work of fitting the output projection and then the input projections.
 
         The inputs for the second fit of the output projection take one more forward pass of the block. Activations are
         the ones that the steps store in addition.
@@ -130,8 +130,8 @@ class MixtureCosts(ModuleCosts):
         """Return the work of ordering the experts by rerouting (`criteria/experts.py`) until some number is left.
 
         For each expert that may be removed, its tokens are routed again and two outputs of each are looked up, which
-        takes most of the time. An output is computed when it is first looked up: those of the k experts of a token at
-        once, and one more for each removed expert.
+        takes most of the time. An output is computed when it is first looked up: the outputs of a token's experts
+        at once, and one more for each removed expert.
         """
         module, d = self.module, self.width
         if left >= module.units:

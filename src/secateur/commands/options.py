@@ -35,7 +35,7 @@ UPPER_BOUNDS: dict[str, tuple[int, str]] = {"ridge": (MAX_RIDGE, ", for example 
 
 
 class Effort(NamedTuple):
-    """Fits that a value of `--effort` stands for."""
+    """Meaning of a value of `--effort`."""
 
     fits: int
     """Number of fits whose weights are averaged."""

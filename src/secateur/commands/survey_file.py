@@ -1,4 +1,4 @@
-"""The file of a survey: the rows that a survey is made from, what it depends on, and whether a file is complete."""
+"""Survey files: the calibration rows of a survey, what a survey depends on, and whether a file is complete."""
 
 from pathlib import Path
 from typing import Any

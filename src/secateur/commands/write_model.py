@@ -24,7 +24,7 @@ from secateur.write.hub import upload
 from secateur.write.slice import slice_fitted
 
 BlockRecords = list[dict[str, Any]]
-"""What secateur.json says of each pruned block."""
+"""Entries of secateur.json, one for each pruned block."""
 
 
 def write_model(run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedBlocks, out: str | Path) -> Summary:
