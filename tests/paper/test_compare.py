@@ -231,7 +231,7 @@ def test_a_run_that_fails_stops_no_other(
         result = run("compare", "model", "grid.yaml", "--out", "out")
     assert result.code == 2
     last = result.err.splitlines()[-1]
-    assert last == "error: 2 of 9 runs failed; the first, model wanda, sparsity 0.2, seed 1: nothing goes"
+    assert last == "error: 2 of 9 runs failed; the first: model wanda, sparsity 0.2, seed 1: nothing goes"
     assert "So far 7 of 9 runs." in (grid / "out" / "table.md").read_text()
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
 
