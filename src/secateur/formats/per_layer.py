@@ -5,6 +5,7 @@ with trust_remote_code and without this library. config.json has all that this f
 are at hand, and no code of a folder runs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,11 @@ def _layer_width(config: Any, index: int, everywhere: Width) -> Width:
             nested = bool(outer) and (axis,) not in keys
             counts |= dict.fromkeys(outer, own[key]) | {axis: min(own[key], 1)} if nested else {}
             counts |= {} if outer else {axis: own[key]}
+    for (*outer, axis), key in keys.items():
+        # A layer's own number along an outer axis leaves the product as it is: Gemma 4 has KV heads by type of layer.
+        if any(keys.get((one,)) in own for one in outer) and keys.get((axis,)) not in own and axis in counts:
+            total = own.get(key, everywhere.product((*outer, axis)))
+            counts[axis] = total // max(1, math.prod(counts[one] for one in outer))
     width = Width(counts)
     for along, key in keys.items():
         if key in own and along[0] in counts and width.product(along) != own[key]:
