@@ -228,7 +228,9 @@ def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
     for index, width in found.widths.items():
         assert (width.groups, width.per_group) == (block.attention.groups, block.attention.per_group)
         # Where others have experts, a block without them keeps its channels.
-        assert width.fed < blocks[index].feed_forward.units or (name in MIXTURES and not width.experts)
+        assert (width.experts or width.channels) < blocks[index].feed_forward.units or (
+            name in MIXTURES and not width.experts
+        )
 
 
 def settings(**more: Any) -> dict[str, Any]:
@@ -472,7 +474,7 @@ def test_the_plan_counts_what_the_file_holds(pruned, job):
     if job.widths == "adaptive":
         assert record["sparsity"]["reached"] >= job.sparsity
     if job.modules == ("heads",):
-        assert record["blocks"][0]["width"][blocks[0].kinds[1]] == blocks[0].width.fed
+        assert record["blocks"][0]["width"][blocks[0].kinds[1]] == blocks[0].feed_forward.units
         assert len(record["blocks"][0]["heads"]) < blocks[0].width.heads
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (pruned.out(job) / name).read_bytes() == (pruned.model(job) / name).read_bytes()

@@ -204,7 +204,10 @@ def last_units(block: Block, width: Width) -> KeptUnits:
     full = block.width
     groups = range(full.groups - width.groups, full.groups)
     heads = [full.per_group * (group + 1) - 1 - head for group in groups for head in range(width.per_group)]
-    fed, some = block.feed_forward.kind, range(full.fed - width.fed, full.fed)
+    fed, some = (
+        block.feed_forward.kind,
+        range(block.feed_forward.units - block.feed_forward.units_at(width), block.feed_forward.units),
+    )
     units = {fed: tuple(some)}
     if width.experts and width.channels < full.channels:
         units["channels"] = tuple(

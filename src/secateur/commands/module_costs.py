@@ -13,6 +13,7 @@ from secateur.fit.input_projections import PRECONDITIONER_TOKENS
 from secateur.model.axes import Width
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, PrunableModule
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 
 READS_PER_LOOKUP = 8
 """Times that an expert's output for a token is read or written when it is looked up."""
@@ -110,8 +111,8 @@ class MixtureCosts(ModuleCosts):
         Where channels are removed, each expert has an elimination of its own. The input projections of an expert are
         fitted to the tokens that are routed to it.
         """
-        module, d, experts, inputs = self.module, self.width, width.experts, self.module.units_inside
-        routed, k = self._routed(tokens, experts), width.channels
+        module, d, experts, inputs = self.module, self.width, width[EXPERTS], self.module.units_inside
+        routed, k = self._routed(tokens, experts), width[EXPERT_CHANNELS]
         solve = solve_flops(inputs, d) if k < inputs else inputs**3 / 3 + 2 * inputs**2 * d
         output = Work(
             forward=2 * 2.0 * tokens * module.experts_per_token * self._one_expert,

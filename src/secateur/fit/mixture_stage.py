@@ -31,6 +31,7 @@ from secateur.model.mixture import Mixture
 from secateur.model.structure import KeptUnits, PrunableModule
 from secateur.model.surgery import inner_by_expert
 from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 
 
 class MixtureStage:
@@ -45,14 +46,14 @@ class MixtureStage:
     def prune(self, width: Width, kept: KeptUnits) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
         """Choose experts and their channels, refit and store the outputs, as `secateur.fit.stage.prune_stage` says."""
         tokens, module = self.tokens, self.module
-        keep = kept[module.kind] if module.kind in kept else self._choose_experts(width.experts)
-        alive, cut = torch.tensor(keep, device=self.stream.device), width.channels < module.units_inside
+        keep = kept[module.kind] if module.kind in kept else self._choose_experts(width[EXPERTS])
+        alive, cut = torch.tensor(keep, device=self.stream.device), width[EXPERT_CHANNELS] < module.units_inside
         channels, unfitted = self._channels_by_expert(keep, kept.get("channels", ()) if cut else ()), list[int]()
         with self.stream.rounded():
             residual = tokens.target_nd - tokens.to_error_units(self.mixture.output(tokens.x_nd[None], alive)[0])
             old_error = tokens.squared_error(residual)
             if self.recovery.fits or cut:
-                unfitted = self._fit_experts(alive, residual, width.channels, channels)
+                unfitted = self._fit_experts(alive, residual, width[EXPERT_CHANNELS], channels)
         self._store_outputs(alive)
         total = self.stream.processes.total(float(tokens.weight_n.sum(dtype=torch.float64)))
         report = report_module(self.target, len(keep), tokens.squared_error(residual), old_error, total)

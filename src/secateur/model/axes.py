@@ -193,54 +193,39 @@ class Width(Mapping[str, int]):
         """Return this width with other numbers along some axes."""
         return Width(self._numbers | dict(numbers))
 
-    # Shorthands for formats that spell one width at a time.
+    # For people who read a summary; code loops over axes.
     @property
     def groups(self) -> int:
-        """KV groups."""
+        """Number of KV groups; zero in a block without query heads."""
         return self.get("kv_groups", 0)
 
     @property
     def per_group(self) -> int:
-        """Query heads in each KV group."""
+        """Number of query heads per KV group; zero in a block without query heads."""
         return self.get("heads_per_group", 0)
 
     @property
     def heads(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
         return self.groups * self.per_group
 
     @property
     def experts(self) -> int:
-        """Experts; zero in blocks without any."""
+        """Number of experts; zero in a block without experts."""
         return self.get("experts", 0)
 
     @property
     def channels(self) -> int:
-        """Channels of the feed-forward, or of each expert."""
+        """Number of channels of the feed-forward, or of each expert."""
         return self.get("expert_channels" if "experts" in self else "channels", 0)
 
     @property
-    def fed(self) -> int:
-        """Units of the feed-forward: experts or channels."""
-        return self.experts or self.channels
-
-    @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of units of the modules, by the first axis of each."""
+        """Kinds of units of the two modules."""
         first: dict[str, str] = {}
         for axis in self:
             first.setdefault(axis_kinds()[axis].role, axis_kinds()[axis].unit)
         return tuple(first.values())
-
-    def taking(self, kind: str, other: Width) -> Width:
-        """Return this width with the numbers of another one along the axes of one module."""
-        role = next(one.role for one in axis_kinds().values() if one.unit == kind)
-        return self | {axis: number for axis, number in other.items() if axis_kinds()[axis].role == role}
-
-    def without_experts(self, channels: int) -> Width:
-        """Return the width of a block with the same attention, and channels in place of experts."""
-        kept = {axis: number for axis, number in self.items() if axis_kinds()[axis].role == ATTENTION}
-        return Width(kept | {"channels": channels})
 
     def product(self, axes: Iterable[str]) -> int:
         """Return the number of units that lie along several nested axes, such as heads in all KV groups."""
