@@ -28,7 +28,6 @@ def survey_work(stream: BlockStream, tokens: int, probe_tokens: int, probes: int
     blocks, kept = stream.blocks, stream.side_inputs.kept
     probed = sum(probes * (index + 0.5) * forward_flops(block, probe_tokens) for index, block in enumerate(blocks))
     streams = tokens + probe_tokens * (1 + probes * len(blocks))
-    keeps_channels = any(stream.blocks[index].feed_forward.units_at(width) for index, width in widths.items())
     passes = Work(
         forward=sum(forward_flops(block, tokens + probe_tokens) for block in blocks) + probed,
         resident_bytes=resident_bytes(stream),
@@ -70,7 +69,6 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input
     waiting = sum(others) + held_out
     activations = first * (4 * stream.width + 2 * stream.columns + inputs) + waiting * 2 * stream.columns
     activations += (first + waiting) * stream.side_inputs.kept
-    keeps_channels = any(stream.blocks[index].feed_forward.units_at(width) for index, width in widths.items())
     passes = Work(
         forward=sum(forward_flops(block, rows.tokens + held_out + sum(fits)) for block in stream.blocks),
         resident_bytes=resident_bytes(
