@@ -189,8 +189,12 @@ def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
     block = blocks[0]
     if isinstance(case.plan, Width):
         return dict.fromkeys(range(len(blocks)), case.plan)
+    reference = next((block for block in blocks if not block.attention.fixed), block)
+    widths = dict(enumerate(PLANS[case.plan](reference.width)))
+    if reference is not block:
+        own = {i: [axis.name for axis in blocks[i].axes if not axis.locked] for i in widths}
+        return {i: blocks[i].width | {name: w[name] for name in own[i]} for i, w in widths.items()}
     full = block.width
-    widths = dict(enumerate(PLANS[case.plan](full)))
     if block.attention.locked:
         own = {"kv_groups": full.groups, "heads_per_group": full.per_group}
         return {i: w | own if w.heads else w for i, w in widths.items()}
@@ -228,7 +232,7 @@ def write_case(case: Case, source: Path, folder: Path) -> None:
         [f"{module.output_layer}.bias" for module in (block.attention, block.feed_forward)] if case.intercept else []
     )
     changed = dict.fromkeys(sinks, 0.3 * noise)
-    fitted = (FittedBlock(i, last_units(block, width), changed, ()) for i, width in widths.items())
+    fitted = (FittedBlock(i, last_units(blocks[i], width), changed, ()) for i, width in widths.items())
     tensors = ((found.index, slice_fitted(stream, found)) for found in fitted)
     kind = format_class("hf" if isinstance(case.plan, str) else "stock")
     kind(stream).write(folder, PrunedModel(Plan(widths, 0.0, 0.0), tensors))

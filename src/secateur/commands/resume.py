@@ -105,7 +105,7 @@ def _hash_of(file: Path) -> str:
 
 
 def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
-    """Check that the calibration rows are those of the run that is resumed.
+    """Check that the run that is resumed used the same calibration rows.
 
     Raises:
         SecateurError: the calibration text has changed.

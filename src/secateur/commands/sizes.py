@@ -159,7 +159,7 @@ def _check_finished(runs: list[OpenRun], rows: CalibrationRows, folders: list[Pa
 
 
 def _is_result_of(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
-    """Return whether a folder holds what this version of secateur makes in this run."""
+    """Return whether a folder is the complete output of this version of secateur in this run."""
     try:
         record = read_record(folder)
         same = {

@@ -1,1 +1,1 @@
-"""What a pruned model is written as: a stock class, per-layer widths, GGUF; and how files reach the disk."""
+"""Output formats of a pruned model: a stock folder, a folder with a width per block, GGUF."""

@@ -1,4 +1,4 @@
-"""A folder of safetensors that transformers loads: what the formats `hf` and `stock` share."""
+"""Folder of safetensors that transformers loads: the common part of the formats `hf` and `stock`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.shards import ShardWriter, header_bytes_for
 
 Biases = Mapping[int, tuple[bool, bool]]
-"""Whether the output projections of attention and feed-forward got a bias that the stock class lacks, by block."""
+"""Whether the output projections of attention and feed-forward gained a bias that the stock class does not have, by
+block."""
 
 
 class Folder(Format):
-    """A folder with config.json, safetensors shards, and the tokenizer's files."""
+    """Folder with config.json, safetensors shards and the files of the tokenizer."""
 
     code: ClassVar[tuple[Path, ...]] = ()
     """Python files that the folder needs to be opened."""
     advice: ClassVar[str]
-    """What to do where transformers does not open the folder that was written."""
+    """Advice for a user whose transformers does not open the written folder."""
 
     @abstractmethod
     def own_reason(self, width: Width) -> str | None:
@@ -59,7 +60,7 @@ class Folder(Format):
         return vllm_unsupported(config, widths, per_layer=bool(cls.code), multimodal=multimodal)
 
     def around(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """Return the contents of a multimodal model's config.json around those of its language model."""
+        """Return the contents of a multimodal model's config.json with the config of its pruned language model."""
         return outer | {TEXT: own}
 
     @classmethod
@@ -72,7 +73,7 @@ class Folder(Format):
         return Loading(f"Load it: {call}{other}", call, runs_code, registered)
 
     def unsupported_reason(self, width: Width) -> str | None:
-        """Return the first reason: of kernels, of transformers, of the format itself."""
+        """Return the first reason against a width: of kernels, of transformers, then of the format itself."""
         config, dense = self.stream.checkpoint.config, self.dense(width)
         channels = width.get(EXPERT_CHANNELS, 0)
         if channels % EXPERTS_MULTIPLE and channels != dense[EXPERT_CHANNELS]:
@@ -91,7 +92,7 @@ class Folder(Format):
         return self.vllm_reason(checkpoint.config, widths, multimodal=checkpoint.around is not None)
 
     def write(self, out: Path, pruned: PrunedModel) -> int:
-        """Write config, weights, code, records and whatever lies beside the dense weights."""
+        """Write config, weights, code, records, and the other files of the dense folder."""
         plan, checkpoint = pruned.plan, self.stream.checkpoint
         if (reason := self.unsupported_plan(plan.widths)) is not None:
             raise SecateurError(reason)
@@ -123,7 +124,7 @@ class Folder(Format):
         return self.around(outer, own) | {"dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
 
     def check_family(self) -> None:
-        """Open a config with narrower blocks: its class must make just such blocks."""
+        """Check a family's entry: open a config with narrower blocks, and compare the shapes that its class makes."""
         checkpoint, stream = self.stream.checkpoint, self.stream
         # What only some blocks have, the config must give to the others as well.
         cut = self.block_range if self.declaration.uniform else self.block_range[::2]
@@ -142,7 +143,8 @@ class Folder(Format):
             )
 
     def _narrower(self, index: int) -> KeptUnits | None:
-        """Return the first units of a block: as few heads as the format holds, half of the channels; None if none."""
+        """Return the units of a narrow trial block: as few heads as the format allows and half of the channels; None if
+        the format allows none."""
         block, dense = self.stream.blocks[index], self.stream.blocks[index].width
         half = {CHANNELS: -(-dense[CHANNELS] // 2)} if CHANNELS in dense else {}
         widths = (width | half for width in reversed(head_widths(block)))
@@ -150,13 +152,13 @@ class Folder(Format):
         return None if width is None else first_units(block, width)
 
     def _possible_names(self, plan: Plan) -> list[str]:
-        """Return all names that a shard's header may need, those of biases that a refit may add among them."""
+        """Return all tensor names that a shard's header may contain, including biases that a refit may add."""
         modules = [(index, module) for index in plan.widths for module in self.stream.blocks[index].modules]
         added = {self.stored_name(index, module.bias_name) for index, module in modules if module.may_gain_bias}
         return [*self.stream.checkpoint.tensors, *self.names_inside(plan), *added]
 
     def _gained(self, index: int, written: Container[str]) -> tuple[bool, bool]:
-        """Return whether each module's output projection was given a bias that the stock class lacks."""
+        """Return whether the output projections of attention and feed-forward gained a bias."""
         attention, feed_forward = (
             module.may_gain_bias and not module.bias and self.stored_name(index, module.bias_name) in written
             for module in self.stream.blocks[index].modules
@@ -176,7 +178,7 @@ def open_folder(folder: Path) -> Checkpoint:
 
 
 def format_of_folder(folder: Path) -> type[Folder]:
-    """Return the first format of folders whose code is there; `stock` has none."""
+    """Return the format of a folder: the first whose code files are there; `stock` has none."""
     kinds = map(format_class, FORMATS)
     own = (kind for kind in kinds if issubclass(kind, Folder))
     return next(kind for kind in own if all((folder / file.name).is_file() for file in kind.code))

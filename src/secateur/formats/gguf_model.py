@@ -73,7 +73,7 @@ class GgufModel:
     def sizes(self, index: int, width: Width) -> BlockSizes:
         """Return the sizes of a block at a width.
 
-        Blocks with a token mixer have no heads; files state those of the other blocks.
+        Blocks with a token mixer have no heads; GGUF files give them the number of heads of the other blocks.
         """
         heads = {axis: number for axis, number in model_width(self.widths).items() if axis in HEADS}
         width = Width({**heads, **width})

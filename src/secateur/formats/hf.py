@@ -1,4 +1,4 @@
-"""The format `hf`: a folder whose blocks differ in width, with a modeling file that transformers runs."""
+"""Format `hf`: a folder with a width for each block, and a modeling file that transformers runs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,24 +16,24 @@ from secateur.plan.problem import Plan
     help="a folder in which each block has its own width, loaded by transformers with trust_remote_code=True",
 )
 class HfFolder(Folder):
-    """A width for each block; blocks do not bind each other."""
+    """Folder of the format `hf`: each block has a width of its own."""
 
     code = (MODELING_FILE,)
     advice = "report it as a fault of secateur"
 
     def own_reason(self, width: Width) -> str | None:
-        """Ask the first block that has these axes."""
+        """Return why the first block with these axes cannot be written at a width."""
         blocks = [self.stream.blocks[index] for index in self.block_range]
         block = next(block for block in (*blocks, *self.stream.blocks) if block.width.keys() == width.keys())
         return per_layer_unsupported(self.stream.checkpoint.config, block, width)
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
-        """Ask for every block by itself."""
+        """Return why a block cannot be written at its width, for the first such block."""
         alone = (HfFolder(self.stream, block_range=range(i, i + 1)).unsupported_reason(w) for i, w in widths.items())
         return next(filter(None, alone), None)
 
     def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
-        """Return the dense config with what differs from block to block."""
+        """Return the dense model's config with the sizes that differ from block to block."""
         checkpoint = self.stream.checkpoint
         return per_layer_config(
             checkpoint.raw_config,

@@ -1,8 +1,8 @@
-"""Widths that differ from block to block, in one safetensors folder: what config.json must say, and who loads it.
+"""Folder with a width for each block: the contents of its config.json, and the classes that load it.
 
-The folder carries `modeling_secateur.py`, which builds stock layers of those widths, so that transformers loads it
-with trust_remote_code and without this library. config.json has all that this file must know. Here the same classes
-are at hand, and no code of a folder runs.
+The folder carries `modeling_secateur.py`, which builds stock layers of these widths, so that transformers loads the
+folder with trust_remote_code and without this library. Inside this library the same classes are used, and no code of a
+folder runs.
 """
 
 import math
@@ -35,13 +35,13 @@ from secateur.model.structure import Block
 from secateur.model.units.heads import KV_GROUPS
 
 MODELING_FILE = Path(modeling_secateur.__file__)
-"""The file that goes beside the weights."""
+"""File that is written next to the weights."""
 
 HEADED = {
     "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
-"""What opens the pruned model under a fresh head, and the stock classes."""
+"""Auto classes that load the pruned model with a new classification head, with transformers' stock classes."""
 
 
 def per_layer_unsupported(config: Any, block: Block, width: Width) -> str | None:
@@ -68,15 +68,15 @@ def per_layer_config(
     head_dim: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """The contents of config.json for a model whose blocks have widths of their own.
+    """Return the contents of config.json for a model whose blocks have different widths.
 
     Args:
-        raw_config: the dense checkpoint's config.json as stored; not changed.
-        config: the config object made from it.
-        widths: of the pruned blocks; the others are dense.
-        blocks: all dense blocks; the first one's width makes the global values.
-        stored_names: names of tensors in the checkpoint, which are those of older versions of transformers.
-        biases: blocks whose output layers (attention, feed-forward) got a bias that the stock class lacks.
+        raw_config: contents of the dense checkpoint's config.json; not changed.
+        config: the config object of the dense model.
+        widths: widths of the pruned blocks; other blocks are dense.
+        blocks: all dense blocks; the global values are the width of the first block.
+        stored_names: function that returns a tensor's names in the checkpoint, which older transformers use.
+        biases: whether the output projections (attention, feed-forward) of a block gained a bias.
         head_dim: entries per head.
 
     Returns:
@@ -129,7 +129,8 @@ def per_layer_config(
 
 
 def around_per_layer(around: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The contents of a multimodal model's config.json, with its language model's as `per_layer_config` has them."""
+    """Return the contents of a multimodal model's config.json around the language model's part from
+    `per_layer_config`."""
     config_class = CONFIG_MAPPING[around["model_type"]]
     whole, inner = stock_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config_class), MODEL_MAPPING[config_class]
     classes = {"AutoModel": inner.__name__, IMAGES: whole.__name__}
@@ -144,12 +145,13 @@ def around_per_layer(around: dict[str, Any], own: dict[str, Any]) -> dict[str, A
 
 
 def is_per_layer(config: Any) -> bool:
-    """Whether a config object comes from a folder of this format."""
+    """Return whether a config object comes from a folder of this format."""
     return bool(_own_classes(config.architectures))
 
 
 def model_class(config: Any, around: Mapping[str, Any] | None = None) -> Any:
-    """The class to call `from_pretrained` of: transformers' auto class, or ours for a folder of this format.
+    """Return the class on which to call `from_pretrained`: transformers' auto class, or a class of the modeling file
+    for a folder of this format.
 
     `around` is config.json of a multimodal model. No code of the folder runs, and nothing is registered.
     """
@@ -162,19 +164,20 @@ def model_class(config: Any, around: Mapping[str, Any] | None = None) -> Any:
 
 
 def decoder_class(config: Any, around: Mapping[str, Any] | None) -> Any:
-    """The class of the language model alone, also of one inside a multimodal model."""
+    """Return the class of the language model alone, also inside a multimodal model."""
     if around is None or not _own_classes(around.get("architectures")):
         return model_class(config)
     return getattr(modeling_secateur, PREFIX + stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)).__name__)
 
 
 def _own_classes(names: Sequence[str] | None) -> list[str]:
-    """Those of a config's architectures that are ours."""
+    """Return the names in a config's `architectures` that belong to the modeling file."""
     return [name for name in names or () if name.startswith(PREFIX)]
 
 
 def register() -> None:
-    """Let AutoModelForCausalLM load folders of this format without trust_remote_code, in this process.
+    """Register classes so that AutoModelForCausalLM loads folders of this format without trust_remote_code, in this
+    process.
 
     Dense models keep their stock classes: `architectures` in config.json decides.
     """

@@ -1,8 +1,8 @@
-"""A model of one width throughout, written so that the stock class loads it: what config.json must say.
+"""Contents of config.json for a model with one width in all blocks, which the stock class loads.
 
-Config classes differ in how they spell a width and in which head counts they take, and transformers renamed
-the rotary settings between 4.57 and 5. The facts are in the families' entries; both spellings are written, so that
-either version builds the same model.
+Config classes differ in their keys and in the numbers of heads that they accept, and transformers renamed the rotary
+settings between 4.57 and 5. The families' entries hold these facts. Both spellings are written, so that both versions
+build the same model.
 """
 
 import copy
@@ -111,7 +111,7 @@ def config_keys(family: Family) -> ConfigKeys:
 
 
 def _rope(stock: Stock, config: Any) -> dict[str, Any]:
-    """The rotary settings in both spellings."""
+    """Return the rotary settings in both spellings."""
     if stock.theta is None:
         return {}
     rope = copy.deepcopy(config.rope_parameters)

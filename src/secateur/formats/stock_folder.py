@@ -1,4 +1,4 @@
-"""The format `stock`: a folder whose blocks have one width, for the family's own class."""
+"""Format `stock`: a folder with one width for all blocks, for the family's own class."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +17,12 @@ from secateur.plan.problem import Plan
     uniform=True,
 )
 class StockFolder(Folder):
-    """One width for all blocks."""
+    """Folder of the format `stock`: all blocks have the same width."""
 
     advice = "take --format hf"
 
     def own_reason(self, width: Width) -> str | None:
-        """Ask the family's class."""
+        """Return why the family's class cannot hold blocks of a width."""
         stream, dense, config = self.stream, self.dense(width), self.stream.checkpoint.config
         if len(self.block_range) < len(stream) and width != dense:
             return (
@@ -39,13 +39,14 @@ class StockFolder(Folder):
         return None
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
-        """Compare the blocks, then ask for their width."""
+        """Return why blocks at these widths cannot be written: the widths differ, or the class does not support the
+        width."""
         if not alike(widths.get(index, block.width) for index, block in enumerate(self.stream.blocks)):
             return "it holds one width for all blocks; take --format hf"
         return super().unsupported_plan(widths)
 
     def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
-        """Return the dense config with another width."""
+        """Return the dense model's config with the new width."""
         checkpoint = self.stream.checkpoint
         return stock_config(
             checkpoint.raw_config,

@@ -129,7 +129,7 @@ def _transposed(tensor: Tensor, axis: int, start: int, sizes: tuple[int, int]) -
 
 
 def _latent_matrices(rows: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """Return the matrices from the latent vector to keys and to values, out of the rows of both, head by head.
+    """Return the matrices that make keys and values of the latent vector, separated from their joint rows head by head.
 
     llama.cpp applies the matrix of keys to queries, so it is transposed: heads x latent entries x key entries. The
     matrix of values is heads x value entries x latent entries.
