@@ -211,18 +211,13 @@ def _layer_width(config: Any, index: int, everywhere: Width) -> Width:
     if odd := next((name for name, value in own.items() if type(value) not in (int, bool) or value < 0), None):
         raise SecateurError(f"layer {index} of the config has {own[odd]!r} for {odd}, no number; prune again")
     keys, counts = layer_keys(config), dict(everywhere)
-    for along, key in keys.items():
-        *outer, axis = along
-        if key in own and axis in counts:
-            # Where configs have no key of the outer axes, each unit along them holds one of the inner.
-            nested = bool(outer) and (axis,) not in keys
-            counts |= dict.fromkeys(outer, own[key]) | {axis: min(own[key], 1)} if nested else {}
-            counts |= {} if outer else {axis: own[key]}
+    counts |= {axis: own[key] for (*outer, axis), key in keys.items() if not outer and axis in counts and key in own}
     for (*outer, axis), key in keys.items():
-        # A layer's own number along an outer axis leaves the product as it is: Gemma 4 has KV heads by type of layer.
-        if any(keys.get((one,)) in own for one in outer) and keys.get((axis,)) not in own and axis in counts:
+        if outer and axis in counts:
             total = own.get(key, everywhere.product((*outer, axis)))
-            counts[axis] = total // max(1, math.prod(counts[one] for one in outer))
+            # Without a key of its own, an outer axis has one inner unit each: every head is a KV group.
+            counts |= {name: total for name in outer if (name,) not in keys}
+            counts[axis] = total // max(1, math.prod(counts[name] for name in outer))
     width = Width(counts)
     for along, key in keys.items():
         if key in own and along[0] in counts and width.product(along) != own[key]:
