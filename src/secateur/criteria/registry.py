@@ -28,7 +28,7 @@ GradientScore = Callable[[PrunableModule, Named, Named, Named], Tensor]
 """Function from a module, its weights, their gradients and the mean squared gradients of single rows, to scores (u)."""
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 SCORED_KINDS: tuple[str, ...] = ("heads", "channels")
-"""Kinds of units that these criteria order; `secateur.criteria.experts` orders experts."""
+"""Kinds of units that the criteria of this folder's files order; `secateur.criteria.experts` orders experts."""
 UnitScores = Mapping[tuple[int, str], Tensor]
 """Scores (u, float64) by block and kind of unit."""
 

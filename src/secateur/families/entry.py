@@ -1,8 +1,8 @@
 """The entry of a model family: everything that secateur knows of one model_type, as data.
 
 Names of layers are relative to the block, except for `blocks` and `final_norm`. Sizes, biases and the orientation of
-stored matrices are read off the block itself (on the meta device), so that most entries are a few names. Where a family
-computes something that no field describes, a field takes a function: a hook in the family's own file.
+stored matrices are read from the block itself (on the meta device), so that most entries are a few names. Where a
+family computes something that no field describes, a field takes a function: a hook in the family's own file.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,16 +38,16 @@ class Experts:
     """Config keys of the number of groups of experts, and of the number of groups that a token may choose from. All
     groups keep the same number of experts."""
     parallel_norms: tuple[str, str] | None = None
-    """Norms in front of and behind the experts, where experts and router hang in the block itself, parallel to a
-    feed-forward that stays. The feed-forward's own norm then applies to the sum of the two outputs."""
+    """Norms before and after the experts, where experts and router are children of the block itself, parallel to a
+    feed-forward that is never pruned. The norm after the feed-forward then applies to the sum of both outputs."""
     returns_scores: bool = False
     """Whether the feed-forward returns a tuple: its output, then the router's scores."""
     scales_inputs: bool = False
-    """Gates multiply the inputs of experts, not their outputs."""
+    """Whether gates multiply the inputs of experts, not their outputs."""
     gating: Literal["softmax", "sigmoid"] = "sigmoid"
     """Function from a router's logits to gates; read where a GGUF file is read or written."""
     gates_sum_to_one: bool | None = None
-    """Gates of a token are divided by their sum: always, never, or as `norm_topk_prob` in the config says."""
+    """Whether the gates of a token are divided by their sum; None where `norm_topk_prob` in the config decides."""
     stored: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("gate_up_proj", ("gate_proj", "up_proj")),
         ("down_proj", ("down_proj",)),
@@ -56,11 +56,11 @@ class Experts:
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of tensor names: the model's, and the checkpoints'."""
     stacked: bool = False
-    """Checkpoints store the matrices of all experts of a block in one tensor ..."""
+    """Whether checkpoints store the matrices of all experts of a block in one tensor, not expert by expert."""
     inputs_first: bool = False
-    """... whose matrices have inputs first, outputs second ..."""
+    """Whether stacked matrices have inputs first (experts x inputs x outputs)."""
     alternating: bool = False
-    """... with rows of gate and up in turn, and biases."""
+    """Whether stacked matrices hold the outputs of gate and up in turn, and experts have biases."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TokenMixer:
     output: str
     """Output layer inside that submodule."""
     layer_type: str
-    """Name of such blocks in the config's `layer_types`."""
+    """Name, in the config's `layer_types`, of the blocks with this token mixer."""
 
 
 class KvSharing(NamedTuple):
@@ -97,20 +97,21 @@ class Stock:
     channels: str = "intermediate_size"
     """Config key of the feed-forward width."""
     derived: bool = False
-    """The class derives that width and reads no key of it; only the per-layer format can change it."""
+    """Whether the class derives the feed-forward width and reads no key for it; only the format `hf` can change it."""
     same: tuple[str, ...] = ()
     """Further config keys with the feed-forward width in the family's own checkpoints."""
     also: tuple[tuple[str, Any], ...] = ()
     """Keys and values that make the class take the width as it is written."""
     heads: Literal["any", "divisors", "dense"] = "any"
-    """Numbers of heads that load: any; divisors of hidden_size; the dense one, which sets the head size."""
+    """Numbers of heads with which the class loads: any; divisors of hidden_size; or only the dense number, from which
+    the class derives the head size."""
     heir: tuple[str, str] | None = None
     """A model_type with the same forward pass that accepts the numbers of heads that this one refuses, and its
     class."""
     heir_keys: tuple[tuple[str, Any], ...] = ()
     """Keys and values of the heir's config that give it this one's forward pass."""
     fused_longrope: bool = False
-    """LongRoPE factors are checked against hidden_size // heads, whatever head_dim says."""
+    """Whether the class checks the number of LongRoPE factors against hidden_size // heads and ignores head_dim."""
     theta: str | None = "rope_theta"
     """Key of the rotary base in transformers 4.57; None where positions are learned."""
     local_theta: str | None = None
@@ -118,7 +119,7 @@ class Stock:
     partial: str | None = None
     """Key of the rotated share of a head in 4.57."""
     by_type: bool = False
-    """The class reads `per_layer_config` by types of layers, which must then be alike in it."""
+    """Whether the class reads `per_layer_config` by layer type, so that all layers of one type must be alike there."""
     scaling_type: str = "rope_type"
     """Name of the kind of scaling inside rope_scaling in 4.57."""
 
@@ -171,7 +172,7 @@ class GgufInput:
     pairs: bool = False
     """Whether neighbouring entries of a head rotate together in files, and entries half a head apart in checkpoints."""
     scales_queries: bool = False
-    """The class can scale queries with their positions, as some files ask for."""
+    """Whether the class can scale queries with their positions, as some files require."""
     yarn: Mapping[str, Any] = field(default_factory=dict)
     """Rotary settings with which the class computes yarn as llama.cpp does."""
     config: Callable[[GgufContents], Mapping[str, Any]] = no_config
@@ -191,8 +192,7 @@ class Gguf:
     """Metadata keys that only some families have, and the config's keys of the same values. They are written, and must
     be there when secateur itself reads a file."""
     unlike: str | None = None
-    """Difference between llama.cpp's computation and the family's, as a clause; files are then not written. None
-    without one."""
+    """Difference between llama.cpp's computation and the family's, as a clause. If there is one, no file is written."""
     unlike_inside: Mapping[str, str] = field(default_factory=dict)
     """The same for decoders inside multimodal models, by the model_type of the multimodal model."""
     activation: str = "hidden_act"
@@ -200,13 +200,13 @@ class Gguf:
     epsilon: str = "rms_norm_eps"
     """Config key of the epsilon of norms."""
     query_gate: bool = False
-    """The query layer also holds rows of a gate on each head's output, after the head's query rows."""
+    """Whether the query layer also holds rows of a gate on each head's output, after the head's query rows."""
     transposed: bool = False
-    """Checkpoints store matrices inside blocks with inputs first."""
+    """Whether checkpoints store matrices inside blocks with inputs first."""
     pairs: bool = False
     """Whether neighbouring entries of a head rotate together in checkpoints."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Metadata keys that transformers ignores although the config has a place for them, and the config's keys."""
+    """Metadata keys that transformers ignores although the config has a key for the value; with these config keys."""
     deepest: int | None = None
     """Number of blocks by which llama.cpp recognises Gemma's 27B models: it scales their attention scores by
     hidden_size / heads, those of the other sizes by the head size."""
@@ -219,12 +219,12 @@ class Vllm:
     """Limits of vLLM for the family; each reason is a clause that ends in what can be done instead."""
 
     derives_head_size: str | None = None
-    """Advice instead of fewer heads, where vLLM's own class derives the head size from the number of heads; else
-    None."""
+    """Advice on what to do instead of removing heads, where vLLM's own class derives the head size from the number of
+    heads; None elsewhere."""
     backend: str | None = None
-    """Why vLLM's transformers backend cannot run the family block by block."""
+    """Reason why vLLM's transformers backend cannot run the family with a width for each block; None where it can."""
     stock: Callable[[Any], str | None] | None = None
-    """Why vLLM's own class cannot run a config of the family with fewer heads; None where it can."""
+    """Hook that returns why vLLM's own class cannot run a config of the family with fewer heads; None where it can."""
 
 
 @dataclass(frozen=True)
@@ -240,12 +240,12 @@ class Family:
     fused: str | None = None
     """Fused layer of queries, keys and values; None for three layers."""
     interleaved: bool = False
-    """The fused layer holds queries, key and value of one KV group after the other, not all queries first."""
+    """Whether the fused layer holds queries, key and value of one KV group after the other, not all queries first."""
     key_value_heads: Callable[[Any], int] | None = None
     """Number of key/value heads of a config, where that is not its num_key_value_heads."""
     ungrouped: bool = False
-    """Every query head has its own key/value head, and sizes follow from the number of heads, whatever else the config
-    says."""
+    """Whether every query head has its own key/value head. Sizes then follow from the number of heads, whatever else
+    the config says."""
     latent: tuple[str, str] | None = None
     """Multi-head latent attention: the layer that makes the latent vector that all heads share, and the layer that
     makes keys and values of it. Queries may be made of such a vector too, by `latent_queries` in place of `queries`."""
@@ -253,7 +253,7 @@ class Family:
     sinks: str | None = None
     """Parameter of the attention with one entry for each query head."""
     feed_forward: str | None = "mlp"
-    """Feed-forward submodule; None where its layers hang in the block itself."""
+    """Feed-forward submodule; None where its layers are children of the block itself."""
     up: str = "up_proj"
     gate: str | None = "gate_proj"
     down: str = "down_proj"
@@ -264,46 +264,47 @@ class Family:
     final_norm: str = "model.norm"
     """Norm between the last block and the output layer, by its name in the whole model."""
     norm_offset: bool = False
-    """Norms store their gain minus one."""
+    """Whether norms store their gain minus one."""
     norm_after_attention: str | None = None
     norm_after_feed_forward: str | None = None
     """Norms between the output projection and the residual stream."""
     norm_before_attention: str | None = None
     norm_before_feed_forward: str | None = None
-    """Norms between the residual stream and the input projections; named only where there are norms behind the modules
-    as well, to know how strongly later layers read what a module writes."""
+    """Norms between the residual stream and the input projections. They are named only where norms also follow the
+    modules: their gains show how strongly later layers read what a module writes."""
     heads_locked: str | None = None
-    """Why single heads cannot be removed exactly, where that is so; all heads of a block stay, or none."""
+    """Reason why single heads cannot be removed exactly, so that a block keeps all of its heads or none; None where
+    they can."""
     locked_by: str | None = None
-    """Config key under which alone heads are locked; None for always."""
+    """Config key that must be true for heads to be locked; None where they always are."""
     attention_fixed: bool = False
     """Whether the attention cannot be removed as a whole where heads are locked."""
     adds_residual: bool = False
-    """The attention adds its output to the residual stream itself, and so does the feed-forward."""
+    """Whether the attention and the feed-forward add their outputs to the residual stream themselves."""
     returns_tuple: bool = False
-    """Blocks return a tuple whose first entry is the residual stream."""
+    """Whether blocks return a tuple whose first entry is the residual stream."""
     token_mixer: TokenMixer | None = None
     """Token mixer in the attention's place in some blocks. Heads are removed from the other blocks, channels from
     all."""
     residual_multiplier: str | None = None
     """Config key of a factor between the output of a module and the residual stream."""
     block_multiplier: str | None = None
-    """Buffer of the block: a factor on the whole residual stream behind the block."""
+    """Buffer of the block: a factor on the whole residual stream after the block."""
     per_layer_input: str | None = None
-    """Config key of the width of a second input of each block, which depends on the token alone and is added behind
+    """Config key of the width of a second input of each block, which depends on the token alone and is added after
     both modules."""
     per_layer_output: str = "per_layer_projection"
     """Layer with which a block adds a function of the second input to the residual stream."""
     kv_sharing: Callable[[Any, nn.Module], KvSharing | None] | None = None
     """Hook that returns, for a config and one of its attentions, how that shares keys and values with others."""
     pre_norm: str | None = None
-    """Config key that is false where norms stand in the residual stream itself: no module can then repair the error
-    so far."""
+    """Config key that is false where norms act on the residual stream itself, so that no module can repair the error of
+    the modules before it."""
     for_rows: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     """Hook that returns a block's keyword arguments for a number of rows, from those for one row; None where these
     broadcast."""
     heads_by_layer_type: bool = False
-    """Blocks with a sliding window have heads of another size and number than blocks without."""
+    """Whether blocks with a sliding window have heads of another size and number than blocks without."""
     experts: Experts | None = None
     """Mixture of experts in the feed-forward's place in some blocks, or in all."""
     stock: Stock = field(default_factory=Stock)
@@ -339,11 +340,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Twin:
-    """A decoder inside multimodal models that has no causal language model class of its own, and computes of a text
-    what a family does.
+    """Decoder inside multimodal models that has no causal language model class of its own, and computes the same as a
+    family if the input is text alone.
 
-    The positions by which it rotates heads, in sections, are all alike where there is text alone, and pictures add
-    nothing.
+    Its rotary embeddings have separate positions for time, height and width; in text, all three are equal.
     """
 
     family: str
@@ -351,7 +351,7 @@ class Twin:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Config values of the family for which both compute the same."""
     derives_head_size: bool = False
-    """The decoder's class derives the head size, unlike the family's."""
+    """Whether the decoder's class derives the head size, unlike the family's."""
     inputs_first: bool = False
     """Whether checkpoints may store matrices of experts with inputs first."""
     gguf: Gguf = field(default_factory=Gguf)

@@ -103,7 +103,7 @@ class BlockRegression(Regression):
         stored[at] = x = x if all_entries else x[:, moments.entries]
         batch = self.target.of(at)
         x = batch.scaled(x)
-        # One item if both are the same object.
+        # If the fit and the choice share their moments, the dict has one item, and rows are added once.
         parts = {moments.choice: at.score, moments.fit: at.weight}
         with stream.rounded():
             for part, weight in parts.items():

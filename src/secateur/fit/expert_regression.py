@@ -197,7 +197,7 @@ class ExpertRegression(Regression):
         tokens, at, x_md = self._batch, self._at, self._batch.x_nd[self._at]
         root_m1 = tokens.weight_n[at].sqrt()[:, None]
         scale_m1 = tokens.scaled(root_m1 * self._routes.of(self.expert)[1][:, None], at)
-        # Float32: in bfloat16, the sums of two processes would be rounded otherwise than those of one.
+        # Rows stay float32: in bfloat16, two processes would round their sums differently from one process.
         slopes = self.mixture.slopes(self.expert, x_md)
         rows = TangentRows(self.mixture.read(self.expert, x_md), [slope[:, kept] * scale_m1 for slope in slopes])
         add(rows, self._residual(moments, kept, output.weight_kd) * root_m1, root_m1)

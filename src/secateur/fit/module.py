@@ -66,7 +66,7 @@ class ModuleFit:
         choice_ad: the output projection by which units are chosen; the old one unless the recovery fits it first.
         choice_bias: the bias (d) that belongs to `choice_ad`; None for the old one.
         keep: units that are kept, once they are chosen.
-        kept_inputs: inputs of the output projection that are kept (k), likewise.
+        kept_inputs: inputs of the output projection that belong to `keep` (k), once the units are chosen.
     """
 
     moments: ModuleMoments
@@ -91,7 +91,7 @@ class ModuleFit:
         self._statistics = self._make_statistics(old, self.moments.fit, self.moments.module_input)
         choice = self._choice_statistics()
         self.keep = self._choose(choice, axis, stop) if kept is None else kept
-        # The Gram matrix of the choice is as large as that of the fit.
+        # Free the Gram matrix of the choice, which is as large as that of the fit.
         del choice
         self.moments = replace(self.moments, choice=self.moments.fit, module_input=None)
         self.kept_inputs = inner_entries(self.module, self.keep).to(self.device)
@@ -151,7 +151,7 @@ class ModuleFit:
             output: a fit of the output projection.
 
         Returns:
-            The better fit. `moments` then are of the kept inputs.
+            The better fit. Afterwards, `moments` covers the kept inputs only.
         """
         regression = self.regression
         before = {slab.name: regression.tensors[slab.name] for slab in self.module.channel_projections}

@@ -1,4 +1,4 @@
-"""A format of files, each converted from a folder that is written first and removed afterwards.
+"""Formats of files, each converted from a folder that is written first and removed afterwards.
 
 Pruned blocks are made one by one and never twice, even when an interrupted run resumes. A file that cannot be written
 in pieces is therefore made from a folder, which can.
@@ -22,7 +22,7 @@ from secateur.model.axes import Width
 
 
 class Converted(Format):
-    """A format of files, each converted from a folder of the format `hf`."""
+    """Format of files, each converted from a folder of the format `hf`."""
 
     @abstractmethod
     def convert(self, folder: Path, output: Output, watcher: Watcher) -> int:

@@ -1,4 +1,4 @@
-"""The base class of output formats, and the pruned model that a format writes."""
+"""Base class of output formats, and the pruned model that a format writes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Loading:
     expression: str = ""
     """Python expression that loads the model with transformers; empty where transformers cannot open it."""
     runs_code: bool = False
-    """Opening the output runs a Python file in it, which engines must be allowed to do (`--trust-remote-code`)."""
+    """Whether opening the output runs a Python file in it; engines then need `--trust-remote-code`."""
     registered: str = ""
     """Call after which the expression needs no permission to run code; empty where there is none."""
 
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A pruned model that is to be written."""
+    """Pruned model that is to be written."""
 
     plan: Plan
     blocks: Iterable[tuple[int, dict[str, Tensor]]]
@@ -49,13 +49,14 @@ class PrunedModel:
     """Contents of further files, by name: text, data for JSON, or a function that returns either when all blocks are
     written."""
     final_norm: Callable[[], Mapping[str, Tensor]] = dict
-    """Returns changed tensors of the final norm, by their names in the model; called when all blocks are written."""
+    """Function that returns changed tensors of the final norm, by their names in the model; called after all blocks are
+    written."""
     fit_checkpoint: PassCheckpoint | None = None
     """Checkpoint of the pass that fits the blocks; it also saves how much of the files is written."""
     state: Path | None = None
     """Folder of the run's state, from which an interrupted run resumes."""
     overwrite: bool = False
-    """Replace an output that exists."""
+    """Whether to replace an output that exists."""
     watcher: Watcher = field(default_factory=Silent)
 
     @property
@@ -65,7 +66,7 @@ class PrunedModel:
 
 
 class Format(ABC):
-    """An output format for one model: which widths it can hold, and how it writes them."""
+    """Output format for one model: which widths it can hold, and how it writes them."""
 
     declaration: ClassVar[Declaration]
     """Declaration by the decorator `@output_format`."""
@@ -89,8 +90,8 @@ class Format(ABC):
             block_range: blocks to prune; all by default.
             dtype: dtype of the weights; the checkpoint's by default.
             type: type of the tensors, one of the declared types.
-            biases: the recovery adds biases to output projections that have none.
-            same_width: all pruned blocks get the same width.
+            biases: whether the recovery adds biases to output projections that have none.
+            same_width: whether all pruned blocks get the same width.
         """
         self.stream = stream
         self.block_range = range(len(stream)) if block_range is None else block_range

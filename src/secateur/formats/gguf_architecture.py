@@ -1,4 +1,4 @@
-"""The class of an entry for one of llama.cpp's architectures: the models that it computes, and the form of its files.
+"""Entry of one of llama.cpp's architectures: the models that it computes, and the form of its files.
 
 An architecture is the code by which llama.cpp computes models of one kind. A file names its architecture.
 """
@@ -16,10 +16,10 @@ from secateur.model.gguf_layout import Order
 from secateur.model.gguf_rope import Sections
 
 Requirement = Callable[[GgufModel, "Architecture"], str | None]
-"""Returns None for a model that an architecture computes; else why it does not, as the rest of a sentence that begins
-with the architecture's name."""
+"""Function that returns None for a model that an architecture computes; else why it does not, as the rest of a sentence
+that begins with the architecture's name."""
 Metadata = Callable[[GgufModel], Mapping[str, Any]]
-"""Returns metadata of a model, by keys without the architecture; None leaves a key out."""
+"""Function that returns metadata of a model, by keys without the architecture; a value of None leaves the key out."""
 
 SCALINGS = frozenset({"default", "dynamic", "linear", "yarn"})
 """Kinds of rotary scaling that most architectures compute."""
@@ -33,31 +33,31 @@ class Architecture:
     biases: frozenset[str]
     """Layers, by llama.cpp's names, that may have a bias."""
     needs_biases: bool = False
-    """All of these biases must be in the file."""
+    """Whether all of these biases must be in the file."""
     per_layer: bool = False
-    """Numbers of heads and channels may differ from block to block."""
+    """Whether numbers of heads and channels may differ from block to block."""
     headless: bool = False
-    """Blocks without heads have no attention; elsewhere they keep one head that adds nothing."""
+    """Whether blocks without heads have no attention in the file; if not, they keep one head that adds nothing."""
     square: bool = False
-    """Heads x head size must be the width of the residual stream."""
+    """Whether heads x head size must be the width of the residual stream."""
     ungrouped: bool = False
-    """Every query head has its own key/value head."""
+    """Whether every query head must have its own key/value head."""
     pairs: bool = False
-    """Neighbouring entries of a head rotate together, not entries half a head apart."""
+    """Whether neighbouring entries of a head rotate together, not entries half a head apart."""
     head_norms: bool = False
-    """Queries and keys of every head are normalised."""
+    """Whether queries and keys of every head are normalised."""
     fused_qkv: bool = False
-    """Queries, keys and values are one tensor: first the rows of all queries, then keys, then values."""
+    """Whether queries, keys and values are one tensor: first the rows of all queries, then keys, then values."""
     fused_gate: bool = False
-    """Gate and up layer are one tensor: first the rows of the gate."""
+    """Whether gate and up layer are one tensor: first the rows of the gate."""
     scalings: frozenset[str] = SCALINGS
     """Kinds of rotary scaling."""
     partial: bool = False
-    """A part of each head may stay unrotated."""
+    """Whether a part of each head may stay unrotated."""
     windows: Metadata = no_windows
     """Metadata of sliding windows."""
     windows_by_block: bool = False
-    """Any block may have a window; elsewhere blocks without a window lie at regular distances."""
+    """Whether any block may have a window; if not, blocks without a window lie at regular distances."""
     output: Literal["either", "tied", "stored"] = "either"
     """The output matrix: the embedding where none is stored; always the embedding; or always stored."""
     activation: Literal["silu", "gelu", "relu2", "xielu"] = "silu"
@@ -66,18 +66,18 @@ class Architecture:
     final_norm: str | None = "output_norm.weight"
     """Name of the final norm's tensor; None where norms have no weights."""
     alibi: bool = False
-    """Attention scores fall with the distance (ALiBi), and nothing rotates."""
+    """Whether attention scores fall with the distance (ALiBi), and nothing rotates."""
     gates_sum_to_one: bool | None = None
-    """Gates of a token's experts are divided by their sum: always, never, or as the file says."""
+    """Whether the gates of a token's experts are divided by their sum; None where the file decides."""
     leading_dense: bool = False
-    """The first blocks may have a feed-forward where the others have experts."""
+    """Whether the first blocks may have a feed-forward where the others have experts."""
     linear: Order | None = None
     """Order of the value heads of linear attention, which stands in the attention's place except in every nth block;
     None where there is none."""
     sections: Sections | None = None
     """Order of the frequencies for time, height and width of a picture; None where a position is one number."""
     latent: bool = False
-    """All heads share a latent vector per token; keys and values are computed from it by two matrices."""
+    """Whether all heads share a latent vector per token, from which two matrices compute keys and values."""
     attention: Metadata = head_sizes
     """Metadata of head sizes."""
     metadata: tuple[Metadata, ...] = ()
@@ -85,13 +85,13 @@ class Architecture:
     requirements: tuple[Requirement, ...] = ()
     """Requirements that the fields above do not express."""
     score_ratio: Callable[[GgufModel, int], float] = same_scale
-    """Returns the model's scale of a block's attention scores, divided by llama.cpp's."""
+    """Function that returns the model's scale of a block's attention scores, divided by llama.cpp's."""
     rounds_yarn: bool = True
-    """The range of frequencies that yarn scales has rounded limits."""
+    """Whether the range of frequencies that yarn scales has rounded limits."""
     caps_scores: bool = False
-    """Attention scores are capped (`attn_logit_softcapping`)."""
+    """Whether attention scores are capped (`attn_logit_softcapping`)."""
     states_routing: bool = False
-    """Files state how gates are computed even where `gates_sum_to_one` is always or never."""
+    """Whether files state how gates are computed even where `gates_sum_to_one` is not None."""
 
     @property
     def has_windows(self) -> bool:

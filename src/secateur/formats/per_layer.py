@@ -85,8 +85,9 @@ def per_layer_config(
     dense, keys = [block.width for block in blocks], layer_keys(config)
     first = model_width(dense)
     stored = stock_config(raw_config, config, width=first, head_dim=head_dim, dtype=dtype)
-    # GPT-2, OPT and GPT-NeoX derive it from the head count, and other tools would from each layer's own.
-    derived = isinstance(getattr(type(config), "head_dim", None), property)  # Falcon's says the same, and takes none.
+    # GPT-2, OPT and GPT-NeoX derive the head size from the number of heads. Without head_dim, other tools would derive
+    # it from each layer's own number. Falcon's config has a property of this name, and cannot be given a head size.
+    derived = isinstance(getattr(type(config), "head_dim", None), property)
     if not derived:
         stored["head_dim"] = stored.get("head_dim") or head_dim
     config_class = type(config)
@@ -113,7 +114,7 @@ def per_layer_config(
         # A block may have differed before (Gemma 4's last ones are twice as wide), and now have the usual number.
         if differing := {key: value for key, value in own.items() if value != everywhere[key] or value != before[key]}:
             layers[str(index)] = differing
-    # What derives a layer's head size cannot read that it has no heads.
+    # A class that derives head sizes fails in a layer without heads: the values go under a key that it does not read.
     apart = family_of(config).stock.by_type or derived or any(overrides(config, index) for index in range(len(dense)))
     stored[WIDTHS if apart else "per_layer_config"] = layers
     used = {key for own in layers.values() for key in own}
@@ -121,9 +122,9 @@ def per_layer_config(
     # A key that only some layers have must have a value for the others.
     stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES) if key in used}
     if GROUPS in everywhere:
-        # Falcon's fused layer needs it, whose config calls it otherwise.
+        # Falcon's fused layer reads this key, although its config has another key for the number.
         stored[GROUPS] = first[KV_GROUPS]
-    # Else transformers 5 refuses to read the global value of what a layer overrides.
+    # Otherwise transformers 5 refuses to read the global value of a key that a layer overrides.
     stored["allow_global_per_layer_attribute_access"] = True
     return stored
 

@@ -28,11 +28,11 @@ class Declaration:
     suffix: str | None = None
     """Ending of the file's name; None for a folder."""
     uniform: bool = False
-    """All blocks have one width."""
+    """Whether the format holds only models whose blocks all have one width."""
     types: tuple[str, ...] = ()
     """Values of `--type`, the default first, where the format has its own types of tensors."""
     tokenizer: bool = False
-    """The output cannot be written without a tokenizer."""
+    """Whether the output cannot be written without a tokenizer."""
     file: str = ""
     """Module of this folder that has the class."""
 

@@ -100,7 +100,8 @@ def stock_config(
     if stock.heir is not None and config.hidden_size % width.product(HEADS):
         kind, name = stock.heir
         stored |= {"model_type": kind, "architectures": [name], **dict(stock.heir_keys)}
-        # Below 5.0, a local Mistral is suspected of a tokenizer fault that the checkpoint does not have.
+        # transformers suspects a local Mistral of a version below 5.0 of a tokenizer fault that the checkpoint does not
+        # have.
         stored["transformers_version"] = transformers.__version__
     return stored
 
@@ -124,11 +125,12 @@ def _rope(stock: Stock, config: Any) -> dict[str, Any]:
     keys[stock.theta] = rope["rope_theta"]
     if stock.partial is not None:
         keys[stock.partial] = rope.get("partial_rotary_factor", 1.0)
-    # transformers 5 lets rope_scaling win over rope_parameters, so it says the same or nothing at all.
+    # In transformers 5, rope_scaling overrides rope_parameters, so that it must have the same values or be empty.
     elsewhere = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
     if kind == "longrope":
-        # 4.57 reads it beside rope_scaling only, and Phi-3's class there allows no fourth key inside. It then
-        # overrides a factor that is not the ratio of the two lengths, so what the factor sets is written out.
+        # transformers 4.57 reads the original length only beside rope_scaling, and its Phi-3 allows no fourth key in
+        # rope_scaling. It then overrides a factor that is not the ratio of the two lengths. Therefore the attention
+        # factor that follows from the factor is written as well.
         length = keys["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
         elsewhere |= {"original_max_position_embeddings"}
         if (factor := rope.get("factor")) and rope.get("attention_factor") is None:

@@ -1,4 +1,4 @@
-"""Which pruned models vLLM can run. Nothing of vLLM is loaded: the limits were seen in version 0.32, on one CPU.
+"""Limits of vLLM on pruned models. vLLM is not imported: the limits were found by trying version 0.32 on one CPU.
 
 vLLM runs a folder of the format `stock` with its own class for the family. A folder with a width for each block needs
 `--trust-remote-code`, and runs in vLLM's transformers backend, which builds the folder's own class and gives each layer

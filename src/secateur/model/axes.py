@@ -50,7 +50,8 @@ class AxisKind:
     config_keys: Callable[[Family], ConfigKeys] = lambda _: {}
     """Function that returns the config keys of a family for the number along this axis."""
     layer_key: str | None = None
-    """Key in a layer's own sizes for the number in each unit of the outer axes, where configs have no such key."""
+    """Key under which a layer's own config values hold the number of units in each unit of the outer axes, where the
+    model's config has no such key."""
     removable: bool = True
     """Whether units can be removed along the axis, so that `--modules` may name them."""
 
@@ -99,11 +100,11 @@ class Axis:
     step: int = 1
     """Number of units that are removed together: one from each group of experts."""
     multiple: int = 1
-    """Divisor that kernels require of every narrower number."""
+    """Number by which every narrower number of units must be divisible, because kernels require it."""
     rounded: bool = False
     """Whether `--round` applies: feed-forward widths, not heads or experts."""
     wide: int = 0
-    """Dense number from which the default of `--round` is 32 on rounded axes."""
+    """Smallest dense number of units at which the default of `--round` is 32 instead of 1; for rounded axes."""
     locked: bool = False
     """Whether single units cannot be removed exactly."""
 

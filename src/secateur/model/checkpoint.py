@@ -95,7 +95,7 @@ class Checkpoint(Stored):
     left_out: tuple[str, ...] = ()
 
     def leave_heads(self) -> None:
-        """Leave out multi-token prediction heads: they read the dense model's output.
+        """Leave out multi-token prediction heads, which read the dense model's output.
 
         They have names of their own, or are stored as blocks after the last block.
         """
@@ -202,7 +202,7 @@ class Checkpoint(Stored):
         """Check that a dtype can represent every weight; all weights are read.
 
         Raises:
-            SecateurError: one of them would become infinite there; with its name.
+            SecateurError: a weight would become infinite in that dtype; the message names the tensor.
         """
         most = torch.finfo(dtype).max
         for name, info in self.weights.items():
@@ -229,7 +229,7 @@ class Checkpoint(Stored):
         """Return the model that a class makes of the config, in float32 and without weights.
 
         Raises:
-            SecateurError: it makes none.
+            SecateurError: the class cannot make a model of the config.
         """
         try:
             return empty_model(auto, self.config)
@@ -246,7 +246,8 @@ class Checkpoint(Stored):
         Args:
             model: the transformers model, on the meta device or not.
 
-        Raises:     SecateurError: tensors are missing (tied ones may be missing) or have another shape.
+        Raises:
+            SecateurError: tensors other than tied ones are missing, or tensors have another shape.
         """
         tied = _tied(model)
         missing, wrong, unused = self._compared(model)
@@ -258,7 +259,7 @@ class Checkpoint(Stored):
         for name, source in tied.items():
             own, other = self.resolve(name), self.resolve(source)
             if own and other and list(self._samples(own)) != list(self._samples(other)):
-                # transformers 5 takes both, whatever config.json says; engines go by that.
+                # transformers 5 loads both tensors, whatever config.json says; engines follow config.json.
                 self.config.tie_word_embeddings = False
                 for part in (self.raw_config, self.around or {}):
                     part["tie_word_embeddings"] = False
@@ -281,7 +282,7 @@ class Checkpoint(Stored):
         """Return the model's tensors that are not stored, descriptions of tensors that do not fit, and stored tensors
         that the model does not have.
 
-        The last are none for a multimodal model, whose towers are no part of `model`.
+        For a multimodal model the third list is empty, because the towers are not part of `model`.
         """
         missing, wrong, used = list[str](), list[str](), set[str]()
         tied = _tied(model)
@@ -349,8 +350,9 @@ def open_checkpoint(
         trust_remote_code: whether the checkpoint's own code may run where transformers does not know the model.
         dtype: dtype to which a GGUF file is dequantised; other checkpoints keep their dtype.
 
-    Raises:     SecateurError: the model does not exist, is broken or incomplete, is not a decoder language model, or is
-    quantised in an unknown way.
+    Raises:
+        SecateurError: the model does not exist, is broken or incomplete, is not a decoder language model, or is
+            quantised in an unknown way.
     """
     source = str(model)
     folder = _locate(source, revision, dtype)

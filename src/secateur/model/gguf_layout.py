@@ -26,9 +26,9 @@ class Change:
     """Difference between a checkpoint's tensor and the file's, in both directions."""
 
     write: Callable[[Tensor], Tensor]
-    """Returns the file's tensor."""
+    """Function that returns the file's tensor, from the checkpoint's."""
     read: Callable[[Tensor], Tensor]
-    """Returns the checkpoint's tensor, from one in float32."""
+    """Function that returns the checkpoint's tensor, from the file's in float32."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Split:
     names: tuple[str, str]
     """llama.cpp's names, inside a block."""
     write: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
-    """Returns the two, from the checkpoint's tensor and the config."""
+    """Function that returns the pair, from the checkpoint's tensor and the config."""
     read: Callable[[Tensor, Tensor, Any], Tensor]
-    """Returns the checkpoint's tensor, from the two and the config."""
+    """Function that returns the checkpoint's tensor, from the pair and the config."""
 
     def part(self, number: int, config: Any) -> Callable[[Tensor], Tensor]:
         """Return the function that takes the first (0) or second (1) tensor out of the checkpoint's."""

@@ -51,8 +51,8 @@ def hub_folder(repo: str, revision: str | None) -> Path:
         The snapshot in the local cache. A complete one there is used as it is, without asking the hub.
 
     Raises:
-        SecateurError: it is in no cache and the hub is out of reach, does not have it, will not give it, or
-            has no safetensors weights for it.
+        SecateurError: it is in no cache, and the hub cannot be reached, does not have it, refuses access, or has no
+            safetensors weights for it.
     """
     cached = _cached(repo, revision)
     if cached is not None and any((cached / name).is_file() for name in TOKENIZER):

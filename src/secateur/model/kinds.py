@@ -1,4 +1,4 @@
-"""Kinds of units that may leave, as `--modules` names them and records list them."""
+"""Kinds of units that can be removed, as `--modules` names them and records list them."""
 
 from secateur.model.axes import axis_kinds
 

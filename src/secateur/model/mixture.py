@@ -61,9 +61,9 @@ class Mixture:
         return f"{self.module.path}.{self.names.shared_expert}.down_proj.weight"
 
     def stored_names(self, *, inputs: bool) -> list[str]:
-        """Return the names in the block of the experts' output projections, and on demand of their input projections.
+        """Return the names in the block of the experts' output projections, and on request of their input projections.
 
-        Each is one tensor for all experts, the shared one aside.
+        Each is one tensor for all experts but the shared one.
         """
         down = self.module.output_projection
         return [down.name, *([f"{down.layer}.{self.names.stored[0][0]}"] if inputs else [])]
@@ -87,10 +87,10 @@ class Mixture:
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
         """Return the output of the whole mixture if only some experts exist."""
         if self.names.scales_inputs:
-            # They are run together, each on all tokens.
+            # The class runs all experts on all tokens at once.
             with self.only(alive), self.stream.multiplying():
                 return self.whole(x_btd)[0].float().view_as(x_btd)
-        # By their own numbers: nothing is copied of those that stay.
+        # Experts keep their numbers in the dense block, so that no matrices are copied.
         x_nd = x_btd.flatten(0, 1)
         routes, shared = self.route(x_nd, alive), self.shared_output(x_nd)
         with self.stream.multiplying():
@@ -129,7 +129,7 @@ class Mixture:
     def slopes(self, expert: int, x_nd: Tensor) -> tuple[Tensor, Tensor]:
         """Return the derivatives of `inner` by the outputs of the up and of the gate projection (n x f each)."""
         rows = self._input_projections(expert, x_nd)
-        # Entry by entry, so that the gradient of the sum is the derivative.
+        # `_between` works entry by entry, so that the gradient of the sum is the derivative.
         with torch.inference_mode(False), torch.enable_grad():
             given = rows.clone().requires_grad_()
             self._between(given).sum().backward()

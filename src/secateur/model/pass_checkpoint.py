@@ -28,8 +28,8 @@ class PassCheckpoint:
         """Read the saved state, if there is one.
 
         Args:
-            services: of this run; the run that saved the state may have had more or fewer processes.
-            name: of the checkpoint in the run folder.
+            services: services of this run. The run that saved the state may have had more or fewer processes.
+            name: name of the checkpoint in the run folder.
 
         Raises:
             SecateurError: the state is damaged.
@@ -47,9 +47,10 @@ class PassCheckpoint:
         """Return a value of the saved state. From here on, save the result of `save` with each state.
 
         Args:
-            name: of the value.
-            save: returns the value as JSON holds it. Files that belong to the value are on disk once it returns.
-            default: the value where there is no saved state.
+            name: name of the value.
+            save: function that returns the value in JSON types. Once it returns, files that belong to the value are on
+                disk.
+            default: value to return where there is no saved state.
         """
         self._savers[name] = save
         return self._values.get(name, default)
@@ -60,7 +61,7 @@ class PassCheckpoint:
         Args:
             stop: number of blocks of the whole pass.
             what: name of the pass, for the progress bar.
-            streams: returns the activations that are filled from the saved state, and saved.
+            streams: function that returns the activations, which are filled from the saved state and saved.
 
         Raises:
             SecateurError: the saved state is damaged.

@@ -219,7 +219,7 @@ class _Spread:
         self.flat = values.reshape(-1, self.along)
 
     def of(self, rows: Tensor) -> Tensor:
-        """Return the numbers of some rows of the weight, all matrices counted through (m x columns, or m x 1)."""
+        """Return the numbers of some rows of the weight (m x columns, or m x 1); rows are counted over all matrices."""
         if self.flat.numel() == 1:
             return self.flat
         own = self.flat[rows // self.high * self.down + rows % self.high // self.tall]

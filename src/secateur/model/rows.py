@@ -11,8 +11,9 @@ from torch import Tensor
 from secateur.base.services import BATCH_TOKENS
 
 OPENING_SHARE = 8
+"""Number of tokens for which one row of one token is allowed."""
 LEAST_OPENINGS = 256
-"""Rows of one token are at most one for eight tokens, but at least this many."""
+"""Number of rows of one token that are always allowed."""
 OPENING_WEIGHT = 0.01
 """Token weight of a row of one token. Its massive activation is fitted at this weight; 0.001 and 0.05 measured
 worse."""
@@ -36,7 +37,7 @@ class Rows:
 
     groups: tuple[Tensor, ...]
     weights: tuple[float, ...]
-    """Weight of a token of each group in fits; zero for held-out rows, which are only run along."""
+    """Weight of a token of each group in fits; zero for held-out rows, to which no weight is fitted."""
     scores: tuple[float, ...] | None = None
     """Weight of a token of each group in the choice of units; None for the same weights as in fits."""
     resampled: tuple[int, ...] = ()

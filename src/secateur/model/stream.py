@@ -39,8 +39,8 @@ from secateur.model.surgery import assign
 from secateur.model.weights import read_ahead
 
 MIXED = 4
-"""Factor on the tokens of a batch where each expert's matrices are converted to float32: that took a quarter of a
-forward."""
+"""Factor on the tokens of a batch in mixtures whose matrices are converted to float32 expert by expert: with ordinary
+batches, the conversion took a quarter of a forward pass."""
 
 
 class BlockStream:
@@ -165,7 +165,7 @@ class BlockStream:
         layer = self.layers.get_submodule(str(index))
         try:
             for name in self.blocks[index].shapes:
-                # In the dtype that it is stored in: float32 is twice as much to copy.
+                # Copied in the stored dtype, because float32 would be twice as many bytes.
                 assign(layer, name, self.held(name, to_device(self._read_block(index, name), self.device)))
             layer.to(self.device)
             if index + 1 < len(self):
@@ -185,8 +185,7 @@ class BlockStream:
 
     @contextmanager
     def quick(self) -> Iterator[None]:
-        """Let blocks of a bfloat16 checkpoint multiply in bfloat16, as its users do, where this device is faster with
-        it.
+        """Let blocks of a bfloat16 checkpoint multiply in bfloat16 where this device is faster with it.
 
         What flows between modules, norms included, stays float32.
         """
@@ -226,7 +225,7 @@ class BlockStream:
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Return the input of the first block for rows of tokens.
 
-        Also records what the model hands to each block for each group of rows, for `run`.
+        The arguments that the model passes to each block are recorded for each group of rows; `run` uses them.
         """
         base = self.model.get_submodule(self.family.base)
         recorders = self._recorders()
@@ -235,7 +234,7 @@ class BlockStream:
             self._calls = []
             self.side_inputs.prepare(rows, arena)
             for group in rows.groups:
-                # One row: what the model prepares for it broadcasts over batches of any size.
+                # The arguments that the model prepares for one row broadcast over batches of any size.
                 one = group[:1] if len(group) else group.new_zeros(1, group.shape[1])
                 with self._understood():
                     base(one.to(self.device), use_cache=False)
@@ -305,7 +304,7 @@ class BlockStream:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         setattr(parent, child, nn.ModuleList(recorders))
         try:
-            # Those that are tied to another one last, so that they can share its memory.
+            # Tied tensors come last, so that they can share the memory of the tensors to which they are tied.
             for name in sorted(outside, key=lambda name: self.checkpoint.resolve(name) is None):
                 if self.checkpoint.resolve(name) is None and name in tied:
                     value = self.model.get_parameter(tied[name]).data
@@ -367,7 +366,7 @@ class BlockStream:
                 raise
             except Exception:
                 stack.close()
-                # Ours, unless the block has it by itself.
+                # If the block fails without our hooks too, the config is at fault and this raises SecateurError.
                 with self._understood():
                     layer(hidden_btd, *args, **kwargs)
                 raise
@@ -383,7 +382,7 @@ class BlockStream:
             raise self.checkpoint.no_model(error) from error
 
     def _aside(self, index: int) -> Iterator[str]:
-        """Layers that add to the residual stream but belong to neither of the block's two modules."""
+        """Yield the layers that add to the residual stream but belong to neither of the block's two modules."""
         if self.side_inputs.has_token_inputs:
             yield self.family.per_layer_output
         if self.blocks[index].feed_forward.outer_norm is not None:
@@ -393,7 +392,7 @@ class BlockStream:
         """Run a block to its end, and check that all values are finite (b x t x c).
 
         Raises:
-            SecateurError: they are not; with the block and the module.
+            SecateurError: some are not; the message names the block and the module.
         """
         after = self.run(index, layer, hidden_btc, group, **how)
         assert after is not None

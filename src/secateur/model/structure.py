@@ -243,7 +243,7 @@ class Block:
 
     @property
     def removable_kinds(self) -> list[str]:
-        """Kinds of units that can leave, one for each module: token mixers are not among them."""
+        """Kinds of units that can be removed, one for each module; token mixers are not among them."""
         return [module.kind for module in self.modules if module.axes[0].removable]
 
     def module(self, kind: str) -> PrunableModule:

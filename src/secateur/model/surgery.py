@@ -88,7 +88,7 @@ def _slice_experts(
             own = slab.offset + inner_ec[..., None] * slab.size + torch.arange(slab.size)
             places.setdefault((slab.name, slab.axis), []).append(own.flatten(1))
     for (name, axis), parts in places.items():
-        # One after the other: an index for all entries at once is several times as large as the weights.
+        # Experts are sliced one after the other: one index for all entries would be several times the weights' size.
         each = zip(tensors[name], torch.cat(parts, 1).to(tensors[name].device), strict=True)
         result[name] = torch.stack([own.index_select(axis - 1, index) for own, index in each])
     return result
@@ -118,12 +118,12 @@ def masked_weight(module: PrunableModule, tensors: Mapping[str, Tensor], keep: S
 
 
 def width_of(block: Block, kept: KeptUnits) -> Width:
-    """Return the width of a selection of units."""
+    """Return the width of a block that keeps some units."""
     return Width({axis: number for module in block.modules for axis, number in module.width_of(kept).items()})
 
 
 def first_units(block: Block, width: Width) -> KeptUnits:
-    """Return a selection of a width: the first units along each axis. Inside units, all units stay."""
+    """Return the units of a block at a width: the first ones along each axis. Channels inside experts all stay."""
     found: dict[str, tuple[int, ...]] = {}
     for module in block.modules:
         units = torch.arange(module.units).view([module.axis(name).units for name in module.output_projection.along])
@@ -163,7 +163,7 @@ def cut_down(layer: nn.Module, block: Block, width: Width, biases: Sequence[str]
         layer: the layer.
         block: its description.
         width: what stays.
-        biases: names of output projections' biases that it gets in addition.
+        biases: names of biases of output projections that the layer gets in addition.
     """
     dense = numbers(block.width)
     own = {key: count for key, count in numbers(width).items() if count != dense[key]}

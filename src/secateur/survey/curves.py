@@ -45,7 +45,7 @@ class ErrorCurve:
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "ErrorCurve":
-        """Return the object with given fields, as JSON holds them."""
+        """Return the object from its fields as JSON types."""
         return cls(**{**raw, "errors": tuple(raw["errors"]), "order": tuple(raw["order"])})
 
 
@@ -88,7 +88,7 @@ class Survey:
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "Survey":
-        """Return the object with given fields, as JSON holds them."""
+        """Return the object from its fields as JSON types."""
         curves, probes = map(ErrorCurve.of, raw["curves"]), (Probe(**probe) for probe in raw["probes"])
         return cls(**raw | {"curves": tuple(curves), "probes": tuple(probes)})
 

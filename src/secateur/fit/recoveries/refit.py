@@ -1,4 +1,4 @@
-"""Refit: least squares for the output projection, with the input projections fitted along.
+"""Refit: least squares for the output projection and, in a feed-forward, for the input projections.
 
 1. W_K = argmin ||X_K W_K - T||^2 + ridge penalty, T the error-aware target
 2. one Gauss-Newton step on the input projections of a feed-forward, to the same target
@@ -32,7 +32,7 @@ class Refit(Recovery):
     def fit(self, module_fit: ModuleFit) -> OutputFit:
         """Fit the output projection, then the input projections, then the output projection again."""
         first = module_fit.solve(module_fit.fit_kept_inputs)
-        # As large as everything that the next steps hold.
+        # Free the statistics, which are as large as everything that the next steps hold.
         module_fit.release_statistics()
         if not self._fits_inputs(module_fit, first):
             return first

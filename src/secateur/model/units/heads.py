@@ -26,7 +26,7 @@ HEADS_PER_GROUP = axis_kind(
     outer=("kv_groups",),
     counts=("num_attention_heads", "num_heads"),
     counts_each=("num_key_value_groups",),
-    # GPT-2's fused layer gives queries, keys and values of so many entries each.
+    # GPT-2's attention splits the output of its fused layer into queries, keys and values of this many entries each.
     entries=("split_size",),
     config_keys=lambda _: {("kv_groups", "heads_per_group"): ("num_attention_heads",)},
     layer_key="num_key_value_groups",
@@ -62,7 +62,7 @@ def attention(config: Any, family: Family, layer: Any) -> PrunableModule:
     output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads, dim)
     inside = {*(slab.name for slab in projections), output.name, bias}
     others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
-    # One vector for all heads, or one for each of them.
+    # Query and key norms have one vector for all heads; with one vector for each head, heads are locked.
     apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
     locked = "its query and key norms differ from head to head" if apart else None
     axes = head_axes(groups, heads, apart)
@@ -94,7 +94,7 @@ def _input_projections(family: Family, layer: Any, heads: int, groups: int, dim:
         return _apart(family, layer, heads, groups, dim)
     each = heads // groups * dim
     if family.interleaved:
-        # The queries, the key and the value of one group after the other.
+        # Each group's queries, key and value, one group after the other.
         queries = input_projection(layer, path, HEADS, heads, dim, 0, heads // groups, 2 * dim)
         starts, gap = (each, each + dim), each + dim
     else:
