@@ -129,7 +129,7 @@ class GaussNewtonStep:
 
         def curvature(direction: list[Tensor]) -> list[Tensor]:
             """Return (J'J + penalty) V, summed over all processes."""
-            # One process adds the penalty.
+            # Only one process adds the penalty, so that it is counted once.
             total = [v * (b * processes.is_first) * a for v, (b, a) in zip(direction, penalties, strict=True)]
             for rows in parts():
                 for one, part in zip(total, self._vjp(rows, self._jvp(rows, direction)), strict=True):

@@ -141,7 +141,7 @@ class MixtureStage:
         state, mixture, module, unfitted = self.state, self.mixture, self.module, list[int]()
         names = mixture.stored_names(inputs=self.recovery.input_steps > 0)
         for name in names:
-            # One tensor at a time: they are most of the block, and each exists twice while it is copied.
+            # Tensors are copied one at a time: they are most of the block, and each exists twice while it is copied.
             state.set_tensors({name: plain(state.tensors[name]).to(state.dtype, copy=True)})
         routes = mixture.route(self.tokens.x_nd, alive)
         for expert in mixture.parts(alive):

@@ -26,7 +26,8 @@ def read_family(path: Path) -> str:
     """Make a family known in this process, and return its model_type.
 
     Raises:
-        SecateurError: the file cannot be read, a field does not exist or has a wrong value, or the family is ours.
+        SecateurError: the file cannot be read, a field does not exist or has a wrong value, or the family is one of
+            secateur's own.
     """
     try:
         raw = read_yaml(path)

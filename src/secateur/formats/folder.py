@@ -54,7 +54,7 @@ class Folder(Format):
 
         Args:
             config: the config object of the dense model, or of the folder.
-            widths: of every block.
+            widths: width of every block.
             multimodal: the model is inside a multimodal one.
         """
         return vllm_unsupported(config, widths, per_layer=bool(cls.code), multimodal=multimodal)
@@ -104,7 +104,7 @@ class Folder(Format):
                 writer.resume(state)
             for name, tensor in self.tensors(pruned, written=writer):
                 writer.add(name, tensor)
-                # It must not stay in memory while the next block is fitted.
+                # Free the tensor before the next block is fitted.
                 del tensor
             writer.close()
             biases = {index: self._gained(index, writer) for index in plan.widths}
@@ -170,7 +170,7 @@ def open_folder(folder: Path) -> Checkpoint:
     """Open a model's folder.
 
     Raises:
-        SecateurError: there is none, or a broken one.
+        SecateurError: there is no model in the folder, or a broken one.
     """
     if not (folder / "config.json").is_file():
         raise SecateurError(f"{folder}: no folder with a config.json; name one that secateur prune wrote")

@@ -184,7 +184,7 @@ class Format(ABC):
         """Check that a family's entry that a person has written (`--family`) fits the model's class.
 
         Raises:
-            SecateurError: it does not fit.
+            SecateurError: the entry does not fit.
         """
 
     def vllm_unsupported_reason(self, widths: Sequence[Width]) -> str | None:

@@ -91,7 +91,7 @@ class FileBlock:
         """Multiply queries by the ratio between the model's scale of attention scores and llama.cpp's."""
         if (ratio := self.architecture.score_ratio(self.model, self.index)) == 1:
             return
-        # A norm of queries would undo a factor on the layer in front of it.
+        # A norm of queries would undo a factor on the query layer, which comes before it.
         for name in {"attn_q_norm.weight"} & self.parts.keys() or {"attn_q.weight", "attn_q.bias"} & self.parts.keys():
             self.parts[name] = self.parts[name].then(lambda values: values.float() * ratio)
 

@@ -20,7 +20,7 @@ def choose_architecture(model: GgufModel, type: str) -> Architecture:
         type: name of the file's type.
 
     Raises:
-        SecateurError: there is none; the error says why each of the family's architectures does not compute the model.
+        SecateurError: no architecture computes the model; the message gives a reason for each one of the family.
     """
     check_type(type)
     reasons = []

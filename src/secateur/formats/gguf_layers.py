@@ -22,7 +22,7 @@ def stored_tensor(model: GgufModel, stored: str) -> LazyTensor:
 def layer_tensors(model: GgufModel, index: int) -> Tensors:
     """Return weights and biases of a block's query, key, value and output layers, and of its feed-forward.
 
-    Fused layers are taken apart, and matrices are outputs x inputs.
+    Fused layers are split, and matrices are outputs x inputs.
 
     Raises:
         SecateurError: a tensor is missing, or has another shape than config.json gives it.
@@ -71,7 +71,7 @@ def _cut(model: GgufModel, sizes: BlockSizes, layer: str, stored: str, shape: tu
     """Return a layer's part of a stored tensor.
 
     Raises:
-        SecateurError: it has another shape than config.json gives it.
+        SecateurError: the part has another shape than config.json gives it.
     """
     tensor = stored_tensor(model, stored)
     if model.source.transposed and len(shape) == 2:

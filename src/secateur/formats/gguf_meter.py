@@ -29,7 +29,7 @@ def gguf_byte_meter(stream: BlockStream, type: str, biases: bool = False) -> Met
 
     Args:
         stream: the dense model.
-        type: of the file, a name in `TYPES`.
+        type: type of the file, a name in `TYPES`.
         biases: the recovery adds biases to output projections that have none, unless a norm follows.
 
     Raises:
@@ -60,7 +60,7 @@ class _ModuleBytes:
         """Return the architecture of the pruned file.
 
         Raises:
-            SecateurError: none computes the dense model.
+            SecateurError: no architecture computes the dense model.
         """
         # An architecture for blocks that differ in width can leave out more of a block without heads.
         headless = [*self.dense[:-1], self.dense[-1] | self.stream.blocks[-1].attention.removed]

@@ -82,11 +82,11 @@ class Vocabulary:
     scores: list[float] | None
     """Scores of SentencePiece tokens, by id; tokens with higher scores are merged earlier."""
     space_prefix: bool
-    """Whether a space is put in front of a text."""
+    """Whether a space is put before a text."""
     special: dict[str, int]
     """Ids of special tokens, by name: `bos`, `eos`, ..."""
     bos: bool
-    """Whether BOS is put in front of a text."""
+    """Whether BOS is put before a text."""
     eos: bool
     """Whether EOS is put after a text."""
     chat_template: Any
@@ -298,7 +298,7 @@ def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
 
 
 def _has_space_prefix(stored: dict[str, Any]) -> bool:
-    """Return whether a SentencePiece tokenizer puts a space in front of a text."""
+    """Return whether a SentencePiece tokenizer puts a space before a text."""
     normalizers, pre_tokenizers = (_steps(stored.get(part)) for part in ("normalizer", "pre_tokenizer"))
     prepends = (step["type"] == "Prepend" and step["prepend"] == _SPACE for step in normalizers)
     schemes = (step.get("prepend_scheme", "always") for step in pre_tokenizers if step["type"] == "Metaspace")

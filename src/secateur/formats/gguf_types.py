@@ -36,7 +36,7 @@ class Storage:
 
         Args:
             name: llama.cpp's name, inside a block or outside of blocks.
-            shape: of the tensor.
+            shape: shape of the tensor.
         """
         if len(shape) == 1 or name in _EXACT or name.endswith("_norm.weight"):
             return GGMLQuantizationType.F32

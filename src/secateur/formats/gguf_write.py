@@ -32,9 +32,9 @@ def write_gguf(
     Args:
         path: the file.
         model: the model to write.
-        architecture: what `choose_architecture` returns.
-        tensors: what `file_tensors` returns.
-        vocabulary: what `vocabulary_of` returns.
+        architecture: result of `choose_architecture`.
+        tensors: result of `file_tensors`.
+        vocabulary: result of `vocabulary_of`.
         type: a name in `TYPES`.
         name: name of the model, for people.
         watcher: shows the progress.

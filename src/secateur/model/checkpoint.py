@@ -55,7 +55,7 @@ _SAMPLE = 4096
 """Number of bytes that the fingerprint reads at each of three places of a tensor."""
 
 _COPIED = (
-    # What a licence asks for goes with the weights.
+    # Licences require these files to accompany the weights.
     "LICEN[CS]E*",
     "NOTICE*",
     "USE_POLICY*",
@@ -322,7 +322,7 @@ class Checkpoint(Stored):
         """Return the checkpoint's tokenizer.
 
         Raises:
-            SecateurError: there is none, or transformers cannot load it.
+            SecateurError: the checkpoint has no tokenizer, or transformers cannot load it.
         """
         if not self.has_tokenizer:
             raise SecateurError(f"{self.source}: no tokenizer files; copy the model's into the folder")

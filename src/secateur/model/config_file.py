@@ -74,7 +74,7 @@ def empty_model(auto: Any, config: Any) -> Any:
         config: the config object.
     """
     make = getattr(auto, "from_config", None) or auto._from_config
-    # Most of the time would go into drawing values for weights that hold none.
+    # Without this, drawing random values for parameters that have no memory would take most of the time.
     with init_empty_weights(include_buffers=False), no_init_weights():
         return make(config, dtype=torch.float32).eval()
 
@@ -109,7 +109,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=not known)
     except Exception as error:
-        # The validators put what is wrong on the last line.
+        # The last line of the validators' message says what is wrong.
         reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [first_line(error)])[-1]
         raise SecateurError(f"{file}: transformers refuses it ({reason}); correct the file") from error
     for one, stored in ((config, raw), (getattr(config, TEXT, None), raw.get(TEXT))):

@@ -39,7 +39,7 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
 
     Args:
         file: the GGUF file.
-        dtype: of the weights to write.
+        dtype: dtype of the weights to write.
 
     Raises:
         SecateurError: the file is broken, one of several parts, or of an architecture that is not read from GGUF; or

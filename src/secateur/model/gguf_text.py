@@ -67,9 +67,9 @@ def read_tokenizer(file: Path, reader: GGUFReader, read_here: bool) -> Any:
 
 
 def _split_as_sentencepiece(backend: Any, prefix: bool) -> None:
-    """Let a tokenizer treat spaces as SentencePiece does, with a space in front of a text where the file asks for one.
+    """Let a tokenizer treat spaces as SentencePiece does, with a space before a text where the file requires one.
 
-    transformers adds the space whatever the file says, and only in front of the first word.
+    transformers adds the space whatever the file says, and only before the first word.
     """
     add, remove = ([Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if prefix else ([], [])
     backend.normalizer, backend.pre_tokenizer = normalizers.Sequence([*add, Replace(" ", "▁")]), None

@@ -48,7 +48,7 @@ def folder_writer(reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], No
 
     Args:
         reader: the open file.
-        dtype: of the weights to write; biases on the choice of experts are written as float32.
+        dtype: dtype of the weights to write; biases on the choice of experts are written as float32.
 
     Raises:
         SecateurError: the architecture is not supported, or metadata or tensors do not fit the model's class.

@@ -38,7 +38,7 @@ def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
 
     Args:
         block: the dense block.
-        keys: of its numbers of units; without a key of the KV groups, each head is a group.
+        keys: keys of the block's numbers of units; without a key of the KV groups, each head is a group.
     """
     keys = {(KV_GROUPS,): keys[HEADS], **_of_all(block.width, keys)}
     sizes: dict[str, Any] = {"shapes": {}, "attributes": {}, "attentions": {}, "feed_forwards": {}}

@@ -116,7 +116,7 @@ class Stored:
         """Return a transformers parameter as stored, put together from its pieces.
 
         Raises:
-            SecateurError: it is missing.
+            SecateurError: the parameter is missing.
         """
         pieces = self.pieces(name)
         if not pieces:

@@ -49,7 +49,7 @@ class BlockStream:
     Attributes:
         model: the transformers model, without weights.
         services: processes, memory and progress output of the run.
-        blocks: what each block consists of.
+        blocks: description of each dense block.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", services: Services | None = None):

@@ -162,7 +162,7 @@ def cut_down(layer: nn.Module, block: Block, width: Width, biases: Sequence[str]
     Args:
         layer: the layer.
         block: its description.
-        width: what stays.
+        width: number of units that the layer keeps along each axis.
         biases: names of biases of output projections that the layer gets in addition.
     """
     dense = numbers(block.width)

@@ -87,7 +87,7 @@ def search_uniform_widths(problem: PlanProblem, *, allow_excess: bool) -> Unifor
     For each number of KV groups and heads, the search looks for the feed-forward width that fills the budget.
 
     Args:
-        problem: what to plan.
+        problem: the target, and the widths to choose from.
         allow_excess: also accept a width that exceeds the budget, if it is nearer to the budget than the next
             narrower one.
     """

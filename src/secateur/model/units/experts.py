@@ -135,7 +135,7 @@ def _channels(layer: Any, path: str, stored: tuple[tuple[str, tuple[str, ...]], 
     number = int(getattr(experts, down).shape[axis])
 
     def rows(name: str, axis: int) -> tuple[Slab, ...]:
-        # Gate and up lie one behind the other, or in turn.
+        # The outputs of gate and up alternate, or all outputs of gate come first.
         starts, size = ((0,), 2) if layout.in_turn else ((0, number), 1)
         return tuple(Slab(f"{path}.{name}", axis, (EXPERT_CHANNELS,), number, size, start) for start in starts)
 
