@@ -73,10 +73,10 @@ def test_an_output_that_cannot_be_written_is_refused(
     before = listing(place)
     for out, options, message in [
         ("full", [], "full: exists and is not empty; choose another name or add --over"),
-        ("full", ["--overwrite"], "full: not overwritten, as it is no model folder"),
+        ("full", ["--overwrite"], "full: not overwritten, because it is not a model folder"),
         ("model", ["--overwrite"], "model: this is the folder of MODEL, which would be replaced"),
         ("link", ["--overwrite"], "model: this is the folder of MODEL"),
-        ("model/inner", [], "model/inner: this path is inside or around the folder of MODEL"),
+        ("model/inner", [], "model/inner: this path is inside the folder of MODEL, or contains it"),
         ("text.txt", [], "text.txt: a file with this name exists; choose another name"),
         ("missing/out", [], "missing does not exist; create it first"),
     ]:
@@ -165,14 +165,14 @@ WRONG_FILES = [
     ),
     (
         "prune model out --plan adaptive/secateur.json --format stock",
-        "holds one width for all blocks; take --format hf",
+        "holds one width for all blocks; use --format hf",
     ),
     ("prune model out --plan holes.json --format stock", "hf; the nearest that fits: --widths uniform --sparsity 0"),
-    ("prune model out --widths first.json --format stock", "holds one width for all blocks; take --format hf"),
-    ("prune model out --widths first.json --modules heads", "--modules and --widths first.json both set where"),
+    ("prune model out --widths first.json --format stock", "holds one width for all blocks; use --format hf"),
+    ("prune model out --widths first.json --modules heads", "--modules and --widths first.json both set what"),
     (
         "prune model out --widths first.json --blocks 0:1",
-        "--blocks and --widths first.json both set where to remove it; leave",
+        "--blocks and --widths first.json both set what to remove from which blocks; leave",
     ),
     ("prune model out --plan adaptive/secateur.json --widths uniform", "--plan and --widths uniform both set how much"),
     (
@@ -189,9 +189,9 @@ WRONG_FILES = [
     ),
     (
         "prune model out --plan uniform/secateur.json --round 8",
-        "--round and --plan both set where to remove it; leave one of",
+        "--round and --plan both set what to remove from which blocks; leave one of",
     ),
-    ("prune model out.gguf --format gguf", "the tokenizer is WordLevel; GGUF output holds byte-level BPE and"),
+    ("prune model out.gguf --format gguf", "the tokenizer is WordLevel; GGUF output supports only byte-level BPE and"),
     (
         "prune gpt2 out.gguf --format gguf",
         "gpt2 has one width for all blocks, so prune all of them with uniform widths",
@@ -213,7 +213,7 @@ WRONG_FILES = [
     ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "widths; the nearest that fits: --widths"),
     ("prune adaptive out", "can be evaluated but not pruned again; prune the dense model"),
     ("plan adaptive", "can be evaluated but not pruned again; prune the dense model"),
-    ("export adaptive out.gguf", "adaptive: the tokenizer is WordLevel; GGUF output holds"),
+    ("export adaptive out.gguf", "adaptive: the tokenizer is WordLevel; GGUF output supports only"),
     ("export gpt2-adaptive out.gguf", "uniform widths; the nearest that fits: prune again with --widths uniform --sp"),
 ]
 

@@ -69,19 +69,19 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
     "truncated": (truncated, "model.safetensors: truncated or damaged"),
     "other shape": (
         lambda f, _: config(f, intermediate_size=80),
-        "model.layers.0.mlp.gate_proj.weight is [72, 48] where config.json makes it [80, 48] (and 8 more); find the",
+        "model.layers.0.mlp.gate_proj.weight is [72, 48], but config.json makes it [80, 48] (and 8 more); find the",
     ),
     "fewer tensors": (lambda f, _: config(f, num_hidden_layers=4), "tensors missing from the weights: model.layers.3."),
     "no blocks": (lambda f, _: config(f, num_hidden_layers=0), "the model has no blocks; find the config.json"),
     "no such activation": (
         lambda f, _: config(f, hidden_act="nope"),
-        "makes no model of config.json (KeyError: 'nope')",
+        "cannot make a model of config.json (KeyError: 'nope')",
     ),
     "nested config": (lambda f, _: (f / "config.json").write_text("[" * 10**6), "nested too deeply for a config"),
-    "whole numbers": (whole_numbers, "up_proj.weight holds torch.int8, whole numbers in place of weights; use an unq"),
+    "whole numbers": (whole_numbers, "up_proj.weight holds torch.int8: integers instead of weights; use an unq"),
     "only .bin": (
         lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "only pickled weights (.bin), which are not opened as they can run code; use a revision with safetensors",
+        "only pickled weights (.bin), which are not opened because they can run code; use a revision with safetensors",
     ),
     "no tokenizer": (lambda f, _: remove_tokenizer(f), "model: no tokenizer files; copy the model's into the folder"),
     "broken tokenizer": (lambda f, _: (f / "tokenizer.json").write_text("{"), "model: the tokenizer does not load"),
@@ -89,7 +89,7 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
         other_family("ctrl"),
         "model type 'ctrl' is not supported; secateur families prints those that are",
     ),
-    "another form": (other_family("ctrl"), "describe it in a file and add --family FILE; see docs/extend.md"),
+    "another form": (other_family("ctrl"), "describe the family in a file and add --family FILE; see docs/extend.md"),
     "mamba": (other_family("mamba"), "it has layers of linear attention, convolution or state space, for which there"),
     "experts": (
         other_family("jetmoe"),

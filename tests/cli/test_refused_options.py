@@ -21,12 +21,12 @@ OPTIONS: list[tuple[str, str]] = [
     ("--sparsity 0", "sparsity is 0.0; it must lie between 0 and 1, for example 0.25"),
     ("--sparsity 1", "sparsity is 1.0; it must lie between"),
     ("--sparsity nan", "sparsity is nan; it must lie between"),
-    ("--sparsity 0.995", "sparsity 99.5% is out of reach: at most 99.4% of the blocks can be removed"),
+    ("--sparsity 0.995", "sparsity 99.5% is out of reach: at most 99.4% of the blocks' parameters can be removed"),
     ("--sparsity 0.99 --widths uniform", "sparsity 99.0% is out of reach: at most"),
     ("--sparsity 0.9 --modules channels", "only channels may be removed"),
     (
         "--sparsity 0.5 --modules heads --widths uniform",
-        "out of reach: at most 26.5% of the blocks can be removed; only heads",
+        "out of reach: at most 26.5% of the blocks' parameters can be removed; only heads",
     ),
     ("--modules nonsense", "modules is 'nonsense'; give one or more of heads, channels, experts"),
     ("--modules heads,heads", "give one or more of heads, channels, experts"),
@@ -38,11 +38,11 @@ OPTIONS: list[tuple[str, str]] = [
         "--blocks 0:2 --widths uniform",
         "a stock class has one width for all 3 blocks, and only 0:2 are to be pruned; leave the block",
     ),
-    ("--type q8_0", "type q8_0 goes with --format gguf: add that, or leave --type out"),
+    ("--type q8_0", "type q8_0 is only for --format gguf: add that, or leave --type out"),
     ("--format gguf --type Q8_0", "type is 'Q8_0'; write it q8_0"),
     ("--samples 0", "samples is 0; it must be at least 1"),
     ("--samples many", "Invalid value for '--samples'"),
-    (f"--length {POSITIONS + 1}", f"length is {POSITIONS + 1}, but the model has {POSITIONS} positions: take a smal"),
+    (f"--length {POSITIONS + 1}", f"length is {POSITIONS + 1}, but the model has {POSITIONS} positions: choose a smal"),
     ("--samples 4000", "text.txt: too short, it has 1,500 tokens, but 4,000 rows of 16 tokens need 64,000"),
     ("--seed -1", "seed is -1; it must lie between 0 and"),
     ("--seed 99999999999", "it must lie between 0 and"),
@@ -59,22 +59,22 @@ OPTIONS: list[tuple[str, str]] = [
     ),
     ("--criterion similarity", "similarity needs a threshold: add --tau, for example 0.19"),
     ("--criterion similarity --tau 0.9", "tau is 0.9; it must be above 0 and at most ln 2 = 0.6931, for example 0.19"),
-    ("--criterion similarity --tau 0.2 --dry-run", "found by running the model; leave out --dry-run"),
+    ("--criterion similarity --tau 0.2 --dry-run", "because it runs the model; leave out --dry-run"),
     (
         "--criterion heads=similarity,channels=l1 --tau 0.2 --dry-run",
         "similarity alone removes no channels: write heads=similarity+X",
     ),
     ("--criterion similarity --tau 0.2 --sparsity 0.2", "--tau and --sparsity both set how much to remove"),
     ("--criterion heads=l1", "criterion is 'heads=l1'; write a criterion for each as heads=X,channels=Y"),
-    ("--tau 0.2", "tau is about similar heads: leave --tau out, or take --criterion similarity"),
+    ("--tau 0.2", "tau is an option of --criterion similarity: add that, or leave --tau out"),
     ("--widths free", "widths is 'free', but there is no such file; check the path, or write"),
     (
         "--recover both --recovery bias",
-        "recover is of the paper's recovery: leave --recover out, or add --recovery paper",
+        "recover is an option of --recovery paper: leave --recover out, or add --recovery paper",
     ),
     (
         "--recovery bias --widths uniform",
-        "the stock class of llama has no level-2 biases, which --recovery bias adds; leave it out, or take --format hf",
+        "the stock class of llama has no level-2 biases, which --recovery bias adds; leave it out, or use --format hf",
     ),
     ("--device nonsense", "device 'nonsense' is not available here; use --device auto or cpu"),
     ("--device meta", "device 'meta' computes nothing; use --device auto or cpu"),
@@ -94,7 +94,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--target weight=3", "target 'weight=3': write one of params, active, bytes, kv, prefill, decode, ppl, then ="),
     ("--target prefill=2", "'' is not a unit of prefill (use x); write for example prefill=1.5x"),
     ("--target ppl=0.9x", "the ratio to the dense model's perplexity must be above 1x"),
-    ("--target ppl=1.2x --dry-run", "the size for a target of perplexity is found by pruning; leave out --dry-run"),
+    ("--target ppl=1.2x --dry-run", "because it prunes to several sizes; leave out --dry-run"),
     (
         "--sparsity 0.2 --target params=80%",
         "--sparsity and --target both set how much to remove; leave one of them out",
@@ -107,10 +107,13 @@ OPTIONS: list[tuple[str, str]] = [
     ("--plan model/config.json", "model/config.json: not a plan: 'blocks' must be a list"),
     ("--widths text.txt", "text.txt: not readable as JSON"),
     ("--widths model/config.json", "is not a range of blocks; write first:end within 0:3"),
-    ("--format stock", "the stock format holds one width for all blocks: take --widths uniform, or --format hf"),
+    ("--format stock", "the stock format holds one width for all blocks: use --widths uniform, or --format hf"),
     ("--format gguf", "out: the file name must end in .gguf; rename it"),
-    ("--sigma identity", "sigma is part of second-moment, not of surgeon: leave one of them out"),
-    ("--sigma data --criterion wanda", "sigma is part of second-moment, not of wanda: leave one of them out"),
+    ("--sigma identity", "sigma is an option of --criterion second-moment, not of surgeon: leave --sigma out"),
+    (
+        "--sigma data --criterion wanda",
+        "sigma is an option of --criterion second-moment, not of wanda: leave --sigma out",
+    ),
     (
         "--refit-samples 4000",
         "text.txt: too short, it has 1,500 tokens, but 4,004 rows of 16 tokens need 64,064",
@@ -119,9 +122,9 @@ OPTIONS: list[tuple[str, str]] = [
     ("--refit-calibration missing.txt", "missing.txt does not exist: check the path of the text"),
     (
         "--refit-samples 8 --recovery none",
-        "with --recovery none nothing is fitted: leave --refit-samples and --refit-calib",
+        "--recovery none fits nothing: leave --refit-samples and --refit-calib",
     ),
-    ("--calibration self --length 65", "length is 65, but the model has 64 positions: take a smaller length"),
+    ("--calibration self --length 65", "length is 65, but the model has 64 positions: choose a smaller one"),
     ("--survey missing/survey.json", "missing does not exist; create it first"),
     ("--survey text.txt", "text.txt: not a survey by secateur; name another file, or delete it"),
 ]
@@ -158,12 +161,12 @@ ARGUMENTS = [
     ("prune nowhere/at/all out", "nowhere/at/all: does not exist; name a folder, a .gguf file or a hub id"),
     ("prune ~no.such.user/model out", "~no.such.user/model: does not exist; name a folder, a .gguf file or a hub id"),
     ("prune model ~no.such.user/out", "~no.such.user does not exist; create it first"),
-    ("prune text.txt out", "text.txt: a file, but no .gguf; name the model's folder"),
+    ("prune text.txt out", "text.txt: this file is not a .gguf file; name the model's folder"),
     ("prune model out.gguf", "out.gguf: a folder is to be written; add --format gguf, or name a folder"),
     ("prune model missing/out.gguf --format gguf", "missing does not exist; create it first"),
     ("prune model out.gguf --format gguf --type q3_k", "q3_k"),
     ("plan nowhere/at/all", "nowhere/at/all: does not exist"),
-    ("plan model --target ppl=1.2x", "found by pruning; run secateur prune, whose secateur.json is a plan"),
+    ("plan model --target ppl=1.2x", "only secateur prune can reach a target of perplexity, because it prunes to"),
     ("plan model --out missing/plan.json", "missing does not exist; create it first"),
     ("plan model --out model", "model: a folder with this name exists; choose another name"),
     ("plan model --out text.txt", "text.txt: exists; choose another name or add --overwrite"),
@@ -176,7 +179,7 @@ ARGUMENTS = [
     ),
     (
         "sizes model --out sizes --sparsities .1,.2,.1",
-        "--sparsities is '.1,.2,.1', which has a number twice; write each",
+        "--sparsities is '.1,.2,.1', which contains a number twice; write each",
     ),
     (
         "prune model out --calibration random --length 32 --samples 100000000000",
@@ -188,7 +191,7 @@ ARGUMENTS = [
     ("sizes model --out sizes --sparsities .1,.999", "sparsity 99.9% is out of reach: at most"),
     (
         "sizes model --out sizes --sparsities .25,.25000001",
-        "sparsity-0.25: two sizes would have one name; leave one of",
+        "sparsity-0.25: two sizes would have the same name; leave one of",
     ),
     ("sizes model --out no/sizes", "no does not exist; create it first"),
     ("sizes model --out sizes --widths text.txt", "for several sizes it must be one of adaptive, uniform"),
@@ -203,7 +206,7 @@ ARGUMENTS = [
         "out/s.json: the survey cannot be inside the output out",
     ),
     ("plan model --survey a.json --out a.json", "a.json: the survey cannot be inside the output a.json"),
-    ("sizes model --out sizes --format stock", "take --widths uniform, or --format hf"),
+    ("sizes model --out sizes --format stock", "use --widths uniform, or --format hf"),
     ("prune model out --blocks " + "9" * 5000 + ":", "write first:end, for example 4:30"),
     ("export nowhere out.gguf", "nowhere: no folder with a config.json; name one that secateur prune wrote"),
     ("export model out", "out: the file name must end in .gguf; rename it"),
@@ -213,10 +216,10 @@ ARGUMENTS = [
     ("eval nowhere/at/all", "nowhere/at/all: does not exist"),
     ("eval model --against nowhere/at/all", "nowhere/at/all: does not exist"),
     ("eval model --perplexity missing.txt", "missing.txt does not exist: check the path of the text"),
-    ("eval model --perplexity random", "random ids cannot be scored; name a text file or a data set"),
+    ("eval model --perplexity random", "random token ids cannot be scored; name a text file or a data set"),
     ("eval model --perplexity text.txt --length 1", "length is 1; it must be at least 2"),
     ("eval model --perplexity text.txt --length 65", "length is 65, but the model has 64 positions"),
-    ("eval model --perplexity text.txt --length 16 --tokens 15", "does not fill one row of length 16: take more"),
+    ("eval model --perplexity text.txt --length 16 --tokens 15", "does not fill one row of length 16: use more"),
     ("eval model --tokens -1", "Invalid value for '--tokens'"),
     ("eval model --json missing/figures.json", "missing does not exist; create it first"),
     ("eval model --json model", "model: a folder with this name exists; choose another name"),
@@ -259,7 +262,7 @@ def test_a_device_without_float64_is_refused(
 
     monkeypatch.setattr(torch, "empty", narrow)
     before = listing(place)
-    message = "device 'mps' does not support float64, which sums need here; use --device cpu"
+    message = "device 'mps' does not support float64, in which secateur adds up sums; use --device cpu"
     refused(run("prune", "model", "out", *SMALL, "--device", "mps"), message)
     assert listing(place) == before
 

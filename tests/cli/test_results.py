@@ -182,12 +182,12 @@ def test_sizes_writes_models_a_table_and_a_plot_and_resumes(
     assert (place / "sizes" / "sparsity-0.5").stat().st_mtime_ns == stamps[1]
     assert (place / "sizes" / "sparsity-0.2").stat().st_mtime_ns > stamps[0]
     assert (place / "sizes" / "sparsity-0.2" / "model.safetensors").read_bytes() == written
-    said = "error: sizes/sparsity-0.2: made with other options, weights or another text; add --overwrite to replace it"
+    said = "error: sizes/sparsity-0.2: made with other options, other weights or another text; add --overwrite"
     other = run(*arguments, "--seed", "1")
-    assert (other.code, other.err.splitlines()[-1]) == (2, said)
+    assert (other.code, other.err.splitlines()[-1]) == (2, f"{said} to replace it")
     (place / "text.txt").write_text(TEXT[::-1])
     other = run(*arguments)
-    assert (other.code, other.err.splitlines()[-1]) == (2, said)
+    assert (other.code, other.err.splitlines()[-1]) == (2, f"{said} to replace it")
     before = listing(place)
     short = run(*arguments, "--overwrite", "--tokens", "5")
     assert short.code == 2

@@ -222,7 +222,7 @@ def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
     with pytest.raises(SecateurError, match=re.escape(block.attention.locked)):
         prune(checkpoint_folder(name), tmp_path / "out", **asked | {"modules": ("heads",)})
     if not writable_channels(name):
-        with pytest.raises(SecateurError, match=r"(derives its feed-forward width|twice as wide) .*; take --format hf"):
+        with pytest.raises(SecateurError, match=r"(derives its feed-forward width|twice as wide) .*; use --format hf"):
             prune(checkpoint_folder(name), tmp_path / "out", **settings())
     found, blocks = prune(checkpoint_folder(name), tmp_path / "out", **asked), blocks_of(dense(name))
     for index, width in found.widths.items():
@@ -549,7 +549,7 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
 def test_the_stock_format_holds_one_width_for_all_blocks(tmp_path, checkpoint_folder):
     width = wide(2, 2, 50)
     refused = Plan({0: width, 2: width}, 0.2, 0.2)
-    with pytest.raises(SecateurError, match="holds one width for all blocks; take --format hf"):
+    with pytest.raises(SecateurError, match="holds one width for all blocks; use --format hf"):
         StockFolder(stream_of(checkpoint_folder("llama"))).write(tmp_path / "out", PrunedModel(refused, ()))
     assert not (tmp_path / "out").exists()
 

@@ -130,7 +130,7 @@ def test_a_record_with_channels_of_a_shared_expert_is_a_plan(
     name = "model.layers.1.mlp.shared_mlp.up_proj.weight"
     assert torch.equal(found[name], dense[name][60:68])
     file.write_text(json.dumps({"blocks": [entry | {"channels": each + beside[1:]}]}))
-    with pytest.raises(SecateurError, match=r"7 are listed of the shared expert, whose channels begin at 576; list 8"):
+    with pytest.raises(SecateurError, match=r"7 channels of the shared expert are listed, which begin at 576; list 8"):
         prune(model, tmp_path / "wrong", plan=str(file), **SMALL)
 
 
@@ -161,7 +161,7 @@ WRONG = {
     ),
     "channels of which no kernel is": (
         {"block": 1, "width": numbers(8, 13)},
-        "kernels of experts need a number of channels that 8 divides, not 13",
+        "kernels of experts need a multiple of 8 as the number of channels, not 13",
     ),
     "channels of an expert that goes": (
         {"block": 1, "experts": [0, 1, 2], "channels": [*range(8), *range(20, 28), *range(60, 68)]},
@@ -169,7 +169,7 @@ WRONG = {
     ),
     "channels not of all": (
         {"block": 1, "experts": [0, 1, 2], "channels": list(range(8))},
-        "all experts must keep the same number, and at least one",
+        "all experts must keep the same number of channels, and at least one",
     ),
     "a width of channels": (
         {"block": 1, "width": {"kv_groups": 3, "heads_per_group": 2, "channels": 2}},
@@ -269,7 +269,7 @@ def test_dissimilar_experts_give_a_warning(tmp_path: Path, checkpoint_folder: Ch
 
 
 @pytest.mark.parametrize(
-    ("samples", "length", "more"), [(1, 3, "; use more rows (--samples), or a text of more kinds"), (2, 7, "")]
+    ("samples", "length", "more"), [(1, 3, "; use more rows (--samples), or a more varied text"), (2, 7, "")]
 )
 def test_experts_with_few_tokens_are_not_refitted(
     tmp_path: Path, checkpoint_folder: CheckpointFolder, samples: int, length: int, more: str

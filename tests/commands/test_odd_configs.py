@@ -89,9 +89,12 @@ def test_a_padding_token_outside_the_vocabulary_is_dropped(
 
 
 WRONG = {
-    "no key/value heads": ({"num_key_value_heads": 0}, r"makes no model of config.json \(ZeroDivisionError"),
-    "architectures that are none": ({"architectures": [1]}, r"config.json: architectures is \[1\], no list of class"),
-    "a text config that is none": ({"text_config": 5}, "config.json: text_config is 5, no config of a model"),
+    "no key/value heads": ({"num_key_value_heads": 0}, r"cannot make a model of config.json \(ZeroDivisionError"),
+    "architectures that are none": (
+        {"architectures": [1]},
+        r"config.json: architectures is \[1\], not a list of class",
+    ),
+    "a text config that is none": ({"text_config": 5}, "config.json: text_config is 5, not the config of a model"),
     "more layers than tensors": ({"num_hidden_layers": 10**9}, "is 1,000,000,000, and 30 tensors are stored"),
 }
 

@@ -201,7 +201,7 @@ def test_a_resume_with_another_text_is_refused(
         prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=Stopping())
     text.write_text(" ".join(f"w{number % 39}" for number in range(2000)))
     with pytest.raises(
-        SecateurError, match=r"text.txt: this text gives other rows .* restore the text, or add --restart"
+        SecateurError, match=r"text.txt: the rows of this text differ .* restore the text, or add --restart"
     ):
         prune(checkpoint_folder("llama"), tmp_path / "out", **asked)
     prune(checkpoint_folder("llama"), tmp_path / "out", **asked, restart=True)
@@ -265,7 +265,9 @@ def test_a_full_disk_stops_the_run_in_one_line(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(SecateurError, match=r"\.out\.run: the disk is full, and activations have no room; make room"):
+    with pytest.raises(
+        SecateurError, match=r"\.out\.run: the disk is full and cannot hold the activations; free space"
+    ):
         prune(checkpoint_folder("llama"), tmp_path / "out", **ASKED)
     assert list(tmp_path.iterdir()) == []
 

@@ -188,8 +188,8 @@ def test_prune_reads_the_survey_file(options: list[str], place: Path, run: Run, 
     assert [(m["block"], m["kind"]) for m in data["modules"]] == list(
         dict.fromkeys((curve.block, curve.kind) for curve in found.curves)
     )
-    line = next(line for line in result.out.splitlines() if line.startswith("Use it: "))
-    assert data["line"] == line.removeprefix("Use it: ")
+    line = next(line for line in result.out.splitlines() if line.startswith("Prune from this survey: "))
+    assert data["line"] == line.removeprefix("Prune from this survey: ")
     assert run(*data["line"].split()[1:]).code == 0
     assert len(surveyed_once) == 1, "the survey was made again"
     record = json.loads((place / "OUT" / "secateur.json").read_text())
@@ -238,9 +238,9 @@ def test_the_page_omits_sparsities_out_of_reach(place: Path, run: Run) -> None:
         ("model --out full", "full: exists and is not empty; choose another name or add --over"),
         (
             "model --out full --overwrite",
-            "full: not overwritten, as it contains other files (thesis.tex); choose another",
+            "full: not overwritten, because it contains other files (thesis.tex); choose another",
         ),
-        ("model --out other --overwrite", "other: not overwritten, as it contains other files (config.json,"),
+        ("model --out other --overwrite", "other: not overwritten, because it contains other files (config.json,"),
         ("model --samples 0", "samples is 0; it must be at least 1"),
         ("model --modules nonsense", "modules is 'nonsense'; give one or more of heads, channels, experts"),
         ("model --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),

@@ -149,17 +149,17 @@ def test_data_free_rows_for_the_refit(checkpoint_folder: CheckpointFolder, tmp_p
 def test_a_text_too_short_for_the_refit_rows_is_an_error(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
     text, folder = write_text(tmp_path, 200), checkpoint_folder("llama")
     with pytest.raises(
-        SecateurError, match="has 200 tokens, but 13 rows of 16 tokens need 208; take refit-samples 8 or"
+        SecateurError, match="has 200 tokens, but 13 rows of 16 tokens need 208; use refit-samples 8 or"
     ) as error:
         drawn(folder, calibration=text, refit_samples=9)
     assert "\n" not in str(error.value)
     rows = drawn(folder, calibration=text, refit_samples=8)
     assert rows.separate_refit is not None
-    with pytest.raises(SecateurError, match="but 16 rows of 16 tokens need 256; take refit-samples 4 or"):
+    with pytest.raises(SecateurError, match="but 16 rows of 16 tokens need 256; use refit-samples 4 or"):
         drawn(folder, calibration=text, samples=8, refit_calibration=text)
-    with pytest.raises(SecateurError, match="but 13 rows of 16 tokens need 208; take refit-samples 12 or"):
+    with pytest.raises(SecateurError, match="but 13 rows of 16 tokens need 208; use refit-samples 12 or"):
         drawn(folder, calibration="random", refit_calibration=text, refit_samples=13)
-    with pytest.raises(SecateurError, match="but 40 rows of 16 tokens need 640; take samples 12 or"):
+    with pytest.raises(SecateurError, match="but 40 rows of 16 tokens need 640; use samples 12 or"):
         drawn(folder, calibration="random", refit_calibration=text, samples=40)
 
 

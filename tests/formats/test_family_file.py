@@ -97,7 +97,7 @@ def test_fields_that_the_config_contradicts(tmp_path: Path, family: Path) -> Non
 def test_a_layer_that_is_not_there(tmp_path: Path, family: Path) -> None:
     folder = save("biogpt", tmp_path / "dense")
     family.write_text(BIOGPT.replace("fc2", "fc3"))
-    with pytest.raises(SecateurError, match=r"the entry for biogpt names a layer that is not there .*fc3"):
+    with pytest.raises(SecateurError, match=r"the entry for biogpt names a layer that does not exist .*fc3"):
         prune(folder, tmp_path / "out", **SMALL, family=family)
 
 

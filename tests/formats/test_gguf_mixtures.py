@@ -333,7 +333,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Change], str]] = {
     "another split": (
         {"tokenizer.ggml.pre": "deepseek-llm"},
         {},
-        "its pre-tokenizer (tokenizer.ggml.pre) is not known here: deepseek-llm",
+        "its pre-tokenizer (tokenizer.ggml.pre) is not known to secateur: deepseek-llm",
     ),
     "another architecture": (
         {"general.architecture": "arctic", "arctic.expert_count": 8},
@@ -356,7 +356,7 @@ def test_a_tensor_that_transformers_does_not_find(tmp_path: Path) -> None:
     """transformers reads files without experts."""
     file = rewritten(made("llama", tmp_path), tensors={r"blk\.1\.ffn_norm\.weight": drop})
     with pytest.raises(
-        SecateurError, match=r"does not find model\.layers\.1\.post_attention_layernorm\.weight in it; use"
+        SecateurError, match=r"cannot find model\.layers\.1\.post_attention_layernorm\.weight in it; use"
     ):
         read(file)
 
@@ -370,7 +370,9 @@ def test_required_metadata(tmp_path: Path) -> None:
     scaled = made("deepseek_v3 scaled", tmp_path / "latent")
     with pytest.raises(SecateurError, match="its yarn has no yarn_log_multiplier, so that it scales rotated entries"):
         read(rewritten(scaled, {"deepseek2.rope.scaling.yarn_log_multiplier": None}))
-    with pytest.raises(SecateurError, match="deepseek_v3 cannot scale queries with their positions, as it states"):
+    with pytest.raises(
+        SecateurError, match="deepseek_v3 cannot scale queries with their positions, as its metadata ask"
+    ):
         read(rewritten(scaled, {"deepseek2.attention.temperature_scale": 0.1}))
 
 
@@ -427,13 +429,13 @@ REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
         LAYERS[1],
         {},
         {r"rope_freqs\.weight": turning},
-        "its rotary factors (rope_freqs) are none of Gem",
+        "its rotary factors (rope_freqs) are not like",
     ),
     "no factors": (
         LAYERS[1],
         {},
         {r"rope_freqs\.weight": drop},
-        "its rotary factors (rope_freqs) are none of Gemma 4's",
+        "its rotary factors (rope_freqs) are not like those of Gemma 4",
     ),
     "a part of a head": (LAYERS[1], {"gemma4.rope.dimension_count_swa": 6}, {}, "its rotary factors (rope_freqs) are"),
     "no cap": (
@@ -533,7 +535,9 @@ def test_pre_tokenizers_that_transformers_does_not_know(tmp_path: Path, name: st
 def test_a_dense_model_with_an_unknown_pre_tokenizer(tmp_path: Path) -> None:
     """transformers would split its text as GPT-2 does."""
     file = rewritten(made("llama", tmp_path), {"tokenizer.ggml.pre": "deepseek-llm"})
-    with pytest.raises(SecateurError, match=r"not known here: deepseek-llm; use the checkpoint that it was made from"):
+    with pytest.raises(
+        SecateurError, match=r"not known to secateur: deepseek-llm; use the checkpoint that it was made from"
+    ):
         read(file)
 
 

@@ -264,7 +264,9 @@ def test_the_chat_template_of_a_processor(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     for damaged in ("{", "[]"):
         template.write_text(damaged)
-        with pytest.raises(SecateurError, match=r"chat_template\.json: no chat template as JSON; download it again"):
+        with pytest.raises(
+            SecateurError, match=r"chat_template\.json: not valid JSON with a chat template; download it again"
+        ):
             written()
 
 

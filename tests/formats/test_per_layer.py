@@ -515,7 +515,7 @@ def test_obstacles(written, tmp_path):
     stream = BlockStream(open_checkpoint(written("olmo2", "gone").source))
     with pytest.raises(SecateurError, match="keeps all 6 heads of a block or none"):
         HfFolder(stream).write(tmp_path / "out", PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ()))
-    with pytest.raises(SecateurError, match="one width for all blocks; take --format hf"):
+    with pytest.raises(SecateurError, match="one width for all blocks; use --format hf"):
         StockFolder(stream).write(tmp_path / "out", PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ()))
     assert not (tmp_path / "out").exists()
 
@@ -533,7 +533,7 @@ def test_obstacles(written, tmp_path):
 def test_the_stock_format_points_to_this_one(written, name, blocks, width, biases):
     stream = BlockStream(open_checkpoint(written(name, "uneven").source))
     stock, hf = (kind(stream, block_range=blocks, biases=biases) for kind in (StockFolder, HfFolder))
-    assert (stock.unsupported_reason(width) or "").endswith("or take --format hf")
+    assert (stock.unsupported_reason(width) or "").endswith("or use --format hf")
     assert hf.unsupported_reason(width) is None
 
 

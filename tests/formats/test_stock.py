@@ -255,7 +255,7 @@ def test_an_heir_computes_the_same(tmp_path, kind):
             "llama",
             {"attention_bias": True},
             wide(1, 5, 40),
-            "mistral, which takes 5, has no attention_bias; keep",
+            "mistral, which supports 5, has no attention_bias; keep",
         ),
         (
             "llama",
@@ -268,7 +268,7 @@ def test_an_heir_computes_the_same(tmp_path, kind):
             "gemma2 linear",
             {},
             wide(1, 5, 40),
-            "gemma2 takes head counts that divide hidden_size 48 only, not 5",
+            "gemma2 supports only head counts that divide hidden_size 48, not 5",
         ),
         (
             "gemma3_text",

@@ -46,6 +46,4 @@ def test_unsupported(name: str, widths: list[Width], per_layer: bool, reason: st
 @pytest.mark.parametrize("per_layer", [True, False])
 def test_inside_a_multimodal_checkpoint(per_layer: bool) -> None:
     found = vllm_unsupported(config_of("llama"), [FULL, FULL], per_layer=per_layer, multimodal=True)
-    assert found == (
-        "its multimodal models have one width for all blocks; take --widths uniform" if per_layer else None
-    )
+    assert found == ("its multimodal models have one width for all blocks; use --widths uniform" if per_layer else None)

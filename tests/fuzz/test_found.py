@@ -46,7 +46,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "a key that only some blocks get": ({"ungrouped": False}, "no num_key_value_heads, so ungrouped must be true"),
     "another key of the width": (
         {"stock": {"heads": "dense", "theta": None, "channels": "inner"}},
-        r"fc1.weight is .36, 48. where config.json makes it .72, 48. .and 8 more.",
+        r"fc1.weight is .36, 48., but config.json makes it .72, 48. .and 8 more.",
     ),
 }
 
@@ -65,9 +65,9 @@ def test_a_family_file_that_does_not_fit_the_model_is_refused(tmp_path: Path, be
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"attention_dropout": -0.1}, "attention_dropout is -0.1, no share"),
-        ({"num_attention_heads": -4}, "num_attention_heads is -4, no whole number"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": "auto"}}, "makes no model of config.json"),
+        ({"attention_dropout": -0.1}, "attention_dropout is -0.1, not a number between"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4, not a whole number"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "auto"}}, "cannot make a model of config.json"),
     ],
 )
 def test_impossible_configs_are_refused(tmp_path: Path, bench: Bench, keys: dict[str, Any], said: str) -> None:
@@ -88,7 +88,7 @@ def test_a_block_that_transformers_cannot_run_is_refused(tmp_path: Path, bench: 
 def test_a_number_of_experts_under_another_key_is_checked(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.dense("qwen3_moe"), tmp_path / "in")
     edited(folder, "config.json", num_local_experts=float("-inf"))
-    with pytest.raises(SecateurError, match="num_experts is -inf, no whole number"):
+    with pytest.raises(SecateurError, match="num_experts is -inf, not a whole number"):
         open_checkpoint(folder)
 
 
@@ -106,14 +106,14 @@ def test_a_wrong_tie_word_embeddings_is_corrected(tmp_path: Path, bench: Bench) 
 def test_an_unknown_class_is_refused(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.pruned("adaptive"), tmp_path / "in")
     edited(folder, "config.json", architectures=["SecateurLlamaForCausal"])
-    with pytest.raises(SecateurError, match="names the class SecateurLlamaForCausal, which nothing has"):
+    with pytest.raises(SecateurError, match="names the class SecateurLlamaForCausal, which does not exist"):
         export(folder, tmp_path / "out.gguf")
 
 
 def test_invalid_generation_settings_are_refused(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.tiny, tmp_path / "in")
     edited(folder, "generation_config.json", pad_token_id=[-1])
-    with pytest.raises(SecateurError, match=r"generation_config.json: transformers refuses it"):
+    with pytest.raises(SecateurError, match=r"generation_config.json: transformers rejects it"):
         open_checkpoint(folder)
 
 
@@ -168,7 +168,7 @@ def test_a_tokenizer_that_panics_is_an_error_in_one_line(tmp_path: Path, bench: 
 def test_an_export_of_a_folder_with_wrong_sizes_is_refused(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.pruned("uniform"), tmp_path / "in")
     edited(folder, "config.json", vocab_size=127)
-    with pytest.raises(SecateurError, match=r"is \[128, 16\] where config.json makes it \[127, 16\]"):
+    with pytest.raises(SecateurError, match=r"is \[128, 16\], but config.json makes it \[127, 16\]"):
         export(folder, tmp_path / "out.gguf")
 
 

@@ -276,7 +276,7 @@ def test_a_model_is_scored_as_transformers_loads_it(checkpoint_folder: Checkpoin
         (lambda tensor: {}, "tensors missing from the weights: model.layers.1.mlp.down_proj.weight"),
         (
             lambda tensor: {DOWN: tensor[:, 1:].contiguous()},
-            "is [48, 71] where config.json makes it [48, 72]; find the",
+            "is [48, 71], but config.json makes it [48, 72]; find the",
         ),
     ],
 )
@@ -329,7 +329,9 @@ def test_different_tokenizers_get_a_note(checkpoint_folder: CheckpointFolder, te
     shutil.copytree(folder, other)
     make_letters().save_pretrained(other)
     evaluate(folder, against=str(other), texts=[text], length=20, watcher=Notes())
-    assert said == ["The two models tokenise texts differently: perplexities, which are per token, do not compare"]
+    assert said == [
+        "The two models tokenise texts differently: their perplexities are per token, so they cannot be compared"
+    ]
 
 
 def test_only_one_model_is_in_memory_unless_two_take_turns(

@@ -165,7 +165,9 @@ def test_a_question_too_long_loses_its_beginning() -> None:
     before, after = ids_of(question, "w1 w2 w3", False)
     assert close([found], [plain(model, before[-(POSITIONS - 2) :], after)])
     assert math.isfinite(longest[0])
-    with pytest.raises(SecateurError, match=f"have 1 and {POSITIONS + 1} tokens, where 1 to {POSITIONS} are possible"):
+    with pytest.raises(
+        SecateurError, match=f"have 1 and {POSITIONS + 1} tokens, but only 1 to {POSITIONS} are possible"
+    ):
         likelihoods(model, make_tokenizer(), [("w1", whole + " w1")])
 
 
@@ -193,11 +195,11 @@ def test_model_and_tokenizer_are_not_changed_and_progress_ends(capfd: pytest.Cap
 def test_bad_models_and_texts_are_named() -> None:
     model, tokenizer = build("llama"), make_tokenizer()
     for pair, lengths in ((("w1", ""), "1 and 0"), ((" ", "w1"), "0 and 1")):
-        with pytest.raises(SecateurError, match=f"have {lengths} tokens, where 1 to {POSITIONS}"):
+        with pytest.raises(SecateurError, match=f"have {lengths} tokens, but only 1 to {POSITIONS}"):
             likelihoods(model, tokenizer, [pair])
     with torch.no_grad():
         model.get_input_embeddings().weight[5] = math.nan
-    with pytest.raises(SecateurError, match="logits are not numbers"):
+    with pytest.raises(SecateurError, match="logits are NaN"):
         likelihoods(model, tokenizer, PAIRS)
     model.resize_token_embeddings(40)
     with pytest.raises(SecateurError, match="ids outside the model's 40: wrong tokenizer"):
@@ -290,9 +292,9 @@ def test_the_same_beginning_may_be_the_choice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gone", "task gone does not open: "),
-        ("writes", "task writes is not one of choosing between answers"),
-        ("uncounted", "task uncounted does not count right answers"),
+        ("gone", "task gone cannot be loaded: "),
+        ("writes", "task writes is not multiple-choice"),
+        ("uncounted", "task uncounted does not measure accuracy"),
         ("far", "task far needs its data set nobody/nothing from the hub, which is not reachable .*--task-path"),
         ("piqa", "task piqa needs its data set .*piqa from the hub, which is not reachable .*--task-path"),
     ],
@@ -383,7 +385,7 @@ def test_the_command_writes_tasks_and_refuses_typos_in_one_line(
     (model,) = json.loads(out.read_text())["models"]
     assert [(task["name"], len(task["acc"]["outcomes"])) for task in model["tasks"]] == [("mine", 6), ("other", 6)]
     for arguments, message in (
-        (("--tasks", "mine,gone"), "task gone does not open: "),
+        (("--tasks", "mine,gone"), "task gone cannot be loaded: "),
         (("--tasks", "mine", "--limit", "-1"), "Invalid value for '--limit'"),
     ):
         code, text, error = run(*arguments, "--task-path", str(folder))

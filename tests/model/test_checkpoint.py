@@ -303,9 +303,9 @@ BROKEN = {
         lambda folder: (index({})(folder), (folder / "model.safetensors.index.json").write_text("[]")),
         "not a safetensors index",
     ),
-    "empty file": (cut(0), "truncated or no safetensors"),
-    "header cut": (cut(100), "truncated or no safetensors"),
-    "data cut": (cut(-10), r"truncated or damaged, [\d,]+ bytes where the header says"),
+    "empty file": (cut(0), "truncated, or not a safetensors"),
+    "header cut": (cut(100), "truncated, or not a safetensors"),
+    "data cut": (cut(-10), r"truncated or damaged: it has [\d,]+ bytes, but its header says"),
     "header not JSON": (overwrite((4).to_bytes(8, "little") + b"nope"), "header broken"),
     "header unknown dtype": (
         header(x={"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}),
@@ -337,7 +337,7 @@ BROKEN = {
     "config no object": (config("[]"), "no model_type"),
     "no model_type": (config("{}"), "no model_type"),
     "unknown model_type": (keys(model_type="llamma"), "does not know model_type 'llamma'; upgrade"),
-    "config refused": (keys(num_attention_heads=5), "transformers refuses it .*not a multiple of the number"),
+    "config refused": (keys(num_attention_heads=5), "transformers rejects it .*not a multiple of the number"),
     "own code": (
         keys(model_type="mine", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}),
         r"needs code that comes with the checkpoint \(auto_map\).*trust_remote_code",
@@ -380,7 +380,7 @@ def test_paths_that_are_no_model_are_refused(folder, tmp_path):
     assert "does not exist; name a folder" in refusal("./nowhere")
     assert "does not exist; name a folder" in refusal(tmp_path / "nowhere")
     assert "does not exist; name a folder" in refusal("nowhere/model.gguf")
-    assert "a file, but no .gguf" in refusal(folder / "config.json")
+    assert "this file is not a .gguf file" in refusal(folder / "config.json")
     assert "a local path has no revision 'main'" in refusal(folder, revision="main")
 
 
@@ -572,7 +572,7 @@ def test_gguf_conversion_that_fails_leaves_nothing(tmp_path, cache, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf_source, "_convert", convert)
-    assert "the disk is full; make room, or set XDG_CACHE_HOME to another folder" in refusal(file)
+    assert "the disk is full; free some space, or set XDG_CACHE_HOME to another folder" in refusal(file)
     assert list(cache.iterdir()) == []
 
 

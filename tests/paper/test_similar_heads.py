@@ -203,23 +203,23 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
         {0: table(6, {(0, 2): 0.11, (0, 1): 0.2, (1, 3): 0.3}, far=0.5)},
     )
     message = raised(lambda: find_similar_heads(distances, 0.05))
-    assert message.endswith("removes nothing: the distances between heads go from 0.11 to 0.5; take more than 0.11")
+    assert message.endswith("removes nothing: the distances between heads go from 0.11 to 0.5; choose a tau above 0.11")
     message = raised(lambda: similar_plan(wish, distances, 0.6))
     assert (
-        "leaves each block a single head: the distances between heads go from 0.11 to 0.5; take less than 0.5"
+        "leaves each block a single head: the distances between heads go from 0.11 to 0.5; choose a tau below 0.5"
         in message
     )
     # A chain: only its ends are far apart, and still one head alone would stay.
     chain = {0: table(3, {(0, 1): 0.1, (1, 2): 0.1}, far=0.3)}
     message = raised(lambda: find_similar_heads(chain, 0.2))
     assert message.endswith(
-        "leaves each block a single head: the distances between heads go from 0.1 to 0.3; take a smaller one"
+        "leaves each block a single head: the distances between heads go from 0.1 to 0.3; choose a smaller tau"
     )
     assert find_similar_heads({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
     # Head 0 is a candidate from 0.11 on, but its group leaves with head 1 only, which is like head 3.
     message = raised(lambda: similar_plan(wish, distances, 0.15))
     assert "its 1 similar heads are neither a whole KV group nor one" in message
-    assert message.endswith("go from 0.11 to 0.5; take a larger one")
+    assert message.endswith("go from 0.11 to 0.5; choose a larger tau")
     found = similar_plan(wish, distances, 0.31).first_heads
     assert found is not None
     assert found.removed == {0: (0, 1)}
@@ -470,8 +470,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "heads=best,channels=l1"}, "it must be one of surgeon"),
     ({"criterion": "l1,experts=reap,experts=random"}, "the criterion of experts must be one of reroute, reap"),
     ({"criterion": "experts=l1"}, "the criterion of experts must be one of reroute, reap"),
-    ({"tau": 0.2}, "tau is about similar heads: leave --tau out, or take --criterion similarity"),
-    ({"criterion": "heads=l1,channels=l2", "tau": 0.2}, "tau is about similar heads"),
+    ({"tau": 0.2}, "tau is an option of --criterion similarity: add that, or leave --tau out"),
+    ({"criterion": "heads=l1,channels=l2", "tau": 0.2}, "tau is an option of --criterion similarity"),
     ({"criterion": "similarity"}, "similarity needs a threshold: add --tau, for example 0.19"),
     ({"criterion": "similarity", "tau": 0}, "tau is 0; it must be above 0 and at most ln 2 = 0.6931"),
     ({"criterion": "similarity", "tau": -0.1}, "tau is -0.1; it must be above 0"),
@@ -481,10 +481,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "similarity", "tau": 0.2, "target": "params=80%"}, "--tau and --target both set how much to remove"),
     ({"criterion": "similarity", "tau": 0.2, "plan": __file__}, "--tau and --plan both set how much to remove"),
     ({"criterion": "similarity", "tau": 0.2, "widths": __file__}, "--tau and --widths with a file both set how much"),
-    ({"criterion": "similarity", "tau": 0.2, "modules": ("channels",)}, "similarity is between heads: add heads to"),
+    ({"criterion": "similarity", "tau": 0.2, "modules": ("channels",)}, "similarity compares heads: add heads to"),
     (
         {"criterion": "similarity", "tau": 0.2, "widths": "uniform"},
-        "which the stock format and --widths uniform do not",
+        "but the stock format and --widths",
     ),
     ({"criterion": "similarity", "tau": 0.2, "format": "stock"}, "the stock format"),
     (
@@ -506,11 +506,17 @@ def test_models_and_formats_without_fewer_heads(
     monkeypatch.setattr(similar_heads, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
     how = {"criterion": "similarity", "tau": 0.2, **SMALL}
     message = raised(lambda: prune(checkpoint_folder("olmo2"), tmp_path / "out", **how))
-    assert "heads cannot be removed exactly, as its query and key norms run across all heads; take another" in message
+    assert (
+        "heads cannot be removed exactly, because its query and key norms run across all heads; choose another"
+        in message
+    )
     message = raised(lambda: prune(checkpoint_folder("gpt2"), tmp_path / "out.gguf", **how, format="gguf"))
     assert "the format cannot hold fewer heads" in message
     message = raised(lambda: prune(checkpoint_folder("llama"), tmp_path / "out", **how, dry_run=True))
-    assert message == "the number of heads to remove is found by running the model; leave out --dry-run"
+    assert (
+        message
+        == "only a real run can find the number of similar heads, because it runs the model; leave out --dry-run"
+    )
     assert not list(tmp_path.iterdir())
 
 

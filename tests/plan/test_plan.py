@@ -219,7 +219,7 @@ def test_no_plan_has_a_width_that_the_format_cannot_hold(make_problem: MakeProbl
     free = plan(make_problem(0.5), "adaptive", survey_of(problem.blocks))
     assert any(held(width) for width in free.widths.values())
     with pytest.raises(
-        SecateurError, match=r"is out of reach: at most \d\d\.\d% of the blocks can be removed; too narrow"
+        SecateurError, match=r"is out of reach: at most \d\d\.\d% of the blocks' parameters can be removed; too narrow"
     ):
         check_reachable(replace(problem, target=0.9))
     refused = replace(problem, unsupported_reason=lambda _: "nothing fits")
@@ -342,7 +342,7 @@ def test_units_that_contribute_nothing_are_removed_beyond_the_target(make_proble
 @pytest.mark.parametrize(
     ("target", "more", "message"),
     [
-        (0.9999, {}, r"sparsity 100.0% is out of reach: at most \d\d\.\d% of the blocks can be removed"),
+        (0.9999, {}, r"sparsity 100.0% is out of reach: at most \d\d\.\d% of the blocks' parameters can be removed"),
         (0.9, {"kinds": ("channels",)}, r"; only channels may be removed"),
         ("params=100", {}, r"target params=100 is out of reach: the smallest possible value is .*; request params=\d"),
         ("params=5%", {}, r"target params=5% is out of reach: .*; request params=\d\d(\.\d)?%, or allow more"),

@@ -223,11 +223,11 @@ def test_measurements_are_added_to_card_and_page(place: Path, run: Run) -> None:
     [
         (
             ("model", "--against", "out", "--report"),
-            "model: not a folder that secateur prune wrote, with secateur.json in it",
+            "model: secateur prune did not write this folder (no complete secateur.json)",
         ),
         (
             ("out", "--against", "other", "--perplexity", "text.txt", "--report"),
-            "other: out was pruned from another model (model), and the report compares with that one; name it by ",
+            "other: out was pruned from another model (model), with which the report must compare it; name that ",
         ),
         (("out", "--report"), "--report needs --against: add --against with the model that MODEL was pruned from"),
         (("out", "--prompt", " "), "a prompt is empty; give some words"),

@@ -101,7 +101,7 @@ def test_general_plus_text_takes_half_of_the_rows_from_the_text(tmp_path: Path) 
 def test_advice_for_general_plus_a_short_text(tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_text("æ" * 130)
-    with pytest.raises(SecateurError, match=r"own.txt: too short, .*; take samples 4 "):
+    with pytest.raises(SecateurError, match=r"own.txt: too short, .*; use samples 4 "):
         draw(f"general+{own}", 64, 50)
     assert draw(f"general+{own}", 4, 50).shape == (4, 50)
 

@@ -93,7 +93,7 @@ def test_the_token_that_opens_a_text() -> None:
     assert opening_token(*names(None, None, eos_token_id=[8, 9])) == 8
     # An id that the model does not have is none.
     assert opening_token(*names(VOCAB, 6)) == 6
-    with pytest.raises(SecateurError, match="model: no BOS or EOS token, from which the model could begin to write"):
+    with pytest.raises(SecateurError, match="model: no BOS or EOS token, with which generated text must begin"):
         opening_token(*names(None, None))
 
 

@@ -69,7 +69,7 @@ def test_a_folder_that_the_stock_class_refuses_never_appears(
     assert {width.groups for width in found.widths.values()} == {2}
     shutil.rmtree(tmp_path / "right")
     monkeypatch.setitem(FAMILIES, "arcee", replace(FAMILIES["arcee"], stock=Stock()))
-    said = r"out: transformers does not open what was made, so it was removed \(config.json: .*heads \(6\).*; take"
+    said = r"out: transformers cannot open the written model, so it was deleted \(config.json: .*heads \(6\).*; take"
     with pytest.raises(SecateurError, match=said):
         prune(model, tmp_path / "out", **asked)
     assert not list(tmp_path.iterdir())
@@ -96,7 +96,7 @@ class WrongConfig:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (WrongConfig.width, r"gate_proj.weight is \[\d+, 48\] where config.json makes it \[\d+, 48\] \(and 8 more\)"),
+        (WrongConfig.width, r"gate_proj.weight is \[\d+, 48\], but config.json makes it \[\d+, 48\] \(and 8 more\)"),
         (WrongConfig.layers, r"tensors missing from the weights: model.layers.3"),
         (WrongConfig.bias, r"tensors without a place in the model: model.layers.0.mlp.down_proj.bias"),
     ],
@@ -116,6 +116,6 @@ def test_a_folder_whose_tensors_contradict_its_config_never_appears(
         return found
 
     monkeypatch.setattr(writing, "per_layer_config", made)
-    with pytest.raises(SecateurError, match=said + r".*; report it as a fault of secateur"):
+    with pytest.raises(SecateurError, match=said + r".*; report this as a bug in secateur"):
         prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, recovery="bias")
     assert not list(tmp_path.iterdir())

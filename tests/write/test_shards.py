@@ -82,17 +82,17 @@ REFUSALS = {
     "other files": (
         {"overwrite": True},
         lambda at: ((at / "out").mkdir(), (at / "out" / "thesis.txt").write_text("mine")),
-        "it is no model folder",
+        "it is not a model folder",
     ),
     "other config": (
         {"overwrite": True},
         lambda at: ((at / "out").mkdir(), (at / "out" / "config.json").write_text("{}")),
-        "it is no model folder",
+        "it is not a model folder",
     ),
     "broken config": (
         {"overwrite": True},
         lambda at: ((at / "out").mkdir(), (at / "out" / "config.json").write_text("{")),
-        "it is no model folder",
+        "it is not a model folder",
     ),
     "the source": (
         {"overwrite": True, "source": "out"},
@@ -107,9 +107,9 @@ REFUSALS = {
     "around the source": (
         {"overwrite": True, "source": "out/m"},
         lambda at: (model_folder(at / "out"), model_folder(at / "out" / "m")),
-        "inside or around the folder of MODEL",
+        "inside the folder of MODEL, or contains it",
     ),
-    "inside the source": ({"source": "."}, lambda at: None, "inside or around the folder of MODEL"),
+    "inside the source": ({"source": "."}, lambda at: None, "inside the folder of MODEL, or contains it"),
     "no room": (
         {"expected_bytes": 10**18},
         lambda at: None,

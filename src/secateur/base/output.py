@@ -108,7 +108,7 @@ class Output:
         named = path.name.lower().endswith(self.suffix or "")
         self._refuse_if(not named, f"the file name must end in {self.suffix}; rename it")
         self._refuse_if(path == model, "this is the folder of MODEL, which would be replaced; choose another path")
-        self._refuse_if(nested, "this path is inside or around the folder of MODEL; choose another path")
+        self._refuse_if(nested, "this path is inside the folder of MODEL, or contains it; choose another path")
         self._refuse_if(path == Path.cwd(), "this is the current folder, which cannot be replaced; choose a path in it")
         self._refuse_if(path.is_mount(), "this is a mount point, which cannot be replaced; choose a path in it")
         self._refuse_if(not parent.is_dir(), f"the folder {parent} does not exist; create it first")
@@ -125,11 +125,12 @@ class Output:
         self._refuse_if(not (is_folder or path.is_file()), "exists and is not a regular file; choose another name")
         self._refuse_if(not self.overwrite and names != [], f"{exists}; choose another name or add --overwrite")
         self._refuse_if(
-            foreign != [], f"not overwritten, as it contains other files ({first_few(foreign)}); choose another name"
+            foreign != [],
+            f"not overwritten, because it contains other files ({first_few(foreign)}); choose another name",
         )
         self._refuse_if(
             not replaceable,
-            "not overwritten, as it is no model folder (no config.json with a model_type); choose another name",
+            "not overwritten, because it is not a model folder (no config.json with a model_type); choose another name",
         )
 
     def _refuse_if(self, wrong: bool, reason: str) -> None:

@@ -71,7 +71,7 @@ def top(
     elif context.invoked_subcommand not in DISTRIBUTED and (size := process_place().size) > 1:
         raise SecateurError(
             f"{context.invoked_subcommand} runs in one process, but WORLD_SIZE is {size}: unset WORLD_SIZE; only "
-            f"{' and '.join(DISTRIBUTED)} run in several"
+            f"{' and '.join(DISTRIBUTED)} run in several processes"
         )
 
 

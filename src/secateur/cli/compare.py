@@ -40,7 +40,7 @@ def compare(
     calibration: Annotated[
         str | None,
         _replacement(
-            help="Calibrate on this text, written as for secateur prune. Runs that use random or self are not changed."
+            help="Calibrate on this text, named as for secateur prune. Runs that use random or self are not changed."
         ),
     ] = None,
     perplexity: Annotated[
@@ -60,13 +60,13 @@ def compare(
     tokens: Annotated[int | None, _replacement(help="Number of tokens to score of each text; 0 for all.")] = None,
     samples: Annotated[
         str | None,
-        _replacement(help="Number of calibration rows. Several numbers, separated by commas, if the recipe varies it."),
+        _replacement(help="Number of calibration rows. If the recipe varies it: several numbers, separated by commas."),
     ] = None,
     refit_samples: Annotated[
         str | None,
         _replacement(
-            help="Number of rows for the recovery, in runs that use separate rows for it, and of rows to retrain on. "
-            "Several numbers, separated by commas, if the recipe varies it."
+            help="Number of rows for the recovery, in runs that use separate rows for it; also of rows to retrain on. "
+            "If the recipe varies it: several numbers, separated by commas."
         ),
     ] = None,
     length: Annotated[int | None, _replacement(help="Tokens in each row, for calibration and for scoring.")] = None,

@@ -23,7 +23,8 @@ def evaluate(
     against: Annotated[
         str | None,
         _measured(
-            help="A second model to measure, usually the one before pruning. Ratios are MODEL divided by it.",
+            help="A second model to measure, usually the one before pruning. Ratios are the value of MODEL divided by "
+            "that of the second model.",
             show_default="none",
         ),
     ] = None,
@@ -35,12 +36,12 @@ def evaluate(
             show_default="none",
         ),
     ] = None,
-    length: Annotated[int, _measured(help="Tokens in each row; no row sees the tokens of another.")] = 128,
+    length: Annotated[int, _measured(help="Tokens in each row; each row is scored on its own.")] = 128,
     tokens: ScoredTokens = 8192,
     tasks: Annotated[
         str,
         _measured(
-            help="Measure the zero-shot accuracy on these multiple-choice tasks of lm-eval, with commas, such as "
+            help="Measure the zero-shot accuracy on these multiple-choice tasks of lm-eval, separated by commas: "
             "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa. Needs secateur\\[tasks]; the data is "
             "downloaded from the Hugging Face Hub.",
             show_default="none",
@@ -67,7 +68,7 @@ def evaluate(
     prompt: Annotated[
         list[str] | None,
         _measured(
-            help="Let each model continue this text, or a chat model answer it, with up to 80 tokens. May be given "
+            help="Print up to 80 tokens that each model writes after this text; a chat model answers it. May be given "
             "several times.",
             show_default="none",
         ),

@@ -34,7 +34,7 @@ def survey(
         Path, typer.Option(help="Folder to write; it appears only once it is complete.", rich_help_panel=OUTPUT)
     ] = Path("survey"),
 ) -> None:
-    """Measure the error of each module of MODEL at each width. Writes survey.json and, to look at, survey.html.
+    """Measure the error of each module of MODEL at each width. Writes survey.json, and survey.html for a browser.
 
     Example: secateur survey ./SmolLM2-135M --out survey --calibration text.txt
     """

@@ -83,7 +83,7 @@ def _parse_numbers(option: str, text: str, parse: Callable[[str], T], what: str,
     except ValueError:
         raise SecateurError(f"{option} is '{text}'; write {what} separated by commas, for example {example}") from None
     if len(set(numbers)) < len(numbers):
-        raise SecateurError(f"{option} is '{text}', which has a number twice; write each number once")
+        raise SecateurError(f"{option} is '{text}', which contains a number twice; write each number once")
     return numbers
 
 

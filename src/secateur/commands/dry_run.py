@@ -37,12 +37,18 @@ def estimate(run: OpenRun) -> Summary:
     """
     options = run.options
     if options.targets_perplexity:
-        raise SecateurError("the size for a target of perplexity is found by pruning; leave out --dry-run")
+        raise SecateurError(
+            "only a real run can reach a target of perplexity, because it prunes to several sizes; leave out --dry-run"
+        )
     if options.parsed_criterion.preselection_only:
-        raise SecateurError("the number of heads to remove is found by running the model; leave out --dry-run")
+        raise SecateurError(
+            "only a real run can find the number of similar heads, because it runs the model; leave out --dry-run"
+        )
     rows = draw_rows(run, dry=True)
     if run.request.needs_survey:
-        run.watcher.note("This plan assumes equal costs; a real run measures the cost of each width, and plans by it")
+        run.watcher.note(
+            "This plan assumes that all blocks are equally important; a real run measures the cost of each width first"
+        )
     plan = run.request.plan_from_file or solve(run.request.problem, options.widths)
     with run.watcher.busy("Measuring this machine"):
         speeds = measure_speeds(run, rows.selection)

@@ -28,7 +28,7 @@ def memory_limit(
     if limit < needed:
         have = f"memory is {limit / 1e9:,.2f} GB" if allowed else f"{limit / 1e9:,.2f} GB of memory are free"
         raise SecateurError(
-            f"{have}, but the largest block of {stream.checkpoint.source} needs {needed / 1e9:,.2f} GB; allow as much "
-            "with --memory, or use a machine with more memory"
+            f"{have}, but the largest block of {stream.checkpoint.source} needs {needed / 1e9:,.2f} GB; allow that "
+            "much with --memory, or use a machine with more memory"
         )
     return limit, limit - needed

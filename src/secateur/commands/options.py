@@ -93,7 +93,7 @@ class Options:
     blocks: str | None = option(
         None,
         TARGET,
-        "Range of blocks to prune, as first:end without the end: 4:30 prunes blocks 4 to 29.",
+        "Range of blocks to prune, written first:end; the end is not included, so 4:30 prunes blocks 4 to 29.",
         default_text="all blocks",
     )
     modules: tuple[str, ...] = option(
@@ -105,7 +105,7 @@ class Options:
     round: int | None = option(
         None,
         TARGET,
-        "Round the feed-forward widths that change to multiples of this number. Kernels are slow unless widths are "
+        "Multiple to which changed feed-forward widths are rounded. Kernels are slow unless widths are "
         "multiples of 16, GGUF stores weights in groups of 32, and some GPUs prefer 64 or 128.",
         default_text="32 for widths of at least 1,024 channels, otherwise 1",
         minimum=1,
@@ -114,9 +114,10 @@ class Options:
         "surgeon",
         METHOD,
         "How to choose the units to remove. surgeon: units whose output the remaining ones reproduce best; "
-        "second-moment (the paper's), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: units with the lowest score "
-        "by activations; l1, l2: by the norm of their weights; llm-pruner-vector, llm-pruner-element1, "
-        "llm-pruner-element2: by gradients; random: at random. heads=X,channels=Y uses X for heads and Y for channels.",
+        "second-moment (the paper's), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: units with the lowest scores "
+        "from activations; l1, l2: from the norms of weights; llm-pruner-vector, llm-pruner-element1, "
+        "llm-pruner-element2: from gradients; random: units drawn at random. heads=X,channels=Y uses X for heads and Y "
+        "for channels.",
     )
     recovery: str = option(
         "refit",
@@ -148,7 +149,7 @@ class Options:
         "Text to run through the model. general: a mix of texts that comes with secateur; general+TEXT: half of the "
         "rows from that mix, half from TEXT; or TEXT alone. TEXT is a .txt file, a .jsonl file with the key text or "
         "messages, - for standard input, or a data set (wikitext2, c4, ptb, bookcorpus or name:config:column). "
-        "Without any text: self (MODEL writes the text itself, and must fit into memory whole) or random (random "
+        "Without any text: self (MODEL generates the text; all of it must fit into memory) or random (random "
         "token ids).",
         may_name_file=True,
     )
@@ -234,7 +235,9 @@ class Options:
             # The shares of a --widths file are rounded, the widths of a --plan file are not.
             places = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.plan and self.round}
             for name in (name for name, value in places.items() if value):
-                raise SecateurError(f"{name} and {names[0]} both set where to remove it; leave one of them out")
+                raise SecateurError(
+                    f"{name} and {names[0]} both set what to remove from which blocks; leave one of them out"
+                )
         if self.plan is not None and not Path(self.plan).is_file():
             raise SecateurError(f"plan is '{self.plan}', but there is no such file; check the path")
         if self.widths not in WIDTHS and not Path(self.widths).is_file():
@@ -250,10 +253,10 @@ class Options:
         """
         if self.type != Options.type and not self.output_format.types:
             typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
-            raise SecateurError(f"type {self.type} goes with {typed}: add that, or leave --type out")
+            raise SecateurError(f"type {self.type} is only for {typed}: add that, or leave --type out")
         if self.output_format.uniform and self.widths == "adaptive" and self.plan is None:
             raise SecateurError(
-                f"the {self.format} format holds one width for all blocks: take --widths uniform, or --format hf"
+                f"the {self.format} format holds one width for all blocks: use --widths uniform, or --format hf"
             )
 
     @property

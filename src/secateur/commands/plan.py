@@ -45,7 +45,8 @@ def propose(
     """
     if options.targets_perplexity:
         raise SecateurError(
-            "the size for a target of perplexity is found by pruning; run secateur prune, whose secateur.json is a plan"
+            "only secateur prune can reach a target of perplexity, because it prunes to several sizes; its "
+            "secateur.json is a plan"
         )
 
     def make_plan(services: Services) -> Proposal:

@@ -183,7 +183,7 @@ def unfitted_experts_note(done: list[dict[str, Any]]) -> str | None:
     unfitted, kept = sum(len(module["unfitted"]) for module in modules), sum(module["kept"] for module in modules)
     if not unfitted:
         return None
-    advice = "; use more rows (--samples), or a text of more kinds" if 2 * unfitted > kept else ""
+    advice = "; use more rows (--samples), or a more varied text" if 2 * unfitted > kept else ""
     return (
         f"{unfitted:,} of {kept:,} experts were not refitted, because fewer than {MIN_TOKENS} tokens were routed to "
         f"each{advice}"

@@ -118,7 +118,7 @@ def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]
     folders = [out / f"sparsity-{one.sparsity:g}" for one in options]
     if len(set(folders)) < len(folders):
         names = ", ".join(folder.name for folder in folders)
-        raise SecateurError(f"{names}: two sizes would have one name; leave one of them out")
+        raise SecateurError(f"{names}: two sizes would have the same name; leave one of them out")
     if survey_file.absolute() in {(out / name).absolute() for name in (TABLE, PLOT)}:
         raise SecateurError(f"{survey_file}: the table and the plot are written there; name another survey file")
     return folders
@@ -154,7 +154,7 @@ def _check_finished(runs: list[OpenRun], rows: CalibrationRows, folders: list[Pa
     for run, folder in zip(runs, folders, strict=True):
         if folder in finished and not _is_result_of(run, rows, folder):
             raise SecateurError(
-                f"{folder}: made with other options, weights or another text; add --overwrite to replace it"
+                f"{folder}: made with other options, other weights or another text; add --overwrite to replace it"
             )
 
 

@@ -79,7 +79,7 @@ FAMILIES = {
         GEMMA2,
         norm_offset=False,
         block_multiplier="layer_scalar",
-        heads_locked="its windowed blocks have other heads than its blocks of full attention",
+        heads_locked="its blocks with a window have different heads from its blocks with full attention",
         per_layer_input="hidden_size_per_layer_input",
         kv_sharing=_kv_sharing,
         heads_by_layer_type=True,

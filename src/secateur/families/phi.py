@@ -29,7 +29,7 @@ FAMILIES = {
         stock=Stock(heads="dense"),
         gguf=Gguf(unlike="normalises without subtracting the mean, and divides gates by their sum"),
         vllm=Vllm(
-            backend="its transformers backend cannot run the attention of phimoe; take --widths uniform",
+            backend="its transformers backend cannot run the attention of phimoe; use --widths uniform",
         ),
     ),
 }

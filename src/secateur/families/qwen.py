@@ -53,7 +53,9 @@ def _linear_attention(file: GgufContents) -> dict[str, int]:
     """
     keys, values = file.metadata["ssm.group_count"], file.metadata["ssm.time_step_rank"]
     if not keys or not values or values % keys:
-        raise SecateurError(f"its linear attention has {keys:,} key heads and {values:,} value heads, no multiple")
+        raise SecateurError(
+            f"its linear attention has {values:,} value heads, not a multiple of its {keys:,} key heads"
+        )
     return {"linear_value_head_dim": file.metadata.get("ssm.inner_size", 0) // values}
 
 

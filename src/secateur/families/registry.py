@@ -41,8 +41,8 @@ def family_of(config: Any) -> Family:
         why = (
             f"it has {' and '.join(wanting)}, for which there is no code yet"
             if wanting
-            else "where its blocks are an attention and a feed-forward, describe it in a file and add --family FILE; "
-            "see docs/extend.md"
+            else "if each block is an attention and a feed-forward, describe the family in a file and add --family "
+            "FILE; see docs/extend.md"
         )
         raise SecateurError(
             f"model type '{config.model_type}' is not supported; secateur families prints those that are ({why})"

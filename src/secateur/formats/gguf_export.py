@@ -29,7 +29,7 @@ from secateur.write.record import read_record
 
 DECODER_ONLY = (
     "The file holds only the language model. For models that it supports, llama.cpp takes vision towers and projector "
-    "from a second file (mmproj); use that of the dense model, since pruning changes neither towers nor projector"
+    "from a second file (mmproj); use that of the dense model, because pruning changes neither towers nor projector"
 )
 
 
@@ -87,7 +87,7 @@ def export(
         write_gguf(partial, model, architecture, tensors, vocabulary, type=type, name=path.stem, watcher=watcher)
         if (difference := check_tensors(partial, tensors)) is not None:
             raise SecateurError(
-                f"{out}: removed, since it is not what was planned ({difference}); report it as a fault"
+                f"{out}: the written file was not as planned ({difference}), so it was deleted; report this as a bug"
             )
     return Exported(path, size, architecture.name, context_length(model, architecture))
 
@@ -137,7 +137,7 @@ def _processor_template(folder: Path) -> Any:
     try:
         return parse_json(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
     except (ValueError, AttributeError) as error:
-        raise SecateurError(f"{file}: no chat template as JSON; download it again, or remove it") from error
+        raise SecateurError(f"{file}: not valid JSON with a chat template; download it again, or remove it") from error
 
 
 def _note(
@@ -149,9 +149,11 @@ def _note(
     context = context_length(model, architecture)
     if context < model.positions:
         watcher.note(
-            f"llama.cpp's {architecture.name} has no sliding window, so the file declares {context:,} positions, over "
-            "which it computes what the model does"
+            f"llama.cpp's {architecture.name} has no sliding window, so the file allows only {context:,} positions, "
+            "over which its output is the same as the model's"
         )
     unquantised = sum(tensor.type == GGMLQuantizationType.F16 for tensor in tensors)
     if type.startswith("q") and unquantised:
-        watcher.note(f"{unquantised} of {len(tensors)} tensors stay f16, as 32 does not divide their rows")
+        watcher.note(
+            f"{unquantised} of {len(tensors)} tensors stay f16, because their row length is not a multiple of 32"
+        )

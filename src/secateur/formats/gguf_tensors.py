@@ -43,7 +43,7 @@ class FileTensor:
         with np.errstate(over="ignore"):
             data: np.ndarray[Any, Any] = gguf.quants.quantize(values, self.type)
         if self.type == GGMLQuantizationType.F16 and not np.isfinite(data).all():
-            raise SecateurError(f"tensor {self.name} has weights beyond what f16 holds; use bf16 or f32")
+            raise SecateurError(f"tensor {self.name} has weights that are too large for f16; use bf16 or f32")
         return data
 
 

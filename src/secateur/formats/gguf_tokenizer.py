@@ -136,11 +136,11 @@ def _stored(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise SecateurError(
-            f"{type(tokenizer).__name__} has no tokenizer.json form, which GGUF output reads; "
+            f"{type(tokenizer).__name__} has no tokenizer.json, from which GGUF output is made; "
             "save a fast tokenizer into the folder"
         )
     stored: dict[str, Any] = json.loads(backend.to_str())
-    model, known = stored["model"], "GGUF output holds byte-level BPE and SentencePiece BPE"
+    model, known = stored["model"], "GGUF output supports only byte-level BPE and SentencePiece BPE"
     if model["type"] != "BPE":
         raise SecateurError(f"the tokenizer is {model['type']}; {known}, so keep the safetensors folder")
     if not _is_byte_level(stored) and not model.get("byte_fallback"):
@@ -149,7 +149,7 @@ def _stored(tokenizer: Any) -> dict[str, Any]:
         )
     if _is_byte_level(stored) and not model["merges"]:
         raise SecateurError(
-            "the tokenizer has no merges, without which llama.cpp opens no file; keep the safetensors folder"
+            "the tokenizer has no merges, and llama.cpp cannot open a file without them; keep the safetensors folder"
         )
     return stored
 
@@ -229,7 +229,7 @@ def _pre_tokenizer(stored: dict[str, Any]) -> str:
     if name is None:
         known = ", ".join(sorted(PRE_TOKENIZERS.values()))
         raise SecateurError(
-            f"the tokenizer splits text by a rule that has no name here, by which llama.cpp would know it (known: "
+            f"secateur does not know what llama.cpp calls the rule by which this tokenizer splits text (known: "
             f"{known}); add the rule to secateur/formats/gguf_tokenizer.py, or keep the safetensors folder"
         )
     return name

@@ -70,6 +70,6 @@ def check_type(type: str) -> None:
     if re.fullmatch(r"i?q\d_.+", type.lower()):
         raise SecateurError(
             f"type {type} is made by llama.cpp's own llama-quantize from a file of type f16 or bf16; K-quants need "
-            f"channel counts that 256 divides, so prune with --round 256 (types here: {known})"
+            f"channel counts that are multiples of 256, so prune with --round 256 (types here: {known})"
         )
     raise SecateurError(f"no type {type!r}; choose one of {known}")

@@ -19,7 +19,7 @@ class HfFolder(Folder):
     """Folder of the format `hf`: each block has a width of its own."""
 
     code = (MODELING_FILE,)
-    advice = "report it as a fault of secateur"
+    advice = "report this as a bug in secateur"
 
     def own_reason(self, width: Width) -> str | None:
         """Return why the first block with these axes cannot be written at a width."""

@@ -39,7 +39,7 @@ def check_written(folder: Path, out: Path, advice: str) -> None:
         # The advice in this error is for models that were downloaded.
         why = str(error).replace(f"{folder}/", "").replace(f"{folder}: ", "").rpartition("; ")[0]
     if why is not None:
-        raise SecateurError(f"{out}: transformers does not open what was made, so it was removed ({why}); {advice}")
+        raise SecateurError(f"{out}: transformers cannot open the written model, so it was deleted ({why}); {advice}")
 
 
 def planned_misfit(stream: BlockStream, keeps: Mapping[int, KeptUnits], raw_config: dict[str, Any]) -> str | None:

@@ -160,7 +160,7 @@ def model_class(config: Any, around: Mapping[str, Any] | None = None) -> Any:
         try:
             return getattr(modeling_secateur, ours[0])
         except (AttributeError, TypeError) as error:
-            raise SecateurError(f"config.json names the class {ours[0]}, which nothing has; prune again") from error
+            raise SecateurError(f"config.json names the class {ours[0]}, which does not exist; prune again") from error
     return AutoModelForCausalLM if around is None else AutoModelForImageTextToText
 
 
@@ -210,7 +210,9 @@ def _layer_width(config: Any, index: int, everywhere: Width) -> Width:
     """Return a layer's width: the one that the global values of a config give, but for the layer's own numbers."""
     own = overrides(config, index)
     if odd := next((name for name, value in own.items() if type(value) not in (int, bool) or value < 0), None):
-        raise SecateurError(f"layer {index} of the config has {own[odd]!r} for {odd}, no number; prune again")
+        raise SecateurError(
+            f"layer {index} of the config has {own[odd]!r} for {odd}, which is not a number; prune again"
+        )
     keys, counts = layer_keys(config), dict(everywhere)
     counts |= {axis: own[key] for (*outer, axis), key in keys.items() if not outer and axis in counts and key in own}
     for (*outer, axis), key in keys.items():
@@ -223,7 +225,7 @@ def _layer_width(config: Any, index: int, everywhere: Width) -> Width:
     for along, key in keys.items():
         if key in own and along[0] in counts and width.product(along) != own[key]:
             raise SecateurError(
-                f"layer {index} of the config has {own[key]} for {key}, where its other numbers make it "
+                f"layer {index} of the config has {own[key]} for {key}, but its other numbers give "
                 f"{width.product(along)}; prune again"
             )
     return width

@@ -29,18 +29,18 @@ def stock_unsupported(config: Any, width: Width, dense: Width) -> str | None:
     kind, stock = config.model_type, family_of(config).stock
     narrowed = {axis_kinds()[axis].role for axis, number in width.items() if number != dense[axis]}
     if min(width.values()) < 1:
-        return "a stock class needs at least one head and one channel; keep one of each, or take --format hf"
+        return "a stock class needs at least one head and one channel; keep one of each, or use --format hf"
     if getattr(config, "use_double_wide_mlp", False) and FEED_FORWARD in narrowed:
-        return f"the last blocks of this {kind} are twice as wide as the others; take --format hf"
+        return f"the last blocks of this {kind} are twice as wide as the others; use --format hf"
     if stock.derived and FEED_FORWARD in narrowed:
-        return f"{kind} derives its feed-forward width from hidden_size; take --format hf"
+        return f"{kind} derives its feed-forward width from hidden_size; use --format hf"
     return _heads_unsupported(config, width, dense) if ATTENTION in narrowed else None
 
 
 def _heads_unsupported(config: Any, width: Width, dense: Width) -> str | None:
     """Return why a stock class cannot have fewer heads, as `stock_unsupported` does."""
     kind, stock, heads = config.model_type, family_of(config).stock, width.product(HEADS)
-    bound = f"so a stock class keeps all {dense.product(HEADS)} heads; prune channels only, or take --format hf"
+    bound = f"so a stock class keeps all {dense.product(HEADS)} heads; prune channels only, or use --format hf"
     twin = twin_of(config)
     if stock.heads == "dense" or (twin and twin.derives_head_size):
         return f"{getattr(config, 'twin_of', kind)} derives its head size from hidden_size / heads, {bound}"
@@ -49,13 +49,13 @@ def _heads_unsupported(config: Any, width: Width, dense: Width) -> str | None:
         return f"{kind} ties its LongRoPE factors to hidden_size / heads, {bound}"
     if stock.heads == "divisors" and config.hidden_size % heads:
         takes = [number for number in range(1, dense.product(HEADS) + 1) if config.hidden_size % number == 0]
-        refusal = f"{kind} takes head counts that divide hidden_size {config.hidden_size} only"
-        instead = f"keep one of {', '.join(map(str, takes))} heads, or take --format hf"
+        refusal = f"{kind} supports only head counts that divide hidden_size {config.hidden_size}"
+        instead = f"keep one of {', '.join(map(str, takes))} heads, or use --format hf"
         if stock.heir is None:
             return f"{refusal}, not {heads}; {instead}"
         if biases := [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]:
             lacks = " or ".join(biases)
-            return f"{refusal} and {stock.heir[0]}, which takes {heads}, has no {lacks}; {instead}"
+            return f"{refusal} and {stock.heir[0]}, which supports {heads}, has no {lacks}; {instead}"
     return None
 
 

@@ -19,7 +19,7 @@ from secateur.plan.problem import Plan
 class StockFolder(Folder):
     """Folder of the format `stock`: all blocks have the same width."""
 
-    advice = "take --format hf"
+    advice = "use --format hf"
 
     def own_reason(self, width: Width) -> str | None:
         """Return why the family's class cannot hold blocks of a width."""
@@ -27,14 +27,14 @@ class StockFolder(Folder):
         if len(self.block_range) < len(stream) and width != dense:
             return (
                 f"a stock class has one width for all {len(stream)} blocks, and only {self.block_range.start}:"
-                f"{self.block_range.stop} are to be pruned; leave the block range out, or take --format hf"
+                f"{self.block_range.stop} are to be pruned; leave the block range out, or use --format hf"
             )
         if (reason := stock_unsupported(config, width, dense)) is not None:
             return reason
         if self.biases and any(m.may_gain_bias and not m.bias for block in stream.blocks for m in block.modules):
             return (
                 f"the stock class of {config.model_type} has no level-2 biases, which --recovery bias adds; leave it "
-                "out, or take --format hf"
+                "out, or use --format hf"
             )
         return None
 
@@ -42,7 +42,7 @@ class StockFolder(Folder):
         """Return why blocks at these widths cannot be written: the widths differ, or the class does not support the
         width."""
         if not alike(widths.get(index, block.width) for index, block in enumerate(self.stream.blocks)):
-            return "it holds one width for all blocks; take --format hf"
+            return "it holds one width for all blocks; use --format hf"
         return super().unsupported_plan(widths)
 
     def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:

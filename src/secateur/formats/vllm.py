@@ -36,26 +36,26 @@ def vllm_unsupported(config: Any, widths: Sequence[Width], *, per_layer: bool, m
 def _backend_limits(config: Any, widths: Sequence[Width], multimodal: bool) -> Iterator[tuple[Any, str | None]]:
     """Yield limits of vLLM's transformers backend: whether a model is beyond a limit, and why it then cannot run."""
     family, kind = family_of(config), config.model_type
-    yield multimodal, "its multimodal models have one width for all blocks; take --widths uniform"
+    yield multimodal, "its multimodal models have one width for all blocks; use --widths uniform"
     yield True, family.vllm.backend
     yield (
         family.latent,
-        "its transformers backend has one latent attention for all blocks; take --widths uniform",
+        "its transformers backend has one latent attention for all blocks; use --widths uniform",
     )
     if (experts := family.experts) is not None:
         routed = [width for width in widths if width.get(EXPERTS)]
         yield (
             experts.scales_inputs,
-            f"its transformers backend cannot load the experts of {kind}; take --widths uniform",
+            f"its transformers backend cannot load the experts of {kind}; use --widths uniform",
         )
         yield (
             any(width[EXPERT_CHANNELS] != getattr(config, experts.expert_width) for width in routed),
-            "its transformers backend has one number of expert channels for all blocks; take --widths uniform, or "
+            "its transformers backend has one number of expert channels for all blocks; use --widths uniform, or "
             "keep expert channels with --modules heads,experts",
         )
         yield (
             experts.parallel_norms and routed,
-            "its transformers backend is wrong for experts parallel to a feed-forward; take --widths uniform",
+            "its transformers backend is wrong for experts parallel to a feed-forward; use --widths uniform",
         )
     yield (
         not any(KV_GROUPS in width and width.product(HEADS) for width in widths),

@@ -87,7 +87,7 @@ def evaluate(
     check_prompts(prompts)
     for text in texts:
         if text == RANDOM:
-            raise SecateurError("random ids cannot be scored; name a text file or a data set")
+            raise SecateurError("random token ids cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
     checkpoints = []
     for name in (model,) if against is None else (model, against):
@@ -100,7 +100,9 @@ def evaluate(
     needs_tokenizer = bool(texts or opened_tasks or prompts)
     opened = [_open(one, needs_tokenizer, texts, length, tokens, watcher) for one in checkpoints]
     if any(not torch.equal(opened[0].rows[text], opened[-1].rows[text]) for text in texts):
-        watcher.note("The two models tokenise texts differently: perplexities, which are per token, do not compare")
+        watcher.note(
+            "The two models tokenise texts differently: their perplexities are per token, so they cannot be compared"
+        )
     scores: list[ModelScore] = []
     networks: list[Any] = []
     for one in opened:

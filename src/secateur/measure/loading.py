@@ -45,11 +45,13 @@ def load(
     if offloads:
         if checkpoint.quantised:
             raise SecateurError(
-                f"{checkpoint.source}: quantised weights are dequantised in memory as a whole, {size / 1e9:,.2f} GB, "
-                "for which there is no room; raise --memory, or evaluate the pruned model"
+                f"{checkpoint.source}: its dequantised weights take {size / 1e9:,.2f} GB of memory, but --memory "
+                "leaves less; raise --memory, or evaluate the pruned model"
             )
         if watcher is not None:
-            watcher.note(f"{checkpoint.source} is read from disk as it runs: whole it takes {size / 1e9:,.2f} GB")
+            watcher.note(
+                f"{checkpoint.source} is read from disk as it runs, since it would take {size / 1e9:,.2f} GB of memory"
+            )
         # The folder takes weights whose stored form differs from the model's.
         options = {"device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(prefix="secateur-")}
     with quiet():
@@ -70,6 +72,6 @@ def _check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     if info["mismatched_keys"]:
         name, stored, expected = sorted(info["mismatched_keys"])[0]
         raise SecateurError(
-            f"{checkpoint.source}: {name} is {list(stored)} where config.json makes it {list(expected)}; find the "
+            f"{checkpoint.source}: {name} is {list(stored)}, but config.json makes it {list(expected)}; find the "
             "config.json of these weights"
         )

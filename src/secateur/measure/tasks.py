@@ -75,7 +75,7 @@ def _managers(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise SecateurError(
-            f"tasks need lm-eval, which does not import ({first_line(error)}); pip install 'secateur[tasks]'"
+            f"tasks need lm-eval, which cannot be imported ({first_line(error)}); pip install 'secateur[tasks]'"
         ) from error
     own = None if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
     own_names = [] if own is None else own.all_tasks
@@ -119,7 +119,7 @@ def _load(manager: Any, name: str) -> list[Any]:
                 f"task {name} needs its data set{f' {path}' if path else ''} from the hub, which is not reachable "
                 f"({reason}); give --task-path with a task file that reads local files"
             ) from error
-        raise SecateurError(f"task {name} does not open: {first_line(error)}") from error
+        raise SecateurError(f"task {name} cannot be loaded: {first_line(error)}") from error
 
 
 def _open(task: Any, limit: int | None) -> OpenTask:
@@ -139,24 +139,18 @@ def _open(task: Any, limit: int | None) -> OpenTask:
     except SecateurError:
         raise
     except Exception as error:  # task files hold templates and code, which can do anything
-        raise SecateurError(
-            f"task {name}: its items do not give what its file asks for: {first_line(error)}"
-        ) from error
+        raise SecateurError(f"task {name}: its items do not have what its file expects: {first_line(error)}") from error
     return OpenTask(name, task, [(item[0].doc, [request.args for request in item]) for item in items])
 
 
 def _check_multiple_choice(task: Any, item: Sequence[Any]) -> None:
     """Check on the requests of one item that a task chooses between answers, and counts the right ones."""
     if any(request.request_type != "loglikelihood" for request in item):
-        raise SecateurError(
-            f"task {task.task_name} is not one of choosing between answers; only those can be scored here"
-        )
+        raise SecateurError(f"task {task.task_name} is not multiple-choice; only multiple-choice tasks can be scored")
     # Made-up scores of the answers, since some tasks call a share of the probability an accuracy.
     scores = [(-1.0 - rank, False) for rank in range(len(item))]
     if task.process_results(item[0].doc, scores).get("acc") not in (0, 1):
-        raise SecateurError(
-            f"task {task.task_name} does not count right answers (acc); only such tasks can be scored here"
-        )
+        raise SecateurError(f"task {task.task_name} does not measure accuracy (acc); only tasks that do can be scored")
 
 
 @contextmanager

@@ -149,13 +149,11 @@ def _scorer(network: Any, tokenizer: Any) -> Callable[[list[tuple[str, str]]], l
             options["override_bs"] = max(1, _LOGITS // (vocabulary * longest))
             scores = super()._loglikelihood_tokens(requests, **options)
             if any(math.isnan(log) for log, _ in scores):
-                raise SecateurError(
-                    "the model's logits are not numbers: its weights are damaged, or its dtype overflows"
-                )
+                raise SecateurError("the model's logits are NaN: its weights are damaged, or its dtype overflows")
             return scores
 
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise SecateurError("the tokenizer has neither BOS nor EOS, of which lm-eval needs one")
+        raise SecateurError("the tokenizer has neither BOS nor EOS, and lm-eval needs one of them")
     # A partial function, not a module: HFLM would tie the weights of a module, even where the checkpoint unties them.
     forward: Any = partial(network, use_cache=False)
     forward.config, forward.device = network.config, device_of(network)
@@ -169,7 +167,7 @@ def _scorer(network: Any, tokenizer: Any) -> Callable[[list[tuple[str, str]]], l
 def _check_request(texts: Any, question: list[int], answer: list[int], vocabulary: int, positions: int) -> None:
     """Raise `SecateurError` where a model cannot score an answer to a question (token ids)."""
     if not question or not 0 < len(answer) <= positions:
-        lengths = f"{len(question)} and {len(answer)} tokens, where 1 to {positions} are possible"
+        lengths = f"{len(question)} and {len(answer)} tokens, but only 1 to {positions} are possible"
         raise SecateurError(f"question and answer {texts!r:.60} have {lengths}")
     if max(*question, *answer) >= vocabulary:
         raise SecateurError(f"ids outside the model's {vocabulary}: wrong tokenizer for this model")

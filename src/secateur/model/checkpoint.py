@@ -178,7 +178,7 @@ class Checkpoint(Stored):
     def no_model(self, error: Exception) -> SecateurError:
         """Return the error for a config.json of which transformers' classes make no model."""
         reason = f"{type(error).__name__}: {first_line(error)}"
-        return SecateurError(f"{self.source}: transformers makes no model of config.json ({reason})")
+        return SecateurError(f"{self.source}: transformers cannot make a model of config.json ({reason})")
 
     @property
     def max_positions(self) -> int | None:
@@ -210,8 +210,8 @@ class Checkpoint(Stored):
                 largest = float(self.read(name).abs().max()) if info.entries else 0.0
                 if most < largest < float("inf"):
                     raise SecateurError(
-                        f"{self.source}: {name} holds {largest:,.0f}, and {str(dtype).removeprefix('torch.')} no more "
-                        f"than {most:,.0f}; take bfloat16 or float32"
+                        f"{self.source}: {name} holds {largest:,.0f}, but {str(dtype).removeprefix('torch.')} goes "
+                        f"only to {most:,.0f}; use bfloat16 or float32"
                     )
 
     def check_dense(self) -> None:
@@ -298,11 +298,11 @@ class Checkpoint(Stored):
                 found = self.tensors[stored]
                 if tensor.is_floating_point() and not found.dtype.is_floating_point:
                     raise SecateurError(
-                        f"{self.source}: {stored} holds {found.dtype}, whole numbers in place of weights; "
+                        f"{self.source}: {stored} holds {found.dtype}: integers instead of weights; "
                         "use an unquantised checkpoint"
                     )
                 if found.shape != shape:
-                    wrong.append(f"{stored} is {list(found.shape)} where config.json makes it {list(shape)}")
+                    wrong.append(f"{stored} is {list(found.shape)}, but config.json makes it {list(shape)}")
         unused = [name for name in self.weights if name not in used] if self.around is None else []
         return missing, wrong, unused
 
@@ -380,7 +380,7 @@ def open_checkpoint(
     )
     if config.num_hidden_layers > len(tensors):
         raise SecateurError(
-            f"{folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers:,}, and {len(tensors):,} "
+            f"{folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers:,}, but only {len(tensors):,} "
             "tensors are stored; find the config.json of these weights"
         )
     checkpoint.leave_heads()
@@ -397,7 +397,7 @@ def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
     if path.is_file():
         if path.suffix == ".gguf":
             return gguf_folder(path, dtype)
-        raise SecateurError(f"{source}: a file, but no .gguf; name the model's folder")
+        raise SecateurError(f"{source}: this file is not a .gguf file; name the model's folder")
     if not looks_like_id(source):
         raise SecateurError(f"{source}: does not exist; name a folder, a .gguf file or a hub id (owner/name)")
     return hub_folder(source, revision)

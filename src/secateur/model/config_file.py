@@ -50,19 +50,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         where = f"line {error.lineno} column {error.colno}"
         raise SecateurError(f"{file}: not valid JSON at {where} ({error.msg}); download it again") from error
     except UnicodeDecodeError as error:
-        raise SecateurError(f"{file}: not text, byte {error.start} is no UTF-8; download it again") from error
+        raise SecateurError(f"{file}: byte {error.start} is not UTF-8 text; download it again") from error
     except ValueError as error:
-        raise SecateurError(f"{file}: {error} for a config; download it again") from error
+        raise SecateurError(f"{file}: {error}; download it again") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise SecateurError(f"{file}: no model_type, so this is not a transformers model; check the folder")
     named, inner = raw.get("architectures") or [], raw.get(TEXT) or {}
     if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise SecateurError(f"{file}: architectures is {named!r}, no list of class names; correct the file")
+        raise SecateurError(f"{file}: architectures is {named!r}, not a list of class names; correct the file")
     if not isinstance(inner, dict):
-        raise SecateurError(f"{file}: {TEXT} is {inner!r}, no config of a model; correct the file")
+        raise SecateurError(f"{file}: {TEXT} is {inner!r}, not the config of a model; correct the file")
     for key, value in (*raw.items(), *inner.items()):
         if key.endswith(_DROPPED) and isinstance(value, int | float) and not 0 <= value <= 1:
-            raise SecateurError(f"{file}: {key} is {value}, no share between 0 and 1; correct the file")
+            raise SecateurError(f"{file}: {key} is {value}, not a number between 0 and 1; correct the file")
     return raw
 
 
@@ -111,7 +111,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     except Exception as error:
         # The last line of the validators' message says what is wrong.
         reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [first_line(error)])[-1]
-        raise SecateurError(f"{file}: transformers refuses it ({reason}); correct the file") from error
+        raise SecateurError(f"{file}: transformers rejects it ({reason}); correct the file") from error
     for one, stored in ((config, raw), (getattr(config, TEXT, None), raw.get(TEXT))):
         if one is not None:
             experts = getattr(FAMILIES.get(_family(one.model_type)), "experts", None)
@@ -119,7 +119,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
                 # As it is stored, by whichever of its names.
                 size = vars(one).get(one.attribute_map.get(key, key))
                 if size is not None and (type(size) is not int or size < 0):
-                    raise SecateurError(f"{file}: {key} is {size!r}, no whole number; correct the file")
+                    raise SecateurError(f"{file}: {key} is {size!r}, not a whole number; correct the file")
             if (getattr(one, "pad_token_id", None) or 0) >= getattr(one, "vocab_size", float("inf")):
                 one.pad_token_id = None
                 if stored is not None:
@@ -137,7 +137,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         family = _family(inner)
         if family not in FAMILIES or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             if family in FAMILIES:
-                of = f"that is opened in a way of its own; save its {inner} as a causal language model, and prune that"
+                of = f"that secateur cannot open; save its {inner} as a causal language model, and prune that"
             else:
                 said = f"whose language model ({inner})" if inner else "whose language model"
                 of = f"{said} is not supported; secateur families prints those that are"
@@ -190,7 +190,7 @@ def check_generation(folder: Path) -> None:
         pass
     except Exception as error:
         file = folder / "generation_config.json"
-        raise SecateurError(f"{file}: transformers refuses it ({first_line(error)}); correct or remove it") from error
+        raise SecateurError(f"{file}: transformers rejects it ({first_line(error)}); correct or remove it") from error
 
 
 def stock_class(classes: Any, config_class: type) -> Any:

@@ -31,7 +31,7 @@ def describe(config: Any, layer: nn.Module) -> Block:
     names = [name for module in (attention, feed_forward) for name in _names(module)]
     if wrong := next((name for name in names if name not in shapes), None) or first_duplicate(names):
         what = "stands for two layers" if wrong in shapes else "is no tensor of a block"
-        raise SecateurError(f"{config.model_type}: by its entry {wrong} {what}; correct the entry")
+        raise SecateurError(f"{config.model_type}: its entry names {wrong}, which {what}; correct the entry")
     return Block(attention, feed_forward, shapes)
 
 

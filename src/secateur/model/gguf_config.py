@@ -81,7 +81,7 @@ def _check_gating(file: GgufFile) -> None:
     gating = file.reading.gating
     if file.metadata.get("expert_gating_func", gating) != gating:
         key = f"{file.architecture}.expert_gating_func"
-        raise SecateurError(f"{key} is not {gating:d}, the {experts.gating} of {file.reading.model_type}")
+        raise SecateurError(f"{key} is not {gating:d} ({experts.gating}), which {file.reading.model_type} needs")
 
 
 def _is_key(default: Any, key: str) -> bool:

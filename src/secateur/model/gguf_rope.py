@@ -221,7 +221,7 @@ def read_family_rope(config: Any, metadata: Numbers, input: GgufInput) -> None:
         rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
     if beta := metadata.get("attention.temperature_scale"):
         if not input.scales_queries:
-            raise SecateurError(f"{config.model_type} cannot scale queries with their positions, as it states")
+            raise SecateurError(f"{config.model_type} cannot scale queries with their positions, as its metadata ask")
         rope["llama_4_scaling_beta"] = beta
     if rope.get("rope_type") == "yarn":
         rope |= {**input.yarn, **_read_latent_scale(config, metadata)}
@@ -333,7 +333,7 @@ def llama3_settings(factors: Any, theta: float, rotated: int) -> Numbers:
     wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2) / rotated)
     factor = round(float(factors.max()), 5)
     if len(factors) != len(wavelengths) or factor <= 1:
-        raise SecateurError("its rotary factors (rope_freqs) are none of Llama 3.1's kind")
+        raise SecateurError("its rotary factors (rope_freqs) are not like those of Llama 3.1")
     share = (1 / factors - 1 / factor) / (1 - 1 / factor)
     unclipped = (share > 1e-4) & (share < 1 - 1e-4)
     high, original = 4.0, 0
@@ -345,7 +345,7 @@ def llama3_settings(factors: Any, theta: float, rotated: int) -> Numbers:
         original = round(float((wavelengths * (share * (high - 1) + 1))[unclipped][0]))
     computed = np.clip((original / wavelengths - 1) / (high - 1), 0, 1)
     if not np.allclose(1 / ((1 - computed) / factor + computed), factors, rtol=1e-3):
-        raise SecateurError("its rotary factors (rope_freqs) are none of Llama 3.1's kind")
+        raise SecateurError("its rotary factors (rope_freqs) are not like those of Llama 3.1")
     return {
         "factor": factor,
         "low_freq_factor": 1.0,
@@ -378,6 +378,6 @@ def _read_proportional(metadata: Numbers, factors: Numbers) -> Numbers:
         len(stored) * 2 == metadata.get("attention.key_length"),
     )
     if not all(suits):
-        raise SecateurError("its rotary factors (rope_freqs) are none of Gemma 4's kind")
+        raise SecateurError("its rotary factors (rope_freqs) are not like those of Gemma 4")
     factor = float(rotating[0])
     return {"partial_rotary_factor": share} | ({"factor": factor} if factor != 1 else {})

@@ -26,7 +26,7 @@ from secateur.model.gguf_text import read_tokenizer
 from secateur.model.gguf_transformers import check_read, complete_config
 from secateur.model.gguf_weights import folder_writer
 
-ADVICE = "make room, or set XDG_CACHE_HOME to another folder"
+ADVICE = "free some space, or set XDG_CACHE_HOME to another folder"
 _VERSION = "5"
 """Version of the conversion, part of the cache key; to be raised when the conversion changes."""
 

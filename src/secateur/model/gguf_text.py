@@ -53,7 +53,9 @@ def read_tokenizer(file: Path, reader: GGUFReader, read_here: bool) -> Any:
     ):
         known = name in _SINGLE_DIGITS | _GPT2_SPLIT | GGUF_PRE_TOKENIZER_SPLITS.keys()
         if model == "gpt2" and not known:
-            raise SecateurError(f"its pre-tokenizer (tokenizer.ggml.pre) is not known here: {name or 'none is named'}")
+            raise SecateurError(
+                f"its pre-tokenizer (tokenizer.ggml.pre) is not known to secateur: {name or 'none is named'}"
+            )
         kind: Any = PreTrainedTokenizerFast if read_here else AutoTokenizer
         tokenizer = kind.from_pretrained(file.parent, gguf_file=file.name)
     backend = tokenizer.backend_tokenizer

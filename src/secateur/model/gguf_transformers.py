@@ -58,11 +58,11 @@ def check_read(model: Any, reader: GGUFReader, missing: Collection[str]) -> None
         SecateurError: a weight is missing or left over.
     """
     if missing:
-        raise SecateurError(f"transformers does not find {min(missing)} in it")
+        raise SecateurError(f"transformers cannot find {min(missing)} in it")
     stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in FACTORS)
     read = sum(parameter.numel() for parameter in model.parameters())
     if stored != read:
         biased = any(tensor.name.endswith(".bias") for tensor in reader.tensors)
         raise SecateurError(
-            f"transformers reads {read:,} of its {stored:,} weights" + (", without the biases" if biased else "")
+            f"transformers reads only {read:,} of its {stored:,} weights" + (", without the biases" if biased else "")
         )

@@ -98,7 +98,7 @@ def choose_files(repo: str, names: list[str]) -> list[str]:
         raise SecateurError(f"{repo}: only GGUF files, such as {ggufs[0]}; download one and name that file")
     if any(name.endswith((".bin", ".pt", ".pth")) for name in top):
         raise SecateurError(
-            f"{repo}: only pickled weights (.bin), which are not opened as they can run code; "
+            f"{repo}: only pickled weights (.bin), which are not opened because they can run code; "
             "use a revision with safetensors (often refs/pr/...), or convert them with save_pretrained"
         )
     raise SecateurError(f"{repo}: no safetensors weights on the hub; use another model or revision")

@@ -99,8 +99,12 @@ class PassCheckpoint:
             file.unlink(missing_ok=True)
             if isinstance(error, StoppedError):
                 raise
-            why = "the disk is full; make room" if is_disk_full(error) else f"cannot be written ({error}); mend that"
-            raise StoppedError(f"{folder}: {why} and run again, it goes on where it was") from error
+            why = (
+                "the disk is full; free some space"
+                if is_disk_full(error)
+                else f"cannot be written ({error}); correct that"
+            )
+            raise StoppedError(f"{folder}: {why} and run the same command again, which resumes the run") from error
 
     def _read(self) -> dict[str, Any]:
         if self.folder is not None and (self.folder / STATE).exists():

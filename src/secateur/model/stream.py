@@ -72,7 +72,7 @@ class BlockStream:
             self.blocks: list[Block] = [describe(checkpoint.config, layer) for layer in self.layers.children()]
         except AttributeError as error:
             raise SecateurError(
-                f"{checkpoint.source}: the entry for {checkpoint.config.model_type} names a layer that is not there "
+                f"{checkpoint.source}: the entry for {checkpoint.config.model_type} names a layer that does not exist "
                 f"({first_line(error)}); correct the entry"
             ) from error
         if not self.blocks:

@@ -158,18 +158,18 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if start == b"version ":
             raise SecateurError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull`")
         if size < 8 or length > _HEADER_LIMIT or 8 + length > size:
-            raise SecateurError(f"{file}: truncated or no safetensors (header broken); download it again")
+            raise SecateurError(f"{file}: truncated, or not a safetensors file (header broken); download it again")
         text = stream.read(length)
     try:
         entries: dict[str, dict[str, Any]] = parse_json(text)
         said = entries.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in said.values()):
-            raise ValueError("its metadata are no text")
+            raise ValueError("its metadata are not text")
         tensors, last = {}, 0
         for name, entry in sorted(entries.items(), key=lambda one: tuple(one[1]["data_offsets"])):
             (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
             if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-                raise ValueError(f"{name}: sizes are whole numbers")
+                raise ValueError(f"{name}: a size is not a whole number")
             info = TensorInfo(file, shape, DTYPES[entry["dtype"]], 8 + length + begin)
             if end - begin != info.bytes or begin != last:
                 raise ValueError(name)
@@ -179,7 +179,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise SecateurError(f"{file}: header broken ({error}); download it again") from error
     if 8 + length + last != size:
         raise SecateurError(
-            f"{file}: truncated or damaged, {size:,} bytes where the header says {8 + length + last:,}; "
+            f"{file}: truncated or damaged: it has {size:,} bytes, but its header says {8 + length + last:,}; "
             "download it again"
         )
     return tensors
@@ -228,7 +228,7 @@ def _no_weights(folder: Path) -> str:
     """Return the error for a folder without safetensors weights."""
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         return (
-            f"{folder}: only pickled weights (.bin), which are not opened as they can run code; "
+            f"{folder}: only pickled weights (.bin), which are not opened because they can run code; "
             "use a revision with safetensors, or convert them with save_pretrained"
         )
     if list(folder.glob("*.safetensors")):

@@ -114,5 +114,5 @@ def columns_of(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return texts or tasks by the name of their column; raise `SecateurError` where two have the same name."""
     names = [name for name, _ in sources]
     if (again := first_duplicate(names)) is not None:
-        raise SecateurError(f"two {what} are called {again}; give them names of their own, NAME={what[:-1].upper()}")
+        raise SecateurError(f"two {what} are called {again}; give them different names, NAME={what[:-1].upper()}")
     return dict(sources)

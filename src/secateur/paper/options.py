@@ -50,8 +50,8 @@ class PaperOptions(Base):
     refit_calibration: str | None = option(
         None,
         PAPER,
-        "Text for the recovery alone, written like --calibration. Units are then chosen on --calibration, and weights "
-        "are fitted on this text.",
+        "Text that only the recovery uses, named as in --calibration. Units are then chosen on --calibration, and "
+        "weights are fitted on this text.",
         default_text="the text of --calibration",
         may_name_file=True,
         fit_only=True,
@@ -59,7 +59,7 @@ class PaperOptions(Base):
     refit_samples: int | None = option(
         None,
         PAPER,
-        "Number of rows for the recovery alone. Units are then chosen on other rows, as many as --samples.",
+        "Number of rows that only the recovery uses. Units are then chosen on other rows; --samples is their number.",
         default_text="the rows that units are chosen on",
         minimum=1,
         fit_only=True,
@@ -69,13 +69,15 @@ class PaperOptions(Base):
         super().__post_init__()
         self._check_similarity()
         if self.recover != PaperOptions.recover and self.recovery != "paper":
-            raise SecateurError("recover is of the paper's recovery: leave --recover out, or add --recovery paper")
-        if self.sigma is not None and not self.parsed_criterion.uses("second-moment"):
-            raise SecateurError(f"sigma is part of second-moment, not of {self.criterion}: leave one of them out")
-        if self.own_refit_rows and self.recovery == "none":
             raise SecateurError(
-                "with --recovery none nothing is fitted: leave --refit-samples and --refit-calibration out"
+                "recover is an option of --recovery paper: leave --recover out, or add --recovery paper"
             )
+        if self.sigma is not None and not self.parsed_criterion.uses("second-moment"):
+            raise SecateurError(
+                f"sigma is an option of --criterion second-moment, not of {self.criterion}: leave --sigma out"
+            )
+        if self.own_refit_rows and self.recovery == "none":
+            raise SecateurError("--recovery none fits nothing: leave --refit-samples and --refit-calibration out")
 
     def _check_similarity(self) -> None:
         """Check that a threshold goes with similarity; alone it says how many heads go.
@@ -86,7 +88,7 @@ class PaperOptions(Base):
         choice = self.parsed_criterion
         if choice.preselection != SIMILARITY:
             if self.tau is not None:
-                raise SecateurError("tau is about similar heads: leave --tau out, or take --criterion similarity")
+                raise SecateurError("tau is an option of --criterion similarity: add that, or leave --tau out")
             return
         if self.tau is None:
             raise SecateurError("similarity needs a threshold: add --tau, for example 0.19")
@@ -95,7 +97,7 @@ class PaperOptions(Base):
                 f"tau is {self.tau}; it must be above 0 and at most ln 2 = {LARGEST:.4f}, for example 0.19"
             )
         if "heads" not in self.modules:
-            raise SecateurError("similarity is between heads: add heads to --modules, or take another criterion")
+            raise SecateurError("similarity compares heads: add heads to --modules, or choose another criterion")
         if choice.preselection_only:
             self._check_alone()
 
@@ -111,8 +113,9 @@ class PaperOptions(Base):
             raise SecateurError(f"--tau and {said} both set how much to remove; leave one of them out")
         if self.widths == "uniform" or self.output_format.uniform:
             raise SecateurError(
-                "similarity finds as many heads to remove as there are in each block, which the stock format and "
-                "--widths uniform do not hold: leave them out and take --format hf, or --criterion similarity+surgeon"
+                "similarity may remove more heads from one block than from another, but the stock format and --widths "
+                "uniform need equal numbers: use --format hf without --widths uniform, or --criterion "
+                "similarity+surgeon"
             )
 
     @property

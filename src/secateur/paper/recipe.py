@@ -164,13 +164,13 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
                 f"tau is {recipe.tau}; a recipe of the kind graph needs one above 0 and at most ln 2 = {LARGEST:.4f}"
             )
     elif recipe.tau is not None:
-        raise SecateurError("tau: it belongs to the kind graph; to prune with it, give it to a run")
+        raise SecateurError("tau: only a recipe of the kind graph has it; to prune with it, set it in a run")
     if recipe.kind != "grid":
         return [Run("", (), _options(shared, "options"))]
     if not (recipe.runs or recipe.grid):
-        raise SecateurError("nothing to run; give runs, a grid, or both")
+        raise SecateurError("no runs are given; add runs, a grid, or both")
     if not (recipe.evaluation.perplexity or recipe.evaluation.tasks):
-        raise SecateurError("evaluation: nothing is measured; give perplexity texts, tasks, or both")
+        raise SecateurError("evaluation: nothing is measured; add perplexity texts, tasks, or both")
     count = math.prod(map(len, recipe.grid.values())) * max(1, len(recipe.runs))
     if count > _MOST_RUNS:
         raise SecateurError(f"grid: {count:,} runs, and a comparison has {_MOST_RUNS:,} at most; leave values out")
@@ -178,7 +178,7 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
         if not values:
             raise SecateurError(f"grid.{axis}: the grid is empty; give at least one value")
         if any(values.count(value) > 1 for value in values):
-            raise SecateurError(f"grid.{axis}: a value is there twice; leave one out")
+            raise SecateurError(f"grid.{axis}: a value occurs twice; leave one out")
         for index, value in enumerate(values):
             _values({axis: value}, f"grid.{axis}.{index}")
     for label in recipe.retrain:
@@ -259,7 +259,7 @@ def _options(given: Mapping[str, Any], where: str) -> Options:
     """Return options from a recipe, checked like options of the command line."""
     options = _made(Options, given, where)
     if options.output_format.suffix is not None:
-        raise SecateurError(f"{where}: runs are scored by transformers; take the format hf or stock")
+        raise SecateurError(f"{where}: transformers scores the runs; use the format hf or stock")
     return options
 
 
@@ -327,6 +327,6 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable):
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key}' is there twice", key_node.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key}' occurs twice", key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)

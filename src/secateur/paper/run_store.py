@@ -32,7 +32,7 @@ class RunStore:
         if self.path.exists() and not self.path.is_dir():
             raise SecateurError(f"{self.path}: a file with this name exists; choose another name")
         if self.path.is_dir() and not (self.path / RUNS).is_dir() and any(self.path.iterdir()):
-            raise SecateurError(f"{self.path}: holds other files and no comparison; name a new folder")
+            raise SecateurError(f"{self.path}: holds other files, not a comparison; name a new folder")
         if not self.path.absolute().parent.is_dir():
             raise SecateurError(f"{self.path}: the folder {self.path.absolute().parent} does not exist; create it")
 
@@ -46,7 +46,9 @@ class RunStore:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise SecateurError(f"{self.path}: in use by another secateur compare; wait, or name another") from error
+            raise SecateurError(
+                f"{self.path}: in use by another secateur compare; wait, or name another folder"
+            ) from error
         # A killed process may have left models.
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()

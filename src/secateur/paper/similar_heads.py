@@ -51,7 +51,7 @@ def check_heads(problem: PlanProblem) -> None:
     blocks = [problem.blocks[index] for index in problem.pruned_blocks]
     if all(block.attention.locked for block in blocks):
         why = blocks[0].attention.locked
-        raise SecateurError(f"heads cannot be removed exactly, as {why}; take another criterion")
+        raise SecateurError(f"heads cannot be removed exactly, because {why}; choose another criterion")
     for block in blocks:
         found = [problem.unsupported_reason(width) for width in _narrower(block)]
         if None in found:
@@ -59,7 +59,7 @@ def check_heads(problem: PlanProblem) -> None:
         reasons += found
     if reasons:
         raise SecateurError(f"the format cannot hold fewer heads: {reasons[0]}")
-    raise SecateurError("the blocks have one head each; similarity has nothing to compare: take another criterion")
+    raise SecateurError("the blocks have one head each; similarity has nothing to compare: choose another criterion")
 
 
 def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: float) -> Plan:
@@ -80,7 +80,7 @@ def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: flo
         raise SecateurError(
             f"tau is {tau:g}, which removes nothing: its {count} similar heads are neither a whole KV group nor one "
             f"head of every group; the distances between heads go from {found.range[0]:.3g} to {found.range[1]:.3g}; "
-            "take a larger one"
+            "choose a larger tau"
         )
     size = problem.parameters.module_size
     dense, kept = (

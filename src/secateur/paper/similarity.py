@@ -66,10 +66,10 @@ class SimilarHeads:
         found = sum(map(len, self.candidates.values()))
         what = f"tau {self.tau:.4g} finds {found} similar heads (distances {self.range[0]:.3g} to {self.range[1]:.3g})"
         if self.removed is None:
-            return f"{what}; in each module they go first"
+            return f"{what}; they are the first to be removed from each module"
         gone = sum(map(len, self.removed.values()))
-        which = "all" if gone == found else f"{gone} in whole key/value groups, or as many of every group,"
-        return f"{what}; {which} go, {self.share:.1%} of the attention's parameters"
+        which = "all" if gone == found else f"{gone} (whole KV groups, or equally many of each group)"
+        return f"{what}; {which} are removed, {self.share:.1%} of the attention's parameters"
 
 
 def find_similar_heads(distances: Mapping[int, Tensor], tau: float) -> SimilarHeads:
@@ -87,15 +87,15 @@ def find_similar_heads(distances: Mapping[int, Tensor], tau: float) -> SimilarHe
     if tau <= least:
         raise SecateurError(
             f"tau is {tau:g}, which removes nothing: the distances between heads go from {least:.3g} to {largest:.3g}; "
-            f"take more than {_rounded(least, math.ceil)}"
+            f"choose a tau above {_rounded(least, math.ceil)}"
         )
     near = {index: candidates(table, tau) for index, table in distances.items()}
     # Algorithm 2 keeps at least one head.
     if all(len(heads) == len(distances[index]) - 1 for index, heads in near.items()):
-        less = "a smaller one" if tau <= largest else f"less than {_rounded(largest, math.floor)}"
+        less = "a smaller tau" if tau <= largest else f"a tau below {_rounded(largest, math.floor)}"
         raise SecateurError(
             f"tau is {tau:g}, which leaves each block a single head: the distances between heads go from {least:.3g} "
-            f"to {largest:.3g}; take {less}"
+            f"to {largest:.3g}; choose {less}"
         )
     return SimilarHeads(tau, (least, largest), near)
 

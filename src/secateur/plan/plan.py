@@ -108,7 +108,11 @@ def _out_of_reach(problem: PlanProblem, smallest: float, reasons: list[str]) -> 
     limits = reasons[:1] if len(problem.kinds) > 1 else [f"only {problem.kinds[0]} may be removed"]
     return SecateurError(
         "; ".join(
-            [f"sparsity {problem.target:.1%} is out of reach: at most {most:.1%} of the blocks can be removed", *limits]
+            [
+                f"sparsity {problem.target:.1%} is out of reach: at most {most:.1%} of the blocks' parameters can be "
+                "removed",
+                *limits,
+            ]
         )
     )
 

@@ -155,7 +155,7 @@ class PlanProblem:
 
     def _note(self, requested: float, reached: float, cost: float | None, nearest: bool) -> str:
         """Return the note of a plan whose sparsity differs from the requested one."""
-        best = "this is the nearest" if nearest else "this costs least"
+        best = "this is the nearest" if nearest else "this has the lowest cost"
         reason = f"{best} among the widths that the format and --round allow"
         if reached > requested and cost is not None and cost < NEGLIGIBLE_COST:
             reason = "all removed units contribute next to nothing"

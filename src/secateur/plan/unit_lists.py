@@ -79,11 +79,11 @@ def _read_units_inside(where: str, module: PrunableModule, outer: Sequence[int],
         unit = next(unit for unit in units if unit // size == removed[0])
         raise SecateurError(f"{where}: {unit} belongs to expert {removed[0]}, which is not kept; remove it")
     if not units or len({counts[expert] for expert in outer}) > 1:
-        raise SecateurError(f"{where}: all experts must keep the same number, and at least one")
+        raise SecateurError(f"{where}: all experts must keep the same number of channels, and at least one")
     shared, required = len(units) - counts.total(), module.shared_multiple * counts[outer[0]]
     if shared != required:
         raise SecateurError(
-            f"{where}: {shared} are listed of the shared expert, whose channels begin at {shared_start}; list "
+            f"{where}: {shared} channels of the shared expert are listed, which begin at {shared_start}; list "
             f"{required} of them"
         )
     return units

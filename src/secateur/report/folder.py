@@ -50,8 +50,8 @@ def check_base(folder: Path, base: str, *, trust_remote_code: bool = False) -> N
     name, fingerprint, dtype = _from_record(folder, read)
     if _fingerprint(base, dtype, trust_remote_code) != fingerprint:
         raise SecateurError(
-            f"{base}: {folder} was pruned from another model ({name}), and the report compares with "
-            "that one; name it by --against, or leave --report out"
+            f"{base}: {folder} was pruned from another model ({name}), with which the report must "
+            "compare it; name that model in --against, or leave --report out"
         )
 
 
@@ -83,7 +83,7 @@ def _from_record(folder: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         raise SecateurError(
-            f"{folder / RECORD}: not as secateur prune wrote it ({what}); restore the file, or delete it"
+            f"{folder / RECORD}: changed since secateur prune wrote it ({what}); restore the file, or delete it"
         ) from error
 
 
@@ -91,6 +91,6 @@ def _record(folder: Path) -> dict[str, Any]:
     found = read_record(folder)
     if "sizes" not in found:
         raise SecateurError(
-            f"{folder}: not a folder that secateur prune wrote, with {RECORD} in it; leave --report out"
+            f"{folder}: secateur prune did not write this folder (no complete {RECORD}); leave --report out"
         )
     return found

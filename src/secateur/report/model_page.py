@@ -125,7 +125,8 @@ def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
         )
     label = role.capitalize()
     chart = _svg(len(blocks), CHART_HEIGHT, f"{label}: error of each block before and after the refit", marks)
-    return f"<figure><figcaption>{label}, from {highest:.1g} down to {lowest:.1g}</figcaption>{chart}</figure>"
+    caption = f"{label}: errors from {highest:.1g} (top) to {lowest:.1g} (bottom)"
+    return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
 
 
 def _svg(blocks: int, height: int, label: str, shapes: Sequence[str]) -> str:

@@ -44,8 +44,8 @@ def plot_sizes(parameters: Sequence[int], perplexity: Mapping[str, Sequence[floa
     for text, values in perplexity.items():
         axes.plot(left, [value / values[0] for value in values], marker="o", label=Path(text).stem)
     axes.invert_xaxis()
-    axes.set_xlabel(f"parameters over dense ({format_count(parameters[0], 0)})")
-    axes.set_ylabel("perplexity over dense")
+    axes.set_xlabel(f"parameters, ratio to dense (dense: {format_count(parameters[0], 0)})")
+    axes.set_ylabel("perplexity, ratio to dense")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

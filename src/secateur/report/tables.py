@@ -64,7 +64,7 @@ def _widths(summary: Summary) -> str:
     """Return words for the widths of the pruned blocks."""
     count = len(summary.widths)
     if not summary.uniform:
-        return f"with a width for each of {count} blocks"
+        return f"with widths that differ between {count} blocks"
     width = max(summary.widths.values(), key=len)
     numbers = ", ".join(f"{number:,} {axis_kinds()[name].label}" for name, number in width.items())
     return f"with {numbers} in each of {count} blocks"
@@ -123,7 +123,7 @@ def survey_table(result: SurveySummary, out: Path) -> tuple[Table, list[str]]:
             *(f"{after:,}/{units[label]:,}" for label, after in totals(widths).items()),
             f"{plan.cost or 0.0:.3f}",
         )
-    return table, [f"survey.json and survey.html are in {out}", f"Use it: {result.line}"]
+    return table, [f"survey.json and survey.html are in {out}", f"Prune from this survey: {result.line}"]
 
 
 def sizes_table(sizes: Sequence[ModelSize], out: Path) -> tuple[Table, list[str]]:

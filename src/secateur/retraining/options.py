@@ -26,8 +26,8 @@ class Training:
     teacher: str | None = option(
         None,
         TRAINING,
-        "The model before pruning. The pruned model then learns its output distribution and its residual stream "
-        "instead of the tokens of the text.",
+        "The model before pruning. The pruned model then learns to match the output distribution and residual stream "
+        "of this model, not the tokens of the text.",
         default_text="none",
     )
     epochs: int = option(2, TRAINING, "Number of passes over the rows.")

@@ -68,7 +68,7 @@ def check_calibration(source: str, *, samples: int = 1, length: int, max_positio
     if length < 2:
         raise SecateurError(f"length is {length}; it must be at least 2")
     if max_positions is not None and length > max_positions:
-        raise SecateurError(f"length is {length}, but the model has {max_positions} positions: take a smaller length")
+        raise SecateurError(f"length is {length}, but the model has {max_positions} positions: choose a smaller one")
     is_file(source)
 
 
@@ -169,7 +169,7 @@ def consecutive_rows(
     """
     check_calibration(source, length=length, max_positions=max_positions)
     if tokens is not None and tokens < length:
-        raise SecateurError(f"tokens is {tokens}, which does not fill one row of length {length}: take more")
+        raise SecateurError(f"tokens is {tokens}, which does not fill one row of length {length}: use more")
     bos = _bos(tokenizer, vocab_size)
     body = length - len(bos)
     enough = MAX_CHARACTERS if tokens is None else max(_CHARACTERS_PER_TOKEN * tokens, _MIN_CHARACTERS)
@@ -214,7 +214,7 @@ def _text_ids(
 def _require(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer, without which a text cannot be read."""
     if tokenizer is None:
-        raise SecateurError(f"{source} needs a tokenizer, and the model has none: take the source {RANDOM}")
+        raise SecateurError(f"{source} needs a tokenizer, and the model has none: use {RANDOM}")
     return tokenizer
 
 
@@ -244,7 +244,7 @@ def _check_enough(source: str, ids: Tensor, rows: int, length: int, bos: int, op
     samples, shorter = option.largest(tokens // body), tokens // rows + bos
     advice = [f"{option.name} {samples}"] if rows > 1 and samples > 0 else []
     advice += [f"length {shorter}"] if shorter >= 2 else []
-    change = f"take {' or '.join(advice)}, or a longer text" if advice else "take a longer text"
+    change = f"use {' or '.join(advice)}, or a longer text" if advice else "use a longer text"
     name = "standard input" if source == STDIN else source
     raise SecateurError(
         f"{name}: too short, it has {tokens:,} tokens, but {rows:,} row{'s' * (rows > 1)} of {length} tokens "

@@ -181,7 +181,7 @@ def _read(
     services, checkpoint = stream.services, stream.checkpoint
     if source == SELF:
         size = f"{checkpoint.bytes / 1e9:,.2f} GB"
-        services.watcher.note(f"To generate its own text, the whole model is loaded before the run: {size}")
+        services.watcher.note(f"The whole model ({size}) is loaded first, because it generates the calibration text")
 
     def read() -> list[Any]:
         rows = calibration_rows(
@@ -207,5 +207,5 @@ def _check_memory(request: RowRequest) -> None:
     if needed > free:
         raise SecateurError(
             f"samples is {request.samples:,}: the token ids of all rows take {needed / 1e9:,.0f} GB, and "
-            f"{free / 1e9:,.0f} GB are free; take fewer"
+            f"{free / 1e9:,.0f} GB are free; use fewer"
         )

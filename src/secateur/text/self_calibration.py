@@ -44,7 +44,7 @@ def opening_token(checkpoint: Checkpoint, tokenizer: Any) -> int:
             if ids and 0 <= ids[0] < checkpoint.config.vocab_size:
                 return ids[0]
     raise SecateurError(
-        f"{checkpoint.source}: no BOS or EOS token, from which the model could begin to write; {ALTERNATIVE}"
+        f"{checkpoint.source}: no BOS or EOS token, with which generated text must begin; {ALTERNATIVE}"
     )
 
 

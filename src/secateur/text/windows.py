@@ -11,7 +11,7 @@ def checked_ids(ids: list[int], vocab_size: int) -> Tensor:
     if ids and max(ids) >= vocab_size:
         raise SecateurError(
             f"the tokenizer gives id {max(ids)}, but the model has {vocab_size} ids: "
-            "take the tokenizer that belongs to the model"
+            "use the tokenizer that belongs to the model"
         )
     return torch.tensor(ids, dtype=torch.int64)
 
