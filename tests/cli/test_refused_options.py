@@ -262,7 +262,7 @@ def test_a_device_without_float64_is_refused(
 
     monkeypatch.setattr(torch, "empty", narrow)
     before = listing(place)
-    message = "device 'mps' does not support float64, in which secateur adds up sums; use --device cpu"
+    message = "device 'mps' does not support float64, in which secateur computes sums; use --device cpu"
     refused(run("prune", "model", "out", *SMALL, "--device", "mps"), message)
     assert listing(place) == before
 

@@ -246,7 +246,7 @@ def test_eval_compares_two_models(place: Path, run: Run) -> None:
     assert {"prefill tokens/s", "decoding tokens/s"} < set(rows)
     assert rows["prefill tokens/s"][2] == f"{figures['speed_ratios'][0]:.3f}"
     assert result.out.count("text.txt: 600 tokens scored in 40 rows of 16; rows begin without BOS") == 2
-    assert "Speed: a prompt of 48, then 16 new tokens" in result.out
+    assert "Speed: a prompt of 48 tokens, then 16 new tokens" in result.out
 
 
 def test_eval_scores_two_models_on_one_pipe(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def test_a_hopeless_model_gets_infinite_perplexity() -> None:
         (random_rows(2, 1), 8, "2 rows of 1 tokens leave nothing to score"),
         (random_rows(0, 4), 8, "0 rows of 4 tokens leave nothing to score"),
         (random_rows(2, 4), 0, "batch is 0"),
-        (random_rows(2, 4) + VOCAB, 8, f"ids outside the model's {VOCAB}"),
+        (random_rows(2, 4) + VOCAB, 8, f"ids outside the vocabulary of {VOCAB}; use"),
     ],
 )
 def test_bad_rows_are_named(rows: torch.Tensor, batch: int, message: str) -> None:
@@ -238,7 +238,7 @@ def test_models_take_turns() -> None:
         ({"new": 0}, "new is 0"),
         ({"batch": 0}, "batch is 0"),
         ({"repeats": 0}, "repeats is 0"),
-        ({"prompt": 60, "new": 5}, "prompt of 60 and 5 new tokens exceed the model's 64 positions"),
+        ({"prompt": 60, "new": 5}, "prompt of 60 tokens and 5 new tokens exceed the model's 64 positions"),
     ],
 )
 def test_bad_sizes_are_named(sizes: dict[str, int], message: str) -> None:

@@ -202,7 +202,7 @@ def test_bad_models_and_texts_are_named() -> None:
     with pytest.raises(SecateurError, match="logits are NaN"):
         likelihoods(model, tokenizer, PAIRS)
     model.resize_token_embeddings(40)
-    with pytest.raises(SecateurError, match="ids outside the model's 40: wrong tokenizer"):
+    with pytest.raises(SecateurError, match="ids outside the model's vocabulary of 40; use"):
         likelihoods(model, tokenizer, [("w1", " w60")])
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(SecateurError, match="neither BOS nor EOS"):
@@ -345,7 +345,7 @@ def test_two_models_are_compared_by_item(checkpoint_folder: CheckpointFolder, fo
     assert cells[1][row] == f"{scores[0].value:.3f} ± {scores[0].standard_error:.3f}"
     assert cells[3][row].startswith(f"{part.ratio:.1%} (")
     assert lines == [
-        f"Zero-shot: mine {len(ITEMS)} items; ± one standard error; share kept with its 95 % interval, paired by item."
+        f"Zero-shot: mine {len(ITEMS)} items; ± one standard error; ratios with a 95 % interval, paired by item."
     ]
     alone = evaluate(first, texts=[], tasks=["mine"], limit=3, task_path=folder)
     assert alone.models[0].tasks[0].items == 3

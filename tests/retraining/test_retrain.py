@@ -320,7 +320,7 @@ def test_wrong_folders_raise_an_error(checkpoint_folder: CheckpointFolder, tmp_p
     for damaged in ({"sizes": {"parameters": [1]}}, {"blocks": [{"block": 0}]}, {"retrained": 5}):
         (folder / "secateur.json").write_text(json.dumps(record | damaged))
         with pytest.raises(
-            SecateurError, match=r"secateur\.json: changed since secateur prune wrote it .*bring it back"
+            SecateurError, match=r"secateur\.json: not a record that secateur prune wrote .*restore the file"
         ):
             retrain(folder, tmp_path / "out", **settings)
 

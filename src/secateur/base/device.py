@@ -34,7 +34,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, TypeError) as error:
         # GPUs of Apple.
         raise SecateurError(
-            f"device '{name}' does not support float64, in which secateur adds up sums; use --device cpu"
+            f"device '{name}' does not support float64, in which secateur computes sums; use --device cpu"
         ) from error
     if device.type == "meta":
         raise SecateurError("device 'meta' computes nothing; use --device auto or cpu")

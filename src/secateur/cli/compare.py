@@ -60,13 +60,15 @@ def compare(
     tokens: Annotated[int | None, _replacement(help="Number of tokens to score of each text; 0 for all.")] = None,
     samples: Annotated[
         str | None,
-        _replacement(help="Number of calibration rows. If the recipe varies it: several numbers, separated by commas."),
+        _replacement(
+            help="Number of calibration rows. If the recipe varies this number: several, separated by commas."
+        ),
     ] = None,
     refit_samples: Annotated[
         str | None,
         _replacement(
             help="Number of rows for the recovery, in runs that use separate rows for it; also of rows to retrain on. "
-            "If the recipe varies it: several numbers, separated by commas."
+            "If the recipe varies this number: several, separated by commas."
         ),
     ] = None,
     length: Annotated[int | None, _replacement(help="Tokens in each row, for calibration and for scoring.")] = None,

@@ -149,7 +149,7 @@ class Options:
         "Text to run through the model. general: a mix of texts that comes with secateur; general+TEXT: half of the "
         "rows from that mix, half from TEXT; or TEXT alone. TEXT is a .txt file, a .jsonl file with the key text or "
         "messages, - for standard input, or a data set (wikitext2, c4, ptb, bookcorpus or name:config:column). "
-        "Without any text: self (MODEL generates the text; all of it must fit into memory) or random (random "
+        "Without any text: self (MODEL generates the text; the whole model must fit into memory) or random (random "
         "token ids).",
         may_name_file=True,
     )

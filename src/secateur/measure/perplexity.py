@@ -76,7 +76,7 @@ def perplexity(
         raise SecateurError(f"{count} rows of {length} tokens leave nothing to score: a row needs at least 2 tokens")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not 0 <= int(rows.min()) <= int(rows.max()) < vocabulary:
-        raise SecateurError(f"the rows hold ids outside the model's {vocabulary}: wrong tokenizer for this model")
+        raise SecateurError(f"the rows hold ids outside the vocabulary of {vocabulary}; use the model's own tokenizer")
     batch = max(1, min(batch, _FORWARD_LOGITS // (length * vocabulary)))
     total = 0.0
     with scoring(model):

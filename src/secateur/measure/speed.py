@@ -75,7 +75,7 @@ def speeds(
         # The last token is never fed back, so it needs no position.
         if positions is not None and prompt + new > positions:
             raise SecateurError(
-                f"a prompt of {prompt} and {new} new tokens exceed the model's {positions} positions: "
+                f"a prompt of {prompt} tokens and {new} new tokens exceed the model's {positions} positions: "
                 "measure with a shorter prompt"
             )
     turns = [[_seconds(model, prompt, new, batch) for model in models] for _ in range(repeats + 1)]

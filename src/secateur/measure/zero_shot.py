@@ -170,4 +170,4 @@ def _check_request(texts: Any, question: list[int], answer: list[int], vocabular
         lengths = f"{len(question)} and {len(answer)} tokens, but only 1 to {positions} are possible"
         raise SecateurError(f"question and answer {texts!r:.60} have {lengths}")
     if max(*question, *answer) >= vocabulary:
-        raise SecateurError(f"ids outside the model's {vocabulary}: wrong tokenizer for this model")
+        raise SecateurError(f"ids outside the model's vocabulary of {vocabulary}; use the model's own tokenizer")

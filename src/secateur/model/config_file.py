@@ -131,7 +131,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
             one._attn_implementation = "eager" if getattr(one, "attn_logit_softcapping", None) else None
             one.return_dict, one.output_attentions, one.output_hidden_states = True, False, False
     if config.is_encoder_decoder:
-        raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only one")
+        raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only model")
     if sense := next((key for key in OTHER_SENSES if raw.get(key)), None):
         inner = getattr(getattr(config, TEXT, None), "model_type", None)
         family = _family(inner)
@@ -146,7 +146,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
             _nest(raw, config)
         return config
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (known or "AutoModelForCausalLM" not in own_code):
-        raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only one")
+        raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only model")
     return config
 
 

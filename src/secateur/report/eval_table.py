@@ -35,12 +35,12 @@ def _measurements(model: ModelScore, compared: bool) -> list[str]:
     ]
     if model.tasks:
         items = ", ".join(f"{task.name} {task.items:,} items" for task in model.tasks)
-        ratios = "; share kept with its 95 % interval, paired by item" * compared
+        ratios = "; ratios with a 95 % interval, paired by item" * compared
         lines.append(f"Zero-shot: {items}; ± one standard error{ratios}.")
     if (speed := model.speed) is not None:
         runs = f"medians over {len(speed.prefill_seconds)} runs{', ratios of runs that took turns' * compared}"
         lines.append(
-            f"Speed: a prompt of {speed.prompt}, then {speed.new} new tokens, {speed.dtype} on {speed.device}, "
+            f"Speed: a prompt of {speed.prompt} tokens, then {speed.new} new tokens, {speed.dtype} on {speed.device}, "
             f"{speed.threads} CPU thread{'s' * (speed.threads > 1)}; {runs}."
         )
     return lines

@@ -83,7 +83,7 @@ def _from_record(folder: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         raise SecateurError(
-            f"{folder / RECORD}: changed since secateur prune wrote it ({what}); restore the file, or delete it"
+            f"{folder / RECORD}: not a record that secateur prune wrote ({what}); restore the file, or delete it"
         ) from error
 
 
