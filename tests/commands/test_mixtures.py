@@ -161,7 +161,7 @@ WRONG = {
     ),
     "channels of which no kernel is": (
         {"block": 1, "width": numbers(8, 13)},
-        "kernels of experts need a multiple of 8 as the number of channels, not 13",
+        "kernels of experts need a number of channels that is a multiple of 8, not 13",
     ),
     "channels of an expert that goes": (
         {"block": 1, "experts": [0, 1, 2], "channels": [*range(8), *range(20, 28), *range(60, 68)]},

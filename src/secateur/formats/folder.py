@@ -77,7 +77,9 @@ class Folder(Format):
         config, dense = self.stream.checkpoint.config, self.dense(width)
         channels = width.get(EXPERT_CHANNELS, 0)
         if channels % EXPERTS_MULTIPLE and channels != dense[EXPERT_CHANNELS]:
-            return f"kernels of experts need a multiple of {EXPERTS_MULTIPLE} as the number of channels, not {channels}"
+            return (
+                f"kernels of experts need a number of channels that is a multiple of {EXPERTS_MULTIPLE}, not {channels}"
+            )
         if (twin := twin_of(config)) and twin.inputs_first and 2 * channels == config.hidden_size:
             return (
                 f"transformers cannot tell whether the weights of experts with {channels} channels are transposed; use "
