@@ -118,7 +118,7 @@ OPTIONS: list[tuple[str, str]] = [
         "--refit-samples 4000",
         "text.txt: too short, it has 1,500 tokens, but 4,004 rows of 16 tokens need 64,064",
     ),
-    ("--refit-samples 4000", "take refit-samples 89, or a longer text"),
+    ("--refit-samples 4000", "use refit-samples 89, or a longer text"),
     ("--refit-calibration missing.txt", "missing.txt does not exist: check the path of the text"),
     (
         "--refit-samples 8 --recovery none",

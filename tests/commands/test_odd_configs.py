@@ -95,7 +95,7 @@ WRONG = {
         r"config.json: architectures is \[1\], not a list of class",
     ),
     "a text config that is none": ({"text_config": 5}, "config.json: text_config is 5, not the config of a model"),
-    "more layers than tensors": ({"num_hidden_layers": 10**9}, "is 1,000,000,000, and 30 tensors are stored"),
+    "more layers than tensors": ({"num_hidden_layers": 10**9}, "is 1,000,000,000, but only 30 tensors are stored"),
 }
 
 

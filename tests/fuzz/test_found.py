@@ -120,7 +120,7 @@ def test_invalid_generation_settings_are_refused(tmp_path: Path, bench: Bench) -
 def test_a_shard_with_too_long_a_name_is_refused(tmp_path: Path, bench: Bench) -> None:
     folder = shutil.copytree(bench.shards, tmp_path / "in")
     edited(folder, "model.safetensors.index.json", weight_map={"a": "é" * 200})
-    with pytest.raises(SecateurError, match="is no file beside it"):
+    with pytest.raises(SecateurError, match="is missing from the folder"):
         open_checkpoint(folder)
 
 

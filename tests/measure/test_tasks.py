@@ -359,7 +359,7 @@ def test_tasks_are_opened_before_a_model_is_loaded(
     from secateur.measure import evaluation
 
     monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(SecateurError, match="task gone does not open"):
+    with pytest.raises(SecateurError, match="task gone cannot be loaded"):
         evaluate(str(checkpoint_folder("llama")), texts=[], tasks=["mine", "gone"], task_path=folder)
 
 

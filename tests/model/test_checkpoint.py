@@ -195,7 +195,7 @@ def test_missing_tensors_are_named(folder):
 def test_wrong_shapes_are_named(folder):
     edit(folder, intermediate_size=20)
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(SecateurError, match=r"gate_proj.weight is \[24, 16\] where .* \[20, 16\] \(and 5 more\)"):
+    with pytest.raises(SecateurError, match=r"gate_proj.weight is \[24, 16\], but .* \[20, 16\] \(and 5 more\)"):
         checkpoint.check_shapes(meta_model(checkpoint))
 
 
@@ -283,7 +283,7 @@ BROKEN = {
         index({"a": "a.safetensors", "b": "b.safetensors", "c": "c.safetensors"}),
         "shards missing: b.safetensors, c.safetensors; download",
     ),
-    "a shard elsewhere": (index({"a": "../a.safetensors"}), "'../a.safetensors' is no file beside it"),
+    "a shard elsewhere": (index({"a": "../a.safetensors"}), "'../a.safetensors' is missing from the folder"),
     "header overlaps": (
         header(
             x={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
@@ -293,7 +293,7 @@ BROKEN = {
     ),
     "header of fractions": (
         header(x={"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}),
-        "header broken .*whole numbers",
+        "header broken .*whole number",
     ),
     "shard lacks a tensor": (
         index({"b": "a.safetensors"}),

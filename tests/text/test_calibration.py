@@ -245,7 +245,7 @@ def test_advice_of_a_short_text_is_right(tokenizer: PreTrainedTokenizerFast, hun
     with pytest.raises(SecateurError) as caught:
         draw(tokenizer, hundred, 30, 8)
     samples, length = 100 // body, 100 // 30 + begins_with_bos(tokenizer)
-    assert f"take samples {samples} or length {length}," in str(caught.value)
+    assert f"use samples {samples} or length {length}," in str(caught.value)
     assert draw(tokenizer, hundred, samples, 8).shape == (samples, 8)
     assert draw(tokenizer, hundred, 30, length).shape == (30, length)
 

@@ -69,7 +69,7 @@ def test_a_folder_that_the_stock_class_refuses_never_appears(
     assert {width.groups for width in found.widths.values()} == {2}
     shutil.rmtree(tmp_path / "right")
     monkeypatch.setitem(FAMILIES, "arcee", replace(FAMILIES["arcee"], stock=Stock()))
-    said = r"out: transformers cannot open the written model, so it was deleted \(config.json: .*heads \(6\).*; take"
+    said = r"out: transformers cannot open the written model, so it was deleted \(config.json: .*heads \(6\).*; use"
     with pytest.raises(SecateurError, match=said):
         prune(model, tmp_path / "out", **asked)
     assert not list(tmp_path.iterdir())

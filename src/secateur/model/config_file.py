@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise SecateurError(f"{file}: byte {error.start} is not UTF-8 text; download it again") from error
     except ValueError as error:
-        raise SecateurError(f"{file}: {error}; download it again") from error
+        raise SecateurError(f"{file}: {error} for a config; download it again") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise SecateurError(f"{file}: no model_type, so this is not a transformers model; check the folder")
     named, inner = raw.get("architectures") or [], raw.get(TEXT) or {}
