@@ -397,6 +397,11 @@ def wide(groups: int, per_group: int, channels: int = 0, experts: int = 0) -> Wi
     return Width({KV_GROUPS: groups, HEADS_PER_GROUP: per_group} | fed)
 
 
+def own_axes(block: Block, width: Width) -> Width:
+    """The width as far as a block has its axes and they can change."""
+    return block.width | {axis.name: width[axis.name] for axis in block.axes if not axis.locked}
+
+
 def selected(heads: Sequence[int], channels: Sequence[int] | None = None, **others: Any) -> dict[str, tuple[int, ...]]:
     """Return the units that a block keeps, by kind."""
     named = {"heads": heads, **({} if channels is None else {"channels": channels}), **others}

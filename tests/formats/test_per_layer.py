@@ -33,6 +33,7 @@ from models import (
     layers_of,
     logits_of,
     narrowed,
+    own_axes,
     relative,
     save,
     selected,
@@ -126,11 +127,6 @@ def plan_of(name: str, case: str) -> dict[int, Width]:
     if block.attention.locked:
         return {i: wide(full.groups, full.per_group, w.channels) if w.heads else w for i, w in widths.items()}
     return {i: own_axes(every_block(name)[i], width) for i, width in widths.items()}
-
-
-def own_axes(block: Block, width: Width) -> Width:
-    """The width as far as a block has its axes and they can change."""
-    return block.width | {axis.name: width[axis.name] for axis in block.axes if not axis.locked}
 
 
 def picked(units: int, count: int, seed: int) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from models import (
     _config,
     blocks_of,
     build,
+    own_axes,
     relative,
     selected,
     token_rows,
@@ -186,19 +187,14 @@ WRONG = [
 
 
 def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
-    block = blocks[0]
-    if isinstance(case.plan, Width):
-        return dict.fromkeys(range(len(blocks)), case.plan)
-    reference = next((block for block in blocks if not block.attention.fixed), block)
-    widths = dict(enumerate(PLANS[case.plan](reference.width)))
-    if reference is not block:
-        own = {i: [axis.name for axis in blocks[i].axes if not axis.locked] for i in widths}
-        return {i: blocks[i].width | {name: w[name] for name in own[i]} for i, w in widths.items()}
-    full = block.width
-    if block.attention.locked:
+    reference = next((block for block in blocks if not block.attention.fixed), blocks[0])
+    full = reference.width
+    plan = dict.fromkeys(range(len(blocks)), case.plan) if isinstance(case.plan, Width) else PLANS[case.plan](full)
+    widths = plan if isinstance(plan, dict) else dict(enumerate(plan))
+    if reference.attention.locked:
         own = {"kv_groups": full.groups, "heads_per_group": full.per_group}
         return {i: w | own if w.heads else w for i, w in widths.items()}
-    return widths
+    return {i: own_axes(blocks[i], width) if blocks[i].attention.fixed else width for i, width in widths.items()}
 
 
 def last_units(block: Block, width: Width) -> KeptUnits:
