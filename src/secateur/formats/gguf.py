@@ -13,10 +13,11 @@ from secateur.formats.format import Loading
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import export
 from secateur.formats.gguf_meter import gguf_byte_meter
+from secateur.formats.gguf_sizes import STATED_AXES
 from secateur.formats.gguf_tokenizer import vocabulary_of
 from secateur.formats.gguf_types import TYPES, check_type
 from secateur.formats.registry import output_format
-from secateur.model.axes import Width
+from secateur.model.axes import Width, axis_kinds
 from secateur.plan.meters import Meter, added_biases
 
 
@@ -62,7 +63,12 @@ class GgufFormat(Converted):
 
     def _unsupported(self, widths: Mapping[int, Width]) -> str | None:
         """Return why no architecture computes the model with these widths; blocks without a width are dense."""
-        every = [widths.get(index, block.width) for index, block in enumerate(self.stream.blocks)]
+        dense = [block.width for block in self.stream.blocks]
+        every = [widths.get(index, width) for index, width in enumerate(dense)]
+        for width, before in zip(every, dense, strict=True):
+            narrowed = {axis for axis, number in width.items() if number != before.get(axis, number)}
+            if unstated := narrowed - STATED_AXES:
+                return f"GGUF files do not state numbers of {axis_kinds()[min(unstated)].label}; take --format hf"
         added = self.biases and any(added_biases(self.stream))
         return gguf_unsupported(self.stream.checkpoint, every, self.type, biases=added)
 

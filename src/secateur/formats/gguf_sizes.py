@@ -10,6 +10,9 @@ from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.model.units.heads import HEADS, KV_GROUPS
 
+STATED_AXES = frozenset({*HEADS, CHANNELS, EXPERTS, EXPERT_CHANNELS})
+"""Axes whose numbers of units a GGUF file states."""
+
 
 @dataclass(frozen=True)
 class BlockSizes:

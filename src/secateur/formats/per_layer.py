@@ -26,7 +26,7 @@ from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES, family_of
 from secateur.formats.stock import config_keys, stock_config
 from secateur.model import modeling_secateur
-from secateur.model.axes import Width, axis_kinds, model_width
+from secateur.model.axes import FEED_FORWARD, Width, axis_kinds, model_width
 from secateur.model.config_file import TEXT, empty_model, stock_class
 from secateur.model.describe import describe
 from secateur.model.layer_sizes import BIASES, GROUPS, PER_GROUP, Keys, StoredNames, model_sizes, numbers
@@ -98,15 +98,15 @@ def per_layer_config(
             classes[auto] = stock_class(others, config_class).__name__
     stored["architectures"] = [PREFIX + causal]
     stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
-    # Units of the feed-forward: experts where there are some.
-    units = axis_kinds()["experts" if "experts" in first else "channels"]
-    if not any(_changes_shapes(blocks[index], width) for index, width in widths.items()):
+    # Key of the feed-forward's units: experts where there are some.
+    key = _feed_forward_key(first, keys)
+    if key is not None and not any(_changes_shapes(blocks[index], width) for index, width in widths.items()):
         # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones; at a
         # width that no layer has, it fails.
-        stored[keys[(units.name,)]] = first[units.name] + 1
+        stored[key] = numbers(first, keys)[key] + 1
     usual = [dict.fromkeys(BIASES, False) | numbers(width, keys) for width in dense]
     everywhere = {key: count for own in reversed(usual) for key, count in own.items()}
-    everywhere |= {key: stored.get(key, everywhere[key]) for key in [keys[(units.name,)]]}
+    everywhere |= {} if key is None else {key: stored.get(key, everywhere[key])}
     layers = {}
     for index, before in enumerate(usual):
         own = before | dict(zip(BIASES, biases.get(index, (False, False)), strict=True))
@@ -236,6 +236,12 @@ def layer_keys(config: Any) -> Keys:
     keys = {along: names[0] for along, names in config_keys(family_of(config)).items()}
     kinds = (kind for kind in axis_kinds().values() if kind.layer_key and all((outer,) in keys for outer in kind.outer))
     return keys | {(kind.name,): str(kind.layer_key) for kind in kinds}
+
+
+def _feed_forward_key(width: Width, keys: Keys) -> str | None:
+    """Return the config key of the number of experts, or else of channels; None where configs have no such key."""
+    kinds = [kind for kind in axis_kinds().values() if kind.role == FEED_FORWARD and not kind.outer]
+    return next((keys[(kind.name,)] for kind in reversed(kinds) if kind.name in width and (kind.name,) in keys), None)
 
 
 def _changes_shapes(block: Block, width: Width) -> bool:

@@ -27,7 +27,11 @@ def stock_unsupported(config: Any, width: Width, dense: Width) -> str | None:
         dense: their width in the dense model.
     """
     kind, stock = config.model_type, family_of(config).stock
-    narrowed = {axis_kinds()[axis].role for axis, number in width.items() if number != dense[axis]}
+    axes = [axis_kinds()[axis] for axis, number in width.items() if number != dense[axis]]
+    narrowed = {axis.role for axis in axes}
+    in_config = {name for along in config_keys(family_of(config)) for name in along}
+    if without := next((axis for axis in axes if axis.name not in in_config), None):
+        return f"the config of {kind} has no key for the number of {without.label}; take --format hf"
     if min(width.values()) < 1:
         return "a stock class needs at least one head and one channel; keep one of each, or use --format hf"
     if getattr(config, "use_double_wide_mlp", False) and FEED_FORWARD in narrowed:
