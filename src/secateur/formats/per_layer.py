@@ -120,7 +120,7 @@ def per_layer_config(
     used = {key for own in layers.values() for key in own}
     stored[SIZES] = model_sizes(blocks, keys, stored_names, used)
     # A key that only some layers have must have a value for the others.
-    stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES) if key in used}
+    stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES, *first) if key in used}
     if GROUPS in everywhere:
         # Falcon's fused layer reads this key, although its config has another key for the number.
         stored[GROUPS] = first[KV_GROUPS]
