@@ -328,7 +328,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Change], str]] = {
     "other gates": (
         {"qwen3moe.expert_gating_func": 2},
         {},
-        "qwen3moe.expert_gating_func is not 1, the softmax of qwen3_moe",
+        "qwen3moe.expert_gating_func is not 1 (softmax), which qwen3_moe needs",
     ),
     "another split": (
         {"tokenizer.ggml.pre": "deepseek-llm"},

@@ -39,9 +39,9 @@ def test_invalid_recipes_are_refused(tmp_path: Path, number: int) -> None:
 
 
 ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
-    "two layers in one": ({"gate": "fc1"}, "fc1.weight stands for two layers"),
-    "both levels in one": ({"down": "fc1"}, "fc1.weight stands for two layers"),
-    "the block itself": ({"gate": ""}, "is no tensor of a block"),
+    "two layers in one": ({"gate": "fc1"}, "fc1.weight, which stands for two layers"),
+    "both levels in one": ({"down": "fc1"}, "fc1.weight, which stands for two layers"),
+    "the block itself": ({"gate": ""}, "which is no tensor of a block"),
     "a key that is not there": ({"stock": {"heads": "dense"}}, "no rope_parameters, so stock.theta must be null"),
     "a key that only some blocks get": ({"ungrouped": False}, "no num_key_value_heads, so ungrouped must be true"),
     "another key of the width": (

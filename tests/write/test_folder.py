@@ -44,7 +44,7 @@ def test_weights_too_large_for_float16_are_refused_early(
 
     monkeypatch.setattr(BlockStream, "embed", begin)
     out = tmp_path / ("out.gguf" if "type" in asked else "out")
-    with pytest.raises(SecateurError, match=r"1.mlp.up_proj.weight holds 100,000, and float16 no more than 65,504"):
+    with pytest.raises(SecateurError, match=r"1.mlp.up_proj.weight holds 100,000, but float16 goes only to 65,504"):
         prune(model, out, **SMALL | asked)
     with pytest.raises(Begun):
         prune(model, tmp_path / "wide", **SMALL, dtype="bfloat16")
