@@ -392,7 +392,7 @@ REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
         LAYERS[0],
         {"qwen35moe.ssm.group_count": 4},
         {},
-        "its linear attention has 4 key h",
+        "its linear attention has 6 value h",
     ),
     "too many heads": (
         LAYERS[0],
