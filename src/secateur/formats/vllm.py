@@ -55,7 +55,7 @@ def _backend_limits(config: Any, widths: Sequence[Width], multimodal: bool) -> I
         )
         yield (
             experts.parallel_norms and routed,
-            "its transformers backend miscomputes experts parallel to a feed-forward; use --widths uniform",
+            "its transformers backend gives wrong results for experts parallel to a feed-forward; use --widths uniform",
         )
     yield (
         not any(KV_GROUPS in width and width.product(HEADS) for width in widths),
