@@ -147,7 +147,11 @@ def with_another_unit(block: Block, keep: KeptUnits, kind: str, axis: str) -> Ke
 
 def test_every_family_has_a_row():
     assert {config_of(name).model_type for name in MATRIX} == set(FAMILIES)
-    widths = {name: (first_block(name).attention.groups, first_block(name).attention.units) for name in MATRIX}
+    with_heads = {
+        name: next(block.attention for block in blocks_of(dense(name)) if block.attention.kind == "heads")
+        for name in MATRIX
+    }
+    widths = {name: (attention.groups, attention.units) for name, attention in with_heads.items()}
     grouped = {config_of(name).model_type for name, (groups, heads) in widths.items() if 1 < groups < heads}
     assert grouped == {kind for kind, family in FAMILIES.items() if not family.ungrouped and family.latent is None}
     wide = {config_of(name).model_type for name in ROWS if head_dim(config_of(name)) * 6 != 48}
@@ -538,7 +542,7 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
     sparsity = 1 - block.parameters_at(five) / block.parameters
     found = prune(folder, tmp_path / "out", **settings(modules=("heads",), sparsity=sparsity))
     assert set(found.widths.values()) == {wide(4, 1, block.feed_forward.units)}
-    assert "in place of" in (found.note or "")
+    assert "instead of" in (found.note or "")
     stream = stream_of(folder)
     refused = Plan(dict.fromkeys(range(3), five), sparsity, sparsity)
     with pytest.raises(SecateurError, match="head counts that divide hidden_size 48 only, not 5"):
@@ -619,7 +623,8 @@ def test_refit_of_all_units_is_the_identity(checkpoint_folder, name):
     found = fitted(name, checkpoint_folder(name), whole, ridge=0.3)
     model, ids = dense(name), token_rows()
     for block in found:
-        assert len(block.keep["heads"]) == first_block(name).width.heads
+        modules = blocks_of(model)[block.index].modules
+        assert all(len(block.keep[module.kind]) == module.units for module in modules)
         assert len(block.changed) >= 2
         assert all(abs(report.relative) < 1e-6 for report in block.reports)
     small = narrowed(model, {b.index: b.keep for b in found}, {b.index: b.changed for b in found})
