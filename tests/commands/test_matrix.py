@@ -545,7 +545,7 @@ def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
     assert "instead of" in (found.note or "")
     stream = stream_of(folder)
     refused = Plan(dict.fromkeys(range(3), five), sparsity, sparsity)
-    with pytest.raises(SecateurError, match="head counts that divide hidden_size 48 only, not 5"):
+    with pytest.raises(SecateurError, match="only head counts that divide hidden_size 48, not 5"):
         StockFolder(stream).write(tmp_path / "five", PrunedModel(refused, ()))
     assert not (tmp_path / "five").exists()
 
