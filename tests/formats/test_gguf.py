@@ -755,11 +755,11 @@ READ += ["llama every head", "mistral", "mistral window", "qwen2 window", "phi3 
 READ += ["gemma2 deep", "starcoder2", "stablelm", "stablelm plain", "nemotron", "lfm2"]
 READ += [name for name in MORE_ROWS if name.split()[-1] in ("linear", "dynamic", "yarn", "set", "longrope", "llama3")]
 NOT_READ = {
-    "llama biased": "transformers reads 51,792 of its 52,608 weights, without the biases; use the checkp",
+    "llama biased": "transformers reads only 51,792 of its 52,608 weights, without the biases; use the checkp",
     # Written as llama, whose class has no biases.
-    "qwen2 llama3": "transformers reads 54,096 of its 54,384 weights, without the biases; use the checkp",
-    "qwen2 longrope": "transformers reads 54,096 of its 54,384 weights, without the biases; use the chec",
-    "nemotron biased": "transformers reads 45,216 of its 45,888 weights, without the biases; use the che",
+    "qwen2 llama3": "transformers reads only 54,096 of its 54,384 weights, without the biases; use the checkp",
+    "qwen2 longrope": "transformers reads only 54,096 of its 54,384 weights, without the biases; use the chec",
+    "nemotron biased": "transformers reads only 45,216 of its 45,888 weights, without the biases; use the che",
     "mistral 64": "transformers cannot load it (Class validation error",
     "olmo2": "transformers cannot read the architecture 'olmo2' from GGUF; use the checkpoint that it was made from",
 }
