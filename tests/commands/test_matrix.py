@@ -515,7 +515,7 @@ REFUSED = {
     "gpt2 blocks": ("gpt2", {"blocks": ":2"}, "one width for all 3 blocks, and only 0:2 are to be pruned"),
     "added biases": ("llama", {"recovery": "bias"}, "no level-2 biases, which --recovery bias"),
     "too much": ("llama", {"sparsity": 0.99}, "is out of reach"),
-    "too much of heads": ("llama", {"sparsity": 0.5, "modules": ("heads",)}, "only heads were asked for"),
+    "too much of heads": ("llama", {"sparsity": 0.5, "modules": ("heads",)}, "only heads may be removed"),
 }
 
 

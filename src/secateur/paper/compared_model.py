@@ -78,7 +78,7 @@ def open_compared_model(recipe: Recipe, asked: ModelRuns, run_options: RunOption
     length = recipe.evaluation.length or shared.get("length", Options.length)
     for text in columns.values():
         if text in (RANDOM, SELF):
-            ids = "random ids" if text == RANDOM else "rows that a model generates"
+            ids = "random token ids" if text == RANDOM else "rows that a model generates"
             raise SecateurError(f"{ids} cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
     for run in asked.runs:
