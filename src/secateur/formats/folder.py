@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import TEXT
-from secateur.model.structure import KeptUnits
+from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import first_units, width_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS_MULTIPLE
@@ -87,9 +87,15 @@ class Folder(Format):
             )
         return self.own_reason(width)
 
+    def block_with(self, width: Width, indices: Iterable[int] = ()) -> Block:
+        """Return the first block that has the axes of a width: of the indices, or else of the model."""
+        blocks = self.stream.blocks
+        candidates = (*(blocks[index] for index in indices), *blocks)
+        return next(block for block in candidates if block.width.keys() == width.keys())
+
     def dense(self, width: Width) -> Width:
         """Return the dense width of the first block that has the same axes."""
-        return next(block.width for block in self.stream.blocks if block.width.keys() == width.keys())
+        return self.block_with(width).width
 
     def vllm_unsupported_reason(self, widths: Sequence[Width]) -> str | None:
         """Return why vLLM does not serve the folder, or None."""

@@ -36,6 +36,8 @@ class GgufModel:
     """Stored names of each block's tensors, by their names inside the block."""
     outside: dict[str, str] = field(init=False)
     """Stored names of the other tensors of the language model, by its names for them."""
+    usual_heads: dict[str, int] = field(init=False)
+    """Number of heads along each of their axes, in the first block with heads."""
     blocks: list[BlockSizes] = field(init=False)
     """Sizes of each block."""
 
@@ -55,6 +57,7 @@ class GgufModel:
                 self.inside[int(match[1])][match[2]] = stored
             elif name is not None:
                 self.outside[name] = stored
+        self.usual_heads = {axis: number for axis, number in model_width(self.widths).items() if axis in HEADS}
         self.blocks = [self.sizes(index, width) for index, width in enumerate(self.widths)]
 
     def _check_family(self) -> None:
@@ -75,8 +78,7 @@ class GgufModel:
 
         Blocks with a token mixer have no heads; GGUF files give them the number of heads of the other blocks.
         """
-        heads = {axis: number for axis, number in model_width(self.widths).items() if axis in HEADS}
-        width = Width({**heads, **width})
+        width = Width({**self.usual_heads, **width})
         sizes = BlockSizes.of(width, self.dim, self.dim if self.family.latent is None else int(self.config.v_head_dim))
         if sizes.experts and not self.family.mixture:
             sizes = replace(sizes, channels=int(self.config.intermediate_size))

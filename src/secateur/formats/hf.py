@@ -23,8 +23,7 @@ class HfFolder(Folder):
 
     def own_reason(self, width: Width) -> str | None:
         """Return why the first block with these axes cannot be written at a width."""
-        blocks = [self.stream.blocks[index] for index in self.block_range]
-        block = next(block for block in (*blocks, *self.stream.blocks) if block.width.keys() == width.keys())
+        block = self.block_with(width, self.block_range)
         return per_layer_unsupported(self.stream.checkpoint.config, block, width)
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:

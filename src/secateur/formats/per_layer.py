@@ -203,17 +203,18 @@ def widths_of(config: Any) -> list[Width]:
             config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         stock = empty_model(stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)), config)
         layers = stock.get_submodule(family_of(config).blocks).children()
-        return [_layer_width(config, index, describe(config, layer).width) for index, layer in enumerate(layers)]
+        keys = layer_keys(config)
+        return [_layer_width(config, index, describe(config, layer).width, keys) for index, layer in enumerate(layers)]
 
 
-def _layer_width(config: Any, index: int, everywhere: Width) -> Width:
+def _layer_width(config: Any, index: int, everywhere: Width, keys: Keys) -> Width:
     """Return a layer's width: the one that the global values of a config give, but for the layer's own numbers."""
     own = overrides(config, index)
     if odd := next((name for name, value in own.items() if type(value) not in (int, bool) or value < 0), None):
         raise SecateurError(
             f"layer {index} of the config has {own[odd]!r} for {odd}, which is not a number; prune again"
         )
-    keys, counts = layer_keys(config), dict(everywhere)
+    counts = dict(everywhere)
     counts |= {axis: own[key] for (*outer, axis), key in keys.items() if not outer and axis in counts and key in own}
     for (*outer, axis), key in keys.items():
         if outer and axis in counts:

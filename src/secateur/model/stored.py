@@ -108,10 +108,6 @@ class Stored:
         names = [self.resolve(f"{owner}.{e}.{part}.weight") for e in range(count) for part in parts]
         return () if None in names else tuple(map(str, names))
 
-    def holds_experts(self, name: str) -> bool:
-        """Return whether a tensor of a block's experts is stored, in one piece or in several."""
-        return bool(self.resolve(name) or self._apart(name, 1))
-
     def read_parameter(self, name: str) -> Tensor:
         """Return a transformers parameter as stored, put together from its pieces.
 
