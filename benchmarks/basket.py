@@ -74,7 +74,7 @@ class Basket:
     @property
     def kinds(self) -> list[str]:
         """Kinds of text that are scored; conversations only where the tokenizer has a chat template."""
-        return [kind for kind in KINDS if kind != "talk" or self.tokenizer.chat_template]
+        return [kind for kind in KINDS if kind != "chat" or self.tokenizer.chat_template]
 
     def file(self, kind: str) -> str:
         """Return the file with the half of a kind of text that is scored."""
@@ -97,7 +97,7 @@ class Basket:
 
     def questions(self) -> Iterator[Tensor]:
         """Yield the first question of each conversation as token ids of a prompt."""
-        for line in Path(self.file("talk")).read_text(encoding="utf-8").splitlines():
+        for line in Path(self.file("chat")).read_text(encoding="utf-8").splitlines():
             ask = json.loads(line)["messages"][0]["content"]
             if self.tokenizer.chat_template:
                 messages = [{"role": "user", "content": ask}]

