@@ -1,25 +1,30 @@
-"""Compare pruned models with their dense model on eight kinds of text, copying, free answers and tasks.
+"""Compare pruned models with their dense model on many kinds of text, copying, free answers and tasks.
 
-    python benchmarks/texts.py TEXTS --data FOLDER
+    python benchmarks/texts.py TEXTS --data FOLDER --unpacked UNPACKED
     python benchmarks/basket.py DENSE PRUNED ... --texts TEXTS
 
 The script prints one table row for each model:
 
-- the ratio of its perplexity to the dense model's on every kind of text, with their geometric mean and the worst;
+- the ratio of its perplexity to the dense model's on every kind of text of which TEXTS has a file;
+- the geometric mean and the worst of these ratios, of the kinds that the calibration text `general` contains (seen:
+  `seen_kinds.py`) and of those that it does not contain (unseen: `unseen_kinds.py`);
 - accuracy and loss (nats per token) of tokens that can be copied from the context;
 - agreement: the share of the dense model's greedy answer tokens that this model would have chosen too;
 - repeats: the share of its own answers that contain a run of eight tokens twice.
 
-`--fast` skips the answers. `--peers` prunes the dense model by other methods, in memory. `--tasks` adds zero-shot
-accuracies, from files in the folder that TASK_DATA names. `--json FILE` keeps all figures.
+`--fast` skips the answers. `--only unseen` scores the unseen kinds of text and nothing else; `--only` also takes `seen`
+and names of kinds. `--peers` prunes the dense model by other methods, in memory. `--tasks` adds zero-shot
+accuracies, from files in the folder that TASK_DATA names. `--json FILE` keeps all figures, and figures that FILE holds
+are not measured again.
 """
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from random import Random
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -34,11 +39,14 @@ from secateur.measure.zero_shot import zero_shot
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.tokens import encode
 from secateur.text.documents import read_documents
+from seen_kinds import SEEN
 from tables import put
-from texts import KINDS
+from unseen_kinds import UNSEEN
 
 LONG = "wikipedia"
 """Kind of text that is also scored in rows of 2,048 tokens."""
+GROUPS = {"seen": [*SEEN, "long"], "unseen": [*UNSEEN]}
+"""Kinds of text that `general` contains and that it does not contain."""
 COPIED, PROSE, KEYS = 100, 100, 60
 """Number of rows of each copying test."""
 PIECE = 60
@@ -51,15 +59,39 @@ REPEATED = 8
 
 
 class Basket:
-    """Rows, prompts and questions for all models, drawn once."""
+    """Rows, prompts and questions for all models, drawn once.
 
-    def __init__(self, checkpoint: Checkpoint, texts: Path, tokens: int, positions: int):
-        self.tokenizer, self.texts = checkpoint.tokenizer(), texts
-        vocab = checkpoint.config.vocab_size
-        how: dict[str, Any] = {"vocab_size": vocab, "tokens": tokens}
-        self.rows = {kind: consecutive_rows(self.tokenizer, self.file(kind), length=128, **how) for kind in self.kinds}
-        if positions >= 2048:
+    Args:
+        checkpoint: the dense model, whose tokenizer all models share.
+        texts: folder that texts.py wrote.
+        tokens: number of tokens of each kind of text.
+        positions: the longest row that the model takes, in tokens.
+        only: kinds of text; all that `texts` has where none is given.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, texts: Path, tokens: int, positions: int, only: list[str] | None = None):
+        self.tokenizer, self.texts, self.positions = checkpoint.tokenizer(), texts, positions
+        how: dict[str, Any] = {"vocab_size": checkpoint.config.vocab_size, "tokens": tokens}
+        kinds = only or [kind for kind in (*SEEN, *UNSEEN) if Path(self.file(kind)).exists()]
+        # Conversations are scored only where the tokenizer has a chat template.
+        kinds = [kind for kind in kinds if kind != "chat" or self.tokenizer.chat_template]
+        self.rows = {kind: consecutive_rows(self.tokenizer, self.file(kind), length=128, **how) for kind in kinds}
+        if positions >= 2048 and LONG in kinds:
             self.rows["long"] = consecutive_rows(self.tokenizer, self.file(LONG), length=2048, **how)
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Kinds of text that are scored, by the name of their group."""
+        groups = {name: [kind for kind in kinds if kind in self.rows] for name, kinds in GROUPS.items()}
+        return {name: kinds for name, kinds in groups.items() if kinds}
+
+    def file(self, kind: str) -> str:
+        """Return the file with the half of a kind of text that is scored."""
+        return str(self.texts / f"{kind}.evaluation.jsonl")
+
+    @cached_property
+    def twice(self) -> dict[str, Tensor]:
+        """Rows that hold a passage of random ids, or of prose, twice."""
         generator = torch.Generator().manual_seed(0)
         # Ids that no text holds are hardly trained, and no model copies them well.
         plain = torch.cat([rows.flatten() for rows in self.rows.values()]).unique()
@@ -67,18 +99,17 @@ class Basket:
         ids = plain[torch.randint(len(plain), (COPIED, PIECE), generator=generator)]
         prose = self.rows["web"].flatten()
         prose = prose[: prose.numel() // PIECE * PIECE].view(-1, PIECE)[:PROSE]
-        self.twice = {"ids twice": torch.cat([ids, ids], 1), "prose twice": torch.cat([prose, prose], 1)}
-        self.keys = list(self.hidden_values(positions))
-        self.prompts = list(self.questions())
+        return {"ids twice": torch.cat([ids, ids], 1), "prose twice": torch.cat([prose, prose], 1)}
 
-    @property
-    def kinds(self) -> list[str]:
-        """Kinds of text that are scored; conversations only where the tokenizer has a chat template."""
-        return [kind for kind in KINDS if kind != "chat" or self.tokenizer.chat_template]
+    @cached_property
+    def keys(self) -> list[tuple[Tensor, int]]:
+        """Rows that ask for a number named before, each with the number's tokens."""
+        return list(self.hidden_values(self.positions))
 
-    def file(self, kind: str) -> str:
-        """Return the file with the half of a kind of text that is scored."""
-        return str(self.texts / f"{kind}.evaluation.jsonl")
+    @cached_property
+    def prompts(self) -> list[Tensor]:
+        """Questions as token ids of a prompt."""
+        return list(self.questions())
 
     def hidden_values(self, positions: int) -> Iterator[tuple[Tensor, int]]:
         """Yield token ids in which a number is given, followed by text, and asked for; and the tokens of the number."""
@@ -108,9 +139,9 @@ class Basket:
                 yield torch.tensor(ids)
 
 
-def perplexities(network: Any, basket: Basket) -> dict[str, float]:
-    """Return the perplexity on each kind of text."""
-    return {kind: perplexity(network, rows).perplexity for kind, rows in basket.rows.items()}
+def perplexities(network: Any, basket: Basket, kinds: list[str] | None = None) -> dict[str, float]:
+    """Return the perplexity on kinds of text: on all of the basket where none is named."""
+    return {kind: perplexity(network, basket.rows[kind]).perplexity for kind in kinds or basket.rows}
 
 
 def copying(network: Any, basket: Basket) -> dict[str, tuple[float, float]]:
@@ -172,29 +203,56 @@ def repeats(answer: list[int]) -> bool:
     return len(set(pieces)) < len(pieces)
 
 
-def measured(network: Any, basket: Basket, dense: dict[str, Any], fast: bool, tasks: list[str]) -> dict[str, Any]:
-    """Return all figures of one model; `dense` holds the dense model's figures, or nothing for the dense model."""
-    found: dict[str, Any] = {"perplexity": perplexities(network, basket), "copying": copying(network, basket)}
-    if not fast:
+def tests_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the names of the tests that are run beside the kinds of text."""
+    tests = [] if arguments.only else ["copying"] if arguments.fast else ["copying", "answers"]
+    return [*tests, "tasks"] if arguments.tasks else tests
+
+
+def measure(
+    network: Any, basket: Basket, found: dict[str, Any], dense: dict[str, Any], missing: list[str], tasks: list[str]
+) -> None:
+    """Add the missing kinds of text and tests to the figures `found` of one model; `dense` holds the dense model's."""
+    if kinds := [kind for kind in missing if kind in basket.rows]:
+        found["perplexity"] |= perplexities(network, basket, kinds)
+    if "copying" in missing:
+        found["copying"] = copying(network, basket)
+    if "answers" in missing:
         found["answers"] = answers(network, basket)
         found["repeats"] = sum(map(repeats, found["answers"])) / len(found["answers"])
-        found["agreement"] = agreement(network, basket, (dense or found)["answers"])
-    if tasks:
+        found["agreement"] = agreement(network, basket, dense["answers"])
+    if "tasks" in missing:
         opened = open_tasks(tasks, task_path=Path(__file__).parent / "tasks")
         scores = zero_shot(network, basket.tokenizer, opened)
         found["tasks"] = {score.name: (score.acc_norm or score.acc).value for score in scores}
-    return found
 
 
-def row(name: str, found: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+def centres(found: dict[str, Any], dense: dict[str, Any], basket: Basket) -> dict[str, tuple[float, float]]:
+    """Return the geometric mean and the worst of the ratios of each group of kinds."""
+    before, after = dense["perplexity"], found["perplexity"]
+    groups = {name: [after[kind] / before[kind] for kind in kinds] for name, kinds in basket.groups.items()}
+    return {name: (geometric_mean(ratios), max(ratios)) for name, ratios in groups.items()}
+
+
+def heads(basket: Basket, found: dict[str, Any], tests: list[str]) -> list[str]:
+    """Return the heads of the table's columns; `found` holds the figures of one model."""
+    cells = ["model", *(kind for kinds in basket.groups.values() for kind in kinds)]
+    cells += [f"{name}: {what}" for name in basket.groups for what in ("mean", "worst")]
+    columns = {"copying": [*found.get("copying", ())], "answers": ["agreement", "repeats"]}
+    return cells + [head for test in tests for head in columns.get(test, [*found.get("tasks", ())])]
+
+
+def row(name: str, found: dict[str, Any], dense: dict[str, Any], basket: Basket, tests: list[str]) -> list[str]:
     """Return the table cells of one model."""
     ratios = {kind: value / dense["perplexity"][kind] for kind, value in found["perplexity"].items()}
-    centre = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
-    cells = [name, *(f"{ratio:.2f}" for ratio in ratios.values()), f"**{centre:.3f}**", f"{max(ratios.values()):.2f}"]
-    cells += [f"{share:.1%}, {nats:.2f}" for share, nats in found["copying"].values()]
-    if "answers" in found:
+    cells = [name, *(f"{ratios[kind]:.2f}" for kinds in basket.groups.values() for kind in kinds)]
+    for mean, worst in found["ratios"].values():
+        cells += [f"**{mean:.3f}**", f"{worst:.2f}"]
+    if "copying" in tests:
+        cells += [f"{share:.1%}, {nats:.2f}" for share, nats in found["copying"].values()]
+    if "answers" in tests:
         cells += [f"{found['agreement']:.3f}", f"{found['repeats']:.0%}"]
-    return cells + [f"{value:.1%}" for value in found.get("tasks", {}).values()]
+    return cells + [f"{value:.1%}" for value in found["tasks"].values()] if "tasks" in tests else cells
 
 
 def network_of(source: str, arguments: argparse.Namespace, stream: BlockStream) -> Any:
@@ -214,6 +272,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="number of tokens of each kind of text")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--fast", action="store_true", help="skip the free answers")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*GROUPS, *SEEN, *UNSEEN], help="score these kinds of text and nothing else"
+    )
     parser.add_argument("--tasks", nargs="*", default=[])
     parser.add_argument(
         "--peers", nargs="*", default=[], choices=PEERS, help="other methods, which prune DENSE in memory"
@@ -221,7 +282,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.25, help="of the peers")
     parser.add_argument("--calibration", default=Options.calibration, help="of the peers")
     parser.add_argument("--seed", type=int, default=0, help="of the peers")
-    parser.add_argument("--json", type=Path, help="file of all figures; models that it holds are not measured again")
+    parser.add_argument("--json", type=Path, help="file of all figures; figures that it holds are not measured again")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     kept: dict[str, Any] = {}
@@ -230,23 +291,27 @@ def main() -> None:
     lines: list[str] = []
     checkpoint = open_checkpoint(arguments.dense)
     stream = BlockStream(checkpoint)
-    basket = Basket(checkpoint, arguments.texts, arguments.tokens, checkpoint.max_positions or 1 << 20)
+    only = [kind for name in arguments.only or () for kind in GROUPS.get(name, [name]) if kind != "long"]
+    basket = Basket(checkpoint, arguments.texts, arguments.tokens, checkpoint.max_positions or 1 << 20, only)
+    tests, settings = tests_of(arguments), [str(arguments.texts), arguments.tokens, arguments.dtype]
     how = f"{arguments.sparsity}, {Path(arguments.calibration).name}, seed {arguments.seed}"
     for source in [arguments.dense, *arguments.pruned, *arguments.peers]:
         key = f"{source}, {how}" if source in arguments.peers else source
-        if key not in kept:
-            network = network_of(source, arguments, stream)
-            dense = kept.get(arguments.dense, {})
-            kept[key] = measured(network, basket, dense, arguments.fast, arguments.tasks)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(kept), encoding="utf-8")
+        if kept.get(key, {}).get("settings") != settings:
+            kept[key] = {"settings": settings, "perplexity": {}}
+        found, dense = kept[key], kept[arguments.dense]
+        missing = [kind for kind in basket.rows if kind not in found["perplexity"]]
+        missing += [test for test in tests if test not in found]
+        if missing:
+            measure(network_of(source, arguments, stream), basket, found, dense, missing, arguments.tasks)
+        found["ratios"] = centres(found, dense, basket)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(kept), encoding="utf-8")
         if not lines:
-            kinds, tests = list(kept[key]["perplexity"]), list(kept[key]["copying"])
-            seen = [] if arguments.fast else ["agreement", "repeats"]
-            heads = ["model", *kinds, "mean", "worst", *tests, *seen, *kept[key].get("tasks", {})]
-            lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+            names = heads(basket, found, tests)
+            lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
             print("\n".join(lines), flush=True)
-        lines.append("| " + " | ".join(row(Path(key).name, kept[key], kept[arguments.dense])) + " |")
+        lines.append("| " + " | ".join(row(Path(key).name, found, dense, basket, tests)) + " |")
         print(lines[-1], flush=True)
         if arguments.out:
             put(arguments.out, f"basket {Path(arguments.dense).name}", lines)
