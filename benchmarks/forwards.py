@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from scale import SHAPES, make
 from secateur import BlockStream, open_checkpoint
-from secateur.model.held import plain
+from secateur.model.expert_matrices import plain_tensor
 from secateur.model.mixture import Mixture, Routes
 
 REPEATS = 3
@@ -38,7 +38,7 @@ def one_at_a_time(mixture: Mixture, x_nd: Tensor, routes: Routes) -> Tensor:
     """Return the sum of all experts' outputs, each expert run on the tokens routed to it, as a fit runs them."""
     total = torch.zeros_like(x_nd)
     for expert in range(mixture.module.units):
-        tokens, rows = mixture.gated(expert, x_nd, routes)
+        tokens, rows = mixture.gated_input(expert, x_nd, routes)
         total.index_add_(0, tokens, rows @ mixture.weight(expert))
     return total
 
@@ -80,7 +80,7 @@ def main() -> None:
         stream = BlockStream(open_checkpoint(folder))
         with stream.filled(0) as layer, stream.quick():
             mixture = Mixture(stream, layer, stream.blocks[0].feed_forward)
-            x, every = torch.randn(given.tokens, shape.width), mixture.every
+            x, every = torch.randn(given.tokens, shape.width), mixture.all_routed
             routes, products = mixture.route(x, every), stream.products
             pairs = given.tokens * shape.chosen
             floors = {}
@@ -88,7 +88,7 @@ def main() -> None:
                 rows, matrix = torch.randn(pairs, shape.width).to(dtype), torch.randn(3 * shape.channels, shape.width)
                 floors[dtype] = seconds(lambda rows=rows, matrix=matrix.to(dtype): linear(rows, matrix))
                 del rows
-            stored = sum(plain(value.data).nbytes for value in mixture.experts.parameters())
+            stored = sum(plain_tensor(value.data).nbytes for value in mixture.experts.parameters())
             print(
                 f"| {pairs:,} pairs; blocks multiply in {products} | CPU s | over one product | GB |\n|---|---|---|---|"
             )
@@ -106,7 +106,7 @@ def main() -> None:
                 row(name, dtype, size, lambda layers=layers: run_unfused(layers, x, routes))
                 del layers
             for value in mixture.experts.parameters():
-                value.data = plain(value.data).float()
+                value.data = plain_tensor(value.data).float()
             stream.model.set_experts_implementation("grouped_mm")
             row(
                 "together, grouped products, float32", torch.float32, 2 * stored, lambda: mixture.output(x[None], every)

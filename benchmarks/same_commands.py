@@ -156,7 +156,7 @@ gate: null
 down: fc2
 final_norm: biogpt.layer_norm
 ungrouped: true
-stock: {heads: dense, theta: null}
+stock: {head_counts: dense, theta_key: null}
 """
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 RECIPE = """

@@ -265,12 +265,14 @@ class Job:
 
 
 def writable_heads(name: str) -> bool:
-    return family_of(config_of(name)).stock.heads != "dense" and not attention_of(name).locked
+    return family_of(config_of(name)).stock.head_counts != "dense" and not attention_of(name).locked
 
 
 def writable_channels(name: str) -> bool:
     """Whether the stock format can hold fewer channels in every block."""
-    return not (family_of(config_of(name)).stock.derived or getattr(config_of(name), "use_double_wide_mlp", False))
+    return not (
+        family_of(config_of(name)).stock.derives_channels or getattr(config_of(name), "use_double_wide_mlp", False)
+    )
 
 
 def heads_share(name: str) -> float:

@@ -23,7 +23,7 @@ from secateur.fit.loop import refit
 from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.held import plain
+from secateur.model.expert_matrices import plain_tensor
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
@@ -50,23 +50,23 @@ def inputs(width: int, tokens: int = TOKENS) -> Tensor:
 def routed_of(mixture: Mixture, tokens: int = TOKENS) -> RoutedTokens:
     x = inputs(mixture.stream.width, tokens)
     weight = torch.linspace(0.5, 1.5, tokens)
-    return RoutedTokens(mixture, x, mixture.output(x[None], mixture.every)[0], weight, lambda y, _: y, Processes())
+    return RoutedTokens(mixture, x, mixture.output(x[None], mixture.all_routed)[0], weight, lambda y, _: y, Processes())
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_gated_expert_outputs_add_up_to_the_mixture(checkpoint_folder: CheckpointFolder, name: str) -> None:
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         x = inputs(mixture.stream.width)
-        routes = mixture.route(x, mixture.every)
+        routes = mixture.route(x, mixture.all_routed)
         total = torch.zeros_like(x) if mixture.shared is None else mixture.shared_output(x)
         for expert in range(mixture.module.units):
             tokens, gates = routes.of(expert)
-            total[tokens] += gates[:, None] * mixture.given(expert, x[tokens])
-        torch.testing.assert_close(total, mixture.output(x[None], mixture.every)[0], rtol=1e-4, atol=1e-5)
+            total[tokens] += gates[:, None] * mixture.ungated_output(expert, x[tokens])
+        torch.testing.assert_close(total, mixture.output(x[None], mixture.all_routed)[0], rtol=1e-4, atol=1e-5)
         if mixture.shared is not None:
-            first, *others = mixture.parts(mixture.every)
-            assert others == mixture.every.tolist()
-            tokens, rows = mixture.gated(first, x, routes)
+            first, *others = mixture.with_shared(mixture.all_routed)
+            assert others == mixture.all_routed.tolist()
+            tokens, rows = mixture.gated_input(first, x, routes)
             assert tokens.tolist() == list(range(TOKENS))
             bias = 0 if mixture.bias(first) is None else mixture.bias(first)
             torch.testing.assert_close(
@@ -80,7 +80,7 @@ def test_experts_are_removed_inside_the_context_only(checkpoint_folder: Checkpoi
     with mixture_of(checkpoint_folder, name) as (mixture, layer):
         x, module = inputs(mixture.stream.width), mixture.module
         before = {key: value.clone() for key, value in layer.state_dict().items()}
-        dense = mixture.output(x[None], mixture.every)
+        dense = mixture.output(x[None], mixture.all_routed)
         alive = torch.tensor([unit for unit in range(module.units) if unit % module.per_group])
         routes = mixture.route(x, alive)
         assert set(routes.experts.unique().tolist()) <= set(alive.tolist())
@@ -88,10 +88,10 @@ def test_experts_are_removed_inside_the_context_only(checkpoint_folder: Checkpoi
         total = torch.zeros_like(x) if mixture.shared is None else mixture.shared_output(x)
         for expert in alive.tolist():
             tokens, gates = routes.of(expert)
-            total[tokens] += gates[:, None] * mixture.given(expert, x[tokens])
+            total[tokens] += gates[:, None] * mixture.ungated_output(expert, x[tokens])
         torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(found, dense[0], atol=1e-3)
-        assert torch.equal(mixture.output(x[None], mixture.every), dense)
+        assert torch.equal(mixture.output(x[None], mixture.all_routed), dense)
         assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
@@ -107,7 +107,7 @@ def test_experts_stay_in_the_stored_dtype(tmp_path: Path, name: str) -> None:
         def outputs() -> list[Tensor]:
             found = []
             for stream.products in (torch.bfloat16, torch.float32):
-                found.append(mixture.output(x[None], mixture.every))
+                found.append(mixture.output(x[None], mixture.all_routed))
             return found
 
         found, slopes = outputs(), mixture.slopes(1, x)
@@ -115,7 +115,7 @@ def test_experts_stay_in_the_stored_dtype(tmp_path: Path, name: str) -> None:
         together = mixture.names.scales_inputs
         assert {value.dtype for value in stacks.values()} == {torch.float32 if together else torch.bfloat16}
         for leaf, value in stacks.items():
-            assign(own, leaf, plain(value.data).float())
+            assign(own, leaf, plain_tensor(value.data).float())
         assert not torch.equal(*found)
         pairs = [*zip(found, outputs(), strict=True), *zip(slopes, mixture.slopes(1, x), strict=True)]
         assert all(torch.equal(*pair) for pair in pairs)
@@ -170,7 +170,7 @@ def test_errors_are_interpolated_within_a_round(
 def test_rerouted_output_equals_the_full_sum(checkpoint_folder: CheckpointFolder, name: str) -> None:
     """The shortcut by the two experts that change places, against the sum over all experts of a token."""
     with mixture_of(checkpoint_folder, name) as (mixture, _):
-        routed, every = routed_of(mixture), mixture.every
+        routed, every = routed_of(mixture), mixture.all_routed
         before = mixture.route(routed.x_nd, every)
         given = routed.output(routed.all_tokens, before)
         looked_up: list[int] = []
@@ -210,7 +210,7 @@ def test_expert_scores_equal_their_formulas(checkpoint_folder: CheckpointFolder)
         gates, chosen = logits.softmax(1).topk(3)
         scores, counts = [], []
         for expert in range(8):
-            norms = torch.linalg.vector_norm(mixture.given(expert, routed.x_nd), dim=1)
+            norms = torch.linalg.vector_norm(mixture.ungated_output(expert, routed.x_nd), dim=1)
             is_routed = (chosen == expert).any(1)
             gate = (gates * (chosen == expert)).sum(1)
             counts.append(float(routed.weight_n[is_routed].sum()))
@@ -312,7 +312,7 @@ def test_the_shared_expert_is_narrowed_with_the_others(checkpoint_folder: Checkp
         model, ids = build(name), token_rows(24, 16, seed=5)
         layers_of(model)[2].get_submodule(module.path).register_forward_hook(lambda _, args, __: seen.append(args[0]))
         model(ids)
-        rows = mixture.inner(module.units, seen[0].flatten(0, 1)).double()
+        rows = mixture.projection_input(module.units, seen[0].flatten(0, 1)).double()
         old = mixture.weight(module.units).double()
     stay = 8 * module.shared_multiple
     assert len(old) == module.shared_multiple * module.units_inside
@@ -332,14 +332,14 @@ def test_slopes_equal_finite_differences(checkpoint_folder: CheckpointFolder, na
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         x, dice, expert = inputs(mixture.stream.width), torch.Generator().manual_seed(1), 2
         own, tensors = mixture.feed_forward(expert), mixture.tensors(expert)
-        source, before = mixture.read(expert, x), mixture.inner(expert, x)
+        source, before = mixture.expert_input(expert, x), mixture.projection_input(expert, x)
         expected = torch.zeros_like(before)
         for slab, slope in zip(own.channel_projections, mixture.slopes(expert, x), strict=True):
             value = tensors[slab.name]
             change = 1e-3 * value.std() * torch.randn(value.shape, generator=dice)
             expected += slope * (source @ change.T)
             value += change
-        found = mixture.inner(expert, x) - before
+        found = mixture.projection_input(expert, x) - before
         assert torch.linalg.vector_norm(found - expected) < 0.01 * torch.linalg.vector_norm(found)
 
 
@@ -357,7 +357,7 @@ def test_input_projections_of_experts_reduce_the_error(checkpoint_folder: Checkp
             lambda _, args, __: seen.append(args[0].flatten(0, -2))
         )
         model(token_rows(24, 16, seed=5))
-        wanted = mixture.output(seen[0][None], mixture.every)[0]
+        wanted = mixture.output(seen[0][None], mixture.all_routed)[0]
         for key, value in block.changed.items():
             assign(layer, key, value)
         found = mixture.output(seen[0][None], torch.tensor(block.keep["experts"]))[0]
@@ -409,18 +409,18 @@ def test_the_error_curve_of_channels_equals_the_output_error(checkpoint_folder: 
         errors, orders = channel_errors(routed)
         assert len(errors) == inner
         assert errors[0] == 0
-        every, dense = mixture.every, mixture.output(routed.x_nd[None], mixture.every)[0]
+        every, dense = mixture.all_routed, mixture.output(routed.x_nd[None], mixture.all_routed)[0]
         routes, down = mixture.route(routed.x_nd, every), mixture.experts.down_proj
         before, removed = down.detach().clone(), round(inner / 2)
         shared_experts = set(orders) - set(every.tolist())
         assert shared_experts == ({mixture.module.units} if mixture.module.shared_multiple else set())
         for shared in shared_experts:
-            _, rows = mixture.gated(shared, routed.x_nd, routes)
+            _, rows = mixture.gated_input(shared, routed.x_nd, routes)
             energy = (routed.weight_n[:, None] * rows.square()).sum(0) * mixture.weight(shared).square().sum(1)
             mixture.shared.down_proj.weight.data[:, energy.argsort()[: removed * mixture.module.shared_multiple]] = 0
         for expert in every.tolist():
             tokens, gates = routes.of(expert)
-            rows = mixture.inner(expert, routed.x_nd[tokens]) * gates[:, None]
+            rows = mixture.projection_input(expert, routed.x_nd[tokens]) * gates[:, None]
             energy = (routed.weight_n[tokens][:, None] * rows.square()).sum(0) * mixture.weight(expert).square().sum(1)
             mixture.weight(expert).data[energy.argsort()[:removed]] = 0
         lost = mixture.output(routed.x_nd[None], every)[0] - dense
@@ -452,16 +452,16 @@ def test_the_share_of_error_after_the_refit_equals_fits_by_hand(checkpoint_folde
     """The share is one if nothing may change."""
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed = routed_of(mixture, 2000)
-        scale, alive = torch.linspace(1, 2, 2000), mixture.every[2:]
+        scale, alive = torch.linspace(1, 2, 2000), mixture.all_routed[2:]
 
         def unit(weight: Tensor) -> Tensor:
             return weight
 
         routed.target_nd *= scale[:, None]
-        assert share_left_by_refit(routed, scale, unit, mixture.every, None, 0.3) == 1.0
+        assert share_left_by_refit(routed, scale, unit, mixture.all_routed, None, 0.3) == 1.0
         _, orders = channel_errors(routed)
         half = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
-        for some, stay in ((alive, None), (mixture.every, half)):
+        for some, stay in ((alive, None), (mixture.all_routed, half)):
             weak, strong = (share_left_by_refit(routed, scale, unit, some, stay, ridge) for ridge in (3.0, 1e6))
             assert 0 < weak < 1
             assert strong == pytest.approx(1.0, abs=1e-3)
@@ -470,8 +470,8 @@ def test_the_share_of_error_after_the_refit_equals_fits_by_hand(checkpoint_folde
         given = routed.output(routed.all_tokens, routes) * scale[:, None]
         left = routed.target_nd - given
         before = (left.square().sum(1) * routed.weight_n).sum()
-        for expert in mixture.parts(alive):
-            tokens, rows = mixture.gated(expert, routed.x_nd, routes)
+        for expert in mixture.with_shared(alive):
+            tokens, rows = mixture.gated_input(expert, routed.x_nd, routes)
             root = routed.weight_n[tokens].sqrt()[:, None]
             rows *= scale[tokens][:, None] * root
             judged = leave_one_out_residuals(rows, left[tokens] * root, 3.0 * (1 + rows.shape[1] / len(tokens)))

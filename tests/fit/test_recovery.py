@@ -25,6 +25,7 @@ from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery, all_recoveries, recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
+from secateur.model.filled_module import FilledModule
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -350,7 +351,7 @@ def test_outputs_muted_by_a_norm_are_fitted_too(checkpoint_folder):
     with torch.no_grad():
         layer.get_submodule(module.post_norm).weight[:3] = -1
     stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
-    norm = PostNorm(stream, 1, layer, module)
+    norm = PostNorm(FilledModule(stream, 1, layer, module))
     z = seen(model, 1, module.output_layer)[1]
     assert torch.equal(norm.after(z)[:, :3], torch.zeros(len(z), 3))
     assert relative(norm.unscale(norm.output(z)), z * norm.inverse_rms(z)) < 1e-6

@@ -74,8 +74,11 @@ def test_parts_are_mappings(family: Path) -> None:
         ("model_type: llama", "secateur knows llama; leave --family out"),
         (BIOGPT.replace("up:", "upp:"), "upp: no such field; there are blocks, attention"),
         (BIOGPT.replace("fc1", "3"), "up: 3: Input should be a valid string"),
-        (BIOGPT.replace("heads: dense", "heads: some"), "stock.heads: 'some': Input should be 'any', 'divisors' or"),
-        (BIOGPT.replace("theta", "thetas"), "stock.thetas: no such field"),
+        (
+            BIOGPT.replace("head_counts: dense", "head_counts: some"),
+            "stock.head_counts: 'some': Input should be 'any', 'divisors' or",
+        ),
+        (BIOGPT.replace("theta", "thetas"), "stock.thetas_key: no such field"),
         (BIOGPT.partition("stock")[0] + "stock: any", "stock is 'any'; write a mapping"),
     ],
 )
@@ -89,8 +92,10 @@ def test_a_file_with_mistakes(family: Path, text: str, said: str) -> None:
 
 
 def test_fields_that_the_config_contradicts(tmp_path: Path, family: Path) -> None:
-    family.write_text(BIOGPT.replace("ungrouped: true", "").replace("theta: null", ""))
-    with pytest.raises(SecateurError, match=r"so ungrouped must be true and .* so stock.theta must be null\); correct"):
+    family.write_text(BIOGPT.replace("ungrouped: true", "").replace("theta_key: null", ""))
+    with pytest.raises(
+        SecateurError, match=r"so ungrouped must be true and .* so stock.theta_key must be null\); correct"
+    ):
         prune(save("biogpt", tmp_path / "dense"), tmp_path / "out", **SMALL, family=family)
 
 

@@ -141,7 +141,7 @@ def logits(config, state: dict | None = None):
 
 
 def dense_of(config) -> Width:
-    if family_of(config).stock.heads != "dense":
+    if family_of(config).stock.head_counts != "dense":
         return DENSE
     channels = {"gpt2": 192, "opt": 40, "gpt_neox": 40}[config.model_type]
     return wide(6, 1, getattr(config, "n_inner", None) or channels)
@@ -232,13 +232,13 @@ def test_llama_with_odd_heads_is_written_as_mistral(tmp_path):
     assert logits(load(stored, tmp_path))[0].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.stock.heir])
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.stock.fallback])
 def test_an_heir_computes_the_same(tmp_path, kind):
     """The dense weights, in the class that is chosen for another width."""
     config, dense = config_of(kind), build(kind, attn_implementation="eager")
     odd = {"width": wide(1, 5, 72), "head_dim": head_dim(config), "dtype": torch.float32}
     stored = stock_config(config.to_dict(), config, **odd)
-    assert stored["model_type"] == FAMILIES[kind].stock.heir[0]
+    assert stored["model_type"] == FAMILIES[kind].stock.fallback[0]
     heir = load(stored | {"num_attention_heads": 6, "num_key_value_heads": 3}, tmp_path)
     with quiet():
         model = AutoModelForCausalLM.from_config(heir, attn_implementation="eager").eval()
@@ -294,7 +294,7 @@ def test_an_heir_computes_the_same(tmp_path, kind):
 def test_obstacles(tmp_path, case, keys, width, message):
     config = load({**RAW[case], **keys}, tmp_path)
     unsupported_reason = stock_unsupported(
-        config, width, EVERY_HEAD if family_of(config).stock.heads == "dense" else DENSE
+        config, width, EVERY_HEAD if family_of(config).stock.head_counts == "dense" else DENSE
     )
     if message is None:
         assert unsupported_reason is None
@@ -347,7 +347,7 @@ def empty(config):
 
 def opens(config, blocks, width) -> bool:
     """Whether the stock class makes blocks of a width; the classes that keep all heads are not asked for fewer."""
-    if family_of(config).stock.heads == "dense" and width.product(HEAD_AXES) < config.num_attention_heads:
+    if family_of(config).stock.head_counts == "dense" and width.product(HEAD_AXES) < config.num_attention_heads:
         return False
     raw = json.loads(json.dumps(config.to_dict()))
     stored = stock_config(raw, config, width=width, head_dim=head_dim(config), dtype=torch.float32)

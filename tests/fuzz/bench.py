@@ -149,7 +149,7 @@ BIOGPT: dict[str, Any] = {
     "down": "fc2",
     "final_norm": "biogpt.layer_norm",
     "ungrouped": True,
-    "stock": {"heads": "dense", "theta": None},
+    "stock": {"head_counts": "dense", "theta_key": None},
 }
 
 

@@ -42,10 +42,13 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "two layers in one": ({"gate": "fc1"}, "fc1.weight, which stands for two layers"),
     "both levels in one": ({"down": "fc1"}, "fc1.weight, which stands for two layers"),
     "the block itself": ({"gate": ""}, "which is no tensor of a block"),
-    "a key that is not there": ({"stock": {"heads": "dense"}}, "no rope_parameters, so stock.theta must be null"),
+    "a key that is not there": (
+        {"stock": {"head_counts": "dense"}},
+        "no rope_parameters, so stock.theta_key must be null",
+    ),
     "a key that only some blocks get": ({"ungrouped": False}, "no num_key_value_heads, so ungrouped must be true"),
     "another key of the width": (
-        {"stock": {"heads": "dense", "theta": None, "channels": "inner"}},
+        {"stock": {"head_counts": "dense", "theta_key": None, "channels_key": "inner"}},
         r"fc1.weight is .36, 48., but config.json makes it .72, 48. .and 8 more.",
     ),
 }

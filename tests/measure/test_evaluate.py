@@ -267,7 +267,7 @@ def test_a_model_is_scored_as_transformers_loads_it(checkpoint_folder: Checkpoin
     assert (list(score.texts), found.tokens, found.rows, found.length) == ([text], 95, 5, 20)
     assert score.parameters == sum(p.numel() for p in model.parameters())
     assert score.bytes == 4 * score.parameters
-    assert not score.bos
+    assert not score.begins_with_bos
 
 
 @pytest.mark.parametrize(

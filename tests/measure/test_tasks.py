@@ -338,7 +338,7 @@ def test_two_models_are_compared_by_item(checkpoint_folder: CheckpointFolder, fo
     assert (figures["mine acc"].ratio, figures["mine acc"].interval) == (part.ratio, part.interval)
     written = json.loads(json.dumps(result.as_dict()))
     assert written["models"][1]["tasks"][0]["acc"]["outcomes"] == "".join(map(str, scores[1].outcomes))
-    assert written["kept"]["mine acc"]["ratio"] == part.ratio
+    assert written["accuracy_ratios"]["mine acc"]["ratio"] == part.ratio
     table, lines = eval_table(result)
     cells = [list(column.cells) for column in table.columns]
     row = cells[0].index("mine acc")

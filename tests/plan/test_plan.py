@@ -167,8 +167,8 @@ def test_wide_modules_have_a_limited_number_of_widths(channels: int, multiple: i
 
 
 def test_wide_modules_are_rounded_to_32_by_default() -> None:
-    def multiples(wide: int, numbers: tuple[int, ...]) -> list[int]:
-        axes = (Axis("channels", number, rounded=True, wide=wide) for number in numbers)
+    def multiples(rounds_from: int, numbers: tuple[int, ...]) -> list[int]:
+        axes = (Axis("channels", number, rounded=True, rounds_from=rounds_from) for number in numbers)
         return [default_multiple([axis]) for axis in axes]
 
     assert multiples(1024, (256, 1023, 1024)) == [1, 1, 32]

@@ -51,6 +51,6 @@ def _heads(family: Family) -> str:
 
 def _stock(family: Family) -> str:
     """Return the numbers of heads that the stock class takes, in words."""
-    if family.stock.derived:
+    if family.stock.derives_channels:
         return "dense model only"
-    return STOCK_HEADS["dense" if family.heads_locked and not family.locked_by else family.stock.heads]
+    return STOCK_HEADS["dense" if family.heads_locked and not family.locked_by else family.stock.head_counts]

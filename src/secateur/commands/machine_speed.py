@@ -93,10 +93,10 @@ def product_rate(
 
     Args:
         device: where to compute.
-        size: rows and columns of the right factor, and columns of the left one.
-        repeats: number of runs after the first, of which the fastest counts.
-        rows: rows of the left factor; `size` by default.
-        dtype: of both factors.
+        size: number of rows and columns of the right factor, and of columns of the left factor.
+        repeats: number of runs after a first one; the fastest run counts.
+        rows: number of rows of the left factor; `size` by default.
+        dtype: dtype of both factors.
     """
     square = torch.randn(size, size, device=device).to(dtype)
     left = square[: rows or size]

@@ -69,7 +69,7 @@ def summarize(
         vllm_unsupported=format.vllm_unsupported_reason(
             [plan.widths.get(index, width) for index, width in enumerate(dense)]
         ),
-        bos=run.begins_with_bos,
+        begins_with_bos=run.begins_with_bos,
         tokens=rows.grouped.groups[0].numel(),
         seconds=seconds,
         peak_bytes=peak,

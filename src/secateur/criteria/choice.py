@@ -22,9 +22,9 @@ EXPERTS = ("reroute", "reap", "frequency", "random")
 DEFAULT = "surgeon"
 """Default criterion of heads and of channels."""
 IDENTITY = "second-moment-identity"
-"""Criterion second-moment with the identity as covariance; chosen by an option of its own, not by name."""
+"""Criterion second-moment with the identity as covariance. `--sigma identity` selects it, not its name."""
 _NAMES = re.compile(r'^@\w*criterion\("([\w-]+)"', re.MULTILINE)
-# Names are read off the source files, so that a misspelt one is found before torch is imported.
+# Names are read from the text of the source files, so that a misspelt name is found before torch is imported.
 _SOURCES = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
 _FOUND = [name for text in _SOURCES for name in _NAMES.findall(text) if name != IDENTITY]
 CRITERIA: tuple[str, ...] = tuple(sorted(_FOUND, key=lambda name: name != DEFAULT))
@@ -40,7 +40,7 @@ class Choice:
     channels: str | None
     """Criterion of the channels; None if no channel is removed."""
     preselection: str | None = None
-    """Preselection: a plug-in's criterion that finds heads which are removed before all others."""
+    """Preselection: a plug-in's criterion that selects heads to remove before all others."""
     experts: str = EXPERTS[0]
     """Criterion of the experts."""
     text: str = field(default="", compare=False)

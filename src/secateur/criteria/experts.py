@@ -7,8 +7,8 @@
 | `frequency` | the expert to which the fewest tokens are routed |
 | `random` | a random expert, for comparison |
 
-Weights do not change here, and the model's own router chooses the routes. If experts lie in groups, every group loses
-the same number.
+Weights are not refitted here, and the model's own router chooses the routes. If experts are in groups, every group
+loses the same number.
 
 Shapes: n tokens, m of them, e experts that are left, d residual width.
 """
@@ -25,9 +25,10 @@ from secateur.model.mixture import Routes
 from secateur.model.structure import PrunableModule
 
 MAX_TOKENS = 4096
-"""Most calibration tokens on which an order is found: each token runs through many experts."""
+"""Largest number of calibration tokens from which an order is computed; each of these tokens runs through many
+experts."""
 STEP = 16
-"""Divisor of the number of experts: one in sixteen is removed per round."""
+"""Divisor of the number of experts that gives the number removed per round: one in sixteen."""
 
 
 class ExpertOrder(NamedTuple):
@@ -55,7 +56,7 @@ def expert_order(name: str, routed: RoutedTokens, stop: int, seed: int = 0) -> E
         seed: seed of the criterion `random`.
     """
     processes, mixture = routed.processes, routed.mixture
-    groups, alive = mixture.module.groups, mixture.every
+    groups, alive = mixture.module.groups, mixture.all_routed
     scores = None if name == "reroute" else SCORES[name](routed, mixture.route(routed.x_nd, alive), seed)
     order: list[int] = []
     counts, errors = [], []

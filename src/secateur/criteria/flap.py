@@ -1,4 +1,4 @@
-"""FLAP: how much a unit's contribution fluctuates around its mean, which a bias can replace.
+"""FLAP: the score of a unit is how much its contribution fluctuates around the mean; a bias can replace the mean.
 
 With x_j the inputs of the output projection and W its weight, inputs first, the three metrics of input j are
 

@@ -1,7 +1,7 @@
 """LLM-Pruner: how much the loss changes, to first or second order, if the weights of a unit become zero.
 
-With g the gradient of the loss with respect to a weight w, and h the diagonal of the empirical Fisher matrix, which
-stands in for the Hessian matrix,
+With g the gradient of the loss with respect to a weight w, and h the diagonal of the empirical Fisher matrix (an
+approximation of the Hessian matrix),
 
     vector      |sum g w|           with the sum over one row of a matrix
     element1    |g w|
@@ -27,19 +27,19 @@ from secateur.criteria.statistics import sum_by_unit
 from secateur.model.structure import PrunableModule
 
 
-@criterion("llm-pruner-vector", kind="from_gradients")
+@criterion("llm-pruner-vector", field="from_gradients")
 def vector(module: PrunableModule, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Return a score for each unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.sum(1).abs())
 
 
-@criterion("llm-pruner-element1", kind="from_gradients")
+@criterion("llm-pruner-element1", field="from_gradients")
 def element1(module: PrunableModule, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Return a score for each unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.abs().sum(1))
 
 
-@criterion("llm-pruner-element2", kind="from_gradients", squared_gradients=True)
+@criterion("llm-pruner-element2", field="from_gradients", squared_gradients=True)
 def element2(module: PrunableModule, weights: Named, gradient: Named, square: Named) -> Tensor:
     """Return a score for each unit (units), float64."""
     products = _products(module, weights, gradient)

@@ -35,21 +35,21 @@ def error_curve(
     stats: Statistics,
     axis: str,
     stop: int,
-    choice: Statistics | None = None,
+    order_stats: Statistics | None = None,
     weights_at: Collection[int] = (),
 ) -> Elimination:
     """Return the error after the best refit at every width from the dense one down to `stop`.
 
     Args:
-        criterion: decides the order of removal.
+        criterion: the criterion that determines the order of removal.
         stats: statistics on which the errors are measured.
-        axis: along which units are removed.
+        axis: name of the axis along which units are removed.
         stop: number of units that are left.
-        choice: statistics that decide the order, if not `stats`.
+        order_stats: statistics that determine the order, if not `stats`.
         weights_at: numbers of removed units at which the refitted weights are returned.
     """
-    greedy = criterion.ranking is not None and choice is None and not criterion.removed_first
-    order = None if greedy else removal_order(criterion, choice or stats, axis, stop)
+    greedy = criterion.ranking is not None and order_stats is None and not criterion.removed_first
+    order = None if greedy else removal_order(criterion, order_stats or stats, axis, stop)
     return elimination(stats, axis, stop, order=order, weights_at=weights_at)
 
 
@@ -83,7 +83,7 @@ def put_first(scores: Tensor, first: frozenset[int], per_group: int) -> Tensor:
         return scores
     is_first = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     is_first[list(first)] = True
-    # More than the summed scores of two groups can differ by.
+    # Larger than the difference between the summed scores of any two groups.
     step = 2 * per_group * float(scores.max() - scores.min()) or 1.0
     return torch.where(is_first, scores - step, scores)
 

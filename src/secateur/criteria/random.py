@@ -1,4 +1,4 @@
-"""Random scores from a seed: the baseline that every other criterion has to beat."""
+"""Random scores from a seed, as a baseline for other criteria."""
 
 import torch
 from torch import Tensor

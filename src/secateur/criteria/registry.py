@@ -55,18 +55,18 @@ _CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, *, kind: str = "score", input_moments: bool = False, squared_gradients: bool = False
+    name: str, *, field: str = "score", input_moments: bool = False, squared_gradients: bool = False
 ) -> Callable[[Function], Function]:
     """Register a function as a criterion.
 
     Args:
         name: value of `--criterion`.
-        kind: what the function is, a field of `Criterion`: `score`, `ranking` or `from_gradients`.
+        field: field of `Criterion` that the function becomes: `score`, `ranking` or `from_gradients`.
         input_moments, squared_gradients: what the function needs, see `Criterion`.
     """
 
     def register(function: Function) -> Function:
-        fields: dict[str, Any] = {kind: function}
+        fields: dict[str, Any] = {field: function}
         _CRITERIA[name] = Criterion(**fields, input_moments=input_moments, squared_gradients=squared_gradients)
         return function
 

@@ -1,8 +1,8 @@
-"""Some tokens at a mixture of experts, and the mixture's output for them on any routes.
+"""Some tokens at a mixture of experts, and the mixture's output for them if they are routed to given experts.
 
     y_n = sum_k gate_nk * expert_{e_nk}(x_n),     loss_n = w_n ||target_n - y_n||^2
 
-The output of each pair of token and expert is computed once, when it is first needed, and kept.
+The output of an expert for a token is computed when it is first needed, and then kept.
 
 Shapes: n tokens, m of them, d residual width, k experts per token.
 """
@@ -32,7 +32,7 @@ class RoutedTokens:
     weight_n: Tensor
     """Token weights."""
     to_error_units: Callable[[Tensor, Tensor], Tensor]
-    """Function from experts' outputs (m x d) and their tokens (m) to these outputs in error units."""
+    """Function that converts experts' outputs (m x d) for some tokens (m) to error units."""
     processes: Processes
     _index: Tensor = field(init=False)
     """Row of `_outputs` for each token and expert (n x experts); -1 for pairs that were not computed yet."""
@@ -53,7 +53,7 @@ class RoutedTokens:
         return torch.arange(len(self.x_nd), device=self.x_nd.device)
 
     def output(self, tokens: Tensor, routes: Routes) -> Tensor:
-        """Return the mixture's output for some tokens on their routes (m x d)."""
+        """Return the mixture's output for some tokens with their routes (m x d)."""
         return (routes.gates[:, None] @ self._expert_outputs(tokens, routes.experts))[:, 0]
 
     def losses(self, tokens: Tensor, output_md: Tensor) -> Tensor:
@@ -61,10 +61,11 @@ class RoutedTokens:
         return (self.target_nd[tokens] - output_md).square().sum(1) * self.weight_n[tokens]
 
     def rerouted_output(self, tokens: Tensor, before: Routes, output_md: Tensor, after: Routes) -> Tensor:
-        """Return the output for some tokens on new routes (m x d), given the output on the routes before.
+        """Return the output for some tokens with new routes (m x d), from their output with the routes before.
 
-        If one expert replaces another and the other gates keep their ratios, only these two experts are looked up.
-        Looking up k experts per token, for each expert that may be removed, is most of the cost of an order.
+        If one expert replaces another and the other gates keep their ratios, only the outputs of these two experts are
+        read. Reading the outputs of all k experts per token, for each expert that may be removed, would take most of
+        the time of computing an order.
         """
         if before.experts.shape != after.experts.shape:
             return self.output(tokens, after)
@@ -89,7 +90,8 @@ class RoutedTokens:
         return self._outputs[self._index[tokens[:, None], experts]]
 
     def run_experts(self, tokens: Tensor, experts: Tensor) -> None:
-        """Run experts (m x k) on those tokens (m) that they have not run on; many at once are faster."""
+        """Run experts (m x k) on tokens (m), except for pairs that are computed already. One call for many tokens is
+        faster than many calls."""
         missing, total = self._index[tokens[:, None], experts] < 0, len(self.x_nd)
         # Sorted by expert, each pair once.
         pairs = (experts * total + tokens[:, None])[missing].unique()
@@ -97,7 +99,9 @@ class RoutedTokens:
         for expert, mine in zip(found.tolist(), (pairs % total).split(counts.tolist()), strict=True):
             first, self._count = self._count, self._count + len(mine)
             self._reserve(self._count, first)
-            self._outputs[first : self._count] = self.to_error_units(self.mixture.given(expert, self.x_nd[mine]), mine)
+            self._outputs[first : self._count] = self.to_error_units(
+                self.mixture.ungated_output(expert, self.x_nd[mine]), mine
+            )
             self._index[mine, expert] = torch.arange(first, self._count, device=mine.device)
 
     def _reserve(self, count: int, used: int) -> None:

@@ -6,8 +6,9 @@ For y = B act(A x) and S = E[x x'], the uncentred covariance of the module's inp
 
 - A bias of the input projection is one more input that is always one.
 - A gated feed-forward is two such modules, (up, down) and (gate, down); a channel's score is their product.
-- In an attention, the probabilities are folded into the input, X^ = softmax(..) X. Then A is the value layer, and
-  A_j S^ A_j' is the mean square of input j of the output projection. A head's score is the sum over its inputs.
+- In an attention, the input is multiplied by the attention probabilities, X^ = softmax(..) X. Then A is the value
+  layer, and A_j S^ A_j' is the mean square of input j of the output projection. A head's score is the sum over its
+  inputs.
 - S comes from the rows on which the statistics were measured: calibration rows, or random token ids. Without such rows,
   S and S^ are the identity, and the mean input is zero.
 
@@ -67,7 +68,7 @@ def _value_norms(stats: Statistics) -> Tensor:
         if slab is None:
             continue
         rows = rows_of(slab, stats.tensors).double()
-        # If one matrix gives a head's keys and values, the values come last.
+        # If one layer computes a head's keys and values, the values come last.
         norms = rows.square().view(slab.units, slab.size, -1).sum(2)[:, -module.size :]
         heads_per_group = module.units // slab.units
         total += norms.repeat_interleave(heads_per_group, dim=0).flatten()

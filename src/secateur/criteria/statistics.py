@@ -1,4 +1,4 @@
-"""Statistics of one module: all that a criterion may read, and nothing else.
+"""Statistics of one module: everything that a criterion may read.
 
 Shapes: a inputs of the output projection, o outputs (the residual width), u units.
 """
@@ -41,7 +41,7 @@ class Statistics:
 
     @cached_property
     def normal(self) -> NormalEquations:
-        """Penalised normal equations of the refit. They take the matrices over from `moments`."""
+        """Penalised normal equations of the refit. The matrices of `moments` are moved into them, not copied."""
         (gram, cross), energy = self.moments.take(), self.moments.energy()
         target_cross = None if self.target_is_old_output else cross
         old = self.weight_ao if self.ridge_centre_ao is None else self.ridge_centre_ao
@@ -69,8 +69,8 @@ def sum_by_unit(module: PrunableModule, tensors: Mapping[str, Tensor], function:
     Args:
         module: the module.
         tensors: a value for each weight, by tensor name.
-        function: maps rows (rows x entries) to one value a row. Rows are rows of the input projections and columns of
-            the output projection.
+        function: function from rows (rows x entries) to one value for each row: the rows of input projections and the
+            columns of the output projection.
     """
     total = torch.zeros(module.units, dtype=torch.float64, device=tensors[module.output_projection.name].device)
     for slab in (*module.input_projections, module.output_projection):

@@ -2,4 +2,4 @@
 
 from secateur.families.entry import Family, Gguf, Stock
 
-FAMILIES = {"arcee": Family(gate=None, stock=Stock(heads="divisors"), gguf=Gguf(("arcee",)))}
+FAMILIES = {"arcee": Family(gate=None, stock=Stock(head_counts="divisors"), gguf=Gguf(("arcee",)))}

@@ -8,6 +8,6 @@ FAMILIES = {
         final_norm="model.final_layernorm",
         token_mixer=TokenMixer("mamba", "out_proj", "linear_attention"),
         returns_tuple=True,
-        stock=Stock(partial="partial_rotary_factor"),
+        stock=Stock(partial_rotary_key="partial_rotary_factor"),
     ),
 }

@@ -31,7 +31,7 @@ BLOOM = Family(
     adds_residual=True,
     returns_tuple=True,
     for_rows=_repeated_slopes,
-    stock=Stock(channels="ffn_dim", derived=True, heads="dense", theta=None),
+    stock=Stock(channels_key="ffn_dim", derives_channels=True, head_counts="dense", theta_key=None),
     gguf=Gguf(("bloom",), activation="gelu", epsilon="layer_norm_epsilon"),
 )
 

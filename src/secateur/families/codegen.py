@@ -14,6 +14,6 @@ FAMILIES = {
         down="fc_out",
         final_norm="transformer.ln_f",
         heads_locked="its queries, keys and values lie in four equal parts, each with a quarter of the heads",
-        stock=Stock(channels="n_inner", heads="dense", theta=None),
+        stock=Stock(channels_key="n_inner", head_counts="dense", theta_key=None),
     ),
 }

@@ -35,7 +35,7 @@ FAMILIES = {
     "deepseek_v2": Family(
         latent=LATENT,
         experts=replace(DEEPSEEK_EXPERTS, gating="softmax", gates_sum_to_one=False),
-        stock=Stock(heads="divisors"),
+        stock=Stock(head_counts="divisors"),
         gguf=replace(DEEPSEEK2, input=LATENT_INPUT),
     ),
     "deepseek_v3": Family(
@@ -49,7 +49,7 @@ FAMILIES = {
     ),
     "solar_open": Family(
         experts=DEEPSEEK_EXPERTS,
-        stock=Stock(channels="moe_intermediate_size", partial="partial_rotary_factor"),
+        stock=Stock(channels_key="moe_intermediate_size", partial_rotary_key="partial_rotary_factor"),
         gguf=Gguf(("glm4moe",)),
     ),
     "youtu": Family(latent=LATENT, gguf=DEEPSEEK2),

@@ -1,8 +1,8 @@
-"""The entry of a model family: everything that secateur knows of one model_type, as data.
+"""The entry of a model family: everything that secateur knows about one model_type, as data.
 
 Names of layers are relative to the block, except for `blocks` and `final_norm`. Sizes, biases and the orientation of
-stored matrices are read from the block itself (on the meta device), so that most entries are a few names. Where a
-family computes something that no field describes, a field takes a function: a hook in the family's own file.
+stored matrices are read from the block itself (on the meta device), so most entries are a few names. If no field can
+describe what a family computes, a field holds a function (a hook) from the family's own file.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of the feed-forward, in all blocks or in some."""
+    """Mixture of experts in the feed-forward's place, in all blocks or in some."""
 
     experts: str = "experts"
     """Submodule that holds the matrices of all experts; their first axis is the expert."""
@@ -31,9 +31,9 @@ class Experts:
     shared_expert: str | None = None
     """Submodule of the shared expert, which is applied to all tokens."""
     shared_expert_gate: str | None = None
-    """Submodule that computes the gate of the shared expert; None where its output is added in full."""
+    """Submodule that computes the gate of the shared expert; None if the shared expert has no gate."""
     shared_expert_width: str | None = None
-    """Config key of the shared expert's width; None where that follows from the width of the other experts."""
+    """Config key of the shared expert's width; None if its width is a multiple of the other experts' width."""
     groups: tuple[str, str] | None = None
     """Config keys of the number of groups of experts, and of the number of groups that a token may choose from. All
     groups keep the same number of experts."""
@@ -47,85 +47,87 @@ class Experts:
     gating: Literal["softmax", "sigmoid"] = "sigmoid"
     """Function from a router's logits to gates; read where a GGUF file is read or written."""
     gates_sum_to_one: bool | None = None
-    """Whether the gates of a token are divided by their sum; None where `norm_topk_prob` in the config decides."""
+    """Whether the class divides the gates of a token by their sum: always, never, or (None) if the config's
+    `norm_topk_prob` is true."""
     stored: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("gate_up_proj", ("gate_proj", "up_proj")),
         ("down_proj", ("down_proj",)),
     )
-    """Tensors of `experts`, and the names under which checkpoints store their parts, expert by expert."""
+    """Tensors of the submodule `experts`, each with the names of the parts that checkpoints store for every expert."""
     renamed: tuple[tuple[str, str], ...] = ()
-    """Parts of tensor names: the model's, and the checkpoints'."""
+    """Pairs of strings: a part of tensor names in the model, and the part that checkpoints have in its place."""
     stacked: bool = False
     """Whether checkpoints store the matrices of all experts of a block in one tensor, not expert by expert."""
     inputs_first: bool = False
     """Whether stacked matrices have inputs first (experts x inputs x outputs)."""
     alternating: bool = False
-    """Whether stacked matrices hold the outputs of gate and up in turn, and experts have biases."""
+    """Whether the rows of gate and up projection alternate in stacked matrices; the experts then have biases."""
 
 
 @dataclass(frozen=True)
 class TokenMixer:
-    """A token mixer in the attention's place in some blocks: linear attention or a convolution. It is never pruned."""
+    """Token mixer in the attention's place in some blocks: linear attention, Mamba or a convolution. It is never
+    pruned."""
 
     path: str
     """Submodule of the block."""
     output: str
     """Output layer inside that submodule."""
     layer_type: str
-    """Name, in the config's `layer_types`, of the blocks with this token mixer."""
+    """Value in the config's `layer_types` for blocks with this token mixer."""
 
 
 class KvSharing(NamedTuple):
-    """An attention's part in the sharing of keys and values between blocks."""
+    """How one attention shares keys and values with the attentions of other blocks."""
 
     layer_type: str
-    """The blocks that share keys and values with each other are of one layer type."""
+    """Layer type of the block. Only blocks of the same layer type share keys and values."""
     lends: bool
-    """Whether later blocks attend to the keys and values of this attention; else it attends to those of an earlier
-    block."""
+    """True if later blocks use the keys and values of this attention; False if this attention uses an earlier
+    block's."""
     entries: int
-    """Entries of a token's keys; its values have as many."""
+    """Number of entries of one token's keys, and also of its values."""
     head_dim: int
     """Entries per head."""
 
 
 @dataclass(frozen=True)
 class Stock:
-    """Spelling of widths and rotary settings in the config class of one model_type, and the widths that the class
-    accepts."""
+    """Config keys with which the stock class of one model_type reads widths and rotary settings, and the widths that
+    the class accepts."""
 
-    channels: str = "intermediate_size"
+    channels_key: str = "intermediate_size"
     """Config key of the feed-forward width."""
-    derived: bool = False
+    derives_channels: bool = False
     """Whether the class derives the feed-forward width and reads no key for it; only the format `hf` can change it."""
-    same: tuple[str, ...] = ()
-    """Further config keys with the feed-forward width in the family's own checkpoints."""
-    also: tuple[tuple[str, Any], ...] = ()
-    """Keys and values that make the class take the width as it is written."""
-    heads: Literal["any", "divisors", "dense"] = "any"
-    """Numbers of heads with which the class loads: any; divisors of hidden_size; or only the dense number, from which
-    the class derives the head size."""
-    heir: tuple[str, str] | None = None
-    """A model_type with the same forward pass that accepts the numbers of heads that this one refuses, and its
-    class."""
-    heir_keys: tuple[tuple[str, Any], ...] = ()
-    """Keys and values of the heir's config that give it this one's forward pass."""
+    channels_aliases: tuple[str, ...] = ()
+    """Other config keys that hold the feed-forward width in the family's own checkpoints."""
+    fixed_values: tuple[tuple[str, Any], ...] = ()
+    """Config keys and values with which the class uses the written width unchanged."""
+    head_counts: Literal["any", "divisors", "dense"] = "any"
+    """Numbers of heads that the class accepts: any number; divisors of hidden_size; or the dense number only, because
+    the class computes the head size as hidden_size / heads."""
+    fallback: tuple[str, str] | None = None
+    """model_type and class that compute the same and accept the numbers of heads that this class refuses."""
+    fallback_values: tuple[tuple[str, Any], ...] = ()
+    """Config keys and values with which the fallback computes the same as this class."""
     fused_longrope: bool = False
     """Whether the class checks the number of LongRoPE factors against hidden_size // heads and ignores head_dim."""
-    theta: str | None = "rope_theta"
-    """Key of the rotary base in transformers 4.57; None where positions are learned."""
-    local_theta: str | None = None
-    """Key of the rotary base of sliding-window layers in 4.57, where rope_parameters is by layer type."""
-    partial: str | None = None
-    """Key of the rotated share of a head in 4.57."""
-    by_type: bool = False
-    """Whether the class reads `per_layer_config` by layer type, so that all layers of one type must be alike there."""
-    scaling_type: str = "rope_type"
-    """Name of the kind of scaling inside rope_scaling in 4.57."""
+    theta_key: str | None = "rope_theta"
+    """Config key of the rotary base in transformers 4.57; None if positions are learned."""
+    local_theta_key: str | None = None
+    """Config key of the rotary base of sliding-window layers in transformers 4.57, if `rope_parameters` in version 5
+    has one entry for each layer type."""
+    partial_rotary_key: str | None = None
+    """Config key of the rotated share of a head in transformers 4.57."""
+    per_layer_by_type: bool = False
+    """Whether the class reads `per_layer_config` once for each layer type, so that layers of one type cannot differ."""
+    scaling_type_key: str = "rope_type"
+    """Key inside `rope_scaling` of the kind of scaling, in transformers 4.57."""
 
 
 class GgufContents(Protocol):
-    """A GGUF file, as far as the hook of a family reads it."""
+    """Interface of a GGUF file for the hooks of families."""
 
     @property
     def blocks(self) -> int:
@@ -140,10 +142,10 @@ class GgufContents(Protocol):
         """Tensors by llama.cpp's names."""
 
     def common(self, key: str, default: Any = None) -> Any:
-        """Return a number that all blocks share; the list of numbers where they differ."""
+        """Return the number that all blocks have, or the list of numbers if blocks differ."""
 
     def layer_types(self) -> list[str]:
-        """Return the type of attention of each block; an empty list where the file does not state it."""
+        """Return the type of attention of each block; an empty list if the file does not state it."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, outputs before inputs."""
@@ -156,80 +158,85 @@ def no_config(_: GgufContents) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class GgufInput:
-    """Facts with which secateur itself reads GGUF files of the family, where metadata and tensor shapes do not give
-    them."""
+    """Facts that secateur needs to read GGUF files of the family, and that metadata and tensor shapes do not give."""
 
     architecture: str
     """llama.cpp's name of the architecture."""
     dense: bool = False
-    """Whether secateur also reads files without experts; else transformers reads them."""
+    """Whether secateur also reads files without experts; otherwise transformers reads them."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """Metadata keys that a file must have, and the config's keys of the same values, in addition to `Gguf.keys`."""
+    """Further metadata keys that a file must have, with the config keys of the same values; see `Gguf.keys`."""
     known_keys: frozenset[str] = frozenset()
-    """Further metadata keys that a file may have; they are read one by one, or follow from tensors."""
+    """Further metadata keys that a file may have. Either the hook `config` reads them, or tensors give the same
+    values."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Constants in llama.cpp's code for the architecture, by config key."""
-    pairs: bool = False
-    """Whether neighbouring entries of a head rotate together in files, and entries half a head apart in checkpoints."""
+    """Values, by config key, that are constants in llama.cpp's code for the architecture."""
+    permuted: bool = False
+    """Whether files have the entries of query and key heads in another order than checkpoints: for interleaved rotary
+    embeddings, in which neighbouring entries of a head rotate together."""
     scales_queries: bool = False
-    """Whether the class can scale queries with their positions, as some files require."""
+    """Whether the class can scale queries by a factor that grows with the position, as some files require."""
     yarn: Mapping[str, Any] = field(default_factory=dict)
-    """Rotary settings with which the class computes yarn as llama.cpp does."""
+    """Rotary settings with which the class computes YaRN as llama.cpp does."""
     config: Callable[[GgufContents], Mapping[str, Any]] = no_config
-    """Hook that returns further config values, computed from a file."""
+    """Hook that computes further config values from a file."""
     linear: Literal["grouped", "tiled"] | None = None
-    """Order of the value heads of linear attention in files: all of one key head after the other; or the first of every
-    key head, then the second ones. Blocks without keys have linear attention."""
+    """Order of the value heads of linear attention in files. `grouped`: all value heads of the first key head, then all
+    of the second, and so on. `tiled`: the first value head of every key head, then the second of every key head.
+    Blocks without keys have linear attention."""
 
 
 @dataclass(frozen=True)
 class Gguf:
-    """Facts with which GGUF files of the family are written for llama.cpp, and read."""
+    """Facts that secateur needs to write GGUF files of the family for llama.cpp, and to read them."""
 
     architectures: tuple[str, ...] = ()
     """llama.cpp's architectures that compute the family, the preferred one first."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """Metadata keys that only some families have, and the config's keys of the same values. They are written, and must
-    be there when secateur itself reads a file."""
+    """Metadata keys that only some families have, with the config keys of the same values. They are written, and a file
+    that secateur itself reads must have them."""
     unlike: str | None = None
-    """Difference between llama.cpp's computation and the family's, as a clause. If there is one, no file is written."""
+    """Clause that says what llama.cpp computes differently from the family's class. If there is one, no file is
+    written."""
     unlike_inside: Mapping[str, str] = field(default_factory=dict)
-    """The same for decoders inside multimodal models, by the model_type of the multimodal model."""
+    """Such clauses for decoders inside multimodal models, by model_type of the multimodal model."""
     activation: str = "hidden_act"
-    """Config key of the activation function; or the function itself, where the class fixes it."""
+    """Config key of the activation function; or the name of the function, if it is a constant of the class."""
     epsilon: str = "rms_norm_eps"
     """Config key of the epsilon of norms."""
     query_gate: bool = False
     """Whether the query layer also holds rows of a gate on each head's output, after the head's query rows."""
     transposed: bool = False
     """Whether checkpoints store matrices inside blocks with inputs first."""
-    pairs: bool = False
-    """Whether neighbouring entries of a head rotate together in checkpoints."""
+    interleaved_rope: bool = False
+    """Whether checkpoints have interleaved rotary embeddings: neighbouring entries of a head rotate together, not
+    entries half a head apart."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Metadata keys that transformers ignores although the config has a key for the value; with these config keys."""
+    """Metadata keys that transformers ignores although the config has a key for the value, with this config key."""
     deepest: int | None = None
-    """Number of blocks by which llama.cpp recognises Gemma's 27B models: it scales their attention scores by
-    hidden_size / heads, those of the other sizes by the head size."""
+    """Number of blocks of the 27B model of a Gemma family. llama.cpp recognises this model by the number, and scales
+    its attention scores by hidden_size / heads; in the other sizes it scales them by the head size."""
     input: GgufInput | None = None
-    """Facts with which secateur itself reads GGUF files; None where transformers reads them."""
+    """Facts that secateur needs to read GGUF files; None if transformers reads them."""
 
 
 @dataclass(frozen=True)
 class Vllm:
-    """Limits of vLLM for the family; each reason is a clause that ends in what can be done instead."""
+    """Limits of vLLM for the family. Reasons are clauses that end with what the user can do instead."""
 
-    derives_head_size: str | None = None
-    """Advice on what to do instead of removing heads, where vLLM's own class derives the head size from the number of
-    heads; None elsewhere."""
+    instead_of_fewer_heads: str | None = None
+    """Clause that says what to do instead of removing heads, if vLLM's own class computes the head size as hidden_size
+    / heads; else None."""
     backend: str | None = None
-    """Reason why vLLM's transformers backend cannot run the family with a width for each block; None where it can."""
+    """Reason why vLLM's transformers backend cannot run the family with a different width in each block; None if it
+    can."""
     stock: Callable[[Any], str | None] | None = None
-    """Hook that returns why vLLM's own class cannot run a config of the family with fewer heads; None where it can."""
+    """Hook that returns why vLLM's own class cannot run a config of the family with fewer heads; None if it can."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Entry of one model_type: all that secateur knows of the family. Defaults are Llama's."""
+    """Entry of one model_type: all that secateur knows about the family. The defaults describe Llama."""
 
     blocks: str = "model.layers"
     attention: str = "self_attn"
@@ -240,27 +247,28 @@ class Family:
     fused: str | None = None
     """Fused layer of queries, keys and values; None for three layers."""
     interleaved: bool = False
-    """Whether the fused layer holds queries, key and value of one KV group after the other, not all queries first."""
+    """Whether the fused layer holds the queries, key and value of the first KV group, then those of the second, and so
+    on; otherwise it holds all queries, then all keys, then all values."""
     key_value_heads: Callable[[Any], int] | None = None
-    """Number of key/value heads of a config, where that is not its num_key_value_heads."""
+    """Hook that returns the number of key/value heads of a config, if the config has no num_key_value_heads."""
     ungrouped: bool = False
-    """Whether every query head has its own key/value head. Sizes then follow from the number of heads, whatever else
-    the config says."""
+    """Whether every query head has its own key/value head, whatever the config says."""
     latent: tuple[str, str] | None = None
-    """Multi-head latent attention: the layer that makes the latent vector that all heads share, and the layer that
-    makes keys and values of it. Queries may be made of such a vector too, by `latent_queries` in place of `queries`."""
+    """Layers of latent attention: the layer that computes the latent vector that all heads share, and the layer that
+    computes keys and values from it. Queries may be computed from a latent vector too, by the layer
+    `latent_queries`."""
     latent_queries: str = "q_b_proj"
     sinks: str | None = None
     """Parameter of the attention with one entry for each query head."""
     feed_forward: str | None = "mlp"
-    """Feed-forward submodule; None where its layers are children of the block itself."""
+    """Feed-forward submodule; None if its layers are children of the block itself."""
     up: str = "up_proj"
     gate: str | None = "gate_proj"
     down: str = "down_proj"
     fused_gate: str | None = None
     """Fused layer with the rows of the gate, then the rows of the up layer; None for two layers."""
     activation: str | None = None
-    """Activation of the feed-forward, where it is a submodule with parameters of its own."""
+    """Activation of the feed-forward, if it is a submodule with parameters."""
     final_norm: str = "model.norm"
     """Norm between the last block and the output layer, by its name in the whole model."""
     norm_offset: bool = False
@@ -270,15 +278,16 @@ class Family:
     """Norms between the output projection and the residual stream."""
     norm_before_attention: str | None = None
     norm_before_feed_forward: str | None = None
-    """Norms between the residual stream and the input projections. They are named only where norms also follow the
-    modules: their gains show how strongly later layers read what a module writes."""
+    """Norms between the residual stream and the input projections. They are named only in families whose modules also
+    have a norm after them: the gains of the norms before later modules show how strongly these read a module's
+    output."""
     heads_locked: str | None = None
-    """Reason why single heads cannot be removed exactly, so that a block keeps all of its heads or none; None where
-    they can."""
+    """Reason why single heads cannot be removed exactly, so that a block keeps all of its heads or none; None if they
+    can."""
     locked_by: str | None = None
-    """Config key that must be true for heads to be locked; None where they always are."""
+    """Config key that must be true for heads to be locked; None if they are always locked."""
     attention_fixed: bool = False
-    """Whether the attention cannot be removed as a whole where heads are locked."""
+    """Whether the whole attention cannot be removed either, if heads are locked."""
     adds_residual: bool = False
     """Whether the attention and the feed-forward add their outputs to the residual stream themselves."""
     returns_tuple: bool = False
@@ -291,24 +300,24 @@ class Family:
     block_multiplier: str | None = None
     """Buffer of the block: a factor on the whole residual stream after the block."""
     per_layer_input: str | None = None
-    """Config key of the width of a second input of each block, which depends on the token alone and is added after
-    both modules."""
+    """Config key of the width of a second input of each block. The second input depends on the token alone, and a
+    function of it is added to the residual stream after both modules."""
     per_layer_output: str = "per_layer_projection"
-    """Layer with which a block adds a function of the second input to the residual stream."""
+    """Layer whose output is this function of the second input."""
     kv_sharing: Callable[[Any, nn.Module], KvSharing | None] | None = None
-    """Hook that returns, for a config and one of its attentions, how that shares keys and values with others."""
+    """Hook that returns, for a config and one attention of the model, how the attention shares keys and values."""
     pre_norm: str | None = None
-    """Config key that is false where norms act on the residual stream itself, so that no module can repair the error of
-    the modules before it."""
+    """Config key that is false if norms are applied to the residual stream itself, so that no module can repair the
+    error of the modules before it."""
     for_rows: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
-    """Hook that returns a block's keyword arguments for a number of rows, from those for one row; None where these
-    broadcast."""
+    """Hook that returns a block's keyword arguments for a number of rows, from its keyword arguments for one row; None
+    if the arguments for one row broadcast."""
     heads_by_layer_type: bool = False
     """Whether blocks with a sliding window have heads of another size and number than blocks without."""
     experts: Experts | None = None
     """Mixture of experts in the feed-forward's place in some blocks, or in all."""
     stock: Stock = field(default_factory=Stock)
-    """Format `stock`: spelling of widths in the config of the family's own class."""
+    """Format `stock`: config keys of widths, and the widths that the stock class accepts."""
     gguf: Gguf = field(default_factory=Gguf)
     """Format `gguf`: llama.cpp's architectures and the layout of its files."""
     vllm: Vllm = field(default_factory=Vllm)
@@ -321,7 +330,8 @@ class Family:
 
     @property
     def mixture(self) -> str:
-        """Path of the submodule that holds experts and router, with a dot; empty where the block itself does."""
+        """Path of the submodule that holds experts and router, with a dot at the end; empty if the block itself holds
+        them."""
         assert self.experts is not None
         return "" if self.experts.parallel_norms else f"{self.feed_forward}."
 
@@ -334,25 +344,25 @@ class Family:
         return self.pre_norm is None or bool(getattr(config, self.pre_norm))
 
     def lock(self, config: Any) -> str | None:
-        """Return why heads cannot be removed exactly from the blocks of a config; None where they can."""
+        """Return why heads cannot be removed exactly from the blocks of a config; None if they can."""
         return self.heads_locked if self.locked_by is None or getattr(config, self.locked_by, None) else None
 
 
 @dataclass(frozen=True)
 class Twin:
-    """Decoder inside multimodal models that has no causal language model class of its own, and computes the same as a
-    family if the input is text alone.
+    """Decoder inside multimodal models that has no class for causal language models, and computes the same as a family
+    if the input is text alone.
 
-    Its rotary embeddings have separate positions for time, height and width; in text, all three are equal.
+    The decoder's rotary embeddings have separate positions for time, height and width. In text, all three are equal.
     """
 
     family: str
     """model_type of the family."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Config values of the family for which both compute the same."""
+    """Config values with which the family computes the same as the decoder."""
     derives_head_size: bool = False
-    """Whether the decoder's class derives the head size, unlike the family's."""
+    """Whether the decoder's class, unlike the family's, computes the head size as hidden_size / heads."""
     inputs_first: bool = False
     """Whether checkpoints may store matrices of experts with inputs first."""
     gguf: Gguf = field(default_factory=Gguf)
-    """Facts about GGUF files of the decoder, as in `Family`."""
+    """GGUF files of the decoder; see `Family.gguf`."""

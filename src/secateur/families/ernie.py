@@ -3,7 +3,7 @@
 from secateur.families.entry import Experts, Family, Gguf, GgufInput
 
 FAMILIES = {
-    "ernie4_5": Family(gguf=Gguf(("llama", "deci"), pairs=True)),
+    "ernie4_5": Family(gguf=Gguf(("llama", "deci"), interleaved_rope=True)),
     "ernie4_5_moe": Family(
         experts=Experts(
             number="moe_num_experts",
@@ -13,6 +13,6 @@ FAMILIES = {
             gates_sum_to_one=True,
             renamed=(("gate.moe_statics.", "moe_statics."),),
         ),
-        gguf=Gguf(("ernie4_5-moe",), pairs=True, input=GgufInput("ernie4_5-moe", fixed={"norm_topk_prob": True})),
+        gguf=Gguf(("ernie4_5-moe",), interleaved_rope=True, input=GgufInput("ernie4_5-moe")),
     ),
 }

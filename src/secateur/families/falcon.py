@@ -24,7 +24,7 @@ FAMILIES = {
         adds_residual=False,
         for_rows=None,
         locked_by="alibi",
-        stock=Stock(channels="ffn_hidden_size", heads="dense", theta=None),
+        stock=Stock(channels_key="ffn_hidden_size", head_counts="dense", theta_key=None),
         gguf=Gguf(("falcon",), activation="activation", epsilon="layer_norm_epsilon"),
     ),
 }

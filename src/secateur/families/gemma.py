@@ -13,7 +13,7 @@ GEMMA2 = Family(
     norm_after_feed_forward="post_feedforward_layernorm",
     norm_before_attention="input_layernorm",
     norm_before_feed_forward="pre_feedforward_layernorm",
-    stock=Stock(heads="divisors"),
+    stock=Stock(head_counts="divisors"),
 )
 CAP = {"attn_logit_softcapping": "attn_logit_softcapping"}
 GEMMA4_KEYS = {
@@ -72,7 +72,7 @@ FAMILIES = {
     "gemma2": replace(GEMMA2, gguf=replace(GEMMA_GGUF, architectures=("gemma2",), keys=CAP, deepest=46)),
     "gemma3_text": replace(
         GEMMA2,
-        stock=Stock(heads="divisors", local_theta="rope_local_base_freq"),
+        stock=Stock(head_counts="divisors", local_theta_key="rope_local_base_freq"),
         gguf=replace(GEMMA_GGUF, architectures=("gemma3",), deepest=62),
     ),
     "gemma4_text": replace(
@@ -91,7 +91,7 @@ FAMILIES = {
             gates_sum_to_one=True,
             stacked=True,
         ),
-        stock=Stock(theta=None, by_type=True),
+        stock=Stock(theta_key=None, per_layer_by_type=True),
         gguf=replace(
             GEMMA_GGUF,
             architectures=("gemma4",),
@@ -100,10 +100,9 @@ FAMILIES = {
                 dense=True,
                 keys=GEMMA4_KEYS,
                 known_keys=frozenset({"attention.value_length_swa", "rope.dimension_count_swa", "rope.freq_base_swa"}),
-                fixed={"norm_topk_prob": True},
                 config=_gemma4_sizes,
             ),
         ),
     ),
-    "vaultgemma": Family(norm_offset=True, stock=Stock(heads="divisors")),
+    "vaultgemma": Family(norm_offset=True, stock=Stock(head_counts="divisors")),
 }

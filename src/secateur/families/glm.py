@@ -3,14 +3,14 @@
 from secateur.families.deepseek import DEEPSEEK2, DEEPSEEK_EXPERTS, LATENT
 from secateur.families.entry import Family, Gguf, GgufInput, Stock
 
-PARTIAL = Stock(partial="partial_rotary_factor")
+PARTIAL = Stock(partial_rotary_key="partial_rotary_factor")
 
 FAMILIES = {
     "glm": Family(
         gate=None,
         fused_gate="gate_up_proj",
         stock=PARTIAL,
-        gguf=Gguf(("chatglm",), pairs=True),
+        gguf=Gguf(("chatglm",), interleaved_rope=True),
     ),
     "glm4": Family(
         gate=None,
@@ -20,7 +20,7 @@ FAMILIES = {
         norm_before_attention="input_layernorm",
         norm_before_feed_forward="post_attention_layernorm",
         stock=PARTIAL,
-        gguf=Gguf(("glm4",), pairs=True),
+        gguf=Gguf(("glm4",), interleaved_rope=True),
     ),
     "glm4_moe": Family(
         experts=DEEPSEEK_EXPERTS,

@@ -13,7 +13,7 @@ FAMILIES = {
         gate=None,
         down="c_proj",
         final_norm="transformer.ln_f",
-        stock=Stock(channels="n_inner", heads="dense", theta=None),
+        stock=Stock(channels_key="n_inner", head_counts="dense", theta_key=None),
         gguf=Gguf(
             ("gpt2",),
             activation="activation_function",

@@ -14,7 +14,7 @@ FAMILIES = {
         gate=None,
         down="dense_4h_to_h",
         final_norm="gpt_neox.final_layer_norm",
-        stock=Stock(heads="dense", theta="rotary_emb_base", partial="rotary_pct"),
+        stock=Stock(head_counts="dense", theta_key="rotary_emb_base", partial_rotary_key="rotary_pct"),
         gguf=Gguf(("gptneox",), keys={"use_parallel_residual": "use_parallel_residual"}, epsilon="layer_norm_eps"),
     ),
 }

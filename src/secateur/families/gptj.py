@@ -12,6 +12,6 @@ FAMILIES = {
         gate=None,
         down="fc_out",
         final_norm="transformer.ln_f",
-        stock=Stock(channels="n_inner", heads="dense", theta=None),
+        stock=Stock(channels_key="n_inner", head_counts="dense", theta_key=None),
     ),
 }

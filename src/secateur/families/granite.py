@@ -27,11 +27,11 @@ FAMILIES = {
                 ("router.weight", "router.layer.weight"),
             ),
         ),
-        stock=Stock(heads="dense"),
+        stock=Stock(head_counts="dense"),
         gguf=Gguf(
             ("granitemoe",),
             keys=SCALES,
-            input=GgufInput("granitemoe", fixed={"norm_topk_prob": True}, pairs=True),
+            input=GgufInput("granitemoe", permuted=True),
         ),
     ),
 }

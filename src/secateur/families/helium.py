@@ -2,4 +2,4 @@
 
 from secateur.families.entry import Family, Gguf, Stock
 
-FAMILIES = {"helium": Family(stock=Stock(heads="dense"), gguf=Gguf(("llama", "deci"), pairs=True))}
+FAMILIES = {"helium": Family(stock=Stock(head_counts="dense"), gguf=Gguf(("llama", "deci"), interleaved_rope=True))}

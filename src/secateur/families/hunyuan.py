@@ -12,6 +12,6 @@ FAMILIES = {
             gating="softmax",
             gates_sum_to_one=True,
         ),
-        gguf=Gguf(("hunyuan-moe",), input=GgufInput("hunyuan-moe", fixed={"norm_topk_prob": True})),
+        gguf=Gguf(("hunyuan-moe",), input=GgufInput("hunyuan-moe")),
     ),
 }

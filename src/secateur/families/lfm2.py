@@ -13,9 +13,9 @@ LFM2 = Family(
     down="w2",
     final_norm="model.embedding_norm",
     token_mixer=TokenMixer("conv", "out_proj", "conv"),
-    stock=Stock(same=("block_ff_dim",), also=(("block_auto_adjust_ff_dim", False),)),
+    stock=Stock(channels_aliases=("block_ff_dim",), fixed_values=(("block_auto_adjust_ff_dim", False),)),
     gguf=Gguf(("lfm2",), keys={"shortconv.l_cache": "conv_L_cache"}, activation="silu", epsilon="norm_eps"),
-    vllm=Vllm(derives_head_size="prune channels only"),
+    vllm=Vllm(instead_of_fewer_heads="prune channels only"),
 )
 
 FAMILIES = {
@@ -27,8 +27,8 @@ FAMILIES = {
         gguf=replace(
             LFM2.gguf,
             architectures=("lfm2moe",),
-            input=GgufInput("lfm2moe", fixed={"norm_topk_prob": True}),
+            input=GgufInput("lfm2moe"),
         ),
-        vllm=Vllm(derives_head_size="prune experts and channels only"),
+        vllm=Vllm(instead_of_fewer_heads="prune experts and channels only"),
     ),
 }

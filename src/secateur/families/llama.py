@@ -15,10 +15,14 @@ def _norms_of_maverick(file: GgufContents) -> dict[str, bool]:
 
 FAMILIES = {
     "llama": Family(
-        stock=Stock(heads="divisors", heir=("mistral", "MistralForCausalLM"), heir_keys=(("sliding_window", None),)),
+        stock=Stock(
+            head_counts="divisors",
+            fallback=("mistral", "MistralForCausalLM"),
+            fallback_values=(("sliding_window", None),),
+        ),
         gguf=LLAMA_GGUF,
     ),
-    "cwm": Family(stock=Stock(heads="divisors", heir=("ministral", "MinistralForCausalLM")), gguf=LLAMA_GGUF),
+    "cwm": Family(stock=Stock(head_counts="divisors", fallback=("ministral", "MinistralForCausalLM")), gguf=LLAMA_GGUF),
     "llama4_text": Family(
         feed_forward="feed_forward",
         experts=Experts(
@@ -32,10 +36,10 @@ FAMILIES = {
             stacked=True,
             inputs_first=True,
         ),
-        stock=Stock(channels="intermediate_size_mlp"),
+        stock=Stock(channels_key="intermediate_size_mlp"),
         gguf=Gguf(
             ("llama4",),
-            pairs=True,
+            interleaved_rope=True,
             input=GgufInput(
                 "llama4",
                 config=_norms_of_maverick,

@@ -21,12 +21,12 @@ FAMILIES = {
     "ministral3": Family(gguf=Gguf(("mistral3",))),
     "mixtral": Family(
         experts=replace(MIXTRAL_EXPERTS, gating="softmax", gates_sum_to_one=True),
-        gguf=Gguf(("llama",), input=GgufInput("llama", fixed={"norm_topk_prob": True}, pairs=True)),
+        gguf=Gguf(("llama",), input=GgufInput("llama", permuted=True)),
     ),
     "mistral4": Family(
         latent=LATENT,
         experts=replace(DEEPSEEK_EXPERTS, gating="softmax", stacked=True),
-        stock=Stock(theta=None),
+        stock=Stock(theta_key=None),
         gguf=Gguf(
             ("mistral4",),
             keys=LATENT_KEYS,

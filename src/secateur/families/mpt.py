@@ -18,7 +18,7 @@ FAMILIES = {
         final_norm="transformer.norm_f",
         heads_locked=ALIBI,
         returns_tuple=True,
-        stock=Stock(channels="ffn_dim", derived=True, heads="dense", theta=None),
+        stock=Stock(channels_key="ffn_dim", derives_channels=True, head_counts="dense", theta_key=None),
         gguf=Gguf(("mpt",), activation="gelu", epsilon="layer_norm_epsilon"),
     ),
 }

@@ -6,7 +6,7 @@ FAMILIES = {
     "nemotron": Family(
         gate=None,
         norm_offset=True,
-        stock=Stock(partial="partial_rotary_factor"),
+        stock=Stock(partial_rotary_key="partial_rotary_factor"),
         gguf=Gguf(("nemotron",), epsilon="norm_eps"),
     ),
 }

@@ -13,14 +13,14 @@ OLMO2 = Family(
 
 FAMILIES = {
     "olmo": Family(gguf=Gguf(("olmo",))),
-    "olmo2": replace(OLMO2, stock=Stock(scaling_type="type")),
+    "olmo2": replace(OLMO2, stock=Stock(scaling_type_key="type")),
     "olmo3": OLMO2,
     "olmoe": replace(
         OLMO2,
         norm_after_attention=None,
         norm_after_feed_forward=None,
         experts=Experts(expert_width="intermediate_size", gating="softmax"),
-        gguf=Gguf(("olmoe",), input=GgufInput("olmoe", fixed={"norm_topk_prob": False})),
+        gguf=Gguf(("olmoe",), input=GgufInput("olmoe")),
     ),
     "flex_olmo": replace(OLMO2, experts=Experts(expert_width="intermediate_size"), gguf=Gguf()),
 }

@@ -13,6 +13,6 @@ FAMILIES = {
         down="fc2",
         final_norm="model.decoder.final_layer_norm",
         pre_norm="do_layer_norm_before",
-        stock=Stock(channels="ffn_dim", heads="dense", theta=None),
+        stock=Stock(channels_key="ffn_dim", head_counts="dense", theta_key=None),
     ),
 }

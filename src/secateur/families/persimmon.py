@@ -12,6 +12,6 @@ FAMILIES = {
         gate=None,
         down="dense_4h_to_h",
         final_norm="model.final_layernorm",
-        stock=Stock(heads="dense", partial="partial_rotary_factor"),
+        stock=Stock(head_counts="dense", partial_rotary_key="partial_rotary_factor"),
     ),
 }

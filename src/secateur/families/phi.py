@@ -12,21 +12,21 @@ FAMILIES = {
         gate=None,
         down="fc2",
         final_norm="model.final_layernorm",
-        stock=Stock(heads="dense", partial="partial_rotary_factor"),
+        stock=Stock(head_counts="dense", partial_rotary_key="partial_rotary_factor"),
         gguf=Gguf(("phi2",), epsilon="layer_norm_eps"),
     ),
     "phi3": Family(
         fused="qkv_proj",
         gate=None,
         fused_gate="gate_up_proj",
-        stock=Stock(fused_longrope=True, partial="partial_rotary_factor", scaling_type="type"),
+        stock=Stock(fused_longrope=True, partial_rotary_key="partial_rotary_factor", scaling_type_key="type"),
         gguf=Gguf(("phi3", "llama", "deci"), left_out={"attention.sliding_window": "sliding_window"}),
     ),
     "phimoe": Family(
         experts=replace(
             MIXTRAL_EXPERTS, router="router", renamed=(("mlp.", "block_sparse_moe."), ("router.", "gate."))
         ),
-        stock=Stock(heads="dense"),
+        stock=Stock(head_counts="dense"),
         gguf=Gguf(unlike="normalises without subtracting the mean, and divides gates by their sum"),
         vllm=Vllm(
             backend="its transformers backend cannot run the attention of phimoe; use --widths uniform",

@@ -26,8 +26,7 @@ LINEAR_KEYS = {
     "ssm.time_step_rank": "linear_num_value_heads",
 }
 SECTIONS = {"rope.dimension_sections": "mrope_section"}
-SUMMED, UNSUMMED = {"norm_topk_prob": True}, {"norm_topk_prob": False}
-PARTIAL = Stock(partial="partial_rotary_factor")
+PARTIAL = Stock(partial_rotary_key="partial_rotary_factor")
 
 QWEN3_EXPERTS = Experts(gating="softmax")
 QWEN2_EXPERTS = replace(
@@ -69,17 +68,17 @@ QWEN35_GGUF = Gguf(
 FAMILIES = {
     "qwen2": Family(
         gguf=Gguf(("qwen2", "llama", "deci")),
-        vllm=Vllm(derives_head_size=OTHERWISE, stock=_one_window),
+        vllm=Vllm(instead_of_fewer_heads=OTHERWISE, stock=_one_window),
     ),
     "qwen3": Family(gguf=Gguf(("qwen3", "openelm"))),
     "qwen2_moe": Family(
         experts=QWEN2_EXPERTS,
-        stock=Stock(heads="dense"),
-        gguf=Gguf(("qwen2moe",), input=GgufInput("qwen2moe", fixed=UNSUMMED)),
+        stock=Stock(head_counts="dense"),
+        gguf=Gguf(("qwen2moe",), input=GgufInput("qwen2moe")),
     ),
     "qwen3_moe": Family(
         experts=QWEN3_EXPERTS,
-        gguf=Gguf(("qwen3moe",), input=GgufInput("qwen3moe", fixed=SUMMED)),
+        gguf=Gguf(("qwen3moe",), input=GgufInput("qwen3moe")),
     ),
     "qwen3_next": Family(
         norm_offset=True,
@@ -90,7 +89,7 @@ FAMILIES = {
             ("qwen3next",),
             keys=LINEAR_KEYS,
             query_gate=True,
-            input=GgufInput("qwen3next", fixed=SUMMED, linear="grouped", config=_linear_attention),
+            input=GgufInput("qwen3next", linear="grouped", config=_linear_attention),
         ),
     ),
     "qwen3_5_text": Family(
@@ -107,7 +106,7 @@ FAMILIES = {
         gguf=replace(
             QWEN35_GGUF,
             architectures=("qwen35moe",),
-            input=GgufInput("qwen35moe", keys=SECTIONS, fixed=SUMMED, linear="tiled", config=_linear_attention),
+            input=GgufInput("qwen35moe", keys=SECTIONS, linear="tiled", config=_linear_attention),
         ),
     ),
 }
@@ -116,5 +115,5 @@ TWINS = {
     "qwen2_vl_text": Twin("qwen2", derives_head_size=True, gguf=Gguf(("qwen2vl",))),
     "qwen2_5_vl_text": Twin("qwen2", derives_head_size=True, gguf=Gguf(("qwen2vl",))),
     "qwen3_vl_text": Twin("qwen3", gguf=Gguf(("qwen3vl",))),
-    "qwen3_vl_moe_text": Twin("qwen3_moe", SUMMED, inputs_first=True, gguf=Gguf(("qwen3vlmoe",))),
+    "qwen3_vl_moe_text": Twin("qwen3_moe", {"norm_topk_prob": True}, inputs_first=True, gguf=Gguf(("qwen3vlmoe",))),
 }

@@ -51,12 +51,12 @@ def family_of(config: Any) -> Family:
 
 
 def twin_of(config: Any) -> Twin | None:
-    """Return the twin in whose place a family's config stands; None where the config is the checkpoint's own."""
+    """Return the twin in whose place a family's config stands; None if the config is the checkpoint's own."""
     return TWINS.get(getattr(config, "twin_of", ""))
 
 
 def experts_of(config: Any) -> Experts | None:
-    """Return the entry of a model's experts; None where the family has none or the config asks for none."""
+    """Return the entry of a model's experts; None if the family has none or the config asks for none."""
     found = family.experts if (family := FAMILIES.get(config.model_type)) else None
     return found if found and getattr(config, found.number, None) else None
 

@@ -4,7 +4,7 @@ from secateur.families.entry import Family, Gguf, Stock
 
 FAMILIES = {
     "stablelm": Family(
-        stock=Stock(heads="dense", partial="partial_rotary_factor"),
+        stock=Stock(head_counts="dense", partial_rotary_key="partial_rotary_factor"),
         gguf=Gguf(("stablelm",), epsilon="layer_norm_eps"),
     ),
 }

@@ -94,7 +94,7 @@ class BlockState:
         for name, tensor in tensors.items():
             rounded = tensor.to(self.dtype)
             self.changed[name] = rounded.cpu()
-            self.tensors[name] = self.stream.held(name, rounded)
+            self.tensors[name] = self.stream.as_loaded(name, rounded)
             assign(self.layer, name, self.tensors[name])
 
 

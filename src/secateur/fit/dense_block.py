@@ -65,7 +65,7 @@ class DenseBlock:
             self.inputs[module.kind][at] = seen[module.input_layer][0]
 
         def replayed(replay: Mapping[PrunableModule, Tensor | None]) -> Tensor:
-            hidden = stream.run_through(index, layer, dense[at], at.group, replay=replay, modules=True)
+            hidden = stream.run_through(index, layer, dense[at], at.group, replay=replay, modules_only=True)
             return stream.residual(hidden)
 
         replay: dict[PrunableModule, Tensor | None] = {attention: self.outputs[attention.kind][at], feed_forward: None}

@@ -161,7 +161,7 @@ class ExpertRegression(Regression):
         The first call is always over all channels, so that given and chosen units lead to the same result.
         """
         tokens, channels = self._batch, keep
-        self._at, rows_mf = self.mixture.gated(self.expert, tokens.x_nd, self._routes)
+        self._at, rows_mf = self.mixture.gated_input(self.expert, tokens.x_nd, self._routes)
         rows_mf = tokens.scaled(rows_mf, self._at)
         if self._target_md is None:
             channels = None
@@ -184,7 +184,7 @@ class ExpertRegression(Regression):
     def _input_moments(self) -> Moments:
         """Return the moments of the expert's own input."""
         moments = Moments(self.stream.width, device=self.stream.device)
-        x_md = self.mixture.read(self.expert, self._batch.x_nd[self._at])
+        x_md = self.mixture.expert_input(self.expert, self._batch.x_nd[self._at])
         moments.update(x_md, weights_n=self._batch.choice_weight_n[self._at])
         moments.reduce(self.stream.processes, self.owner)
         return moments
@@ -199,7 +199,9 @@ class ExpertRegression(Regression):
         scale_m1 = tokens.scaled(root_m1 * self._routes.of(self.expert)[1][:, None], at)
         # Rows stay float32: in bfloat16, two processes would round their sums differently from one process.
         slopes = self.mixture.slopes(self.expert, x_md)
-        rows = TangentRows(self.mixture.read(self.expert, x_md), [slope[:, kept] * scale_m1 for slope in slopes])
+        rows = TangentRows(
+            self.mixture.expert_input(self.expert, x_md), [slope[:, kept] * scale_m1 for slope in slopes]
+        )
         add(rows, self._residual(moments, kept, output.weight_kd) * root_m1, root_m1)
         yield lambda: iter([rows])
 
@@ -211,7 +213,7 @@ class ExpertRegression(Regression):
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Let the expert compute with new input projections."""
-        self.mixture.put(self.expert, {name: value.to(self.state.dtype) for name, value in tensors.items()})
+        self.mixture.set_tensors(self.expert, {name: value.to(self.state.dtype) for name, value in tensors.items()})
 
     def store(self, fitted: FittedModule) -> None:
         """Put the output projection in place, with zeros for removed channels, and update the mixture's residual."""
@@ -223,4 +225,4 @@ class ExpertRegression(Regression):
         if self.is_shared:
             self.state.set_tensors({self.mixture.shared_name: full_fd.T.contiguous()})
         else:
-            self.mixture.put(self.expert, {"down_proj.weight": full_fd.T})
+            self.mixture.set_tensors(self.expert, {"down_proj.weight": full_fd.T})

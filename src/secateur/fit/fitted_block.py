@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.fit.module_report import ModuleReport
-from secateur.model.held import plain
+from secateur.model.expert_matrices import plain_tensor
 from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits
@@ -43,7 +43,8 @@ def mean_of(fits: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> Fi
     def mean(name: str) -> Tensor:
         # A fit that did not change a tensor has the dense one.
         values = (
-            fit.changed[name] if name in fit.changed else plain(dense.get_parameter(name).data).cpu() for fit in fits
+            fit.changed[name] if name in fit.changed else plain_tensor(dense.get_parameter(name).data).cpu()
+            for fit in fits
         )
         total = next(values).float()
         for value in values:
@@ -71,7 +72,7 @@ def _mean_report(reports: Sequence[ModuleReport]) -> ModuleReport:
 def as_fitted(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> Iterator[None]:
     """Let a dense block compute what the fitted block computes. Its parameters are not restored on exit."""
     for name, tensor in fitted.changed.items():
-        assign(layer, name, stream.held(name, tensor.to(stream.device)))
+        assign(layer, name, stream.as_loaded(name, tensor.to(stream.device)))
     tensors = layer.state_dict()
     with ExitStack() as stack:
         for module in stream.blocks[fitted.index].modules:

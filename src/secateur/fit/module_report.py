@@ -34,7 +34,9 @@ def report_module(target: ModuleTarget, kept: int, error: float, old_error: floa
         tokens: sum of the token weights.
     """
     state, module = target.state, target.module
-    energy = state.stream.processes.total(state.dense_residual[module.kind].energy(state.rows, target.norm.read_o))
+    energy = state.stream.processes.total(
+        state.dense_residual[module.kind].energy(state.rows, target.norm.reading_scale_o)
+    )
     # Targets are divided by the multiplier of the module's output.
     error, old_error = (value * target.multiplier**2 for value in (error, old_error))
     relative, relative_before = (value / energy if energy else 0.0 for value in (error, old_error))

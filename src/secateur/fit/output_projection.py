@@ -30,7 +30,7 @@ class OutputFit(NamedTuple):
     error: float
     """||XW - T||^2, without the penalty."""
     old_error: float = math.nan
-    """The same with the old weights; NaN if not asked for."""
+    """The same with the old weights; NaN if not requested."""
 
 
 def fit_output_projection(moments: Moments, normal: NormalEquations, keep: Tensor) -> OutputFit:

@@ -25,6 +25,7 @@ from secateur.fit.block_state import BlockState
 from secateur.fit.output_projection import ROUNDING
 from secateur.model.arena import Activations
 from secateur.model.facts import multiplier_of
+from secateur.model.filled_module import FilledModule
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.structure import PrunableModule
@@ -60,7 +61,7 @@ class ModuleTarget:
 
     def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.state, self.module, self.pruned = state, module, pruned
-        self.norm = PostNorm(state.stream, state.index, state.layer, module)
+        self.norm = PostNorm(FilledModule(state.stream, state.index, state.layer, module))
         config, recovery = state.stream.checkpoint.config, state.method.recovery
         # The error cannot be repaired if the residual stream itself is normalised, or if a second norm scales the
         # module's output together with another module's.
@@ -95,7 +96,7 @@ class ModuleTarget:
         missing = self._missing(at)
         if self.norm.norm is None:
             return missing
-        return self.norm.output(z_btd) + self.norm.read(self.norm.share_o * (missing - self.norm.after(z_btd)))
+        return self.norm.output(z_btd) + self.norm.scale_stream(self.norm.share_o * (missing - self.norm.after(z_btd)))
 
     def _missing(self, at: Batch) -> Tensor:
         """Return the dense stream after the module minus the pruned stream without the module (b x t x d)."""
@@ -103,7 +104,7 @@ class ModuleTarget:
         replay = state.outputs_before(module, at) | {module: None}
         if module is state.block.attention:
             replay[state.block.feed_forward] = None
-        without = state.stream.residual(state.run(self.pruned, at, replay=replay, modules=True))
+        without = state.stream.residual(state.run(self.pruned, at, replay=replay, modules_only=True))
         missing = state.dense_residual[module.kind][at].to(state.stream.device) - without
         return missing if self.multiplier == 1 else missing / self.multiplier
 

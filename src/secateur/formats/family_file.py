@@ -44,12 +44,12 @@ def read_family(path: Path) -> str:
 
 
 def unfit_fields(config: Any) -> str | None:
-    """Return the fields of a family's entry that its config contradicts, as a clause; None where there are none."""
+    """Return the fields of a family's entry that its config contradicts, as a clause; None if there are none."""
     family, lacking = FAMILIES[config.model_type], []
     if not (family.ungrouped or family.key_value_heads or hasattr(config, "num_key_value_heads")):
         lacking.append("its config has no num_key_value_heads, so ungrouped must be true")
-    if family.stock.theta is not None and not hasattr(config, "rope_parameters"):
-        lacking.append("its config has no rope_parameters, so stock.theta must be null")
+    if family.stock.theta_key is not None and not hasattr(config, "rope_parameters"):
+        lacking.append("its config has no rope_parameters, so stock.theta_key must be null")
     return " and ".join(lacking) or None
 
 

@@ -31,11 +31,11 @@ class Loading:
     line: str
     """Line that is printed at the end of a run."""
     expression: str = ""
-    """Python expression that loads the model with transformers; empty where transformers cannot open it."""
+    """Python expression that loads the model with transformers; empty if transformers cannot open it."""
     runs_code: bool = False
     """Whether opening the output runs a Python file in it; engines then need `--trust-remote-code`."""
     registered: str = ""
-    """Call after which the expression needs no permission to run code; empty where there is none."""
+    """Call after which the expression needs no permission to run code; empty if there is none."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Format(ABC):
         """
 
     def vllm_unsupported_reason(self, widths: Sequence[Width]) -> str | None:
-        """Return why vLLM cannot serve an output with these widths; None where it can, or opens no such output."""
+        """Return why vLLM cannot serve an output with these widths; None if it can, or opens no such output."""
         return None
 
     def tensors(self, pruned: PrunedModel, written: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:

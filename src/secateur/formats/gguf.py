@@ -29,7 +29,7 @@ from secateur.plan.meters import Meter, added_biases
     tokenizer=True,
 )
 class GgufFormat(Converted):
-    """A GGUF file, with a width for each block where llama.cpp's architecture allows it, else with one width."""
+    """GGUF file. Blocks may differ in width if llama.cpp's architecture allows it; otherwise all have one width."""
 
     other_kernels = "llama.cpp"
 
@@ -50,7 +50,8 @@ class GgufFormat(Converted):
         return int(checkpoint.bytes / checkpoint.dtype.itemsize * TYPES[self.type].bytes)
 
     def unsupported_reason(self, width: Width) -> str | None:
-        """Return why the file cannot hold one block of this width; or all pruned blocks, where they share a width."""
+        """Return why the file cannot hold one block of this width (with uniform widths: all pruned blocks); None if it
+        can."""
         if (reason := super().unsupported_reason(width)) is not None:
             return reason
         blocks = self.stream.blocks
@@ -58,7 +59,7 @@ class GgufFormat(Converted):
         return self._unsupported(dict.fromkeys(self.block_range if self.same_width else [first], width))
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
-        """Return why the file cannot hold blocks at these widths, each by itself or all together; or None."""
+        """Return why the file cannot hold blocks of these widths; None if it can."""
         return super().unsupported_plan(widths) or self._unsupported(widths)
 
     def _unsupported(self, widths: Mapping[int, Width]) -> str | None:
@@ -77,7 +78,8 @@ class GgufFormat(Converted):
         vocabulary_of(tokenizer, self.stream.checkpoint.config.vocab_size)
 
     def check_range(self) -> None:
-        """Raise `SecateurError` for weights beyond float16, where the folder or the file has that type."""
+        """Raise `SecateurError` for weights beyond the range of float16, if the folder or the file is stored as
+        float16."""
         if self.dtype == torch.float16 or self.type == "f16":
             self.stream.checkpoint.check_range(torch.float16)
 

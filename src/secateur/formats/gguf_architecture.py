@@ -1,4 +1,4 @@
-"""Entry of one of llama.cpp's architectures: the models that it computes, and the form of its files.
+"""Entry of one of llama.cpp's architectures: which models it computes, and how its files are laid out.
 
 An architecture is the code by which llama.cpp computes models of one kind. A file names its architecture.
 """
@@ -16,10 +16,11 @@ from secateur.model.gguf_layout import Order
 from secateur.model.gguf_rope import Sections
 
 Requirement = Callable[[GgufModel, "Architecture"], str | None]
-"""Function that returns None for a model that an architecture computes; else why it does not, as the rest of a sentence
-that begins with the architecture's name."""
+"""Function that returns why an architecture does not compute a model, as the rest of a sentence that begins with the
+architecture's name; None if it does."""
 Metadata = Callable[[GgufModel], Mapping[str, Any]]
-"""Function that returns metadata of a model, by keys without the architecture; a value of None leaves the key out."""
+"""Function that returns metadata of a model, by keys without the architecture. Keys with the value None are not
+written."""
 
 SCALINGS = frozenset({"default", "dynamic", "linear", "yarn"})
 """Kinds of rotary scaling that most architectures compute."""
@@ -37,19 +38,21 @@ class Architecture:
     per_layer: bool = False
     """Whether numbers of heads and channels may differ from block to block."""
     headless: bool = False
-    """Whether blocks without heads have no attention in the file; if not, they keep one head that adds nothing."""
+    """Whether files leave out the attention of blocks without heads; otherwise such a block keeps one head whose output
+    is zero."""
     square: bool = False
-    """Whether heads x head size must be the width of the residual stream."""
+    """Whether heads x head size must equal the residual width."""
     ungrouped: bool = False
     """Whether every query head must have its own key/value head."""
-    pairs: bool = False
-    """Whether neighbouring entries of a head rotate together, not entries half a head apart."""
+    interleaved_rope: bool = False
+    """Whether neighbouring entries of a head rotate together (interleaved rotary embeddings), not entries half a head
+    apart."""
     head_norms: bool = False
     """Whether queries and keys of every head are normalised."""
     fused_qkv: bool = False
     """Whether queries, keys and values are one tensor: first the rows of all queries, then keys, then values."""
     fused_gate: bool = False
-    """Whether gate and up layer are one tensor: first the rows of the gate."""
+    """Whether gate and up layer are one tensor: first the rows of the gate, then those of the up layer."""
     scalings: frozenset[str] = SCALINGS
     """Kinds of rotary scaling."""
     partial: bool = False
@@ -57,27 +60,27 @@ class Architecture:
     windows: Metadata = no_windows
     """Metadata of sliding windows."""
     windows_by_block: bool = False
-    """Whether any block may have a window; if not, blocks without a window lie at regular distances."""
+    """Whether any block may have a window; otherwise blocks without a window are at regular distances."""
     output: Literal["either", "tied", "stored"] = "either"
-    """The output matrix: the embedding where none is stored; always the embedding; or always stored."""
+    """Output matrix of the model. `tied`: always the embedding. `stored`: always a matrix in the file. `either`: the
+    matrix in the file, or the embedding if there is none."""
     activation: Literal["silu", "gelu", "relu2", "xielu"] = "silu"
     epsilon: Literal["layer_norm_rms_epsilon", "layer_norm_epsilon"] = "layer_norm_rms_epsilon"
     """Metadata key of the epsilon of norms."""
     final_norm: str | None = "output_norm.weight"
-    """Name of the final norm's tensor; None where norms have no weights."""
+    """Name of the final norm's tensor; None if norms have no weights."""
     alibi: bool = False
-    """Whether attention scores fall with the distance (ALiBi), and nothing rotates."""
-    gates_sum_to_one: bool | None = None
-    """Whether the gates of a token's experts are divided by their sum; None where the file decides."""
+    """Whether attention scores decrease with the distance (ALiBi) instead of rotary embeddings."""
     leading_dense: bool = False
-    """Whether the first blocks may have a feed-forward where the others have experts."""
+    """Whether the first blocks may have a feed-forward although later blocks have experts."""
     linear: Order | None = None
-    """Order of the value heads of linear attention, which stands in the attention's place except in every nth block;
-    None where there is none."""
+    """Order of the value heads of linear attention, which all blocks but every nth have instead of attention; None
+    without linear attention."""
     sections: Sections | None = None
-    """Order of the frequencies for time, height and width of a picture; None where a position is one number."""
+    """Order of the rotary frequencies for time, height and width of a picture; None if all frequencies use the same
+    position."""
     latent: bool = False
-    """Whether all heads share a latent vector per token, from which two matrices compute keys and values."""
+    """Whether the attention is latent attention: all heads compute keys and values from one latent vector per token."""
     attention: Metadata = head_sizes
     """Metadata of head sizes."""
     metadata: tuple[Metadata, ...] = ()
@@ -87,26 +90,26 @@ class Architecture:
     score_ratio: Callable[[GgufModel, int], float] = same_scale
     """Function that returns the model's scale of a block's attention scores, divided by llama.cpp's."""
     rounds_yarn: bool = True
-    """Whether the range of frequencies that yarn scales has rounded limits."""
+    """Whether llama.cpp rounds the limits of the range of frequencies that YaRN scales."""
     caps_scores: bool = False
     """Whether attention scores are capped (`attn_logit_softcapping`)."""
     states_routing: bool = False
-    """Whether files state how gates are computed even where `gates_sum_to_one` is not None."""
+    """Whether files state how gates are computed although `GATES_SUM_TO_ONE` lists the architecture."""
 
     @property
     def has_windows(self) -> bool:
-        """Whether layers may have sliding windows; elsewhere every layer sees all positions."""
+        """Whether layers may have sliding windows; otherwise every layer attends to all positions."""
         return self.windows is not no_windows
 
     def sizes(self, model: GgufModel, type: str) -> list[BlockSizes]:
-        """Return the sizes of each block in a file of a type, with filled rows, and idle heads where needed."""
+        """Return the sizes of each block in a file of a type, including channels that fill rows, and idle heads."""
         return [
             replace(sizes, heads=sizes.heads or idle, kv_heads=sizes.kv_heads or idle).filled(type)
             for idle, sizes in zip(self._idle_heads(model), model.blocks, strict=True)
         ]
 
     def _idle_heads(self, model: GgufModel) -> list[int]:
-        """Return the number of heads of each block that has lost all of its heads."""
+        """Return the number of idle heads that each block gets if it has no heads: 0 or 1."""
         output = model.layers["attn_output"]
         biased = ["attn_output" in model.added_biases or f"{output}.bias" in inside for inside in model.inside]
         # llama.cpp reads the size of heads from the first block.

@@ -1,8 +1,8 @@
 """llama.cpp's architectures that secateur writes, one entry each.
 
-Each architecture looks for sizes, biases and norms in its own places. `deci`, `openelm` and `gemma4` read heads and
-channels from lists, one number per block, so they hold models whose blocks differ in width. The entries hold from
-release b8840 of llama.cpp on; earlier ones refuse biased query layers that are narrower than the residual stream. A
+Each architecture has its own rules for sizes, biases and norms. `deci`, `openelm` and `gemma4` read heads and channels
+from lists, one number per block, so they hold models whose blocks differ in width. The entries are valid from release
+b8840 of llama.cpp on; earlier releases refuse query layers with a bias that are narrower than the residual stream. A
 family's entry names its architectures; `gguf_choice.py` picks one for a model.
 """
 
@@ -49,7 +49,7 @@ OUTPUT_LAYERS = frozenset({"attn_output", "ffn_down"})
 _QKV = frozenset(QKV)
 _ALL = _QKV | OUTPUT_LAYERS | {"ffn_gate", "ffn_up"}
 
-_LLAMA = Architecture("llama", _ALL, pairs=True, scalings=SCALINGS | {"llama3", "longrope"}, gates_sum_to_one=True)
+_LLAMA = Architecture("llama", _ALL, interleaved_rope=True, scalings=SCALINGS | {"llama3", "longrope"})
 _GEMMA3 = Architecture(
     "gemma3", _QKV, head_norms=True, windows=regular_windows, scalings=SCALINGS - {"yarn"}, activation="gelu"
 )
@@ -73,7 +73,6 @@ _NEXT = replace(
     name="qwen3next",
     biases=frozenset(),
     partial=True,
-    gates_sum_to_one=True,
     linear="grouped",
     metadata=(linear_attention,),
     requirements=LINEAR,
@@ -86,7 +85,7 @@ _COHERE = Architecture(
     "command-r",
     frozenset(),
     square=True,
-    pairs=True,
+    interleaved_rope=True,
     output="tied",
     epsilon="layer_norm_epsilon",
 )
@@ -113,14 +112,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("qwen2vl", _QKV, square=True, sections="consecutive"),
         _QWEN3,
         replace(_QWEN3, name="qwen3vl", sections="interleaved"),
-        replace(_QWEN3, name="qwen3vlmoe", sections="interleaved", gates_sum_to_one=True),
-        Architecture("qwen2moe", _QKV, square=True, gates_sum_to_one=False),
-        replace(_QWEN3, name="qwen3moe", gates_sum_to_one=True),
-        replace(_OLMO2, name="olmoe", ungrouped=True, gates_sum_to_one=False),
+        replace(_QWEN3, name="qwen3vlmoe", sections="interleaved"),
+        Architecture("qwen2moe", _QKV, square=True),
+        replace(_QWEN3, name="qwen3moe"),
+        replace(_OLMO2, name="olmoe", ungrouped=True),
         replace(_LLAMA, name="granitemoe"),
         _GLM,
         replace(_LLAMA, name="smollm3", biases=frozenset(), requirements=(SMOLLM3,)),
-        Architecture("glm4", _QKV, pairs=True, fused_gate=True, partial=True),
+        Architecture("glm4", _QKV, interleaved_rope=True, fused_gate=True, partial=True),
         Architecture(
             "exaone4",
             frozenset(),
@@ -130,13 +129,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             requirements=(EXAONE4,),
         ),
         Architecture("hunyuan-dense", frozenset(), head_norms=True),
-        Architecture("hunyuan-moe", frozenset(), head_norms=True, gates_sum_to_one=True),
+        Architecture("hunyuan-moe", frozenset(), head_norms=True),
         replace(
             _LLAMA,
             name="ernie4_5-moe",
             biases=frozenset(),
             leading_dense=True,
-            gates_sum_to_one=True,
             metadata=(experts_in_every_block,),
         ),
         Architecture(
@@ -145,7 +143,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             windows=regular_windows,
             scalings=frozenset({"default", "yarn"}),
             rounds_yarn=False,
-            gates_sum_to_one=True,
             requirements=GPT_OSS,
         ),
         replace(_GLM, name="dots1", partial=False, ungrouped=True),
@@ -155,7 +152,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             _LLAMA,
             name="llama4",
             biases=frozenset(),
-            gates_sum_to_one=False,
             windows=regular_windows,
             requirements=(llama4,),
             metadata=(experts_in_every_block,),
@@ -180,7 +176,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             biases=frozenset(),
             per_layer=True,
             scalings=frozenset({"proportional"}),
-            gates_sum_to_one=True,
             windows=listed_windows,
             windows_by_block=True,
             attention=gemma4_sizes,
@@ -191,7 +186,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(_GPT, name="gptneox", needs_biases=True, partial=True, output="stored"),
         replace(_GPT, name="phi2", fused_qkv=False, needs_biases=True, partial=True, output="stored"),
         replace(_LLAMA, name="mistral3"),
-        Architecture("chatglm", _QKV, square=True, pairs=True, fused_gate=True, partial=True),
+        Architecture("chatglm", _QKV, square=True, interleaved_rope=True, fused_gate=True, partial=True),
         replace(
             _GPT,
             name="falcon",
@@ -219,7 +214,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         _NEMOTRON,
         replace(_NEMOTRON, name="jais2", partial=False, needs_biases=True, ungrouped=True),
         replace(_NEMOTRON, name="stablelm", biases=_QKV, activation="silu"),
-        Architecture("olmo", frozenset(), square=True, pairs=True, final_norm=None, epsilon="layer_norm_epsilon"),
+        Architecture(
+            "olmo", frozenset(), square=True, interleaved_rope=True, final_norm=None, epsilon="layer_norm_epsilon"
+        ),
         replace(
             _QWEN3,
             name="apertus",
@@ -234,7 +231,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             _LFM2,
             name="lfm2moe",
             leading_dense=True,
-            gates_sum_to_one=True,
             states_routing=True,
             output="tied",
             requirements=(LFM2_MOE,),

@@ -18,7 +18,7 @@ from secateur.model.gguf_names import gguf_name
 
 @dataclass
 class FileBlock:
-    """A block of a file, and the tensors that it holds."""
+    """Block of a file, with its tensors."""
 
     model: GgufModel
     architecture: Architecture
@@ -26,7 +26,7 @@ class FileBlock:
     sizes: BlockSizes
     """Sizes in the file."""
     parts: Tensors = field(default_factory=dict)
-    """Tensors so far, by llama.cpp's names inside a block."""
+    """Tensors collected so far, by llama.cpp's names inside a block."""
 
     def tensors(self) -> Tensors:
         """Return the block's tensors.
@@ -82,21 +82,22 @@ class FileBlock:
         return place_of(self.model, self.architecture, whole).removeprefix(f"blk.{self.index}.")
 
     def _change(self, place: str, name: str) -> None:
-        """Give a tensor the order and the values that files of the architecture have."""
-        pairs = self.architecture.pairs and not self.model.source.pairs
-        for change in changes_of(name, place, self.model.config, pairs=pairs, order=self.architecture.linear):
+        """Convert the order and the values of a tensor to those in files of the architecture."""
+        permuted = self.architecture.interleaved_rope and not self.model.source.interleaved_rope
+        for change in changes_of(name, place, self.model.config, permuted=permuted, order=self.architecture.linear):
             self.parts[place] = self.parts[place].then(change.write)
 
     def _rescale_scores(self) -> None:
         """Multiply queries by the ratio between the model's scale of attention scores and llama.cpp's."""
         if (ratio := self.architecture.score_ratio(self.model, self.index)) == 1:
             return
-        # A norm of queries would undo a factor on the query layer, which comes before it.
+        # A norm of queries would undo a factor on the query layer. So the factor goes into the norm, if there is one.
         for name in {"attn_q_norm.weight"} & self.parts.keys() or {"attn_q.weight", "attn_q.bias"} & self.parts.keys():
             self.parts[name] = self.parts[name].then(lambda values: values.float() * ratio)
 
     def _keep_idle_head(self) -> None:
-        """Add a head whose output is multiplied by zero; or leave the attention out, where the architecture can."""
+        """Remove the attention if the architecture can do without it; otherwise add a head whose output is multiplied
+        by zero."""
         hidden, dim = self.model.config.hidden_size, self.model.dim
         if not self.sizes.heads:
             self.parts = {name: tensor for name, tensor in self.parts.items() if not name.startswith("attn_")}
@@ -107,7 +108,7 @@ class FileBlock:
             self.parts |= {f"attn_{letter}_norm.weight": LazyTensor.full((dim,), 1.0) for letter in "qk"}
 
     def _fill_channels(self, channels: int) -> None:
-        """Fill up the feed-forward with channels whose weights are zero."""
+        """Add channels whose weights are zero to the feed-forward, up to the number in the file."""
         hidden = self.model.config.hidden_size
         empty = {"ffn_gate": (0, hidden), "ffn_up": (0, hidden), "ffn_down": (hidden, 0)}
         for layer in empty.keys() & self.model.layers.keys():
@@ -131,7 +132,7 @@ _CHANNEL_AXES = {
 
 
 def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
-    """Return a vector or matrix with zeros at the end of an axis, so that the axis has some size."""
+    """Return a vector or matrix with zeros added at the end of an axis, up to a size."""
     later = (0, 0) * (tensor.dim() - 1 - axis)
     return functional.pad(tensor, (*later, 0, size - tensor.shape[axis]))
 

@@ -24,7 +24,7 @@ def choose_architecture(model: GgufModel, type: str) -> Architecture:
     """
     check_type(type)
     reasons = []
-    # Where a block has no heads, an architecture that leaves its attention out is better than one idle head.
+    # If a block has no heads, an architecture that can leave out its attention is better than one with an idle head.
     headless = any(not sizes.heads for sizes in model.blocks)
     for name in sorted(model.source.architectures, key=lambda name: headless and not ARCHITECTURES[name].headless):
         reason = _unsupported_reason(model, ARCHITECTURES[name], type)
@@ -47,7 +47,7 @@ def _unsupported_reason(model: GgufModel, architecture: Architecture, type: str)
 def gguf_unsupported(
     checkpoint: Checkpoint, widths: Sequence[Width], type: str = "f16", *, biases: bool = False
 ) -> str | None:
-    """Return why no GGUF file can hold a model, pruned or to be pruned; None where one can. No weights are read.
+    """Return why no GGUF file can hold a model, pruned or to be pruned; None if one can. No weights are read.
 
     Args:
         checkpoint: the stored model.

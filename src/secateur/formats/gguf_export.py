@@ -35,7 +35,7 @@ DECODER_ONLY = (
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written."""
+    """File that was written."""
 
     path: Path
     bytes: int
@@ -43,7 +43,7 @@ class Exported:
     architecture: str
     """llama.cpp's name of the architecture that computes it."""
     context: int
-    """Number of positions over which llama.cpp computes what the folder's model does."""
+    """Number of positions for which llama.cpp computes the same as the folder's model."""
 
 
 def export(
@@ -64,7 +64,7 @@ def export(
         type: type of its weights: f32, f16, bf16, q8_0 or q4_0.
         overwrite: replace a file that exists.
         watcher: shows the progress.
-        at: where the file grows until it is complete; by default under a hidden name in the folder of `out`.
+        at: path of the file until it is complete; by default a hidden name in the folder of `out`.
 
     Raises:
         SecateurError: the folder holds no model, llama.cpp cannot compute the model, GGUF cannot hold its tokenizer, or
@@ -96,7 +96,8 @@ def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel
     """Return the model of a folder, and the architecture that computes it.
 
     Raises:
-        SecateurError: none does; with the nearest plan that every format holds, where widths are the reason.
+        SecateurError: no architecture does. If the widths are the reason, the message contains a command for the
+            nearest plan that GGUF can hold.
     """
     widths = widths_of(checkpoint.config)
     model = GgufModel(checkpoint, widths)
@@ -107,7 +108,7 @@ def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel
 
 
 def _nearest_plan(folder: Path, widths: Sequence[Width]) -> str:
-    """Return the end of an error: how to get the nearest plan that every format holds, where blocks differ in width."""
+    """Return the end of an error message: how to get the nearest plan that GGUF can hold, if blocks differ in width."""
     match read_record(folder):
         case {"sparsity": {"reached": float(reached)}} if not alike(widths):
             return f"; the nearest that fits: prune again with {uniform_alternative(reached)}"
@@ -128,7 +129,7 @@ def _vocabulary(folder: Path, checkpoint: Checkpoint, rows: int) -> Vocabulary:
 
 
 def _processor_template(folder: Path) -> Any:
-    """Return the chat template in a processor's older file, which tokenizers do not read; None where there is none.
+    """Return the chat template in chat_template.json, an older file that tokenizers do not read; None without the file.
 
     Raises:
         SecateurError: the file is damaged.

@@ -1,4 +1,4 @@
-"""The layers of a block that pruning narrows, cut out of stored tensors, by llama.cpp's names inside a block."""
+"""The layers of a block that pruning narrows, as parts of stored tensors, by llama.cpp's names inside a block."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ def stored_tensor(model: GgufModel, stored: str) -> LazyTensor:
 
 
 def layer_tensors(model: GgufModel, index: int) -> Tensors:
-    """Return weights and biases of a block's query, key, value and output layers, and of its feed-forward.
+    """Return the weights and biases of a block's query, key, value and output layers and of its feed-forward.
 
     Fused layers are split, and matrices are outputs x inputs.
 
@@ -41,7 +41,8 @@ def layer_tensors(model: GgufModel, index: int) -> Tensors:
 
 
 def _has_layer(model: GgufModel, index: int, layer: str) -> bool:
-    """Return whether a block has a layer; a token mixer or experts may stand in the place of its module."""
+    """Return whether a block has a layer. A block may have a token mixer instead of attention, or experts instead of a
+    feed-forward."""
     if layer.startswith("ffn_"):
         return model.blocks[index].channels is not None
     return not model.is_token_mixer(index)
@@ -106,7 +107,7 @@ def _of_groups(tensor: Tensor, rows: slice, groups: int, dim: int) -> Tensor:
 
 
 def expert_tensors(model: GgufModel, index: int) -> tuple[Tensors, frozenset[str]]:
-    """Return the matrices and biases of a block's experts, and the stored names that they are made of.
+    """Return the matrices and biases of a block's experts, and the stored names of the tensors that contain them.
 
     Raises:
         SecateurError: a tensor is missing.
@@ -134,6 +135,6 @@ def expert_tensors(model: GgufModel, index: int) -> tuple[Tensors, frozenset[str
 
 
 def _layer_of_experts(experts: Tensor, place: int, layers: int, alternating: bool) -> Tensor:
-    """Return the rows of one of several layers in each expert's matrix: every nth row, or a range."""
+    """Return the rows of one of several layers in each expert's matrix: every nth row, or one range of rows."""
     rows = experts.shape[1] // layers
     return experts[:, place::layers] if alternating else experts[:, place * rows : (place + 1) * rows]

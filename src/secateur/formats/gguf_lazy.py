@@ -1,4 +1,5 @@
-"""Tensors that are described first and computed when they are written, so that one at a time is in memory."""
+"""Tensors whose shapes are known at once and whose values are computed when they are written, so that only one tensor
+is in memory at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor whose values are computed on demand; its shape is known before."""
+    """Tensor of a known shape whose values are computed on demand."""
 
     shape: tuple[int, ...]
     compute: Callable[[], Tensor]
@@ -33,6 +34,6 @@ class LazyTensor:
         return LazyTensor(shape, lambda: torch.cat([part.compute() for part in parts]))
 
     def then(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
-        """Return the tensor after a change, whose effect on the shape is tried on a tensor without data."""
+        """Return the tensor after a change. The new shape is found by applying the change to a tensor without data."""
         shape = change(torch.empty(self.shape, device="meta")).shape
         return LazyTensor(tuple(shape), lambda: change(self.compute()))

@@ -1,7 +1,7 @@
 """The metadata of a GGUF file that describe the model, by keys without the architecture.
 
-Functions in `gguf_specifics.py` return metadata that only some architectures have, whose entries name them. A family's
-entry lists keys that only this family has, in `Gguf.keys`.
+Functions in `gguf_specifics.py` return metadata that only some architectures have; the entries of these architectures
+list the functions. Keys that only one family has are in the family's entry (`Gguf.keys`).
 """
 
 import re
@@ -12,6 +12,7 @@ from gguf import ExpertGatingFuncType, GGUFWriter
 from secateur.formats.gguf_architecture import Architecture
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_sizes import BlockSizes
+from secateur.model.gguf_keys import GATES_SUM_TO_ONE
 from secateur.model.gguf_rope import float_or_none, rope_metadata
 
 Values = dict[str, Any]
@@ -24,9 +25,9 @@ _DEEPSTACK = re.compile(r"\.deepstack_merger_list\.(\d+)\.")
 
 
 def add_metadata(writer: GGUFWriter, values: Values) -> None:
-    """Add metadata to a file, by keys without the architecture; None adds nothing."""
+    """Add metadata to a file, by keys without the architecture. Values of None are not written."""
     for key, value in values.items():
-        # Files have no architecture in front of this one activation's keys.
+        # Only the keys of this activation have no architecture's name in front.
         name = key if key.startswith("xielu.") else f"{writer.arch}.{key}"
         if value is not None:
             getattr(writer, _ADD[type(value)])(name, value)
@@ -42,12 +43,12 @@ def model_metadata(model: GgufModel, architecture: Architecture, type: str) -> V
         "block_count": len(blocks),
         **_block_metadata(model, architecture, blocks),
         **architecture.attention(model),
-        # Norms without weights (OLMo) have their epsilon in the class.
+        # The epsilon of norms without weights (OLMo) is a constant in the class.
         f"attention.{architecture.epsilon}": float(getattr(config, model.source.epsilon, 1e-5)),
         **{key: _of_config(config, key, name) for key, name in model.source.keys.items()},
         **_expert_metadata(model, architecture),
         "attention.clamp_kqv": float_or_none(getattr(getattr(config, "attn_config", config), "clip_qkv", None)),
-        # A multimodal model's embeddings come with inputs of the decoder's first blocks.
+        # In this multimodal model, the decoder's first blocks get additional inputs from the vision tower.
         "n_deepstack_layers": len(merged) or None,
         "final_logit_softcapping": float_or_none(getattr(config, "final_logit_softcapping", None)),
         **architecture.windows(model),
@@ -57,9 +58,9 @@ def model_metadata(model: GgufModel, architecture: Architecture, type: str) -> V
 
 
 def context_length(model: GgufModel, architecture: Architecture) -> int:
-    """Return the number of positions over which llama.cpp computes what the model does.
+    """Return the number of positions for which llama.cpp computes the same as the model.
 
-    An architecture without windows computes something else beyond the model's window.
+    Beyond the model's window, an architecture without windows computes something else.
     """
     if architecture.has_windows or model.window is None:
         return model.positions
@@ -75,7 +76,7 @@ def _of_config(config: Any, key: str, name: str) -> Any:
 def _block_metadata(model: GgufModel, architecture: Architecture, blocks: list[BlockSizes]) -> Values:
     """Return numbers of heads and channels: lists of one number per block, or numbers that all blocks share.
 
-    A list is also needed where some block has none of them.
+    A list is also needed if a block has no heads or no channels.
     """
     numbers = {
         "attention.head_count": [sizes.heads for sizes in blocks],
@@ -87,14 +88,15 @@ def _block_metadata(model: GgufModel, architecture: Architecture, blocks: list[B
 
 def _kv_heads(model: GgufModel, architecture: Architecture, index: int, sizes: BlockSizes) -> int:
     """Return the number of key/value heads of a block as a file states it."""
-    # By a zero llama.cpp knows blocks with a convolution; those with linear attention it knows by their distance.
+    # llama.cpp recognises blocks with a convolution by a zero, and blocks with linear attention by their distance.
     if model.is_token_mixer(index) and not architecture.linear:
         return 0
     return 1 if architecture.latent else sizes.kv_heads
 
 
 def _channels(model: GgufModel, sizes: BlockSizes) -> int:
-    """Return the feed-forward's channels of a block; in a block with experts, those that a dense block would have."""
+    """Return the channels of a block's feed-forward; for a block with experts, the number that a dense block would
+    have."""
     if sizes.channels is not None:
         return sizes.channels
     assert model.family.experts is not None
@@ -103,7 +105,8 @@ def _channels(model: GgufModel, sizes: BlockSizes) -> int:
 
 
 def _expert_metadata(model: GgufModel, architecture: Architecture) -> Values:
-    """Return the metadata of a mixture of experts; of a model without experts, what its architecture asks for."""
+    """Return the metadata of a mixture of experts. For a model without experts, return the keys that its architecture
+    needs."""
     if (first := model.first_experts) is None:
         dense = {
             "leading_dense_block_count": len(model.blocks),
@@ -114,7 +117,7 @@ def _expert_metadata(model: GgufModel, architecture: Architecture) -> Values:
     config, names, sizes = model.config, model.family.experts, model.blocks[first]
     assert names is not None
     per_token = getattr(config, names.experts_per_token)
-    states_routing = architecture.gates_sum_to_one is None or architecture.states_routing
+    states_routing = architecture.name not in GATES_SUM_TO_ONE or architecture.states_routing
     return {
         "expert_count": sizes.experts,
         # A config may have a number per block.
@@ -141,7 +144,7 @@ def _routing_metadata(model: GgufModel) -> Values:
     """Return how the router's logits become gates, and from how many groups of experts a token chooses."""
     assert model.family.experts is not None
     groups, used = (getattr(model.config, key, None) or 1 for key in ("n_group", "topk_group"))
-    # Where a token may choose from all groups, llama.cpp needs none.
+    # If a token may choose from all groups, the file states one group.
     groups, used = (groups, used) if used < groups else (1, 1)
     return {
         "expert_weights_norm": model.gates_sum_to_one,

@@ -51,7 +51,8 @@ class _ModuleBytes:
         self.dense = dense_widths(stream)
         self.model = GgufModel(stream.checkpoint, self.dense, added)
         self.architecture = self._architecture(added)
-        # Blocks of the same shapes take the same bytes. The first block differs: it may have to keep an idle head.
+        # Blocks of the same shapes have the same number of bytes, except for the first block, which may have to keep an
+        # idle head.
         shapes = [block.shapes for block in stream.blocks]
         self.same = [shapes.index(own, min(index, 1)) for index, own in enumerate(shapes)]
         self._bytes = cache(self._module_bytes)
@@ -62,7 +63,8 @@ class _ModuleBytes:
         Raises:
             SecateurError: no architecture computes the dense model.
         """
-        # An architecture for blocks that differ in width can leave out more of a block without heads.
+        # If there is an architecture that can leave out the attention of a block without heads, the pruned file gets
+        # this one.
         headless = [*self.dense[:-1], self.dense[-1] | self.stream.blocks[-1].attention.removed]
         try:
             return choose_architecture(GgufModel(self.stream.checkpoint, headless, added), self.type)
@@ -83,7 +85,8 @@ class _ModuleBytes:
         return self._expert_bytes(index, width) if kind == "experts" else self._narrowed_bytes(index, kind, width)
 
     def _expert_bytes(self, index: int, width: Width) -> int:
-        """Return the bytes of a mixture: matrices of experts shrink along two axes, the router's along one."""
+        """Return the bytes of a mixture. Pruning narrows matrices of experts along two axes, and the router along
+        one."""
         shared = self.stream.blocks[index].feed_forward.shared_multiple * width[EXPERT_CHANNELS]
         total = 0
         for tensor in block_tensors(self.model, self.architecture, index, self.type):
@@ -119,7 +122,7 @@ def _expert_shape(name: str, shape: tuple[int, ...], experts: int, width: Width,
         shape: dense shape.
         experts: number of experts of the dense block.
         width: the block's width.
-        shared: channels of the shared expert at that width; 0 where it keeps its own.
+        shared: channels of the shared expert at that width; 0 if it keeps all channels.
     """
     kept, is_down = list(shape), name.startswith("ffn_down_")
     if shared and "_shexp." in name:

@@ -1,4 +1,4 @@
-"""A stored model as the GGUF format sees it: its family's entry, the sizes of its blocks, and its tensors' names."""
+"""A stored model in the form that the GGUF format needs: its family's entry, block sizes and tensor names."""
 
 import re
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class GgufModel:
     outside: dict[str, str] = field(init=False)
     """Stored names of the other tensors of the language model, by its names for them."""
     usual_heads: dict[str, int] = field(init=False)
-    """Number of heads along each of their axes, in the first block with heads."""
+    """Number of units along each axis of heads, in the first block with heads."""
     blocks: list[BlockSizes] = field(init=False)
     """Sizes of each block."""
 
@@ -45,7 +45,8 @@ class GgufModel:
         """List the tensors.
 
         Raises:
-            SecateurError: llama.cpp has no architecture for the family, or computes something else.
+            SecateurError: llama.cpp has no architecture for the family, or computes something else than the family's
+                class.
         """
         self.source, self.family = gguf_of(self.config), family_of(self.config)
         self._check_family()
@@ -76,7 +77,7 @@ class GgufModel:
     def sizes(self, index: int, width: Width) -> BlockSizes:
         """Return the sizes of a block at a width.
 
-        Blocks with a token mixer have no heads; GGUF files give them the number of heads of the other blocks.
+        Blocks with a token mixer have no heads, but GGUF files state the number of heads of the other blocks for them.
         """
         width = Width({**self.usual_heads, **width})
         sizes = BlockSizes.of(width, self.dim, self.dim if self.family.latent is None else int(self.config.v_head_dim))
@@ -90,7 +91,7 @@ class GgufModel:
     def _heads_of_type(self, layer_type: str) -> tuple[int, int]:
         """Return the head size and the number of key/value heads of blocks of one type (Gemma 4)."""
         norm, keys = (f"{self.family.attention}.{name}.weight" for name in ("q_norm", "k_proj"))
-        # The last blocks may attend with keys of earlier blocks of their type.
+        # The last blocks may use the keys of earlier blocks of their type.
         same_type = (
             inside for inside, kind in zip(self.inside, self.config.layer_types, strict=True) if kind == layer_type
         )
@@ -105,23 +106,23 @@ class GgufModel:
 
     @property
     def dim(self) -> int:
-        """Entries per head; of most blocks, where they differ."""
+        """Entries per head; if blocks differ, the number of most blocks."""
         return head_dim(self.config)
 
     @property
     def positions(self) -> int:
-        """Number of positions that the config allows; configs of models with ALiBi have another key for it, or none."""
+        """Number of positions that the config allows. Configs of models with ALiBi have another key for it, or none."""
         others = (getattr(self.config, key, None) for key in ("max_seq_len", "seq_length"))
         return int(positions_of(self.config) or next(filter(None, others), 2048))
 
     @property
     def rope(self) -> dict[str, Any]:
-        """Rotary settings of layers without a window; empty where positions are not rotary."""
+        """Rotary settings of layers without a window; empty without rotary embeddings."""
         return rope_of(self.config)
 
     @property
     def window_rope(self) -> dict[str, Any]:
-        """Rotary settings of layers with a window; empty where they have none of their own."""
+        """Rotary settings of layers with a window; empty if they are the same as those of other layers."""
         return window_rope_of(self.config)
 
     @property
@@ -131,22 +132,23 @@ class GgufModel:
 
     @property
     def rotated(self) -> int:
-        """Number of rotated entries of a head; all for the kind `proportional`, some with the frequency zero."""
+        """Number of rotated entries of a head. The kind `proportional` rotates all entries, some of them with the
+        frequency zero."""
         share = 1.0 if self.rope_kind == "proportional" else self.rope.get("partial_rotary_factor", 1.0)
         return int(self.dim * share)
 
     @property
     def window(self) -> int | None:
-        """Number of positions that a layer with a sliding window sees; None where no layer has a window."""
+        """Number of positions in a sliding window; None if no layer has a window."""
         types = getattr(self.config, "layer_types", None)
         window = getattr(self.config, "sliding_window", None)
         return None if types and "sliding_attention" not in types else window
 
     @property
     def period(self) -> int | None:
-        """Distance between blocks of full attention, which the others, with windows or linear attention, precede.
+        """Distance between blocks with full attention. The blocks before each of them have windows or linear attention.
 
-        0 means that no block has full attention; None that the distance varies.
+        0 means that no block has full attention; None means that the distance varies.
         """
         return pattern_of([kind in ("sliding_attention", "linear_attention") for kind in self.config.layer_types])
 
@@ -154,7 +156,7 @@ class GgufModel:
     def layers(self) -> dict[str, str]:
         """Names inside a block of the layers that pruning narrows, by llama.cpp's names.
 
-        A layer that holds several of them, such as a fused query, key and value layer, has several entries.
+        A fused layer has an entry for each of its parts.
         """
         family = self.family
         qkv = (family.fused,) * 3 if family.fused else (family.queries, family.keys, family.values)
@@ -178,12 +180,12 @@ class GgufModel:
 
     @property
     def first_experts(self) -> int | None:
-        """Index of the first block with experts; None where there is none."""
+        """Index of the first block with experts; None if there is none."""
         return next((index for index, sizes in enumerate(self.blocks) if sizes.experts), None)
 
     @property
     def gates_sum_to_one(self) -> bool:
-        """Whether the gates of a token's experts are divided by their sum."""
+        """Whether the model divides the gates of a token's experts by their sum."""
         always = None if self.family.experts is None else self.family.experts.gates_sum_to_one
         return bool(self.config.norm_topk_prob) if always is None else always
 

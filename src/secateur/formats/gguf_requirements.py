@@ -1,8 +1,9 @@
 """Requirements of llama.cpp's architectures on a model, one function each.
 
-A requirement returns None for a model that meets it, else the rest of a sentence that begins with the architecture's
-name. Most are made by `requires` or `config_requires` from a condition and the sentence. `COMMON` holds for every
-architecture, and reads its entry. The others are named by entries in `gguf_architectures.py`.
+A requirement returns None for a model that meets it; otherwise it returns the rest of a sentence that begins with the
+architecture's name. Most are made by `requires` or `config_requires` from a condition and the sentence. The
+requirements in `COMMON` apply to every architecture. The others apply to the architectures whose entries in
+`gguf_architectures.py` list them.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from secateur.formats.gguf_architecture import Architecture, Requirement
 from secateur.formats.gguf_model import GgufModel
+from secateur.model.gguf_keys import GATES_SUM_TO_ONE
 
 ACTIVATIONS = {
     "silu": {"silu", "swish"},
@@ -17,7 +19,8 @@ ACTIVATIONS = {
     "xielu": {"xielu"},
     "gelu": {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"},
 }
-"""transformers' names of activations, by llama.cpp's; its one gelu differs from the exact one by less than 0.001."""
+"""transformers' names of activations, by llama.cpp's name. llama.cpp's gelu differs from the exact one by less than
+0.001."""
 
 
 def requires(holds: Callable[[GgufModel, Architecture], Any], reason: str) -> Requirement:
@@ -31,7 +34,7 @@ def config_requires(holds: Callable[[Any], Any], reason: str) -> Requirement:
 
 
 def _fixed(model: GgufModel, values: dict[str, Any]) -> str | None:
-    """Require the values that an architecture's code has for config keys."""
+    """Require config values that are constants in an architecture's code."""
     other = next((key for key, value in values.items() if getattr(model.config, key) != value), None)
     return None if other is None else f"computes with {other} = {values[other]} only"
 
@@ -45,10 +48,11 @@ def _experts_in_order(model: GgufModel, architecture: Architecture) -> str | Non
 
 
 def _gates(model: GgufModel, architecture: Architecture) -> str | None:
-    """Require gates of experts that sum to one, or are not divided by their sum."""
-    if model.first_experts is None or architecture.gates_sum_to_one in (None, model.gates_sum_to_one):
+    """Require that gates of experts are divided by their sum, or that they are not, as in the architecture's code."""
+    divides = GATES_SUM_TO_ONE.get(architecture.name)
+    if model.first_experts is None or divides in (None, model.gates_sum_to_one):
         return None
-    what = "divides" if architecture.gates_sum_to_one else "does not divide"
+    what = "divides" if divides else "does not divide"
     return f"{what} the gates of experts by their sum, unlike this model"
 
 
@@ -149,7 +153,8 @@ COMMON: tuple[Requirement, ...] = (
 
 
 def _every_fourth_unrotated(model: GgufModel) -> list[int]:
-    """Return `no_rope_layers` with which every fourth block leaves positions out: 0 for these blocks."""
+    """Return the value of `no_rope_layers` if every fourth block has no rotary embeddings: 0 for these blocks, else
+    1."""
     return [int((index + 1) % 4 != 0) for index in range(len(model.blocks))]
 
 
@@ -206,7 +211,7 @@ GEMMA2 = config_requires(
     "caps logits and attention scores, which this model does not",
 )
 GPT_OSS: tuple[Requirement, ...] = (
-    # llama.cpp rounds the limits of yarn in any gpt-oss, so truncate is not asked about.
+    # llama.cpp rounds the limits of YaRN in every gpt-oss, so `truncate` is not checked.
     requires(
         lambda model, _: model.window is not None and model.period == 2,
         "has a window in every other block, beginning with the first",
@@ -245,7 +250,7 @@ LINEAR: tuple[Requirement, ...] = (
 
 
 def _groups_by_best_two(model: GgufModel, _: Architecture) -> str | None:
-    """Require that groups of experts are chosen by the sum of their best two, or not at all."""
+    """Require that groups of experts are chosen by the sum of their two best experts, or that there are no groups."""
     experts, method = model.family.experts, getattr(model.config, "topk_method", "greedy")
     if experts is None or experts.gating != "softmax" or method == "greedy":
         return None

@@ -1,4 +1,4 @@
-"""Sizes of a block in llama.cpp's terms: how many heads, experts and channels it has."""
+"""Sizes of a block in llama.cpp's terms: its numbers of heads, experts and channels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BlockSizes:
     kv_heads: int
     """Number of key/value heads."""
     channels: int | None
-    """Channels of the feed-forward; None where experts stand in its place."""
+    """Channels of the feed-forward; None if the block has experts instead."""
     experts: int
     """Number of experts; zero in a block without any."""
     expert_channels: int
@@ -31,11 +31,11 @@ class BlockSizes:
     head_dim: int
     """Entries of a query head and of a key head."""
     value_dim: int
-    """Entries that a head hands to the output layer."""
+    """Entries of a head in the input of the output layer."""
 
     @classmethod
     def of(cls, width: Width, head_dim: int, value_dim: int) -> BlockSizes:
-        """Return the sizes of a block of some width."""
+        """Return the sizes of a block, from its width and its head sizes."""
         return cls(
             width.product(HEADS) if KV_GROUPS in width else 0,
             width.get(KV_GROUPS, 0),
@@ -47,13 +47,13 @@ class BlockSizes:
         )
 
     def numbers(self) -> dict[str, int]:
-        """Return what an architecture with one width for all blocks wants to be the same in them."""
+        """Return the numbers that must be equal in all blocks if an architecture has one width for all blocks."""
         heads, channels = {"heads": self.heads, "kv_heads": self.kv_heads}, self.channels
         experts = {"experts": self.experts, "expert_channels": self.expert_channels} if self.experts else {}
         return heads | experts | ({} if channels is None else {"channels": channels})
 
     def filled(self, type: str) -> BlockSizes:
-        """Return the sizes with channels for whole rows of a type, a name in `TYPES`."""
+        """Return the sizes with as many channels as the file has; `type` is a name in `TYPES`."""
         if self.channels is None or self.experts:
             return self
         return replace(self, channels=filled(self.channels, type))
@@ -62,7 +62,7 @@ class BlockSizes:
 def filled(channels: int, type: str) -> int:
     """Return the number of channels in a file: a multiple of the type's block, and at least one such block.
 
-    llama.cpp leaves a block without channels before it has added the attention's output.
+    In a block without channels, llama.cpp would not add the attention's output to the residual stream.
     """
     multiple = TYPES[type].block
     return max(1, -(-channels // multiple)) * multiple

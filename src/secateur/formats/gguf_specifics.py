@@ -1,7 +1,7 @@
 """Metadata and scales that only some of llama.cpp's architectures have, one function each.
 
-A function of metadata returns them by keys without the architecture. `gguf_architectures.py` says which architecture
-has which.
+A function of metadata returns values by keys without the architecture. `gguf_architectures.py` assigns the functions to
+architectures.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ def head_sizes(model: GgufModel) -> Values:
 
 
 def latent_sizes(model: GgufModel) -> Values:
-    """Return the sizes of latent attention: keys in the cache are a latent vector and the rotated part of a key."""
+    """Return the sizes of latent attention, in which the cache holds a latent vector and the rotated part of a key."""
     config = model.config
     return {
         "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
@@ -39,7 +39,7 @@ def gemma4_sizes(model: GgufModel) -> Values:
 
 
 def gemma4_settings(model: GgufModel) -> Values:
-    """Return settings of Gemma 4 that its files state even where there is nothing to state."""
+    """Return settings of Gemma 4 that files must state even if they are zero."""
     config, full = model.config, gemma4_sizes(model)["attention.key_length"]
     return {
         "rope.dimension_count": full,
@@ -65,14 +65,16 @@ def no_windows(_: GgufModel) -> Values:
 
 
 def regular_windows(model: GgufModel) -> Values:
-    """Return the width of windows, and the distance between blocks without a window; nothing where no block has one."""
+    """Return the width of windows and the distance between blocks without a window; nothing if no block has a
+    window."""
     if model.window is None:
         return {}
     return {"attention.sliding_window": model.window, "attention.sliding_window_pattern": model.period}
 
 
 def gemma2_windows(model: GgufModel) -> Values:
-    """Return the same for Gemma 2, whose files must state a width; without windows, one that hides nothing."""
+    """Return the metadata of `regular_windows` for Gemma 2. Its files must state a width; if the model has no windows,
+    the width covers all positions."""
     return regular_windows(model) or {"attention.sliding_window": model.config.max_position_embeddings}
 
 
@@ -101,7 +103,7 @@ def steepest_slope(_: GgufModel) -> Values:
 
 
 def same_scale(_: GgufModel, __: int) -> float:
-    """Return 1: the model and llama.cpp scale attention scores alike."""
+    """Return 1: the model and llama.cpp scale attention scores in the same way."""
     return 1.0
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file: names, shapes and types of all of them, and the values of each when it is written."""
+"""The tensors of a GGUF file: names, shapes and types at once, and the values of each tensor when it is written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def file_tensors(model: GgufModel, architecture: Architecture, type: str) -> lis
 
 
 def block_tensors(model: GgufModel, architecture: Architecture, index: int, type: str) -> Iterator[FileTensor]:
-    """Yield the tensors of one block; raise what `file_tensors` does."""
+    """Yield the tensors of one block. Errors are the same as in `file_tensors`."""
     sizes = architecture.sizes(model, type)[index]
     for name, values in FileBlock(model, architecture, index, sizes).tensors().items():
         yield FileTensor(f"blk.{index}.{name}", values, TYPES[type].type_of(name, values.shape))
@@ -77,7 +77,7 @@ def _outside_blocks(model: GgufModel, architecture: Architecture) -> Tensors:
     """Return the tensors outside of blocks, by llama.cpp's names.
 
     Raises:
-        SecateurError: one is missing, or has no place.
+        SecateurError: a tensor is missing, or llama.cpp has no place for it.
     """
     tied = bool(model.config.tie_word_embeddings)
     tensors = {place_of(model, architecture, name): stored_tensor(model, at) for name, at in model.outside.items()}
@@ -89,7 +89,7 @@ def _outside_blocks(model: GgufModel, architecture: Architecture) -> Tensors:
     if tied and architecture.output == "stored":
         tensors["output.weight"] = tensors["token_embd.weight"]
     for name in tensors:
-        for change in changes_of("", name, model.config, pairs=False, order=None):
+        for change in changes_of("", name, model.config, permuted=False, order=None):
             tensors[name] = tensors[name].then(change.write)
     full_attention = model.blocks[-1].head_dim
     factors = rope_tensors(model.config, full_attention)

@@ -1,9 +1,9 @@
 """A transformers tokenizer as metadata of a GGUF file.
 
 GGUF stores a vocabulary in one of llama.cpp's own forms. For byte-level BPE, it stores only the *name* of the
-pre-tokenizer, the rule by which text is split before merging. Secateur finds the name by the rule, as the tokenizer
-spells it, so that a fine-tuned or rebuilt tokenizer gets the same name as the original. An unknown rule is refused,
-since llama.cpp would silently split text at other places.
+pre-tokenizer, the rule by which text is split before merging. Secateur looks up the name by the rule in tokenizer.json,
+so that a fine-tuned or rebuilt tokenizer gets the same name as the original. A tokenizer with an unknown rule is
+refused, because llama.cpp would silently split text at other places.
 """
 
 import json
@@ -46,8 +46,8 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((r" ?[^(\s|[.,!?…。，、।۔،])]+",), False): "bloom",
     ((_CONTRACTION + _PHRASE + r"\p{N}" + _REST_ONE,), False): "exaone-moe",
 }
-"""llama.cpp's names of pre-tokenizers, by their splits in order, and by whether a word that is in the vocabulary is
-taken as it is, without merging inside it."""
+"""llama.cpp's names of pre-tokenizers, by their splits in order, and by whether a word that is in the vocabulary
+becomes one token without merging its characters (`ignore_merges`)."""
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -59,10 +59,10 @@ _RESERVED_NAMES = ("phi-3", "phi3", "jina-v2", "modern-bert", "mistral")
 _STRIPPING_NAME = "phi-3"
 """Part of general.name by which llama.cpp drops spaces after special tokens, except after `_NOT_STRIPPING`."""
 _NOT_STRIPPING = frozenset({"<unk>", "<s>", "<|endoftext|>"})
-"""Tokens that must be in the vocabulary for this, as must `</s>`."""
+"""Tokens that must be in the vocabulary if such a name is used, together with `</s>`."""
 
 _UNMERGED = -1e9
-"""Score of a token that no merge makes."""
+"""Score of a token that is not the result of a merge."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Vocabulary:
     """Whether spaces after special tokens are dropped, as in Phi-3."""
 
     def safe_name(self, name: str) -> str:
-        """Return the model's name for the file, or another one where readers would take the name for another model."""
+        """Return the model's name for the file, or another name if readers would confuse it with another model."""
         if self.strips:
             return _STRIPPING_NAME
         return "pruned" if any(part in name.lower() for part in _RESERVED_NAMES) else name
@@ -105,7 +105,7 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
 
     Args:
         tokenizer: a tokenizer of transformers.
-        size: number of rows of the embedding, which llama.cpp takes for the number of tokens.
+        size: number of rows of the embedding, which llama.cpp assumes to be the number of tokens.
 
     Raises:
         SecateurError: GGUF cannot hold the tokenizer, or its pre-tokenizer has no name here.
@@ -131,7 +131,7 @@ def _stored(tokenizer: Any) -> dict[str, Any]:
     """Return the contents of tokenizer.json.
 
     Raises:
-        SecateurError: there is no such form of the tokenizer, or GGUF cannot hold its algorithm.
+        SecateurError: the tokenizer has no tokenizer.json, or GGUF does not support its algorithm.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -160,7 +160,7 @@ def _is_byte_level(stored: dict[str, Any]) -> bool:
 
 
 def _byte_level_fields(stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `Vocabulary` that differ between both algorithms, for byte-level BPE."""
+    """Return the fields of a `Vocabulary` that depend on the algorithm, for byte-level BPE."""
     return {
         "model": "gpt2",
         "pre": _pre_tokenizer(stored),
@@ -171,7 +171,7 @@ def _byte_level_fields(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sentencepiece_fields(stored: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """Return the fields of a `Vocabulary` that differ between both algorithms, for SentencePiece BPE."""
+    """Return the fields of a `Vocabulary` that depend on the algorithm, for SentencePiece BPE."""
     return {
         "model": "llama",
         "pre": "default",
@@ -222,7 +222,7 @@ def _pre_tokenizer(stored: dict[str, Any]) -> str:
     """Return llama.cpp's name of the pre-tokenizer.
 
     Raises:
-        SecateurError: it has none here.
+        SecateurError: secateur knows no name for its rule.
     """
     splits = tuple(filter(None, map(_split, _steps(stored.get("pre_tokenizer")))))
     name = PRE_TOKENIZERS.get((splits, bool(stored["model"].get("ignore_merges"))))
@@ -236,7 +236,7 @@ def _pre_tokenizer(stored: dict[str, Any]) -> str:
 
 
 def _split(step: dict[str, Any]) -> str:
-    """Return one step of a pre-tokenizer as `PRE_TOKENIZERS` spells it; empty where it splits nothing."""
+    """Return one step of a pre-tokenizer in the spelling of `PRE_TOKENIZERS`; empty if the step does not split."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
             return _WORDS if use_regex else ""
@@ -245,14 +245,14 @@ def _split(step: dict[str, Any]) -> str:
         case {"type": "Punctuation", "behavior": "Contiguous"}:
             return _PUNCTUATION
         case {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}:
-            # To keep every match and to drop the text between is the same where a regex matches everything.
+            # If a regex matches all text, isolating its matches and removing everything else are the same.
             if (behavior, invert) in (("Isolated", False), ("Removed", True)):
                 return str(regex).replace("\r", r"\r").replace("\n", r"\n")
     return f"unknown {step['type']}"
 
 
 def _tokens(stored: dict[str, Any], size: int, byte_level: bool) -> tuple[list[str], list[int]]:
-    """Return text and type of each token, by id; unused ids get a text that occurs nowhere."""
+    """Return the text and the type of each token, by id. Unused ids get a text that does not occur otherwise."""
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [int(TokenType.UNUSED)] * size
     vocabulary = {text: index for text, index in stored["model"]["vocab"].items() if index < size}
@@ -261,7 +261,7 @@ def _tokens(stored: dict[str, Any], size: int, byte_level: bool) -> tuple[list[s
         tokens[index], types[index] = text, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
     for added in (token for token in stored["added_tokens"] if token["id"] < size):
         index, text, special = added["id"], added["content"], added["special"]
-        # llama.cpp looks for these tokens before it replaces spaces by their sign.
+        # llama.cpp searches for these tokens before it replaces spaces by the sign for spaces.
         tokens[index] = text if byte_level or special else text.replace(_SPACE, " ")
         types[index] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
     unknown = stored["model"].get("unk_token")
@@ -271,10 +271,11 @@ def _tokens(stored: dict[str, Any], size: int, byte_level: bool) -> tuple[list[s
 
 
 def _strips(stored: dict[str, Any], size: int) -> bool:
-    """Return whether added tokens remove spaces after them: those that llama.cpp lets do so in Phi-3.
+    """Return whether added tokens remove the spaces after them, as llama.cpp does for Phi-3.
 
     Raises:
-        SecateurError: other tokens remove spaces, or tokens depend on the text around them; GGUF has no place for that.
+        SecateurError: other tokens than Phi-3's remove spaces, or tokens depend on the text around them; GGUF files
+            cannot state either.
     """
     added = {token["content"]: token for token in stored["added_tokens"] if token["id"] < size}
     stripping = {text for text, token in added.items() if token.get("rstrip")}
@@ -290,7 +291,8 @@ def _strips(stored: dict[str, Any], size: int) -> bool:
 
 
 def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
-    """Return scores with which SentencePiece's rule, the best token first, follows the order of the merges."""
+    """Return scores with which SentencePiece, which merges into the token with the highest score first, follows the
+    order of the merges."""
     rank: dict[str, int] = {}
     for position, pair in enumerate(pairs):
         rank.setdefault("".join(pair), position)

@@ -16,13 +16,13 @@ class Storage:
     matrices: GGMLQuantizationType
     """Type of most matrices."""
     embeddings: GGMLQuantizationType
-    """Type of the embedding and of the output matrix, whose rounding harms the model most."""
+    """Type of the embedding and of the output matrix, whose rounding increases the loss most."""
     file: int
     """llama.cpp's number of the file's type."""
 
     @property
     def block(self) -> int:
-        """Number of weights in one block of the type; it must divide the rows of a matrix."""
+        """Number of weights in one block of the type, by which the length of rows must be divisible."""
         return int(gguf.GGML_QUANT_SIZES[self.matrices][0])
 
     @property
@@ -32,7 +32,8 @@ class Storage:
         return float(size / weights)
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
-        """Return the type of one tensor: vectors stay float32, and rows that do not fill blocks become float16.
+        """Return the type of one tensor: vectors stay float32, and matrices whose rows do not fill blocks become
+        float16.
 
         Args:
             name: llama.cpp's name, inside a block or outside of blocks.

@@ -43,7 +43,7 @@ def check_written(folder: Path, out: Path, advice: str) -> None:
 
 
 def planned_misfit(stream: BlockStream, keeps: Mapping[int, KeptUnits], raw_config: dict[str, Any]) -> str | None:
-    """Return how a config.json differs from the tensors of a pruned model, as a clause; None where it describes them.
+    """Return how a config.json differs from the tensors of a pruned model, as a clause; None if it describes them.
 
     Args:
         stream: the dense model.

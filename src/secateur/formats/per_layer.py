@@ -115,7 +115,11 @@ def per_layer_config(
         if differing := {key: value for key, value in own.items() if value != everywhere[key] or value != before[key]}:
             layers[str(index)] = differing
     # A class that derives head sizes fails in a layer without heads: the values go under a key that it does not read.
-    apart = family_of(config).stock.by_type or derived or any(overrides(config, index) for index in range(len(dense)))
+    apart = (
+        family_of(config).stock.per_layer_by_type
+        or derived
+        or any(overrides(config, index) for index in range(len(dense)))
+    )
     stored[WIDTHS if apart else "per_layer_config"] = layers
     used = {key for own in layers.values() for key in own}
     stored[SIZES] = model_sizes(blocks, keys, stored_names, used)
@@ -240,7 +244,7 @@ def layer_keys(config: Any) -> Keys:
 
 
 def _feed_forward_key(width: Width, keys: Keys) -> str | None:
-    """Return the config key of the number of experts, or else of channels; None where configs have no such key."""
+    """Return the config key of the number of experts, or else of channels; None if configs have no such key."""
     kinds = [kind for kind in axis_kinds().values() if kind.role == FEED_FORWARD and not kind.outer]
     return next((keys[(kind.name,)] for kind in reversed(kinds) if kind.name in width and (kind.name,) in keys), None)
 

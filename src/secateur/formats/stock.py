@@ -36,7 +36,7 @@ def stock_unsupported(config: Any, width: Width, dense: Width) -> str | None:
         return "a stock class needs at least one head and one channel; keep one of each, or use --format hf"
     if getattr(config, "use_double_wide_mlp", False) and FEED_FORWARD in narrowed:
         return f"the last blocks of this {kind} are twice as wide as the others; use --format hf"
-    if stock.derived and FEED_FORWARD in narrowed:
+    if stock.derives_channels and FEED_FORWARD in narrowed:
         return f"{kind} derives its feed-forward width from hidden_size; use --format hf"
     return _heads_unsupported(config, width, dense) if ATTENTION in narrowed else None
 
@@ -46,20 +46,20 @@ def _heads_unsupported(config: Any, width: Width, dense: Width) -> str | None:
     kind, stock, heads = config.model_type, family_of(config).stock, width.product(HEADS)
     bound = f"so a stock class keeps all {dense.product(HEADS)} heads; prune channels only, or use --format hf"
     twin = twin_of(config)
-    if stock.heads == "dense" or (twin and twin.derives_head_size):
+    if stock.head_counts == "dense" or (twin and twin.derives_head_size):
         return f"{getattr(config, 'twin_of', kind)} derives its head size from hidden_size / heads, {bound}"
     rope = getattr(config, "rope_parameters", None) or {}
     if stock.fused_longrope and rope.get("rope_type") == "longrope":
         return f"{kind} ties its LongRoPE factors to hidden_size / heads, {bound}"
-    if stock.heads == "divisors" and config.hidden_size % heads:
+    if stock.head_counts == "divisors" and config.hidden_size % heads:
         takes = [number for number in range(1, dense.product(HEADS) + 1) if config.hidden_size % number == 0]
         refusal = f"{kind} supports only head counts that divide hidden_size {config.hidden_size}"
         instead = f"keep one of {', '.join(map(str, takes))} heads, or use --format hf"
-        if stock.heir is None:
+        if stock.fallback is None:
             return f"{refusal}, not {heads}; {instead}"
         if biases := [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]:
             lacks = " or ".join(biases)
-            return f"{refusal} and {stock.heir[0]}, which supports {heads}, has no {lacks}; {instead}"
+            return f"{refusal} and {stock.fallback[0]}, which supports {heads}, has no {lacks}; {instead}"
     return None
 
 
@@ -89,11 +89,11 @@ def stock_config(
     if family.ungrouped:
         # The class does not read it; other readers might.
         stored.pop("num_key_value_heads", None)
-    if stock.heads == "dense":
+    if stock.head_counts == "dense":
         width = Width({axis: number for axis, number in width.items() if axis_kinds()[axis].role != ATTENTION})
     else:
         stored["head_dim"] = head_dim
-    stored |= dict(stock.also)
+    stored |= dict(stock.fixed_values)
     for along, (key, *others) in config_keys(family).items():
         if width.keys() >= set(along):
             # Some configs hold the number under two names.
@@ -101,9 +101,9 @@ def stock_config(
     stored["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     stored["dtype"] = stored["torch_dtype"] = str(dtype).removeprefix("torch.")
     stored.update(_rope(stock, config))
-    if stock.heir is not None and config.hidden_size % width.product(HEADS):
-        kind, name = stock.heir
-        stored |= {"model_type": kind, "architectures": [name], **dict(stock.heir_keys)}
+    if stock.fallback is not None and config.hidden_size % width.product(HEADS):
+        kind, name = stock.fallback
+        stored |= {"model_type": kind, "architectures": [name], **dict(stock.fallback_values)}
         # transformers suspects a local Mistral of a version below 5.0 of a tokenizer fault that the checkpoint does not
         # have.
         stored["transformers_version"] = transformers.__version__
@@ -117,18 +117,18 @@ def config_keys(family: Family) -> ConfigKeys:
 
 def _rope(stock: Stock, config: Any) -> dict[str, Any]:
     """Return the rotary settings in both spellings."""
-    if stock.theta is None:
+    if stock.theta_key is None:
         return {}
     rope = copy.deepcopy(config.rope_parameters)
     keys: dict[str, Any] = {"rope_parameters": rope}
     if "full_attention" in rope:
-        if stock.local_theta is not None:
-            keys[stock.local_theta] = rope["sliding_attention"]["rope_theta"]
+        if stock.local_theta_key is not None:
+            keys[stock.local_theta_key] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     kind = rope.get("rope_type", "default")
-    keys[stock.theta] = rope["rope_theta"]
-    if stock.partial is not None:
-        keys[stock.partial] = rope.get("partial_rotary_factor", 1.0)
+    keys[stock.theta_key] = rope["rope_theta"]
+    if stock.partial_rotary_key is not None:
+        keys[stock.partial_rotary_key] = rope.get("partial_rotary_factor", 1.0)
     # In transformers 5, rope_scaling overrides rope_parameters, so that it must have the same values or be empty.
     elsewhere = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
     if kind == "longrope":
@@ -140,6 +140,6 @@ def _rope(stock: Stock, config: Any) -> dict[str, Any]:
         if (factor := rope.get("factor")) and rope.get("attention_factor") is None:
             rope["attention_factor"] = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(length))
     scaling = {key: value for key, value in rope.items() if key not in elsewhere}
-    sections = "mrope_section" in scaling and stock.partial is None
-    keys["rope_scaling"] = None if kind == "default" and not sections else {stock.scaling_type: kind, **scaling}
+    sections = "mrope_section" in scaling and stock.partial_rotary_key is None
+    keys["rope_scaling"] = None if kind == "default" and not sections else {stock.scaling_type_key: kind, **scaling}
     return keys

@@ -16,7 +16,7 @@ from secateur.model.units.heads import HEADS, KV_GROUPS
 
 
 def vllm_unsupported(config: Any, widths: Sequence[Width], *, per_layer: bool, multimodal: bool = False) -> str | None:
-    """Return why vLLM cannot run a model, as a clause that ends in what can be done instead; None where it can.
+    """Return why vLLM cannot run a model, as a clause that ends in what can be done instead; None if it can.
 
     On CPUs vLLM also needs head sizes of 32, 64, 80 or some larger ones; this limits the dense model too.
 
@@ -64,14 +64,14 @@ def _backend_limits(config: Any, widths: Sequence[Width], multimodal: bool) -> I
 
 
 def _stock_unsupported(config: Any, heads: int) -> str | None:
-    """Return why vLLM's own class for the family cannot run a model with some number of heads; None where it can.
+    """Return why vLLM's own class for the family cannot run a model with some number of heads; None if it can.
 
     That class may read fewer config keys than transformers' class.
     """
     limits, dim = family_of(config).vllm, head_dim(config)
-    if limits.derives_head_size is not None and config.hidden_size // heads != dim:
+    if limits.instead_of_fewer_heads is not None and config.hidden_size // heads != dim:
         return (
             f"its class for {config.model_type} derives the head size from hidden_size / heads, which {heads} heads of "
-            f"{dim} do not give; {limits.derives_head_size}"
+            f"{dim} do not give; {limits.instead_of_fewer_heads}"
         )
     return None if limits.stock is None else limits.stock(config)

@@ -155,7 +155,7 @@ def _score(
         checkpoint.source,
         parameters,
         parameters * stored_dtype.itemsize,
-        bos=tokenizer is not None and begins_with_bos(tokenizer),
+        begins_with_bos=tokenizer is not None and begins_with_bos(tokenizer),
         texts=texts,
         tasks=results,
         written={prompt: generate(network, tokenizer, prompt) for prompt in tracked},

@@ -18,7 +18,7 @@ class ModelScore:
     """Number of parameters."""
     bytes: int
     """Size of the parameters in bytes, at the dtype in which the first model is stored."""
-    bos: bool
+    begins_with_bos: bool
     """Whether rows begin with BOS."""
     texts: dict[str, Perplexity]
     """Perplexity by source of text."""
@@ -108,7 +108,7 @@ class Evaluation:
             for task in model["tasks"]:
                 for metric in filter(None, (task["acc"], task["acc_norm"])):
                     metric["outcomes"] = "".join(map(str, metric["outcomes"]))
-        return result | {"kept": {label: asdict(ratio) for label, ratio in self.accuracy_ratios().items()}}
+        return result | {"accuracy_ratios": {label: asdict(ratio) for label, ratio in self.accuracy_ratios().items()}}
 
 
 def short(source: str) -> str:

@@ -1,7 +1,7 @@
 """Speed of a model: tokens per second while it reads a prompt (prefill) and while it generates (decode).
 
 Both speeds come from one greedy generation with the model's own cache. The clock is read after the prompt and after
-every new token, so that no time is the difference of two noisy runs. Two models are measured in turns, because a busy
+every new token, so that no time is a difference between two runs. Two models are measured in turns, because a busy
 machine slows neighbouring runs equally.
 """
 

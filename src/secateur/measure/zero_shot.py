@@ -53,7 +53,7 @@ class TaskResult:
     acc: Accuracy
     """Accuracy of the answer with the highest log-likelihood."""
     acc_norm: Accuracy | None
-    """Accuracy of the answer with the highest log-likelihood per length, as lm-eval defines it; None where the task
+    """Accuracy of the answer with the highest log-likelihood per length, as lm-eval defines it; None if the task
     does not have this metric."""
 
     def accuracies(self) -> dict[str, Accuracy]:
@@ -67,11 +67,11 @@ class AccuracyRatio:
 
     ratio: float
     interval: tuple[float, float] | None
-    """95 % confidence interval of the ratio; None where the first model has no item right."""
+    """95 % confidence interval of the ratio; None if the first model has no item right."""
 
 
 def accuracy_ratio(first: Accuracy, second: Accuracy) -> AccuracyRatio | None:
-    """Return the first accuracy over the second, both on the same items; None where the second is 0.
+    """Return the first accuracy over the second, both on the same items; None if the second is 0.
 
     The interval is normal on the logarithm of the ratio (delta method). The variance of the logarithm is the variance
     of the mean of `x / mean(x) - y / mean(y)` over the items' outcomes x and y. For outcomes of 0 and 1 it equals

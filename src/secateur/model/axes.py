@@ -41,11 +41,11 @@ class AxisKind:
     """Plural noun for all units of a model that lie along the axis."""
     outer: tuple[str, ...] = ()
     """Outer axes. The axis counts units in each unit of the outer axes."""
-    counts: tuple[str, ...] = ()
+    total_attributes: tuple[str, ...] = ()
     """Attributes of transformers' modules, in any version, with the number of all units along the axis."""
-    counts_each: tuple[str, ...] = ()
+    nested_attributes: tuple[str, ...] = ()
     """Attributes with the number of units in each unit of the outer axes."""
-    entries: tuple[str, ...] = ()
+    input_attributes: tuple[str, ...] = ()
     """Attributes with the number of the output projection's inputs of all units."""
     config_keys: Callable[[Family], ConfigKeys] = lambda _: {}
     """Function that returns the config keys of a family for the number along this axis."""
@@ -103,7 +103,7 @@ class Axis:
     """Number by which every narrower number of units must be divisible, because kernels require it."""
     rounded: bool = False
     """Whether `--round` applies: feed-forward widths, not heads or experts."""
-    wide: int = 0
+    rounds_from: int = 0
     """Smallest dense number of units at which the default of `--round` is 32 instead of 1; for rounded axes."""
     locked: bool = False
     """Whether single units cannot be removed exactly."""

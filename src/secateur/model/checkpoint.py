@@ -25,8 +25,8 @@ from secateur.base.quiet import first_line, quiet
 from secateur.base.words import first_few
 from secateur.families.registry import FAMILIES, twin_of
 from secateur.model.config_file import (
-    OTHER_SENSES,
     TEXT,
+    TOWER_CONFIGS,
     check_generation,
     decoder_config,
     empty_model,
@@ -100,7 +100,7 @@ class Checkpoint(Stored):
         They have names of their own, or are stored as blocks after the last block.
         """
         family = FAMILIES.get(self.config.model_type)
-        places = self.spelled(f"{family.blocks}.") if family else []
+        places = self.candidate_names(f"{family.blocks}.") if family else []
         count = self.config.num_hidden_layers
 
         def further(name: str) -> bool:
@@ -293,7 +293,7 @@ class Checkpoint(Stored):
             used.update(pieces)
             shape = tuple(tensor.shape)
             if len(pieces) > 1:
-                shape = (shape[1] // self.together(name), *shape[2:])
+                shape = (shape[1] // self.matrices_per_expert(name), *shape[2:])
             for stored in pieces:
                 found = self.tensors[stored]
                 if tensor.is_floating_point() and not found.dtype.is_floating_point:
@@ -359,7 +359,7 @@ def open_checkpoint(
     raw = read_config(folder)
     config, around = load_config(folder, raw, trust_remote_code=trust_remote_code), None
     how, raw = quantisation(raw), without_quantisation(raw)
-    if any(raw.get(key) for key in OTHER_SENSES):
+    if any(raw.get(key) for key in TOWER_CONFIGS):
         around, raw, config = raw, raw.get(TEXT) or {}, decoder_config(config)
     check_generation(folder)
     tensors = list_tensors(folder)

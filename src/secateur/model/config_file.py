@@ -22,13 +22,14 @@ from secateur.base.quiet import first_line, quiet
 from secateur.families.registry import FAMILIES, TWINS
 from secateur.model.quantised import quantisation, quantisation_unsupported
 
-# transformers 5 has the class, and lists it among those for images alone.
+# transformers 5 has this class, but lists it only among the classes for images.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mistral4", "Mistral4ForCausalLM")
 
-OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "encoder_config")
+TOWER_CONFIGS = ("vision_config", "audio_config", "speech_config", "encoder_config")
+"""Keys of a multimodal model's config that hold the config of a tower."""
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _DROPPED = ("dropout", "pdrop", "layerdrop")
-"""Endings of config keys with dropout rates, which torch checks when a block runs."""
+"""Endings of config keys with dropout rates, which torch would check only when a block runs."""
 _SHARED = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 """Keys that a multimodal model and its language model both have."""
 TEXT = "text_config"
@@ -39,25 +40,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the contents of config.json.
 
     Raises:
-        SecateurError: there is none, it is not JSON, or it does not say what kind of model this is, or how.
+        SecateurError: the file is missing or not JSON, or a value that every model needs is missing or impossible.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise SecateurError(_no_config(folder))
-    try:
-        raw = parse_json(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise SecateurError(f"{file}: not valid JSON at {where} ({error.msg}); download it again") from error
-    except UnicodeDecodeError as error:
-        raise SecateurError(f"{file}: byte {error.start} is not UTF-8 text; download it again") from error
-    except ValueError as error:
-        raise SecateurError(f"{file}: {error} for a config; download it again") from error
+    raw = _parsed(file)
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise SecateurError(f"{file}: no model_type, so this is not a transformers model; check the folder")
-    named, inner = raw.get("architectures") or [], raw.get(TEXT) or {}
-    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise SecateurError(f"{file}: architectures is {named!r}, not a list of class names; correct the file")
+    classes, inner = raw.get("architectures") or [], raw.get(TEXT) or {}
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise SecateurError(f"{file}: architectures is {classes!r}, not a list of class names; correct the file")
     if not isinstance(inner, dict):
         raise SecateurError(f"{file}: {TEXT} is {inner!r}, not the config of a model; correct the file")
     for key, value in (*raw.items(), *inner.items()):
@@ -66,11 +59,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def _parsed(file: Path) -> Any:
+    """Return the value in a JSON file.
+
+    Raises:
+        SecateurError: the file is not JSON.
+    """
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise SecateurError(f"{file}: not valid JSON at {where} ({error.msg}); download it again") from error
+    except UnicodeDecodeError as error:
+        raise SecateurError(f"{file}: byte {error.start} is not UTF-8 text; download it again") from error
+    except ValueError as error:
+        raise SecateurError(f"{file}: {error} for a config; download it again") from error
+
+
 def empty_model(auto: Any, config: Any) -> Any:
-    """Return the model that a class makes of a config: float32, its parameters on the meta device.
+    """Build the model of a config in float32, with its parameters on the meta device.
 
     Args:
-        auto: an auto class of transformers, or a model's class.
+        auto: an auto class of transformers, or the class of a model.
         config: the config object.
     """
     make = getattr(auto, "from_config", None) or auto._from_config
@@ -83,75 +93,128 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     """Return the transformers config object of a decoder language model, or of a multimodal model.
 
     Stock classes are preferred: the checkpoint's own code runs only if transformers does not know the model_type and
-    the user trusts the code. A padding token outside the vocabulary is removed from the object and from `raw`, as
-    transformers makes no model with it.
+    the user trusts the code. A padding token outside the vocabulary is removed from the object and from `raw`, because
+    transformers builds no model with it.
 
     Raises:
         SecateurError: the model is of another kind, is unknown to transformers, or is quantised in an unknown way.
     """
     file, kind = folder / "config.json", raw["model_type"]
-    how = quantisation(raw)
-    if how is not None and (why := quantisation_unsupported(how)):
-        raise SecateurError(f"{file}: {why}; use an unquantised checkpoint")
-    own_code = raw.get("auto_map") or {}
-    known = kind in CONFIG_MAPPING
-    if not known and not own_code:
-        raise SecateurError(
-            f"{file}: transformers {transformers.__version__} does not know model_type {kind!r}; "
-            "upgrade transformers, or check the spelling"
-        )
-    if not known and not trust_remote_code:
-        raise SecateurError(
-            f"{file}: {kind} needs code that comes with the checkpoint (auto_map); "
-            "read that code, then pass trust_remote_code"
-        )
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=not known)
-    except Exception as error:
-        # The last line of the validators' message says what is wrong.
-        reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [first_line(error)])[-1]
-        raise SecateurError(f"{file}: transformers rejects it ({reason}); correct the file") from error
-    for one, stored in ((config, raw), (getattr(config, TEXT, None), raw.get(TEXT))):
-        if one is not None:
-            experts = getattr(FAMILIES.get(_family(one.model_type)), "experts", None)
-            for key in (*_SIZES, *([experts.number] if experts else [])):
-                # As it is stored, by whichever of its names.
-                size = vars(one).get(one.attribute_map.get(key, key))
-                if size is not None and (type(size) is not int or size < 0):
-                    raise SecateurError(f"{file}: {key} is {size!r}, not a whole number; correct the file")
-            if (getattr(one, "pad_token_id", None) or 0) >= getattr(one, "vocab_size", float("inf")):
-                one.pad_token_id = None
-                if stored is not None:
-                    stored["pad_token_id"] = None
-            # Gemma 4 has heads of their own in some blocks; what is read of the whole is the same in all.
-            one.allow_global_per_layer_attribute_access = True
-            # How a model is to be run elsewhere; here blocks are run by themselves. Before transformers 5.22 its own
-            # choice leaves caps of attention out.
-            one._attn_implementation = "eager" if getattr(one, "attn_logit_softcapping", None) else None
-            one.return_dict, one.output_attentions, one.output_hidden_states = True, False, False
+    _check_readable(file, raw, trust_remote_code)
+    config = _config_object(folder, own_code=kind not in CONFIG_MAPPING)
+    for part, stored in ((config, raw), (getattr(config, TEXT, None), raw.get(TEXT))):
+        if part is not None:
+            _check_sizes(file, part)
+            _prepare(part, stored)
     if config.is_encoder_decoder:
         raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only model")
-    if sense := next((key for key in OTHER_SENSES if raw.get(key)), None):
-        inner = getattr(getattr(config, TEXT, None), "model_type", None)
-        family = _family(inner)
-        if family not in FAMILIES or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            if family in FAMILIES:
-                of = f"that secateur cannot open; save its {inner} as a causal language model, and prune that"
-            else:
-                said = f"whose language model ({inner})" if inner else "whose language model"
-                of = f"{said} is not supported; secateur families prints those that are"
-            raise SecateurError(f"{file}: {kind} is a multimodal model ({sense}) {of}")
-        if inner in TWINS and not raw.get(TEXT):
-            _nest(raw, config)
-        return config
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (known or "AutoModelForCausalLM" not in own_code):
+    if tower := next((key for key in TOWER_CONFIGS if raw.get(key)), None):
+        _check_multimodal(file, raw, config, tower)
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _own_classes(raw):
         raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only model")
     return config
 
 
-def _family(kind: Any) -> Any:
-    """Return the model_type of the family by which a model is read."""
+def _own_classes(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the classes in the checkpoint's own code, by auto class, if transformers does not know the model_type."""
+    return {} if raw["model_type"] in CONFIG_MAPPING else raw.get("auto_map") or {}
+
+
+def _check_readable(file: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:
+    """Raise `SecateurError` for an unknown quantisation, and for a model_type without a class that may be used."""
+    kind, how = raw["model_type"], quantisation(raw)
+    if how is not None and (why := quantisation_unsupported(how)):
+        raise SecateurError(f"{file}: {why}; use an unquantised checkpoint")
+    if kind in CONFIG_MAPPING:
+        return
+    if not raw.get("auto_map"):
+        raise SecateurError(
+            f"{file}: transformers {transformers.__version__} does not know model_type {kind!r}; "
+            "upgrade transformers, or check the spelling"
+        )
+    if not trust_remote_code:
+        raise SecateurError(
+            f"{file}: {kind} needs code that comes with the checkpoint (auto_map); "
+            "read that code, then pass trust_remote_code"
+        )
+
+
+def _config_object(folder: Path, own_code: bool) -> Any:
+    """Return the config object that transformers makes of config.json.
+
+    Raises:
+        SecateurError: transformers rejects the file.
+    """
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+    except Exception as error:
+        # The last line of the validators' message says what is wrong.
+        reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [first_line(error)])[-1]
+        raise SecateurError(
+            f"{folder / 'config.json'}: transformers rejects it ({reason}); correct the file"
+        ) from error
+
+
+def _check_sizes(file: Path, config: Any) -> None:
+    """Raise `SecateurError` for a size that is not a whole number."""
+    experts = getattr(FAMILIES.get(_family_name(config.model_type)), "experts", None)
+    for key in (*_SIZES, *([experts.number] if experts else [])):
+        # The stored value, under the name that the class has for the key.
+        size = vars(config).get(config.attribute_map.get(key, key))
+        if size is not None and (type(size) is not int or size < 0):
+            raise SecateurError(f"{file}: {key} is {size!r}, not a whole number; correct the file")
+
+
+def _prepare(config: Any, stored: dict[str, Any] | None) -> None:
+    """Set values of a config object so that its blocks can be built and run one by one.
+
+    Args:
+        config: the config object.
+        stored: its part of config.json, in which an impossible padding token is removed too.
+    """
+    if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", float("inf")):
+        config.pad_token_id = None
+        if stored is not None:
+            stored["pad_token_id"] = None
+    # In Gemma 4, heads differ between blocks, and transformers refuses to read a global value of such keys. The global
+    # values that are read here are the same in all blocks.
+    config.allow_global_per_layer_attribute_access = True
+    # Before 5.22, transformers chooses an attention function that leaves softcaps out.
+    config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    # These settings say how a whole model runs, but here each block runs by itself.
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+
+
+def _check_multimodal(file: Path, raw: dict[str, Any], config: Any, tower: str) -> None:
+    """Check a multimodal model, and give its language model a part of its own in an older config.json.
+
+    Args:
+        file: config.json, for error messages.
+        raw: contents of the file.
+        config: the config object.
+        tower: config key of a tower, for error messages.
+
+    Raises:
+        SecateurError: the language model is not supported, or transformers does not open the whole model.
+    """
+    inner = getattr(getattr(config, TEXT, None), "model_type", None)
+    supported = _family_name(inner) in FAMILIES
+    if supported and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        if inner in TWINS and not raw.get(TEXT):
+            _nest(raw, config)
+        return
+    language_model = f"whose language model ({inner})" if inner else "whose language model"
+    reason = (
+        f"that secateur cannot open; save its {inner} as a causal language model, and prune that"
+        if supported
+        else f"{language_model} is not supported; secateur families prints those that are"
+    )
+    raise SecateurError(f"{file}: {raw['model_type']} is a multimodal model ({tower}) {reason}")
+
+
+def _family_name(kind: Any) -> Any:
+    """Return the model_type of the family whose entry describes a model."""
     return TWINS[kind].family if kind in TWINS else kind
 
 
@@ -166,13 +229,13 @@ def decoder_config(whole: Any) -> Any:
             twin = CONFIG_MAPPING[found.family].from_dict(values | dict(found.settings))
         twin.allow_global_per_layer_attribute_access, twin.twin_of = True, own.model_type
         own = twin
-    # Whether the output layer is the embedding is the whole model's to say.
+    # The multimodal model's config decides whether the output layer is the embedding.
     own.tie_word_embeddings = whole.tie_word_embeddings
     return own
 
 
 def _nest(raw: dict[str, Any], config: Any) -> None:
-    """Move the language model's keys of an older config.json into a part of their own."""
+    """Move the language model's keys in an older config.json into `text_config`."""
     own = config.text_config.to_dict()
     for key in (*own, "rope_scaling", "rope_theta"):
         if key not in _SHARED and not key.endswith("token_id"):
@@ -186,7 +249,7 @@ def check_generation(folder: Path) -> None:
         with quiet():
             GenerationConfig.from_pretrained(folder)
     except OSError:
-        # None, or one that cannot be read, which transformers does without.
+        # transformers uses defaults if the file is missing or cannot be read.
         pass
     except Exception as error:
         file = folder / "generation_config.json"
@@ -194,8 +257,10 @@ def check_generation(folder: Path) -> None:
 
 
 def stock_class(classes: Any, config_class: type) -> Any:
-    """Return the stock class of a config in a mapping of transformers; `secateur.register` adds classes of this library
-    after the stock class."""
+    """Return the stock class of a config from a mapping of transformers.
+
+    `secateur.register` adds classes of this library after the stock class.
+    """
     found = classes[config_class]
     return found[0] if isinstance(found, tuple) else found
 

@@ -1,7 +1,8 @@
 """The config of a GGUF file that secateur reads itself, computed from metadata and tensor shapes.
 
-Shapes tell sizes, which blocks have experts, and which layers have biases or norms; metadata tell the rest. A metadata
-key that is not known here is refused, since it may change what the model computes.
+The shapes of tensors give sizes, their names show which blocks have experts and which layers have biases or norms, and
+metadata give the rest. A file with an unknown metadata key is refused, because the key may change what the model
+computes.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from secateur.families.registry import FAMILIES
 from secateur.model.gguf_file import GgufFile
 from secateur.model.gguf_keys import (
     DEFAULTS,
+    GATES_SUM_TO_ONE,
     KEYS,
     READ_ELSEWHERE,
     REQUIRED,
@@ -25,20 +27,21 @@ from secateur.model.gguf_rope import read_family_rope
 from secateur.model.gguf_transformers import complete_config
 
 _SIZES = ("attention.key", "rope.dimension_count", "ssm.")
-"""Beginnings of keys that state the size of an axis of some tensor, which they must not exceed."""
+"""Beginnings of metadata keys whose value is the size of a dimension of some tensor. It must not be larger than the
+largest dimension of all tensors."""
 
 
 def read_config(file: GgufFile, reader: GGUFReader) -> Any:
     """Return the config of a file.
 
     Raises:
-        SecateurError: a metadata key is not known, is missing, or states what the model's class does not compute.
+        SecateurError: a metadata key is unknown or missing, or has a value that the model's class does not support.
     """
     kind = file.reading.model_type
     _check_keys(file)
     _check_gating(file)
     default = AutoConfig.for_model(kind)
-    values = {**_stated(file, default), **file.reading.input.fixed, **_computed(file)}
+    values = {**_stated(file, default), **_constants(file), **_computed(file)}
     for key in ("num_attention_heads", "num_key_value_heads"):
         if isinstance(values.get(key), list):
             raise SecateurError(f"{kind} has one {key} for all blocks, but the file states a list")
@@ -53,7 +56,7 @@ def read_config(file: GgufFile, reader: GGUFReader) -> Any:
 
 
 def _keys(file: GgufFile) -> dict[str, str]:
-    """Return the metadata keys that this family's files must have, and the config's keys of the same values."""
+    """Return the metadata keys that files of this family must have, with the config keys of the same values."""
     return {**FAMILIES[file.reading.model_type].gguf.keys, **file.reading.input.keys}
 
 
@@ -61,7 +64,7 @@ def _check_keys(file: GgufFile) -> None:
     """Raise `SecateurError` for a metadata key that is unknown or missing, or whose value is too large."""
     metadata, own = file.metadata, _keys(file)
     known = KEYS.keys() | own.keys() | file.reading.input.known_keys
-    # Parameters of these sizes are made before shapes are compared.
+    # A model with these sizes is built before its shapes are compared with the file's.
     largest = max(int(size) for tensor in file.tensors.values() for size in tensor.shape)
     sizes = (key for key in (*KEYS, "rope.dimension_count", *own) if key.startswith(_SIZES))
     refused = {
@@ -75,7 +78,8 @@ def _check_keys(file: GgufFile) -> None:
 
 
 def _check_gating(file: GgufFile) -> None:
-    """Raise `SecateurError` for a function from the router's logits to gates that is not the family's."""
+    """Raise `SecateurError` if the file computes gates from the router's logits by another function than the family's
+    class."""
     if (experts := file.reading.family.experts) is None:
         return
     gating = file.reading.gating
@@ -84,8 +88,17 @@ def _check_gating(file: GgufFile) -> None:
         raise SecateurError(f"{key} is not {gating:d} ({experts.gating}), which {file.reading.model_type} needs")
 
 
+def _constants(file: GgufFile) -> dict[str, Any]:
+    """Return the config values that are constants in the code of the family's class or of llama.cpp's architecture."""
+    experts, reading = file.reading.family.experts, file.reading
+    sum_to_one = GATES_SUM_TO_ONE.get(file.architecture)
+    if experts is not None and experts.gates_sum_to_one is not None:
+        sum_to_one = experts.gates_sum_to_one
+    return {**({} if sum_to_one is None else {"norm_topk_prob": sum_to_one}), **reading.input.fixed}
+
+
 def _is_key(default: Any, key: str) -> bool:
-    """Return whether a class has a config key, by its default config."""
+    """Return whether a config class has a key; `default` is the class's default config."""
     return key in UNDECLARED or hasattr(default, key)
 
 
@@ -93,20 +106,21 @@ def _stated(file: GgufFile, default: Any) -> dict[str, Any]:
     """Return the config values that metadata state.
 
     Raises:
-        SecateurError: the model's class does not compute one of them.
+        SecateurError: the model's class does not support one of these values.
     """
-    kind, fixed, metadata = file.reading.model_type, file.reading.input.fixed, file.metadata
+    kind, constants, metadata = file.reading.model_type, _constants(file), file.metadata
     keys = {**KEYS, **_keys(file)}
     values = DEFAULTS | {name: metadata[key] for key, name in keys.items() if key in metadata}
     for name, value in values.items():
         free = value if name in ROTARY or _is_key(default, name) else None
-        if value not in (fixed.get(name, free), DEFAULTS.get(name)):
+        if value not in (constants.get(name, free), DEFAULTS.get(name)):
             raise SecateurError(f"{kind} does not support {name} = {value}, which the metadata state")
     return values
 
 
 def _computed(file: GgufFile) -> dict[str, Any]:
-    """Return the config values that follow from tensors and metadata, by every name that configs have for them."""
+    """Return the config values that follow from tensors and metadata, under every name that config classes have for
+    them."""
     metadata, tensors = file.metadata, file.tensors
     heads = file.common("attention.head_count")
     first_up = next((f"blk.{i}.ffn_up.weight" for i in range(file.blocks) if f"blk.{i}.ffn_up.weight" in tensors), None)
@@ -143,13 +157,14 @@ def _largest(value: Any) -> int:
 
 
 def _windows(file: GgufFile) -> dict[str, Any]:
-    """Return the types of layers where some have a window."""
+    """Return `layer_types` if some layers have a window; otherwise nothing."""
     types = file.layer_types() if "attention.sliding_window" in file.metadata else []
     return {"layer_types": types} if types else {}
 
 
 def _token_mixers(file: GgufFile) -> dict[str, Any]:
-    """Return the types of layers where blocks without keys have a token mixer."""
+    """Return `layer_types` and the number of key/value heads if some blocks have a token mixer: those without a key
+    layer."""
     if (mixer := file.reading.family.token_mixer) is None:
         return {}
     attends = [f"blk.{index}.attn_k.weight" in file.tensors for index in range(file.blocks)]
@@ -164,7 +179,7 @@ def _experts(file: GgufFile) -> Mapping[str, Any]:
     """Return the config values of a mixture of experts; nothing for a file without experts.
 
     Raises:
-        SecateurError: a token cannot have as many experts as the metadata state.
+        SecateurError: the metadata state zero experts per token, or more than there are experts.
     """
     names, metadata = file.reading.family.experts, file.metadata
     if names is None or not metadata.get("expert_count"):

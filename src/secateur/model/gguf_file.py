@@ -1,7 +1,7 @@
 """A GGUF file that secateur reads itself: its family, its metadata and its tensors.
 
 Secateur reads files of most mixtures of experts, and files of dense models that transformers does not read. Facts that
-such files do not state are in the family's entry, as `GgufInput`.
+such files do not state are in the family's entry (`GgufInput`).
 """
 
 import re
@@ -28,7 +28,7 @@ _KEYS_AND_VALUES = ("attn_k.", "attn_v.", "attn_k_norm.")
 
 
 class Reading(NamedTuple):
-    """The family by whose entry a file is read."""
+    """Family whose entry is used to read a file."""
 
     model_type: str
     family: Family
@@ -49,7 +49,8 @@ def readings() -> tuple[Reading, ...]:
 
 
 def dense_reading(architecture: str) -> Reading | None:
-    """Return how secateur reads files without experts; None where transformers reads them, or nobody."""
+    """Return the family with which secateur reads files of an architecture that have no experts; None if secateur does
+    not read such files."""
     return next((one for one in readings() if one.input.dense and one.input.architecture == architecture), None)
 
 
@@ -75,8 +76,9 @@ class GgufFile:
     Attributes:
         architecture: llama.cpp's name of the architecture.
         metadata: metadata of the architecture, by keys without its name.
-        reading: the family by whose entry the file is read.
-        blocks: number of blocks, without those after the last one that predict tokens beyond the next.
+        reading: the family whose entry is used to read the file.
+        blocks: number of blocks, without the extra blocks at the end that predict later tokens (multi-token
+            prediction).
         tensors: tensors of these blocks, and tensors outside of blocks, by name.
     """
 
@@ -103,7 +105,7 @@ class GgufFile:
         """Return the family of the file.
 
         Raises:
-            SecateurError: no family's entry reads the architecture.
+            SecateurError: secateur reads no files of the architecture.
         """
         if not self.metadata.get("expert_count"):
             found = dense_reading(self.architecture)
@@ -112,7 +114,8 @@ class GgufFile:
         known = [one for one in readings() if one.family.experts and one.input.architecture == self.architecture]
         if not known:
             raise SecateurError(f"mixtures of experts of the architecture {self.architecture!r} are not read from GGUF")
-        # Files of DeepSeek V3 may leave the function out; a bias on the choice of experts tells them from DeepSeek V2.
+        # Files of DeepSeek V3 may not state the function; a bias on the choice of experts distinguishes them from files
+        # of DeepSeek V2.
         biased = any(".exp_probs_b." in name for name in names)
         gating = self.metadata.get("expert_gating_func", None if biased else ExpertGatingFuncType.SOFTMAX)
         return next((one for one in known if one.gating == gating), known[-1])
@@ -121,21 +124,22 @@ class GgufFile:
         """Return whether the model has the weights of a tensor."""
         if not (match := _BLOCK.match(name)):
             return name not in FACTORS
-        # The last blocks may attend with keys and values of earlier ones; their own are then idle.
+        # The last blocks may use the keys and values of earlier blocks; their own key and value tensors are then
+        # unused.
         idle = match[2].startswith(_KEYS_AND_VALUES)
         return int(match[1]) < self.blocks - idle * self.metadata.get("attention.shared_kv_layers", 0)
 
     def common(self, key: str, default: Any = None) -> Any:
-        """Return a number that all blocks share; the list of numbers where they differ."""
+        """Return the number that all blocks have, or the list of numbers if blocks differ."""
         value = self.metadata.get(key, default)
         return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
     def layer_types(self) -> list[str]:
-        """Return the type of attention of each block; an empty list where the metadata do not state it."""
+        """Return the type of attention of each block; an empty list if the metadata do not state it."""
         return layer_types(self.metadata, self.blocks)
 
     def token_id(self, name: str) -> int | None:
-        """Return the id of a special token; None where the file names none."""
+        """Return the id of a special token; None if the file names none."""
         field = self._fields.get(f"tokenizer.ggml.{name}_token_id")
         return None if field is None else int(field.contents())
 
@@ -151,8 +155,8 @@ class GgufFile:
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return the values of a tensor, in memory of its own."""
-        # Experts are chosen with biases in float32, whatever the other weights.
+        """Return the values of a tensor as a new tensor."""
+        # Biases on the choice of experts stay float32, whatever the dtype of other weights.
         dtype = torch.float32 if ".exp_probs_b." in name else dtype
         return _dequantised(self.tensors[name].data, self.tensors[name], dtype).reshape(self.shape(name))
 
@@ -172,7 +176,8 @@ def _check_type(type: Any) -> None:
 
 
 def _dequantised(data: Any, stored: ReaderTensor, dtype: torch.dtype) -> Tensor:
-    """Return all values of some data in one row, in memory of its own; `_PIECE` bytes at a time are in float32."""
+    """Return the dequantised values of some data as a new vector. Only `_PIECE` bytes of the data are in float32 at a
+    time."""
     block, size = gguf.GGML_QUANT_SIZES[stored.tensor_type]
     result, start = torch.empty(data.nbytes // size * block, dtype=dtype), 0
     for piece in np.array_split(data, min(len(data), 1 + data.nbytes // _PIECE)):

@@ -17,15 +17,22 @@ KEYS = {
     "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
 }
-"""Keys that any file may have, and the config's."""
+"""Metadata keys that any file may have, with the config keys of the same values."""
 REQUIRED = ("context_length", "embedding_length", "attention.head_count", "attention.layer_norm_rms_epsilon")
-"""Keys that every file must have."""
+"""Metadata keys that every file must have."""
 DEFAULTS = {"norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "clip_qkv": None}
 """Values that llama.cpp assumes where a file lacks the key, by config key."""
+GATES_SUM_TO_ONE = {
+    **dict.fromkeys(("llama", "deci", "ernie4_5-moe", "gemma4", "gpt-oss", "granitemoe", "hunyuan-moe"), True),
+    **dict.fromkeys(("lfm2moe", "qwen3moe", "qwen3next", "qwen3vlmoe", "qwen35moe"), True),
+    **dict.fromkeys(("llama4", "olmoe", "qwen2moe"), False),
+}
+"""Whether llama.cpp divides the gates of a token by their sum, for each architecture in whose code this is a constant.
+Files of other architectures state it."""
 UNDECLARED = frozenset({"head_dim", "global_head_dim", "num_global_key_value_heads"})
-"""Config keys that some classes take although they have no attribute of that name by default."""
+"""Config keys that some config classes accept although their default config has no such attribute."""
 ROTARY = frozenset({"mrope_section"})
-"""Config keys that stand inside `rope_parameters`."""
+"""Config keys inside `rope_parameters`."""
 READ_ELSEWHERE = re.compile(
     r"vocab_size|block_count|nextn_predict_layers|leading_dense_block_count|interleave_moe_layer_step|"
     r"feed_forward_length|full_attention_interval|ssm\.inner_size|"
@@ -35,4 +42,4 @@ READ_ELSEWHERE = re.compile(
     r"rope\.(dimension_count|freq_base|scale_linear|scaling\.(type|factor|attn_factor|original_context_length|finetuned|"
     r"yarn_(beta_fast|beta_slow|log_multiplier)))|tensor_data_layout"
 )
-"""Keys that are read one by one, or whose values follow from the shapes of tensors."""
+"""Metadata keys that other code reads one by one, or whose values follow from the shapes of tensors."""

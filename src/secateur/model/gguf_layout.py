@@ -1,4 +1,4 @@
-"""Tensors that GGUF files hold in another order, or with other values, than checkpoints; in both directions.
+"""Tensors whose order or values in GGUF files differ from those in checkpoints, and the conversion in both directions.
 
 A `Change` turns one tensor into one tensor of the file, a `Split` turns it into two. Each knows its inverse, so that
 writing and reading cannot disagree.
@@ -17,8 +17,9 @@ from secateur.families.registry import family_of
 from secateur.model.facts import head_dim
 
 Order = Literal["grouped", "tiled"]
-"""Order of the value heads of linear attention in a file: all value heads of one key head after the other, as in
-checkpoints; or the first value head of every key head, then the second ones, and so on."""
+"""Order of the value heads of linear attention in a file. `grouped`: all value heads of the first key head, then all of
+the second, and so on, as in checkpoints. `tiled`: the first value head of every key head, then the second of every key
+head, and so on."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,20 @@ class Split:
         return lambda rows: self.write(rows, config)[number]
 
 
-def changes_of(name: str, stored: str, config: Any, *, pairs: bool, order: Order | None) -> list[Change]:
+def changes_of(name: str, stored: str, config: Any, *, permuted: bool, order: Order | None) -> list[Change]:
     """Return the changes of one tensor, in the order in which they are made when a file is written.
 
     Args:
-        name: transformers' name, of which the end is enough.
-        stored: llama.cpp's name, of which the end is enough.
+        name: transformers' name of the tensor, or the end of this name.
+        stored: llama.cpp's name of the tensor, or the end of this name.
         config: the config object.
-        pairs: the file's queries and keys have neighbouring entries that rotate together, unlike the checkpoint's.
-        order: order of the value heads of linear attention in the file; None where there is none.
+        permuted: the file's query and key heads have another order of entries than the checkpoint's, because
+            neighbouring entries rotate together.
+        order: order of the value heads of linear attention in the file; None without linear attention.
     """
     leaf = name.partition("linear_attn.")[2]
     rules = (
-        (_rotation_pairs(config), pairs and re.search(r"\battn_[qk]\.", stored)),
+        (_interleaving(config), permuted and re.search(r"\battn_[qk]\.", stored)),
         (_PLUS_ONE, family_of(config).norm_offset and _holds_gain(stored)),
         (_DECAY, leaf == "A_log"),
         (_tiling(config, leaf), order == "tiled"),
@@ -69,7 +71,7 @@ def changes_of(name: str, stored: str, config: Any, *, pairs: bool, order: Order
 
 
 def split_of(name: str) -> Split | None:
-    """Return how a file splits a tensor of a checkpoint, by transformers' name; None where it does not."""
+    """Return how a file splits a tensor of a checkpoint, by transformers' name; None if it does not."""
     return _SPLITS.get(".".join(name.split(".")[-2:]))
 
 
@@ -81,15 +83,15 @@ def _holds_gain(stored: str) -> bool:
 
 _PLUS_ONE = Change(lambda gain: gain.float() + 1, lambda gain: gain - 1)
 _DECAY = Change(lambda log: -log.float().exp(), lambda decay: (-decay).log())
-"""Decay of linear attention, of which checkpoints store the logarithm, `A_log`."""
+"""Decay of linear attention. Checkpoints store its logarithm, `A_log`."""
 _ONE_CHANNEL = Change(partial(torch.squeeze, dim=1), partial(torch.unsqueeze, dim=1))
-"""Kernel of a convolution within each channel, channels x 1 x positions; files leave out the axis of one entry."""
+"""Kernel of a depthwise convolution (channels x 1 x positions). Files leave out the dimension of size 1."""
 
 
-def _rotation_pairs(config: Any) -> Change:
-    """Return the change of the rows of queries or keys.
+def _interleaving(config: Any) -> Change:
+    """Return the change of the order of rows in query and key layers.
 
-    In checkpoints, entry i of a head rotates together with entry i + head_dim / 2; in these files with its neighbour.
+    In checkpoints, entry i of a head rotates together with entry i + head_dim / 2; in these files, with the next entry.
     """
 
     def write(rows: Tensor) -> Tensor:
@@ -106,7 +108,8 @@ _VALUE_AXES = {
     **dict.fromkeys(("in_proj_z.weight", "in_proj_b.weight", "in_proj_a.weight", "A_log", "dt_bias"), (0, False)),
     "out_proj.weight": (1, False),
 }
-"""Tensors of linear attention that have an axis of value heads: which axis, and whether queries and keys come first."""
+"""Tensors of linear attention with a dimension of value heads: which dimension, and whether rows of queries and keys
+come before the value heads."""
 
 
 def _tiling(config: Any, leaf: str) -> Change | None:
@@ -122,24 +125,26 @@ def _tiling(config: Any, leaf: str) -> Change | None:
 
 
 def _transposed(tensor: Tensor, axis: int, start: int, sizes: tuple[int, int]) -> Tensor:
-    """Transpose the heads along an axis from `start` on, seen as a matrix of these sizes."""
+    """Transpose heads as if they were the entries of a matrix of these sizes; the heads begin at `start` along the
+    axis."""
     first, heads = tensor.tensor_split([start], dim=axis)
     matrix = heads.unflatten(axis, (*sizes, -1)).transpose(axis, axis + 1)
     return torch.cat((first, matrix.flatten(axis, axis + 2)), axis)
 
 
 def _latent_matrices(rows: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """Return the matrices that make keys and values of the latent vector, separated from their joint rows head by head.
+    """Return the matrix that computes keys from the latent vector, and the one that computes values. In checkpoints
+    they are one layer, whose rows are ordered by head.
 
-    llama.cpp applies the matrix of keys to queries, so it is transposed: heads x latent entries x key entries. The
-    matrix of values is heads x value entries x latent entries.
+    llama.cpp multiplies queries by the matrix of keys, so this matrix is transposed: heads x latent entries x key
+    entries. The matrix of values is heads x value entries x latent entries.
     """
     heads = rows.unflatten(0, (-1, config.qk_nope_head_dim + config.v_head_dim))
     return heads[:, : config.qk_nope_head_dim].transpose(1, 2), heads[:, config.qk_nope_head_dim :]
 
 
 def _latent_rows(keys: Tensor, values: Tensor, _: Any) -> Tensor:
-    """Return the rows of the layer that makes keys and values of the latent vector."""
+    """Return the rows of the layer that computes keys and values from the latent vector."""
     return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
 
 

@@ -13,16 +13,16 @@ _SPELLINGS = {
     ".dt_bias": ".dt_proj.bias",
     "layer_scalar": "layer_scalar.weight",
 }
-"""Parts of transformers' names, and how the gguf package spells them in its table."""
+"""Parts of transformers' names of tensors, with their spelling in the gguf package's table."""
 _UNLISTED = {
     r".*\.(\d+)\.router\.scale": r"blk.\1.ffn_gate_inp.scale",
     r".*\.(\d+)\.router\.per_expert_scale": r"blk.\1.ffn_down_exps.scale",
 }
-"""Patterns of names that the gguf package does not list (Gemma 4), and llama.cpp's names."""
+"""Patterns of transformers' names that the gguf package does not list (Gemma 4), with llama.cpp's names."""
 
 
 def gguf_name(architecture: str, blocks: int, name: str) -> str | None:
-    """Return llama.cpp's name of a tensor; None where the architecture has no place for it.
+    """Return llama.cpp's name of a tensor; None if the architecture has no place for it.
 
     Args:
         architecture: llama.cpp's name of the architecture.

@@ -1,6 +1,7 @@
-"""Rotary settings in GGUF files, in both directions: metadata, and tensors of factors that divide frequencies.
+"""Rotary settings in GGUF files, written and read: metadata, and tensors of factors by which frequencies are divided.
 
-`rope_metadata` and `rope_tensors` write what a config says; `read_rope` and `read_family_rope` read it into a config.
+`rope_metadata` and `rope_tensors` convert a config's settings to metadata and tensors. `read_rope` and
+`read_family_rope` convert metadata and tensors to a config's settings.
 """
 
 import math
@@ -22,26 +23,26 @@ FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS = FACTORS = (
     "rope_factors_long.weight",
     "rope_factors_short.weight",
 )
-"""Tensors that hold no weights: the numbers by which each frequency is divided."""
+"""Names of tensors that hold no weights but the numbers by which rotary frequencies are divided."""
 NO_ROTATION = 1e30
-"""Divisor of a frequency that rotates nothing."""
+"""Divisor that makes a frequency practically zero, so that the entries of this frequency do not rotate."""
 
 _LATENT_SCALE = "rope.scaling.yarn_log_multiplier"
-"""Key of a tenth of yarn's mscale: with latent attention, llama.cpp multiplies scores by the square of the scale, and
-rotated entries by nothing."""
+"""Metadata key of a tenth of YaRN's `mscale`. With latent attention, llama.cpp multiplies attention scores by the
+square of YaRN's scale, and does not multiply rotated entries by the scale."""
 
 Numbers = dict[str, Any]
 """Metadata or rotary settings, by key."""
 
 
 def rope_of(config: Any) -> Numbers:
-    """Return the rotary settings of layers without a window; empty where positions are not rotary."""
+    """Return the rotary settings of layers without a window; empty without rotary embeddings."""
     rope: Numbers = getattr(config, "rope_parameters", None) or {}
     return rope.get("full_attention", rope)
 
 
 def window_rope_of(config: Any) -> Numbers:
-    """Return the rotary settings of layers with a window; empty where they have none of their own."""
+    """Return the rotary settings of layers with a window; empty if they are the same as those of other layers."""
     return (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
 
 
@@ -51,22 +52,24 @@ def rope_kind(config: Any) -> str:
 
 
 def yarn_scale(factor: float) -> float:
-    """Return the number by which llama.cpp multiplies attention with yarn, before a file's own factor."""
+    """Return llama.cpp's factor on rotated queries and keys with YaRN, to which a file may add a factor of its own."""
     return 0.1 * math.log(factor) + 1
 
 
 Sections = Literal["consecutive", "interleaved"]
-"""Order of a head's frequencies for time, height and width of a picture: one range after the other, or every third
-frequency each. Tokens of a text have one position for all three."""
+"""Order of a head's frequencies for the time, height and width of a picture. `consecutive`: all frequencies for time,
+then all for height, then all for width. `interleaved`: time, height and width in turn. A token of a text has the same
+position for all three."""
 
 
 def rope_metadata(config: Any, rotated: int, sections: Sections | None) -> Numbers:
-    """Return a file's metadata of the rotation, by keys without the architecture; None leaves a key out.
+    """Return a file's metadata about rotary embeddings, by keys without the architecture. Keys with the value None are
+    not written.
 
     Args:
         config: the config object.
         rotated: number of rotated entries of a head.
-        sections: order of the frequencies for pictures; None where the model has no sections.
+        sections: order of the frequencies for pictures; None if the model has no sections (`mrope_section`).
     """
     if not (rope := rope_of(config)):
         return {}
@@ -89,15 +92,16 @@ def _sections(rope: Numbers, rotated: int, sections: Sections) -> list[int]:
     """Return the numbers of frequencies for time, height and width."""
     stored = rope.get("mrope_section")
     if sections == "consecutive":
-        # The class's own default.
+        # 16, 24 and 24 are the default of transformers' class.
         return stored or [16, 24, 24]
     thirds = [(rotated // 2 + 2 - axis) // 3 for axis in range(3)]
-    # For frequencies beyond the sections, the model uses the time, and llama.cpp a position that is 0 for all tokens.
+    # For frequencies beyond the sections, transformers uses the time, and llama.cpp a position that is 0 for all
+    # tokens. So the sections must include all frequencies.
     return [max(pair) for pair in zip(thirds, stored or thirds, strict=False)]
 
 
 def float_or_none(value: Any) -> float | None:
-    """Return a number as a float; None for nothing and zero."""
+    """Return a number as a float; None for None and for zero."""
     return float(value) if value else None
 
 
@@ -123,7 +127,7 @@ def _yarn_metadata(config: Any) -> Numbers:
 
 
 def _attention_factor(config: Any) -> float:
-    """Return the factor of rotated queries and of rotated keys, as transformers computes it."""
+    """Return the factor by which transformers multiplies rotated queries and keys."""
     layer_type = {} if rope_of(config) is config.rope_parameters else {"layer_type": "full_attention"}
     initial = ROPE_INIT_FUNCTIONS[rope_kind(config)]
     return float(initial(config, torch.device("cpu"), seq_len=1, **layer_type)[1])
@@ -183,7 +187,7 @@ def read_rope(config: Any, metadata: Numbers, factors: Numbers) -> None:
         factors: the file's tensors among `FACTORS`, in float64.
 
     Raises:
-        SecateurError: the file has a rotation that no config describes.
+        SecateurError: no config can describe the file's rotary settings.
     """
     if (rope := getattr(config, "rope_parameters", None)) is None:
         return
@@ -210,14 +214,14 @@ def read_family_rope(config: Any, metadata: Numbers, input: GgufInput) -> None:
     Args:
         config: the config object.
         metadata: the file's metadata, by keys without the architecture.
-        input: how secateur reads files of the family.
+        input: the family's entry for reading GGUF files.
 
     Raises:
-        SecateurError: the model's class does not compute what the metadata state.
+        SecateurError: the model's class does not support a setting in the metadata.
     """
     rope = config.rope_parameters
     if sections := metadata.get("rope.dimension_sections"):
-        # Engines ask for the sections even where there is only text.
+        # Engines require the sections even in models for text alone.
         rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
     if beta := metadata.get("attention.temperature_scale"):
         if not input.scales_queries:
@@ -228,10 +232,10 @@ def read_family_rope(config: Any, metadata: Numbers, input: GgufInput) -> None:
 
 
 def _read_latent_scale(config: Any, metadata: Numbers) -> Numbers:
-    """Return the scale of yarn in latent attention; nothing for other attention.
+    """Return YaRN's scale in latent attention; nothing for other attention.
 
     Raises:
-        SecateurError: the file states none.
+        SecateurError: the file does not state the scale.
     """
     if family_of(config).latent is None:
         return {}
@@ -261,7 +265,7 @@ class _Stored:
 
     @property
     def factor(self) -> float:
-        """Factor of the scaling; older files have another key for it, and name no kind."""
+        """Scaling factor. Older files have another key for it and do not state the kind of scaling."""
         return float(self.metadata.get("rope.scaling.factor") or self.metadata.get("rope.scale_linear") or 1.0)
 
     @property
@@ -271,7 +275,7 @@ class _Stored:
 
     @property
     def attention_factor(self) -> float:
-        """The file's own factor of attention."""
+        """Factor on rotated queries and keys that the file states."""
         return float(self.metadata.get("rope.scaling.attn_factor", 1.0))
 
     def linear(self) -> Numbers:
@@ -279,7 +283,7 @@ class _Stored:
         return {"rope_type": "linear", "factor": self.factor}
 
     def yarn(self) -> Numbers:
-        """Return the settings of yarn."""
+        """Return the settings of YaRN."""
         stored = {f"beta_{end}": self.metadata.get(f"rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")}
         return {
             "rope_type": "yarn",
@@ -316,19 +320,20 @@ _READ_FACTORS: Mapping[int, Callable[[_Stored], Numbers]] = {1: _Stored.llama3, 
 
 
 def llama3_settings(factors: Any, theta: float, rotated: int) -> Numbers:
-    """Return the settings from which Llama 3.1's factors follow.
+    """Return settings of Llama 3.1's scaling that give the factors in a file.
 
     A frequency is divided by 1 / ((1 - s) / factor + s), where s = (original / wavelength - low) / (high - low) is
     clipped to the range from 0 to 1. The same factors follow when original, low and high are multiplied by one number,
-    so low is set to 1. The settings are right when the factors follow from them, whatever the model's own were.
+    so low is set to 1. The settings may therefore differ from those in the original model's config, but give the same
+    factors.
 
     Args:
-        factors: the file's factors, one for each two rotated entries.
+        factors: the file's factors, one for each pair of rotated entries.
         theta: base of the frequencies.
         rotated: number of rotated entries of a head.
 
     Raises:
-        SecateurError: the factors follow from no such settings.
+        SecateurError: no such settings give the factors.
     """
     wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2) / rotated)
     factor = round(float(factors.max()), 5)
@@ -358,7 +363,7 @@ def _read_proportional(metadata: Numbers, factors: Numbers) -> Numbers:
     """Return the settings of Gemma 4's layers without a window: the share of frequencies that rotate, and their factor.
 
     Raises:
-        SecateurError: the factors follow from no such settings.
+        SecateurError: no such settings give the factors.
     """
     stored = factors.get(FREQUENCY_FACTORS, np.empty(0))
     rotating = stored[stored < NO_ROTATION / 2]
@@ -368,7 +373,7 @@ def _read_proportional(metadata: Numbers, factors: Numbers) -> Numbers:
     suits = (
         len(rotating) > 0,
         np.array_equal(computed.astype(np.float32), stored.astype(np.float32)),
-        # Every entry of a head counts as rotated; some of them have the frequency zero.
+        # Files state that all entries of a head rotate; some of them do so with the frequency zero.
         all(
             metadata.get(f"rope.dimension_count{at}") == metadata.get(f"attention.key_length{at}")
             for at in ("", "_swa")

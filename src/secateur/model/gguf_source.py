@@ -1,6 +1,6 @@
 """A GGUF file as a model to prune: dequantised once into a folder of the user's cache.
 
-transformers reads the file where it can, and secateur itself reads the others.
+transformers reads the file if it can; secateur itself reads the others.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ _VERSION = "5"
 def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     """Return the folder that holds a GGUF file's model as safetensors; make it at the first call for a file.
 
-    The first call takes the time of dequantising. Where transformers reads the file, it needs memory for the whole
-    model; where secateur does, for one block.
+    The first call dequantises all weights. It needs memory for the whole model if transformers reads the file, and
+    memory for one block if secateur itself reads it.
 
     Args:
         file: the GGUF file.
         dtype: dtype of the weights to write.
 
     Raises:
-        SecateurError: the file is broken, one of several parts, or of an architecture that is not read from GGUF; or
-            the cache cannot be written.
+        SecateurError: the file is broken, one of several parts, or of an architecture that neither transformers nor
+            secateur reads; or the cache cannot be written.
     """
     with file.open("rb") as stream:
         start = stream.read(2**20)
@@ -77,8 +77,8 @@ def _opened(file: Path) -> GGUFReader:
     """Return the reader of a file's metadata.
 
     Raises:
-        SecateurError: the file is broken or one of several parts, or nothing here reads its architecture. transformers
-            would find out late, or with a long traceback.
+        SecateurError: the file is broken or one of several parts, or neither transformers nor secateur reads its
+            architecture. Without this check, transformers would fail late or with a long traceback.
     """
     try:
         reader = GGUFReader(file)
@@ -145,7 +145,8 @@ def _loaded(file: Path, reader: GGUFReader, dtype: torch.dtype) -> Callable[[Pat
 
 @contextlib.contextmanager
 def _read_once(reader: GGUFReader) -> Iterator[None]:
-    """Save most of transformers' time: it opens the file three times, and makes the table of names for each tensor."""
+    """Let transformers open the file once instead of three times, and make the table of tensor names once instead of
+    once for each tensor. This saves most of its time."""
     names = cache(gguf.get_tensor_name_map)
     with patch.object(gguf, "GGUFReader", lambda _: reader), patch.object(gguf, "get_tensor_name_map", names):
         yield

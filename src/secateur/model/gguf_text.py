@@ -17,18 +17,19 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from secateur.base.errors import SecateurError
 
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
-"""Pre-tokenizers that also split numbers into digits, which transformers leaves out."""
+"""Pre-tokenizers that also split numbers into digits; transformers leaves this split out."""
 _SAME_SPLIT = {
     **dict.fromkeys(("hunyuan", "solar-open"), "qwen2"),
     **dict.fromkeys(("chatglm-bpe", "glm4", "glm5"), "llama-bpe"),
 }
-"""Pre-tokenizers that transformers does not know, and the ones with the same split."""
+"""Pre-tokenizers that transformers does not know, each with a known one that splits text in the same way."""
 _GPT2_SPLIT = frozenset({"gpt-2", "jais", "mpt", "olmo", "phi-2"})
 """Pre-tokenizers that split as GPT-2 does, which is what transformers assumes for an unknown name."""
 _WHOLE_WORDS = frozenset(
     {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "glm4", "glm5", "lfm2", "midm-2.0", "pixtral", "tekken"}
 )
-"""Pre-tokenizers with which llama.cpp takes a word that is a token as it is, without merging inside it."""
+"""Pre-tokenizers with which llama.cpp turns a word that is in the vocabulary into one token, without merging its
+characters."""
 
 
 def read_tokenizer(file: Path, reader: GGUFReader, read_here: bool) -> Any:

@@ -1,7 +1,7 @@
 """Completion and check of what transformers itself reads from a GGUF file.
 
-transformers leaves rotary settings, windows, scales and caps out of the config, without which the model computes
-something else. They are added here from metadata and factor tensors, read as llama.cpp reads them.
+transformers does not read all rotary settings, windows, scales and softcaps of a file into the config, and without them
+the model computes something else. This file adds them, read from metadata and factor tensors as llama.cpp reads them.
 """
 
 from collections.abc import Collection
@@ -22,13 +22,14 @@ def complete_config(config: Any, reader: GGUFReader) -> None:
     """Add to a config, in place, what transformers has not read from a file.
 
     Raises:
-        SecateurError: the file has a rotation that no config describes.
+        SecateurError: no config can describe the file's rotary settings.
     """
     metadata, gguf = metadata_of(reader), FAMILIES.get(config.model_type, Family()).gguf
     factors = {
         tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in FACTORS
     }
-    # The key means latent vectors where heads share one, and in Gemma 4 only blocks without a window.
+    # With latent attention, attention.key_length is the size of the latent vector; in Gemma 4 it is the head size of
+    # blocks without a window only.
     other_meaning = {"attention.kv_lora_rank", "attention.key_length_swa"} & metadata.keys()
     if "attention.key_length" in metadata and not other_meaning and hasattr(config, "head_dim"):
         config.head_dim = metadata["attention.key_length"]

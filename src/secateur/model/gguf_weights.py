@@ -1,7 +1,7 @@
 """The weights of a GGUF file that secateur reads itself, written as a safetensors folder block by block.
 
-The model class says which tensors there must be. A tensor that the class has and the file lacks, or the other way
-around, is refused before anything is read.
+The model class determines which tensors there must be. If the file lacks one of them, or has another one, the file is
+refused before any weights are read.
 """
 
 import json
@@ -30,21 +30,22 @@ from secateur.model.gguf_names import gguf_name
 from secateur.model.weights import INDEX
 
 Read = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
-"""Yields the tensors that a checkpoint holds of one parameter, with their stored names, in a dtype."""
+"""Function of a dtype that yields the tensors in which a checkpoint stores one parameter, with their stored names."""
 
 
 class Source(NamedTuple):
     """Tensors of a file that hold one parameter of the model."""
 
     names: Sequence[str]
-    """The file's tensors."""
+    """Names of the tensors in the file."""
     read: Read
 
 
 def folder_writer(reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], None]:
     """Return a function that writes the model of a file into a folder, without the tokenizer.
 
-    No weights are read before it is called. It has one block in memory at a time, and one expert in float32.
+    No weights are read before this function is called. It keeps one block in memory at a time, and one expert in
+    float32.
 
     Args:
         reader: the open file.
@@ -74,7 +75,8 @@ def _write(config: Any, shards: Sequence[Sequence[Read]], dtype: torch.dtype, fo
 
 
 def _shards(file: GgufFile, config: Any) -> list[list[Read]]:
-    """Return how the tensors of each shard are read: one shard for each block, then one for all other tensors.
+    """Return the functions that read the tensors of each shard: one shard for each block, then one for all other
+    tensors.
 
     Raises:
         SecateurError: tensors are missing, left over, or have other shapes than the model's class gives them.
@@ -123,7 +125,7 @@ class _Parameter:
         return _stored_name(self.family.experts, self.name)
 
     def source(self) -> Source:
-        """Return where the parameter's tensors come from.
+        """Return the tensors of the file that hold the parameter, and how to read them.
 
         Raises:
             SecateurError: the file lacks a tensor, or has one of another shape.
@@ -143,7 +145,7 @@ class _Parameter:
             raise SecateurError(f"GGUF has no place for {self.name}")
         self._check(found, self.file.shape(found), self.shape)
         how = self.file.reading.input
-        changes = changes_of(self.name, found, self.config, pairs=how.pairs, order=how.linear)
+        changes = changes_of(self.name, found, self.config, permuted=how.permuted, order=how.linear)
 
         def read(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             tensor = self.file.read(found, torch.float32 if changes else dtype)
@@ -206,7 +208,7 @@ class _Parameter:
         return Source(names, read_stacked if experts.stacked else read_apart)
 
     def _check(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        """Raise `SecateurError` for a tensor of another shape than its parameter; axes of one entry are ignored."""
+        """Raise `SecateurError` for a tensor of another shape than its parameter; dimensions of size 1 are ignored."""
         if [size for size in found if size != 1] != [size for size in expected if size != 1]:
             raise SecateurError(f"tensor {name} has the shape {list(found)}, but the model needs {list(expected)}")
 

@@ -14,14 +14,14 @@ def has_window(pattern: int, index: int) -> bool:
 
 
 def pattern_of(windows: Sequence[bool]) -> int | None:
-    """Return the smallest number that describes which blocks have a window; None where there is no such number."""
+    """Return the smallest number that describes which blocks have a window; None if there is no such number."""
     blocks = range(len(windows))
     described = (n for n in range(len(windows) + 1) if list(windows) == [has_window(n, index) for index in blocks])
     return next(described, None)
 
 
 def layer_types(metadata: dict[str, Any], blocks: int) -> list[str]:
-    """Return the type of attention of each block, as configs name it; an empty list where metadata do not state it."""
+    """Return the type of attention of each block, as configs name it; an empty list if metadata do not state it."""
     pattern = metadata.get("attention.sliding_window_pattern", [])
     windows = pattern if isinstance(pattern, list) else [has_window(pattern, index) for index in range(blocks)]
     return ["sliding_attention" if window else "full_attention" for window in windows[:blocks]]

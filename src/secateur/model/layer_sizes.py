@@ -129,7 +129,7 @@ def _attributes(module: PrunableModule, keys: Keys) -> dict[str, dict[str, int]]
     for axis in module.axes:
         kind = axis_kinds()[axis.name]
         every, each = keys.get((*kind.outer, axis.name)), keys.get((axis.name,))
-        found |= {name: {every: 1} for name in kind.counts if every}
-        found |= {name: {each: 1} for name in kind.counts_each if each}
-        found |= {name: {every: module.size} for name in kind.entries if every}
+        found |= {name: {every: 1} for name in kind.total_attributes if every}
+        found |= {name: {each: 1} for name in kind.nested_attributes if each}
+        found |= {name: {every: module.size} for name in kind.input_attributes if every}
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from secateur.model.axes import Axis, axis_kinds
-from secateur.model.held import plain
+from secateur.model.expert_matrices import plain_tensor
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule, Slab
 from secateur.model.units.channels import CHANNELS
@@ -44,14 +44,14 @@ class Mixture:
         """Find the experts, the router and the shared expert."""
         assert stream.family.experts is not None
         self.stream, self.module, self.names = stream, module, stream.family.experts
-        apart = self.names.parallel_norms
-        self.whole: Any = layer if apart else layer.get_submodule(module.output_layer)
+        norms = self.names.parallel_norms
+        self.parent: Any = layer if norms else layer.get_submodule(module.output_layer)
         """Module that contains the experts and the router."""
-        self._norm: Any = layer.get_submodule(apart[0]) if apart else None
-        self.experts: Any = self.whole.get_submodule(self.names.experts)
+        self._norm: Any = layer.get_submodule(norms[0]) if norms else None
+        self.experts: Any = self.parent.get_submodule(self.names.experts)
         self.layout = layout_of(self.experts)
-        self.router: Any = self.whole.get_submodule(self.names.router)
-        self.shared: Any = shared_expert(self.names, self.whole)
+        self.router: Any = self.parent.get_submodule(self.names.router)
+        self.shared: Any = shared_expert(self.names, self.parent)
         self._shared_number = module.units
         """Index of the shared expert: one more than the last routed expert."""
 
@@ -69,18 +69,18 @@ class Mixture:
         return [down.name, *([f"{down.layer}.{self.names.stored[0][0]}"] if inputs else [])]
 
     @property
-    def every(self) -> Tensor:
+    def all_routed(self) -> Tensor:
         """Indices of all routed experts."""
         return torch.arange(self.module.units, device=self.stream.device)
 
-    def parts(self, alive: Tensor) -> list[int]:
+    def with_shared(self, alive: Tensor) -> list[int]:
         """Return the indices of some experts, after the index of the shared expert if there is one."""
         return [*([] if self.shared is None else [self._shared_number]), *alive.tolist()]
 
     def route(self, x_nd: Tensor, alive: Tensor) -> Routes:
         """Return the routes of tokens if only some experts exist."""
-        with self._only(alive, self.whole, *self.router.modules()), self.stream.multiplying():
-            bias = [] if self.names.router_bias is None else [getattr(self.whole, self.names.router_bias)]
+        with self._only(alive, self.parent, *self.router.modules()), self.stream.multiplying():
+            bias = [] if self.names.router_bias is None else [getattr(self.parent, self.names.router_bias)]
             found = self._routes(self.router(x_nd, *bias))
         return Routes(alive[found.experts], found.gates.float())
 
@@ -89,7 +89,7 @@ class Mixture:
         if self.names.scales_inputs:
             # The class runs all experts on all tokens at once.
             with self.only(alive), self.stream.multiplying():
-                return self.whole(x_btd)[0].float().view_as(x_btd)
+                return self.parent(x_btd)[0].float().view_as(x_btd)
         # Experts keep their numbers in the dense block, so that no matrices are copied.
         x_nd = x_btd.flatten(0, 1)
         routes, shared = self.route(x_nd, alive), self.shared_output(x_nd)
@@ -110,7 +110,7 @@ class Mixture:
         floats = [part for part in found if part.is_floating_point() and part.shape == chosen.shape]
         return Routes(chosen, floats[-1])
 
-    def read(self, expert: int, x_nd: Tensor) -> Tensor:
+    def expert_input(self, expert: int, x_nd: Tensor) -> Tensor:
         """Return the inputs of an expert, from the inputs of the mixture."""
         if expert == self._shared_number:
             return x_nd
@@ -119,30 +119,30 @@ class Mixture:
             return x_nd * gates.to(x_nd.dtype)
         return x_nd if self._norm is None else self._norm(x_nd)
 
-    def inner(self, expert: int, x_nd: Tensor) -> Tensor:
+    def projection_input(self, expert: int, x_nd: Tensor) -> Tensor:
         """Return the inputs of an expert's output projection (n x f)."""
         if expert == self._shared_number:
-            return self._shared_inner(x_nd)
+            return self._shared_projection_input(x_nd)
         with self.stream.multiplying():
-            return self._between(self._input_projections(expert, x_nd)).float()
+            return self._activated(self._input_projections(expert, x_nd)).float()
 
     def slopes(self, expert: int, x_nd: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of `inner` by the outputs of the up and of the gate projection (n x f each)."""
+        """Return the derivatives of `projection_input` by the outputs of the up and gate projections (n x f each)."""
         rows = self._input_projections(expert, x_nd)
-        # `_between` works entry by entry, so that the gradient of the sum is the derivative.
+        # `_activated` works entry by entry, so that the gradient of the sum is the derivative.
         with torch.inference_mode(False), torch.enable_grad():
-            given = rows.clone().requires_grad_()
-            self._between(given).sum().backward()
-        assert given.grad is not None
-        gate, up = (given.grad[:, ::2], given.grad[:, 1::2]) if self.layout.in_turn else given.grad.chunk(2, dim=1)
+            inputs = rows.clone().requires_grad_()
+            self._activated(inputs).sum().backward()
+        assert inputs.grad is not None
+        gate, up = (inputs.grad[:, ::2], inputs.grad[:, 1::2]) if self.layout.in_turn else inputs.grad.chunk(2, dim=1)
         return up, gate
 
     def _input_projections(self, expert: int, x_nd: Tensor) -> Tensor:
         """Return the outputs of an expert's gate and up projections (n x 2f)."""
         weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
-        return linear(self.read(expert, x_nd), weight.T if self.layout.inputs_first else weight, bias)
+        return linear(self.expert_input(expert, x_nd), weight.T if self.layout.inputs_first else weight, bias)
 
-    def _between(self, rows: Tensor) -> Tensor:
+    def _activated(self, rows: Tensor) -> Tensor:
         """Return the inputs of the output projection, from the outputs of the input projections."""
         if hasattr(self.experts, "_apply_gate"):
             return cast(Tensor, self.experts._apply_gate(rows))
@@ -155,12 +155,12 @@ class Mixture:
             return torch.arange(len(routes.experts), device=routes.experts.device)
         return routes.of(expert)[0]
 
-    def gated(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+    def gated_input(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """Return the tokens routed to an expert (m), and the inputs of its output projection times its gate (m x f)."""
         if expert == self._shared_number:
-            return self.tokens(expert, routes), self.inner(expert, x_nd) * self._shared_gates(x_nd)[:, None]
+            return self.tokens(expert, routes), self.projection_input(expert, x_nd) * self._shared_gates(x_nd)[:, None]
         tokens, gates = routes.of(expert)
-        return tokens, self.inner(expert, x_nd[tokens]) * gates[:, None]
+        return tokens, self.projection_input(expert, x_nd[tokens]) * gates[:, None]
 
     def weight(self, expert: int) -> Tensor:
         """Return the weight of an expert's output projection (f x d)."""
@@ -178,7 +178,7 @@ class Mixture:
         slabs = (replace(output, name=name, axis=0) for name in names if name in tensors)
         return PrunableModule("channels", (Axis(CHANNELS, channels),), tuple(slabs), output, None, None, None)
 
-    def put(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
+    def set_tensors(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Set the values of a routed expert's tensors, by the names of `tensors`."""
         views = self.tensors(expert)
         for name, tensor in tensors.items():
@@ -189,7 +189,9 @@ class Mixture:
         if expert == self._shared_number:
             return {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
         layout, f = self.layout, self.module.units_inside
-        both, down = (plain(held.data)[expert] for held in (self.experts.gate_up_proj, self.experts.down_proj))
+        both, down = (
+            plain_tensor(matrices.data)[expert] for matrices in (self.experts.gate_up_proj, self.experts.down_proj)
+        )
         rows, bias = both.T if layout.inputs_first else both, self._leaf("gate_up_proj_bias", expert)
         parts = [(rows, "weight"), *([] if bias is None else [(bias, "bias")])]
         tensors = {"down_proj.weight": down.T if layout.inputs_first else down}
@@ -198,10 +200,10 @@ class Mixture:
                 tensors[f"{name}.{leaf}"] = value[place::2] if layout.in_turn else value[place * f :][:f]
         return tensors
 
-    def given(self, expert: int, x_nd: Tensor) -> Tensor:
+    def ungated_output(self, expert: int, x_nd: Tensor) -> Tensor:
         """Return an expert's output with a gate of one (n x d)."""
         with self.stream.multiplying():
-            y = self.inner(expert, x_nd) @ self.weight(expert)
+            y = self.projection_input(expert, x_nd) @ self.weight(expert)
         bias = self.bias(expert)
         return y.float() if bias is None else y.float() + bias
 
@@ -212,7 +214,7 @@ class Mixture:
         with self.stream.multiplying():
             return self.shared(x_nd[None])[0].float() * self._shared_gates(x_nd)[:, None]
 
-    def _shared_inner(self, x_nd: Tensor) -> Tensor:
+    def _shared_projection_input(self, x_nd: Tensor) -> Tensor:
         """Return the inputs of the shared expert's output projection (n x f)."""
         seen: list[Tensor] = []
         handle = self.shared.down_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
@@ -228,7 +230,7 @@ class Mixture:
         if self.names.shared_expert_gate is None:
             return x_nd.new_ones(len(x_nd))
         with self.stream.multiplying():
-            return torch.sigmoid(self.whole.get_submodule(self.names.shared_expert_gate)(x_nd)).float()[:, 0]
+            return torch.sigmoid(self.parent.get_submodule(self.names.shared_expert_gate)(x_nd)).float()[:, 0]
 
     def bias(self, expert: int) -> Tensor | None:
         """Return the bias of an expert's output projection (d), where it has one."""
@@ -241,7 +243,7 @@ class Mixture:
 
     def only(self, alive: Tensor) -> AbstractContextManager[None]:
         """Let the block run as if only some experts existed; their tensors are copied."""
-        return self._only(alive, self.whole, self.experts, *self.router.modules())
+        return self._only(alive, self.parent, self.experts, *self.router.modules())
 
     @contextmanager
     def _only(self, alive: Tensor, *owners: nn.Module) -> Iterator[None]:
@@ -257,7 +259,9 @@ class Mixture:
                         for name, value in vars(owner)[kind].items()
                     }
                     vars(owner)[kind] = tensors
-                counts = {key: len(alive) for key in axis_kinds()[EXPERTS].counts if vars(owner).get(key) == count}
+                counts = {
+                    key: len(alive) for key in axis_kinds()[EXPERTS].total_attributes if vars(owner).get(key) == count
+                }
                 fewer = {key: min(vars(owner)[key], len(alive)) for key in _TOP_K if key in vars(owner)}
                 vars(owner).update(counts | fewer)
             yield

@@ -15,11 +15,10 @@ Shapes: b rows, t positions, a inputs of the output projection, o its outputs.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.model.axes import ATTENTION
-from secateur.model.stream import BlockStream
-from secateur.model.structure import PrunableModule
+from secateur.model.filled_module import FilledModule
 
 MUTED = 1e-2
 """Smallest scale of an output, as a share of the median scale."""
@@ -31,10 +30,11 @@ class PostNorm:
     """Norm after the output projection of a module: a factor per output and a divisor per row; neutral without a
     norm."""
 
-    def __init__(self, stream: BlockStream, index: int, layer: nn.Module, module: PrunableModule):
-        """Read the norm of a filled block, and the gains of the later norms of the model."""
+    def __init__(self, filled: FilledModule):
+        """Read the module's norm, and the gains of the later norms of the model."""
+        stream, layer, module = filled.stream, filled.layer, filled.module
         self.norm = layer.get_submodule(module.post_norm) if module.post_norm else None
-        self.read_o: Tensor | None = None
+        self.reading_scale_o: Tensor | None = None
         """Root mean square of later norms' gains for each entry of the stream; None for equal gains."""
         self.share_o = torch.zeros(stream.width, device=stream.device)
         """Share of the error so far that each output repairs; see `set_repair_shares`."""
@@ -45,8 +45,8 @@ class PostNorm:
         self._gain_o = self._size_o = self.norm(self._gain_o)
         gains = stream.reading_gains
         if gains is not None:
-            self.read_o = gains[2 * index + 1 + (module.role != ATTENTION) :].square().mean(0).sqrt()
-            self._size_o = self._gain_o * self.read_o
+            self.reading_scale_o = gains[2 * filled.index + 1 + (module.role != ATTENTION) :].square().mean(0).sqrt()
+            self._size_o = self._gain_o * self.reading_scale_o
         if module.outer_norm is not None:
             # Only its gains matter: its divisor hardly changes when units are removed.
             self._size_o = self._size_o * layer.get_submodule(module.outer_norm)(torch.ones_like(self._gain_o))
@@ -74,9 +74,9 @@ class PostNorm:
         inverse = self.inverse_rms(z_bto)
         return z_bto if inverse is None else self.scale(z_bto * inverse)
 
-    def read(self, stream_bto: Tensor) -> Tensor:
+    def scale_stream(self, stream_bto: Tensor) -> Tensor:
         """Return vectors of the residual stream in the scale in which later layers read them."""
-        return stream_bto if self.read_o is None else stream_bto * self.read_o
+        return stream_bto if self.reading_scale_o is None else stream_bto * self.reading_scale_o
 
     def after(self, z_bto: Tensor) -> Tensor:
         """Return the vectors that the norm adds to the residual stream."""

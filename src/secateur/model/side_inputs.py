@@ -40,7 +40,7 @@ class SideInputs:
         """Residual width d."""
         self._own = bool(family.per_layer_input and getattr(config, family.per_layer_input, None))
         self._kinds: list[str | None] = [None] * len(layers)
-        """Layer type whose keys and values a block shares, for each block; None where a block does not share."""
+        """Layer type whose keys and values a block shares, for each block; None if a block does not share."""
         self._stores: set[int] = set()
         self._shared: dict[str, Shared] = {}
         end = width + 1

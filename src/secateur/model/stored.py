@@ -57,9 +57,9 @@ class Stored:
         The stored name may lack the prefix of the base model (GPT-2's own checkpoints) or have one where the given name
         has none.
         """
-        return next((candidate for candidate in self.spelled(name) if candidate in self.tensors), None)
+        return next((candidate for candidate in self.candidate_names(name) if candidate in self.tensors), None)
 
-    def spelled(self, name: str) -> list[str]:
+    def candidate_names(self, name: str) -> list[str]:
         """Return the possible stored names of a transformers parameter, or of the first part of its name."""
         candidates = [name]
         if self._prefix:
@@ -98,9 +98,9 @@ class Stored:
         index = re.search(r"\.(\d+)\.", name)
         own = overrides(self.config, int(index[1])) if index else {}
         count = own.get(self._experts.number) or getattr(self.config, self._experts.number)
-        return self._apart(name, count)
+        return self._matrices_of_experts(name, count)
 
-    def _apart(self, name: str, count: int) -> tuple[str, ...]:
+    def _matrices_of_experts(self, name: str, count: int) -> tuple[str, ...]:
         """Return the names of the matrices of the first experts if they are stored one by one; empty if one is
         missing."""
         owner, _, leaf = name.rpartition(".")
@@ -119,10 +119,10 @@ class Stored:
             raise SecateurError(f"{self.source}: tensor {name} is missing")
         if len(pieces) == 1:
             return self.read(pieces[0])
-        together = self.together(name)
+        per_expert = self.matrices_per_expert(name)
         result = torch.empty(self._shape_of(name, pieces), dtype=self.tensors[pieces[0]].dtype)
         for expert, whole in enumerate(result):
-            own = pieces[expert * together : (expert + 1) * together]
+            own = pieces[expert * per_expert : (expert + 1) * per_expert]
             torch.cat([self.read(piece) for piece in own], out=whole)
         return result
 
@@ -135,18 +135,18 @@ class Stored:
         shapes = [self.tensors[piece].shape for piece in pieces]
         if len(pieces) == 1:
             return shapes[0]
-        together = self.together(name)
-        return (len(pieces) // together, sum(shape[0] for shape in shapes[:together]), shapes[0][1])
+        per_expert = self.matrices_per_expert(name)
+        return (len(pieces) // per_expert, sum(shape[0] for shape in shapes[:per_expert]), shapes[0][1])
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return a parameter's values by stored names, for the experts that are left."""
         pieces = self.pieces(name)
         if len(pieces) == 1:
             return {pieces[0]: self.tensors[pieces[0]].as_stored(tensor)}
-        parts = (part for whole in tensor for part in whole.chunk(self.together(name)))
+        parts = (part for whole in tensor for part in whole.chunk(self.matrices_per_expert(name)))
         return dict(zip(pieces, parts, strict=False))
 
-    def together(self, name: str) -> int:
+    def matrices_per_expert(self, name: str) -> int:
         """Return the number of stored matrices of one expert that a parameter joins."""
         assert self._experts is not None
         return len(dict(self._experts.stored)[name.rpartition(".")[2]])

@@ -30,7 +30,7 @@ from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.describe import describe
-from secateur.model.held import Held
+from secateur.model.expert_matrices import ExpertMatrices
 from secateur.model.hooks import LayerReached, Recorder, replayed, watched, zeroed
 from secateur.model.rows import Rows
 from secateur.model.side_inputs import SideInputs
@@ -59,13 +59,13 @@ class BlockStream:
         checkpoint.check_dense()
         self.model: Any = checkpoint.empty(AutoModelForCausalLM)
         self.model.requires_grad_(False)
-        self._held: tuple[str, ...] = ()
+        self._kept_as_stored: tuple[str, ...] = ()
         """Names of the tensors of experts, which are converted to float32 expert by expert."""
         if self.family.experts is not None and self.device.type != "cuda":
             # Grouped products stay float32 here, and take twice as long as one expert after the other.
             self.model.set_experts_implementation("eager")
         if self.family.experts is not None and self.device.type == "cpu" and not self.family.experts.scales_inputs:
-            self._held = tuple(dict(self.family.experts.stored))
+            self._kept_as_stored = tuple(dict(self.family.experts.stored))
         checkpoint.check_shapes(self.model)
         try:
             self.layers = self.model.get_submodule(self.family.blocks)
@@ -101,7 +101,7 @@ class BlockStream:
     @property
     def batch_tokens(self) -> int:
         """Largest number of tokens in a batch; more for mixtures, where each expert gets only some of the tokens."""
-        return self.services.batch_tokens * (MIXED if self._held else 1)
+        return self.services.batch_tokens * (MIXED if self._kept_as_stored else 1)
 
     def stored(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
         """Return a block's tensors as stored, by their names inside the block, without some of them."""
@@ -133,7 +133,7 @@ class BlockStream:
     def reading_gains(self) -> Tensor | None:
         """Gains of the norms before the modules, in the order in which they run, and of the final norm.
 
-        (2 * blocks + 1) x d; None where the family names no such norms.
+        (2 * blocks + 1) x d; None if the family names no such norms.
         """
         names = (self.family.norm_before_attention, self.family.norm_before_feed_forward)
         if None in names:
@@ -149,14 +149,14 @@ class BlockStream:
     def _read_block(self, index: int, name: str) -> Tensor:
         return self.read(self._inside(index, name))
 
-    def held(self, name: str, tensor: Tensor) -> Tensor:
+    def as_loaded(self, name: str, tensor: Tensor) -> Tensor:
         """Return a block's tensor as it is held in memory: float32, except for the matrices of experts."""
-        return Held.of(tensor) if name.endswith(self._held) else tensor.float()
+        return ExpertMatrices.of(tensor) if name.endswith(self._kept_as_stored) else tensor.float()
 
     @property
     def expert_bytes(self) -> int:
         """Bytes per entry of the matrices of experts in a loaded block."""
-        return self.checkpoint.dtype.itemsize if self._held else 4
+        return self.checkpoint.dtype.itemsize if self._kept_as_stored else 4
 
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
@@ -166,7 +166,7 @@ class BlockStream:
         try:
             for name in self.blocks[index].shapes:
                 # Copied in the stored dtype, because float32 would be twice as many bytes.
-                assign(layer, name, self.held(name, to_device(self._read_block(index, name), self.device)))
+                assign(layer, name, self.as_loaded(name, to_device(self._read_block(index, name), self.device)))
             layer.to(self.device)
             if index + 1 < len(self):
                 names = [
@@ -179,7 +179,7 @@ class BlockStream:
                 assign(layer, name, torch.empty(shape, device="meta"))
             for name in set(dict(layer.named_parameters())) - set(self.blocks[index].shapes):
                 assign(layer, name, None)
-            if self._held:
+            if self._kept_as_stored:
                 # Thousands of matrices have come and gone; one block left two gigabytes of holes to the next.
                 release_freed_memory()
 
@@ -328,7 +328,7 @@ class BlockStream:
         replay: Mapping[PrunableModule, Tensor | None] | None = None,
         watch: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None,
         until: str | None = None,
-        modules: bool = False,
+        modules_only: bool = False,
     ) -> Tensor | None:
         """Run a filled block on one batch.
 
@@ -339,7 +339,7 @@ class BlockStream:
             replay: outputs of modules that are not to be computed (b x t x d); None for zeros.
             watch: functions of a layer's input and output, by the layer's path.
             until: path of the layer at which to stop. Its function gets an empty output, and the result is None.
-            modules: whether to leave out layers that belong to neither of the two modules.
+            modules_only: whether to leave out layers that belong to neither of the two modules.
         """
         hidden_btc = to_device(hidden_btc, self.device)
         args, kwargs = self.side_inputs.arguments(index, group, hidden_btc, *self._calls[group][index])
@@ -350,7 +350,7 @@ class BlockStream:
             for module, value in (replay or {}).items():
                 lends = module.role == ATTENTION and self.side_inputs.stores(index)
                 stack.enter_context(replayed(layer, module, hidden_btd, value, lends))
-            if modules:
+            if modules_only:
                 for path in self._aside(index):
                     stack.enter_context(zeroed(layer.get_submodule(path), hidden_btd))
             for path, see in (watch or {}).items():

@@ -34,7 +34,7 @@ class Slab:
     size: int
     """Entries along `axis` of each unit."""
     offset: int = 0
-    """First entry along `axis`; not zero where several layers are fused into one tensor."""
+    """First entry along `axis`; not zero if several layers are fused into one tensor."""
     run: int = 1
     """Number of units that lie next to each other before a gap."""
     gap: int = 0

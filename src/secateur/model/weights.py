@@ -208,7 +208,7 @@ def read_into(stream: FileIO, view: memoryview) -> bool:
 
 
 def read_ahead(infos: Iterable[TensorInfo]) -> None:
-    """Ask the system to read tensors from disk in the background; do nothing where it cannot be asked."""
+    """Ask the system to read tensors from disk in the background; do nothing if it cannot be asked."""
     if not hasattr(os, "posix_fadvise"):
         return
     for info in infos:

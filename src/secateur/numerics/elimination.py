@@ -5,8 +5,9 @@ weights, removing a set S of inputs
 
     raises the minimum by tr(W_S' P_SS^-1 W_S),   changes W by -P[:,S] P_SS^-1 W_S,   and P by -P[:,S] P_SS^-1 P[S,:].
 
-One pass orders all units and gives the error at every width. Changes of P are stored as thin factors and subtracted
-several steps at a time, as P is far larger than the processor's caches: reading it takes as long as the products.
+One pass gives the order of all units and the error at every width. P is far larger than the processor's caches, so that
+reading P takes as long as the products. Therefore changes of P are stored as thin factors and subtracted once for
+several steps.
 
 Shapes: u units that are left, s inputs per unit, a = u * s inputs, r removed inputs by which P is not yet updated, o
 outputs.
@@ -23,11 +24,11 @@ from secateur.numerics.panels import mirror_panel, panels
 from secateur.numerics.ridge import NormalEquations, factorise, factorise_each, invert
 
 STEP = 64
-"""Most units that are removed in one step, out of twice as many candidates."""
+"""Largest number of units that are removed in one step; they are selected from twice as many candidates."""
 RANK = 512
 """Number of removed inputs at which the inverse is updated."""
 SHRINK = 0.85
-"""Share of the units at which removed ones are taken out of the tensors."""
+"""Removed units are deleted from the tensors once fewer than this share of the units in the tensors is left."""
 
 
 @dataclass
@@ -39,9 +40,9 @@ class Elimination:
     increases: Tensor
     """Rise of the penalised minimum with each removal (float64)."""
     errors: Tensor
-    """||XW - T||^2 after the best refit without the first 0, 1, 2, ... units (float64); NaN if not asked for."""
+    """||XW - T||^2 after the best refit without the first 0, 1, 2, ... units (float64); NaN if not requested."""
     weights: dict[int, Tensor]
-    """Refitted weights of the remaining inputs (float32), by number of removed units, where asked for."""
+    """Refitted weights of the remaining inputs (float32), by the requested numbers of removed units."""
 
 
 def eliminate(
@@ -54,13 +55,13 @@ def eliminate(
     with_errors: bool = True,
     weights_at: Collection[int] = (),
 ) -> Elimination:
-    """Remove units one after the other, always those whose removal raises the minimum least.
+    """Remove units one after the other, always the one whose removal raises the minimum least.
 
     Args:
         normal: the penalised normal equations, whose inputs are units * size.
         size: inputs per unit.
         stop: number of units that are left (in each group, if `groups` is given).
-        groups: if given, every step removes one unit from each of that many equal runs of units.
+        groups: number of groups of consecutive units, if every step must remove one unit from each group.
         order: if given, the order of removal.
         with_errors: whether to compute the error at every width.
         weights_at: numbers of removed units at which the weights are returned.
@@ -100,7 +101,7 @@ class _State:
     def __init__(self, normal: NormalEquations, size: int):
         self.size = size
         self.inverse = invert(normal.matrix_aa.clone())
-        """P without the removals in `pending`."""
+        """P before the removals in `pending`."""
         self.pending = self.inverse.new_zeros(0, len(self.inverse))
         """R (r x a), with P = inverse - R'R."""
         self.weight = normal.scaled_old() if normal.old_is_minimum else self.inverse @ normal.right_ao
@@ -199,8 +200,8 @@ class _State:
 
     def _error_changes(self, r_sa: Tensor, l_so: Tensor) -> Tensor:
         """Return the change of ||XW - T||^2 after each input of one removal (s)."""
-        # error(W) = energy + <W, linear> - <W, penalty W>, at W - r[:t]' l[:t] for t = 1, 2, ...
-        # Two products: tensors as large as W are read, and none is made.
+        # error(W) = energy + <W, linear> - <W, penalty W>, at W - r[:t]' l[:t] for t = 1, 2, ... Both products read
+        # tensors as large as W, but none of this size is made.
         penalised = self.penalty * r_sa
         slope = ((r_sa @ self.linear - 2 * penalised @ self.weight) * l_so).sum(1)
         curve = ((penalised @ r_sa.T) * (l_so @ l_so.T)).double()
@@ -219,7 +220,7 @@ class _State:
         self.pending = self.pending[:0]
 
     def _shrink(self) -> None:
-        """Take removed units out of all tensors."""
+        """Delete removed units from all tensors."""
         keep = self.alive.nonzero()[:, 0]
         at = self.entries(keep)
         self.inverse, self.pending = self.inverse.index_select(0, at).index_select(1, at), self.pending[:, at]

@@ -5,7 +5,7 @@ With the weight w_n of token n,
     gram_aa = sum_n w_n x_n x_n',   cross_ao = sum_n w_n x_n t_n',   energy = sum_n w_n ||t_n||^2.
 
 For a fit with an intercept, x_n and t_n are the deviations from their means. Criteria and refits read nothing else, so
-that memory does not depend on the number of tokens. Matrices are products and sums in float32, where one product takes
+their memory does not depend on the number of tokens. Matrices are products and sums in float32, where one product takes
 at most `CHUNK` tokens; vectors and numbers are float64.
 
 Shapes: n tokens, a entries of the input, o entries of the target.
@@ -18,7 +18,7 @@ from secateur.base.processes import Processes
 from secateur.numerics.panels import mirror_panel, panels
 
 CHUNK = 4096
-"""Most tokens of one float32 product: bounds the rounding error of its sums."""
+"""Largest number of tokens in one float32 product, which limits the rounding error of its sums."""
 
 
 def add_gram(gram_aa: Tensor, x_na: Tensor, weight: float = 1.0) -> None:
@@ -45,7 +45,7 @@ class Moments:
             inputs: entries of the input (a).
             targets: entries of the target (o); 0 for moments of the input alone.
             centre: whether the fit has an intercept.
-            device: where the sums are.
+            device: device of the sums.
         """
         self.centre, self.count = centre, 0.0
         self._gram_aa = torch.zeros(inputs, inputs, device=device)
@@ -54,7 +54,7 @@ class Moments:
         self._sum_o = torch.zeros(targets, dtype=torch.float64, device=device)
         self._energy = torch.zeros((), dtype=torch.float64, device=device)
         self._diagonal_a: Tensor | None = None
-        """Diagonal of the Gram matrix, once the matrix is no longer here."""
+        """Diagonal of the Gram matrix, after the matrix was moved elsewhere."""
         self._origin_a, self._origin_o = torch.zeros(inputs, device=device), torch.zeros(targets, device=device)
         """Vectors that are subtracted from all rows; zero without `centre`."""
         self._has_origin = not centre
@@ -89,7 +89,7 @@ class Moments:
             self._energy += weight * torch.linalg.vector_norm(t).double().square()
 
     def reduce(self, processes: Processes, owner: int) -> None:
-        """Add the sums of all processes up: the two matrices at the owner rank only, all other sums at every rank."""
+        """Add up the sums of all processes: the two matrices at the owner rank only, all other sums at every rank."""
         if processes.is_single:
             return
         if self.centre:
@@ -145,7 +145,7 @@ class Moments:
         return self._cross_ao - (torch.outer(self._sum_a, self._sum_o) / self._divisor).to(self._cross_ao.dtype)
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Return `gram` and `cross` without copying; neither can be asked for again."""
+        """Return `gram` and `cross` without copying; afterwards this object has neither."""
         gram_aa, cross_ao = self._gram_aa, self.cross()
         self._give_away()
         return self._complete(gram_aa), cross_ao
@@ -168,7 +168,7 @@ class Moments:
         for start, stop in panels(len(gram_aa)):
             outer = torch.outer(self._sum_a[start:stop], self._sum_a) / self._divisor
             gram_aa[start:stop] -= outer.to(gram_aa.dtype)
-        # Only rounding is left of an input that never changes.
+        # If an input is constant, only rounding errors are left.
         rounding_a = (4 * torch.finfo(torch.float32).eps * self._origin_a).square() * self.count
         constant = gram_aa.diagonal() <= rounding_a
         gram_aa[constant] = 0

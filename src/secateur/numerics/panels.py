@@ -1,12 +1,12 @@
 """Symmetric matrices by panels: blocks of consecutive rows, from the diagonal to the right edge.
 
-Only the panels are computed; the rest is their mirror image. That takes about 0.6 of the operations of a full product.
+Only the panels are computed, and mirrored below the diagonal. This takes about 0.6 of the operations of a full product.
 """
 
 from torch import Tensor
 
 PANEL = 256
-"""Fewest rows of a panel: below it, the calls cost more than is saved."""
+"""Smallest number of rows of a panel. With fewer rows, the additional calls take longer than the saved operations."""
 
 
 def panel_rows(size: int) -> int:
@@ -15,7 +15,7 @@ def panel_rows(size: int) -> int:
 
 
 def panels(size: int) -> list[tuple[int, int]]:
-    """Return the first row and the end of each panel of a matrix (size x size)."""
+    """Return the first row and the row after the last one of each panel of a matrix (size x size)."""
     rows = panel_rows(size)
     return [(start, min(start + rows, size)) for start in range(0, size, rows)]
 

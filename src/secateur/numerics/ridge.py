@@ -19,9 +19,10 @@ from torch import Tensor
 from secateur.numerics.panels import PANEL, mirror_panel, panel_rows, panels
 
 FLOAT32_RIDGE = 0.03
-"""Smallest ridge at which float32 suffices; below it, the condition number asks for float64."""
+"""Smallest ridge at which float32 suffices; smaller ones need float64, because of the condition number."""
 ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""Size to which rounding raises a zero eigenvalue, per root of the number of inputs, in unit-diagonal coordinates."""
+"""Size that an eigenvalue of zero can have because of rounding, divided by the square root of the number of inputs, in
+unit-diagonal coordinates."""
 
 
 @dataclass
@@ -39,7 +40,7 @@ class NormalEquations:
     penalty_a: Tensor
     """The ridge; 1 for inputs that are always zero."""
     dead_a: Tensor
-    """Whether an input is always zero. Such inputs cost nothing to remove, and keep their old weights if they stay."""
+    """Whether an input is always zero. Removing such an input costs nothing; if it stays, it keeps its old weights."""
     old_ao: Tensor
     """W_old, as stored."""
     energy: float
@@ -98,7 +99,7 @@ def normal_equations(
     matrix = gram_aa.to(dtype, copy=not overwrite)
     old = old_ao.to(dtype)
     diagonal = matrix.diagonal().clone()
-    # Far below the mean: next to a massive activation, ordinary inputs are a thousandth of it.
+    # The threshold is far below the mean, because ordinary inputs are only a thousandth of a massive activation.
     dead = diagonal <= diagonal.mean() * torch.finfo(torch.float32).eps ** 2
     scale = torch.where(dead, torch.ones_like(diagonal), diagonal).sqrt()
     penalty = torch.where(dead, torch.ones_like(diagonal), torch.full_like(diagonal, ridge))
@@ -144,8 +145,8 @@ def _solve(matrix_aa: Tensor, right_ao: Tensor, old_ao: Tensor) -> Tensor:
     """Return the solution of matrix_aa W = right_ao; of several solutions, the nearest to `old_ao`.
 
     Without a ridge the matrix is singular if inputs are linearly dependent, as after a LayerNorm, whose outputs sum to
-    zero up to gain and bias. Eigenvalues below what rounding makes of zero carry no information: in the directions of
-    their eigenvectors the old weights stay.
+    zero up to gain and bias. Eigenvalues that rounding could have made of zero carry no information: along their
+    eigenvectors, the old weights stay.
     """
     floor = ROUNDING * len(matrix_aa) ** 0.5
     factor, failed = torch.linalg.cholesky_ex(matrix_aa)

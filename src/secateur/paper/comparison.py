@@ -60,7 +60,7 @@ class Row:
     """Figures of the paper by column."""
 
     def spread(self, column: str) -> Spread | None:
-        """Return the measured values of a column over seeds, or None where there are none yet."""
+        """Return the measured values of a column over seeds, or None if there are none yet."""
         values = tuple(value for result in self.results if (value := figure(result, column)) is not None)
         return Spread(values) if values else None
 

@@ -111,7 +111,7 @@ class Run:
         return ", ".join(filter(None, (self.label, *(f"{k} {v}" for k, v in self.axes if k != _SPREAD))))
 
     def place(self, axis: str) -> Any:
-        """Return the run's value on an axis of the grid, or None where the grid has no such axis."""
+        """Return the run's value on an axis of the grid, or None if the grid has no such axis."""
         return dict(self.axes).get(axis)
 
 

@@ -59,7 +59,7 @@ class RunStore:
         self._lock.close()
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """Return the result of a finished run, or None where there is none.
+        """Return the result of a finished run, or None if there is none.
 
         Raises:
             SecateurError: the file of the result is damaged.

@@ -1,8 +1,8 @@
 """Time of each module at several widths on this machine, measured on transformers' layers and cached on disk.
 
 The measurement builds a model of one layer with random weights from the config. Copies of the layer are cut to a grid
-of widths of one module, with the other module removed. The copies are timed in turns, because a busy machine then slows
-all of them alike. The time of a module is the time of its layer minus the time of a layer without modules. Between the
+of widths of one module, with the other module removed. The copies are timed in turns, so that a busy machine slows all
+of them equally. The time of a module is the time of its layer minus the time of a layer without modules. Between the
 widths of the grid, times are interpolated.
 """
 
@@ -44,9 +44,10 @@ from secateur.model.structure import PrunableModule
 from secateur.model.surgery import cut_down
 
 PROMPT_TOKENS = 512
-"""Tokens of the prompt, and in the cache when one token is decoded; fewer if the model has fewer positions."""
+"""Number of tokens of the prompt, and of tokens in the cache when one token is decoded; fewer if the model has fewer
+positions."""
 GRID_POINTS = 10
-"""Number of widths to time along channels, zero included; along heads up to two more."""
+"""Number of widths to time along an axis of channels, including zero; along other axes up to two more."""
 MAX_SECONDS = 5.0
 """Time limit for the measurement of one table, in seconds, after every case has been run once."""
 MIN_ROUNDS = 5
@@ -83,7 +84,7 @@ class LatencyTable:
     """Times of a model whose blocks all have the same shapes; pydantic checks the fields of a cached table."""
 
     lines: dict[str, Line]
-    """Seconds of a module against the number of units along each of its axes, with its other axes dense."""
+    """Seconds of a module by the number of units along each of its axes, with its other axes dense."""
     block_overhead: Seconds
     """Seconds of a block without modules: its norms, and the work of transformers around them."""
     model_overhead: Seconds
@@ -92,7 +93,8 @@ class LatencyTable:
     def module_seconds(self, axes: Sequence[str], width: Width) -> float:
         """Return the seconds of a module with the given axes at a width; a narrower module never takes longer."""
         dense = self.lines[axes[0]][-1][1]
-        # Each axis was measured alone. A module that is narrower along two axes is taken to be faster by both factors.
+        # Each axis was measured alone. For a module that is narrower along two axes, the speedups of both are
+        # multiplied.
         shares = [_interpolate(self.lines[axis], width[axis]) / dense if dense else 0.0 for axis in axes]
         return dense * math.prod(shares)
 
@@ -111,7 +113,8 @@ def latency_table(
     Args:
         stream: the dense model.
         index: index of the block.
-        kind: `prefill` for a prompt of `PROMPT_TOKENS` tokens; `decode` for one token with as many in the cache.
+        kind: `prefill` for a prompt of `PROMPT_TOKENS` tokens; `decode` for one token with `PROMPT_TOKENS` tokens in
+            the cache.
         device: device on which to measure.
         dtype: dtype of weights and activations.
         watcher: display of progress.
@@ -134,7 +137,7 @@ def latency_table(
 
 
 def stopwatch(device: torch.device) -> Timer:
-    """Return a timer that uses the clock. On a GPU, which runs asynchronously, it times eight runs together."""
+    """Return a timer that uses the clock. On a GPU, which runs asynchronously, eight runs are timed together."""
     count, wait = (1, lambda: None) if device.type == "cpu" else (8, partial(torch.accelerator.synchronize, device))
 
     def timed(case: Case) -> float:
@@ -334,7 +337,7 @@ def _case(model: Any, kind: str, prompt: Callable[[Cache], Run], token: Callable
 
 
 def _cache_key(stream: BlockStream, index: int, kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return everything that a table depends on, as JSON types."""
+    """Return all settings on which a table depends, as JSON types."""
     config, block = stream.checkpoint.config, stream.blocks[index]
     inside, layer_types = f"{stream.family.blocks}.", getattr(config, "layer_types", None)
     return {

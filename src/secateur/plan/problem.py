@@ -50,7 +50,7 @@ class Plan:
     note: str | None = None
     """Note to users where the sparsity differs from the requested one by more than 0.5 percentage points."""
     units: Mapping[int, KeptUnits] = field(default_factory=dict)
-    """Units to keep, by index of the block; empty where the criterion selects the units during the fit."""
+    """Units to keep, by index of the block; empty if the criterion selects the units during the fit."""
     first_heads: FirstHeads | None = None
     """Heads to remove before all others; None without a preselection."""
 

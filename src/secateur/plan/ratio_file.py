@@ -1,4 +1,4 @@
-"""Reader of ratio files: the share of its units that each range of blocks loses."""
+"""Reader of ratio files. A ratio file gives the share of units to remove for ranges of blocks."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,17 @@ def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int,
     """Read a ratio file, for example `{"4:20": 0.25, "20:30": {"heads": 0.1, "channels": 0.4}}`.
 
     A ratio is the share of the units to remove. A single ratio applies to the heads of the attention and to the
-    channels of the feed-forward; in a mixture of experts to whole experts, whose channels all stay.
+    channels of the feed-forward. In a mixture of experts it applies to whole experts, and the remaining experts keep
+    all channels.
 
     Args:
-        path: JSON file with a ratio, or a ratio for each kind of units, for ranges of blocks `first:end`. Blocks
+        path: JSON file that maps ranges of blocks, `first:end`, to a ratio or to a ratio for each kind of units. Blocks
             outside all ranges stay dense.
         blocks: all blocks of the model.
         multiple: value of `--round`: the multiple to which channels are rounded.
 
     Returns:
-        The width of every block in a range, the nearest to its ratios.
+        The width of every block in a range: the possible width that is nearest to the ratios.
 
     Raises:
         SecateurError: the file cannot be parsed, ranges overlap or exceed the model, or no unit is removed.
@@ -95,7 +96,7 @@ def _candidates(
     """Return the widths from which a ratio selects one, the dense width first."""
     if len(axes) > 1:
         return module_widths(block, module, multiple, lambda _: None)
-    # Only a ratio of one removes the module. A multiple that is larger than the module does not.
+    # Only a ratio of one removes the module. Rounding to a multiple larger than the module does not remove it.
     if ratio == 1 and not module.fixed:
         return [block.width | module.removed]
     (axis,) = axes

@@ -17,7 +17,7 @@ def default_multiple(axes: Sequence[Axis]) -> int:
     multiples of 8, and quantised GGUF types store 32 numbers at a time. Narrow modules would have too few widths left
     to choose from.
     """
-    return 32 if all(axis.units >= axis.wide for axis in axes if axis.rounded) else 1
+    return 32 if all(axis.units >= axis.rounds_from for axis in axes if axis.rounded) else 1
 
 
 def module_widths(

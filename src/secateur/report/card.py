@@ -116,7 +116,7 @@ def _metadata(record: Mapping[str, Any], base_card: str | None) -> dict[str, Any
 
 
 def _front(text: str) -> dict[str, Any]:
-    """Return the metadata of a card as far as values are strings or lists of strings; empty where it is unreadable."""
+    """Return the metadata of a card as far as values are strings or lists of strings; empty if it is unreadable."""
     found = FRONT.match(text.replace("\r\n", "\n"))
     # Without anchors (&), since nested aliases may expand to any size.
     if not found or "&" in found[1]:

@@ -30,7 +30,8 @@ def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
 def _measurements(model: ModelScore, compared: bool) -> list[str]:
     """Return lines about how texts, tasks and speed were measured, for one model or two."""
     lines = [
-        f"{short(source)}: {text.tokens:,} tokens scored in {text.rows:,} rows of {text.length}; {bos_note(model.bos)}."
+        f"{short(source)}: {text.tokens:,} tokens scored in {text.rows:,} rows of {text.length}; "
+        f"{bos_note(model.begins_with_bos)}."
         for source, text in model.texts.items()
     ]
     if model.tasks:

@@ -32,7 +32,7 @@ def readme_and_report(base: str | None, record: Callable[[], Mapping[str, Any]])
 
 
 def read_text(path: Path) -> str | None:
-    """Return the text of a file that others wrote, with invalid bytes replaced; None where there is no file."""
+    """Return the text of a file that others wrote, with invalid bytes replaced; None if there is no file."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 

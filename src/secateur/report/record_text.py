@@ -48,7 +48,7 @@ def units_kept(record: Mapping[str, Any]) -> str:
 
 
 def expected_cost(record: Mapping[str, Any]) -> str:
-    """Return a sentence about the expected rise of the loss; empty where the run measured no costs."""
+    """Return a sentence about the expected rise of the loss; empty if the run measured no costs."""
     if record["cost"] is None:
         return ""
     return f"Estimated loss increase: {record['cost']:.2f} nats per token (sum over modules pruned one at a time)."

@@ -59,8 +59,8 @@ class Summary(NotebookView):
     note: str | None
     """Remark of the plan about a target that it misses or exceeds."""
     vllm_unsupported: str | None
-    """Reason why vLLM cannot serve the model; None where it can, and for a GGUF file."""
-    bos: bool
+    """Reason why vLLM cannot serve the model; None if it can, and for a GGUF file."""
+    begins_with_bos: bool
     """Whether calibration rows begin with BOS."""
     tokens: int
     """Number of calibration tokens."""
@@ -156,6 +156,6 @@ def pruned_part(blocks: str | None) -> str:
     return "the blocks' parameters" if blocks is None else f"the parameters of blocks {blocks}"
 
 
-def bos_note(bos: bool) -> str:
+def bos_note(begins_with_bos: bool) -> str:
     """Return a clause about whether rows begin with BOS."""
-    return "rows begin with BOS" if bos else "rows begin without BOS, as the tokenizer adds none"
+    return "rows begin with BOS" if begins_with_bos else "rows begin without BOS, as the tokenizer adds none"

@@ -89,7 +89,7 @@ def _axis(kind: AxisKind) -> dict[str, Any]:
 
 
 def _numbers(width: Width, axes: Sequence[AxisKind]) -> list[int | None]:
-    """Return the number of units along each axis, None where the block has no such axis."""
+    """Return the number of units along each axis, None if the block has no such axis."""
     return [width.get(kind.name) for kind in axes]
 
 

@@ -48,7 +48,7 @@ def _expectation(summary: Summary, out: Path) -> list[str]:
 def _result(summary: Summary, out: Path) -> list[str]:
     """Return lines about a finished run: its calibration, time and memory, and how to load the output."""
     lines = [
-        f"Calibrated on {summary.tokens:,} tokens; {bos_note(summary.bos)}.",
+        f"Calibrated on {summary.tokens:,} tokens; {bos_note(summary.begins_with_bos)}.",
         f"{summary.seconds:,.1f} s, peak memory {summary.peak_bytes / 1e9:.2f} GB. Written to {out}",
         format_class(summary.format).how_to_load(summary.auto_class, str(out)).line,
     ]

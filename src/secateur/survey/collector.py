@@ -1,4 +1,5 @@
-"""Measurement of one module: collects activations while the dense block runs, and then asks for its error curves.
+"""Measurement of one module: activations are collected while the dense block runs, and error curves are computed
+afterwards.
 
 With several processes, each collects activations of its own rows. The owner rank of the module measures the curves and
 broadcasts them.
@@ -8,11 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
-from secateur.model.stream import BlockStream
 from secateur.survey.curve_estimator import CurveEstimator, ModuleActivations
 from secateur.survey.curves import ErrorCurve
 from secateur.survey.probes import Cut
@@ -21,9 +20,8 @@ from secateur.survey.probes import Cut
 class Collector:
     """Collector of one module's activations, with the error curves that follow from them."""
 
-    def __init__(self, stream: BlockStream, layer: nn.Module, estimator: CurveEstimator):
-        self.stream, self.estimator, self.module = stream, estimator, estimator.module
-        self._norm = PostNorm(stream, estimator.index, layer, estimator.module)
+    def __init__(self, estimator: CurveEstimator):
+        self.stream, self.estimator, self.module = estimator.stream, estimator, estimator.module
         nothing = torch.empty(0)
         self._last = ModuleActivations(nothing, nothing, nothing)
         self._results = (list[ErrorCurve](), list[Cut]())
@@ -38,7 +36,7 @@ class Collector:
         return watched | {self.module.output_layer: self._record_output}
 
     def _record_output(self, x: Tensor, z: Tensor) -> None:
-        # In a mixture of experts, the layer with the output also has the module's input.
+        # In a mixture of experts, the layer that computes the output also has the module's input.
         module_input = x if self.module.input_layer == self.module.output_layer else self._last.module_input
         self._last = ModuleActivations(module_input, x, z)
 
@@ -50,8 +48,9 @@ class Collector:
         if not (batch.weight or batch.score):
             self._probe_inputs.append(self.estimator.probe_inputs(self._last).reshape(*after.shape[:-1], -1))
             return
-        norms = torch.linalg.vector_norm(self._norm.read(after).reshape(-1, after.shape[-1]), dim=1, keepdim=True)
-        self.estimator.add(self._last, self._norm.inverse_rms(self._last.output), norms.clamp_min(1e-6), batch)
+        norm = self.estimator.norm
+        norms = torch.linalg.vector_norm(norm.scale_stream(after).reshape(-1, after.shape[-1]), dim=1, keepdim=True)
+        self.estimator.add(self._last, norm.inverse_rms(self._last.output), norms.clamp_min(1e-6), batch)
 
     def measure(self, ridge: float, seed: int) -> None:
         """Measure the curves and cuts that `results` returns; all processes must call it together."""

@@ -1,4 +1,4 @@
-"""Interface of estimators of error curves, which collect activations of one module while the dense block runs.
+"""Interface of estimators of error curves. An estimator collects activations of one module while the dense block runs.
 
 A dense module needs only sums over tokens, such as Gram matrices (`secateur.survey.gram_estimator`). A mixture of
 experts needs a sample of its tokens (`secateur.survey.mixture_estimator`), because tokens are routed to other experts
@@ -13,8 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from secateur.model.axes import Axis
+from secateur.model.filled_module import FilledModule
+from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
-from secateur.model.structure import PrunableModule
 from secateur.survey.curves import ErrorCurve
 from secateur.survey.probes import Cut
 
@@ -37,16 +38,20 @@ class CurveEstimator(ABC):
     """Estimator of the error curves of one module.
 
     Attributes:
+        stream: the dense model.
         index: index of the block.
-        module: the attention, feed-forward or mixture of experts.
+        module: the description of the module: an attention, a feed-forward or a mixture of experts.
+        norm: norm between the output projection and the residual stream; neutral if there is none.
         needs_input: whether the estimator needs the input of the module.
         owner: rank of the process that measures. Other processes have no results, or the same results.
     """
 
-    index: int
-    module: PrunableModule
     needs_input: bool = False
     owner: int = 0
+
+    def __init__(self, filled: FilledModule):
+        self.stream, self.index, self.module = filled.stream, filled.index, filled.module
+        self.norm = PostNorm(filled)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -84,7 +89,7 @@ class CurveEstimator(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Free what `curve` needs; `output_at` may still be called."""
+        """Free the memory that only `curve` needs; `output_at` may still be called."""
 
     @abstractmethod
     def output_at(self, cut: Cut, inputs: Tensor) -> Tensor:

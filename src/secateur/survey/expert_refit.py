@@ -41,11 +41,11 @@ def share_left_by_refit(
     """
     mixture, processes = routed.mixture, routed.processes
     routes, residual_nd = mixture.route(routed.x_nd, experts), routed.target_nd.clone()
-    parts, shared = mixture.parts(experts), mixture.module.units
+    parts, shared = mixture.with_shared(experts), mixture.module.units
 
     def projection_inputs(expert: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of an expert (m), and the inputs of its output projection times gate and scale (m x f)."""
-        tokens, rows_mf = mixture.gated(expert, routed.x_nd, routes)
+        tokens, rows_mf = mixture.gated_input(expert, routed.x_nd, routes)
         return tokens, rows_mf * scale_n[tokens][:, None]
 
     def keep_channels(expert: int, values: Tensor, axis: int) -> Tensor:

@@ -7,7 +7,7 @@ The loss is the cross-entropy of the next token, averaged over the calibration t
 3. The blocks run again under autograd, the last block first. Autograd turns the gradient with respect to a block's
    output into the gradients with respect to its weights and its input.
 
-This is gradient checkpointing, except that weights are read from disk, and their gradients used up, block by block.
+This is gradient checkpointing, except that weights are read from disk and gradients are consumed block by block.
 
 Shapes: b rows, t positions, d residual width, v vocabulary.
 """

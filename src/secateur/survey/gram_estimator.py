@@ -4,16 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.criteria.order import error_curve, remaining_units
 from secateur.criteria.registry import Criteria
 from secateur.criteria.statistics import Statistics, module_seed
 from secateur.model.axes import Axis
-from secateur.model.post_norm import PostNorm
+from secateur.model.filled_module import FilledModule
 from secateur.model.rows import Batch
-from secateur.model.stream import BlockStream
-from secateur.model.structure import PrunableModule
 from secateur.model.surgery import inner_entries, inner_weight
 from secateur.numerics.moments import Moments
 from secateur.survey import curve_estimator
@@ -28,31 +26,19 @@ class GramEstimator(CurveEstimator):
     Each token is divided by the norm of its residual stream, to which errors are relative.
     """
 
-    def __init__(
-        self,
-        stream: BlockStream,
-        index: int,
-        layer: nn.Module,
-        module: PrunableModule,
-        criteria: Criteria,
-        *,
-        scores_separately: bool,
-    ):
+    def __init__(self, filled: FilledModule, criteria: Criteria, *, scores_separately: bool):
         """Start with empty sums.
 
         Args:
-            stream: the dense model.
-            index: index of the block.
-            layer: the filled block.
-            module: the module.
+            filled: the module of the dense model.
             criteria: criteria that determine the order in which units are removed.
             scores_separately: whether the order is determined on other rows than those on which errors are measured.
         """
-        self.stream, self.index, self.module = stream, index, module
-        self._criterion = criteria.of_module(index, module.kind)
+        super().__init__(filled)
+        stream, module = filled.stream, filled.module
+        self._criterion = criteria.of_module(filled.index, module.kind)
         self.needs_input = bool(module.channel_projections) and self._criterion.input_moments
-        self._tensors: Mapping[str, Tensor] = layer.state_dict()
-        self._norm = PostNorm(stream, index, layer, module)
+        self._tensors: Mapping[str, Tensor] = filled.layer.state_dict()
         inputs = module.units * module.size
         self._moments = Moments(inputs, device=stream.device)
         self._score_moments = Moments(inputs, device=stream.device) if scores_separately else None
@@ -89,7 +75,7 @@ class GramEstimator(CurveEstimator):
         stats = Statistics(
             module=self.module,
             tensors=self._tensors,
-            weight_ao=self._norm.scale(inner_weight(self.module, self._tensors)),
+            weight_ao=self.norm.scale(inner_weight(self.module, self._tensors)),
             moments=self._moments,
             input_moments=self._input_moments,
             ridge=ridge,
@@ -151,5 +137,5 @@ class GramEstimator(CurveEstimator):
 
     def output_at(self, cut: Cut, inputs: Tensor) -> Tensor:
         """Return the output of the refitted output projection at a cut."""
-        z = inputs[..., cut.kept].float() @ self._norm.unscale(cut.weight_ao)
+        z = inputs[..., cut.kept].float() @ self.norm.unscale(cut.weight_ao)
         return z + self._tensors[self.module.bias] if self.module.bias else z

@@ -13,18 +13,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.criteria.experts import MAX_TOKENS, expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.criteria.statistics import module_seed
 from secateur.model.axes import Axis
+from secateur.model.filled_module import FilledModule
 from secateur.model.kinds import KINDS
 from secateur.model.mixture import Mixture
-from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
-from secateur.model.stream import BlockStream
-from secateur.model.structure import PrunableModule
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.survey.curve_estimator import PROBED_SHARES, CurveEstimator, ModuleActivations
 from secateur.survey.curves import ErrorCurve
@@ -40,29 +38,18 @@ class MixtureEstimator(CurveEstimator):
 
     needs_input = True
 
-    def __init__(
-        self,
-        stream: BlockStream,
-        index: int,
-        layer: nn.Module,
-        module: PrunableModule,
-        order: str,
-        tokens: int,
-        kinds: Sequence[str] = KINDS,
-    ):
+    def __init__(self, filled: FilledModule, order: str, tokens: int, kinds: Sequence[str] = KINDS):
         """Start without tokens.
 
         Args:
-            stream: the dense model.
-            index: index of the block.
-            layer: the filled block.
-            module: the mixture of experts.
+            filled: the mixture of experts of the dense model.
             order: name of the criterion that determines the order in which experts are removed.
             tokens: number of tokens to come, in all processes.
             kinds: kinds of units that may be removed.
         """
-        self.stream, self.index, self.module, self._order = stream, index, module, order
-        self._norm, self._mixture = PostNorm(stream, index, layer, module), Mixture(stream, layer, module)
+        super().__init__(filled)
+        stream = filled.stream
+        self._order, self._mixture = order, Mixture(stream, filled.layer, filled.module)
         self._kinds, self._stride = kinds, max(1, tokens // MAX_TOKENS)
         self._token_count = 0
         # One of several processes may have no tokens.
@@ -106,7 +93,7 @@ class MixtureEstimator(CurveEstimator):
 
     def _error_units(self, y_md: Tensor, tokens_m: Tensor) -> Tensor:
         """Return outputs of some tokens in the units of errors, which are relative to the residual stream."""
-        return self._norm.scale(y_md) * self._scale_n[tokens_m][:, None]
+        return self.norm.scale(y_md) * self._scale_n[tokens_m][:, None]
 
     def curve(self, axis: Axis) -> tuple[ErrorCurve, list[Cut]]:
         """Return the errors of unchanged weights, with the share of them that is left after the refit."""
@@ -114,7 +101,7 @@ class MixtureEstimator(CurveEstimator):
 
     def _expert_curve(self) -> tuple[ErrorCurve, list[Cut]]:
         """Return the error curve of whole experts, and the cuts to probe."""
-        module, experts = self.module, self._mixture.every
+        module, experts = self.module, self._mixture.all_routed
         # If experts may not be removed, the curve has the dense mixture alone.
         stop = module.min_units if module.kind in self._kinds else module.units
         removal = expert_order(self._order, self._routed, stop, self._seed)
@@ -132,13 +119,13 @@ class MixtureEstimator(CurveEstimator):
         """Return the error curve of channels, of which every expert loses equally many."""
         sums, orders = channel_errors(self._routed)
         kept = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
-        share = self._share_left(self._mixture.every, kept)
+        share = self._share_left(self._mixture.all_routed, kept)
         errors = tuple(error / self._count for error in sums)
         return ErrorCurve(self.index, self.module.kind, EXPERT_CHANNELS, errors, self._energy, left_after_refit=share)
 
     def _share_left(self, experts: Tensor, channels: Mapping[int, Tensor] | None) -> float:
         """Return the share of a cut's error that is left after the refit; see `share_left_by_refit`."""
-        return share_left_by_refit(self._routed, self._scale_n, self._norm.scale, experts, channels, self._ridge)
+        return share_left_by_refit(self._routed, self._scale_n, self.norm.scale, experts, channels, self._ridge)
 
     def _cut(self, error: float, experts: Tensor) -> Cut:
         """Return a cut that keeps some experts, with unchanged weights."""
@@ -146,7 +133,7 @@ class MixtureEstimator(CurveEstimator):
 
     def removal_cut(self) -> Cut:
         """Return the cut that keeps no expert."""
-        return self._cut(self._energy, self._mixture.every[:0])
+        return self._cut(self._energy, self._mixture.all_routed[:0])
 
     def release(self) -> None:
         """Free the sample."""
@@ -169,13 +156,13 @@ def channel_errors(routed: RoutedTokens) -> tuple[tuple[float, ...], dict[int, T
     """
     mixture, processes = routed.mixture, routed.processes
     module, size, x_nd = mixture.module, mixture.module.units_inside, routed.x_nd
-    routes = mixture.route(x_nd, mixture.every)
+    routes = mixture.route(x_nd, mixture.all_routed)
     # The shared expert keeps all channels, unless it is pruned along with the others.
-    parts = mixture.parts(mixture.every)[0 if module.shared_multiple or mixture.shared is None else 1 :]
+    parts = mixture.with_shared(mixture.all_routed)[0 if module.shared_multiple or mixture.shared is None else 1 :]
     all_energies = torch.zeros((module.units + module.shared_multiple) * size, dtype=torch.float64, device=x_nd.device)
     energies = {expert: all_energies[expert * size :][: len(mixture.weight(expert))] for expert in parts}
     for expert in parts:
-        tokens, rows_mf = mixture.gated(expert, x_nd, routes)
+        tokens, rows_mf = mixture.gated_input(expert, x_nd, routes)
         squares_f = (routed.weight_n[tokens][:, None] * rows_mf.square()).sum(0, dtype=torch.float64)
         energies[expert] += squares_f * mixture.weight(expert).double().square().sum(1)
     processes.all_reduce(all_energies)
@@ -184,7 +171,7 @@ def channel_errors(routed: RoutedTokens) -> tuple[tuple[float, ...], dict[int, T
     # Change of the output at each number of removed channels.
     changes = [torch.zeros_like(routed.target_nd) for _ in counts[1:]]
     for expert, order in orders.items():
-        tokens, rows_mf = mixture.gated(expert, x_nd, routes)
+        tokens, rows_mf = mixture.gated_input(expert, x_nd, routes)
         removed_md, weight_fd = torch.zeros(len(tokens), x_nd.shape[1], device=x_nd.device), mixture.weight(expert)
         for place, (start, stop) in enumerate(itertools.pairwise(counts)):
             channels = order[start * len(order) // size : stop * len(order) // size]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.criteria.registry import Criteria
 from secateur.model.arena import Activations
+from secateur.model.filled_module import FilledModule
 from secateur.model.kinds import KINDS
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
@@ -74,8 +75,9 @@ def survey(
                 if index not in blocks:
                     stream.advance(index, layer, rows, hidden)
                     continue
-                estimators = _estimators(stream, index, layer, criteria, calibration, kinds)
-                collectors = [Collector(stream, layer, estimator) for estimator in estimators]
+                modules = [module for module in stream.blocks[index].modules if module.is_prunable(kinds)]
+                filled = [FilledModule(stream, index, layer, module) for module in modules]
+                collectors = [Collector(_estimator(module, criteria, calibration, kinds)) for module in filled]
                 before = None if probes is None else hidden.parts[probe_group][:].clone()
                 _run_block(stream, index, layer, rows, hidden, collectors)
                 for collector in collectors:
@@ -108,14 +110,8 @@ def _run_block(
                 collector.update(stream.residual(after), batch)
 
 
-def _estimators(
-    stream: BlockStream, index: int, layer: nn.Module, criteria: Criteria, rows: Rows, kinds: tuple[str, ...]
-) -> list[CurveEstimator]:
-    """Return an estimator for each prunable module of a block."""
-    return [
-        MixtureEstimator(stream, index, layer, module, criteria.choice.experts, rows.tokens, kinds)
-        if module.experts_per_token
-        else GramEstimator(stream, index, layer, module, criteria, scores_separately=rows.scores is not None)
-        for module in stream.blocks[index].modules
-        if module.is_prunable(kinds)
-    ]
+def _estimator(filled: FilledModule, criteria: Criteria, rows: Rows, kinds: tuple[str, ...]) -> CurveEstimator:
+    """Return the estimator of one module."""
+    if filled.module.experts_per_token:
+        return MixtureEstimator(filled, criteria.choice.experts, rows.tokens, kinds)
+    return GramEstimator(filled, criteria, scores_separately=rows.scores is not None)

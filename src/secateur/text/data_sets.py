@@ -139,7 +139,7 @@ def _open(data_set: _DataSet, source: str) -> dict[str, Any]:
 
 
 def _cached(data_set: _DataSet) -> dict[str, Any] | None:
-    """Return the splits of a data set's copy in the local cache, or None where there is no copy."""
+    """Return the splits of a data set's copy in the local cache, or None if there is no copy."""
     from datasets.packaged_modules.cache.cache import Cache
 
     try:
@@ -176,6 +176,6 @@ def _texts(rows: Iterable[dict[str, Any]], column: str | None, source: str, char
 
 
 def _text_column(row: dict[str, Any]) -> str | None:
-    """Return the column `text` of a row, or the only one that holds a string; None where that is unclear."""
+    """Return the column `text` of a row, or the only one that holds a string; None if that is unclear."""
     strings = [key for key, value in row.items() if isinstance(value, str)]
     return "text" if "text" in strings else strings[0] if len(strings) == 1 else None

@@ -35,7 +35,7 @@ class RowRequest:
     refit_source: str
     """Source of the rows to which weights are fitted."""
     refit_samples: int | None
-    """Number of rows that only the refit uses; None where it uses the rows by which units are chosen."""
+    """Number of rows that only the refit uses; None if it uses the rows by which units are chosen."""
     refit_option: str = "refit-samples"
     """Name of the option that sets the number of refit rows, for error messages."""
     held_out: int = 0
@@ -58,7 +58,7 @@ class CalibrationRows:
     selection: Tensor
     """Rows by which widths and units are chosen."""
     separate_refit: Tensor | None
-    """Rows that only the refit uses; None where it uses the selection rows."""
+    """Rows that only the refit uses; None if it uses the selection rows."""
     held_out: Tensor | None
     """Held-out rows on which a loss is measured."""
     random: Tensor | None

@@ -18,7 +18,7 @@ CHANNELS = axis_kind(
     FEED_FORWARD,
     "channels",
     "feed-forward channels",
-    config_keys=lambda family: {("channels",): (family.stock.channels, *family.stock.same)},
+    config_keys=lambda family: {("channels",): (family.stock.channels_key, *family.stock.channels_aliases)},
 )
 
 
@@ -35,6 +35,6 @@ def feed_forward(_: Any, family: Family, layer: Any) -> PrunableModule:
     parts = [(prefix + name, offset) for name, offset in places if name is not None]
     projections = (input_projection(layer, path, (CHANNELS,), number, 1, offset) for path, offset in parts)
     output, bias = output_projection(layer, prefix + family.down, (CHANNELS,), number, 1)
-    axes = (Axis(CHANNELS, number, rounded=True, wide=1024),)
+    axes = (Axis(CHANNELS, number, rounded=True, rounds_from=1024),)
     inputs = tuple(slab for slabs in projections for slab in slabs)
     return PrunableModule("channels", axes, inputs, output, bias, family.feed_forward, family.norm_after_feed_forward)

@@ -23,7 +23,7 @@ EXPERTS = axis_kind(
     FEED_FORWARD,
     "experts",
     "experts",
-    counts=_NUMBERS,
+    total_attributes=_NUMBERS,
     config_keys=lambda family: {("experts",): (family.experts.number, *_NUMBERS)} if family.experts else {},
 )
 EXPERT_CHANNELS = axis_kind(
@@ -59,14 +59,14 @@ def layout_of(experts: Any) -> ExpertLayout:
 
 
 def shared_expert(names: Experts, mixture: Any) -> Any:
-    """Return the submodule of the shared expert; None where there is none or the config gives it no channels."""
+    """Return the submodule of the shared expert; None if there is none or the config gives it no channels."""
     found = getattr(mixture, names.shared_expert, None) if names.shared_expert else None
     return found if found is not None and found.down_proj.weight.shape[1] else None
 
 
 @describes(FEED_FORWARD, rank=5)
 def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
-    """Describe a mixture of experts; None where the block has none."""
+    """Describe a mixture of experts; None if the block has none."""
     names = family.experts
     whole = None if names is None else layer.get_submodule(family.mixture.rstrip("."))
     if names is None or not hasattr(whole, names.router):
@@ -84,7 +84,7 @@ def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
         "experts",
         (
             Axis(EXPERTS, number, min_units=least, step=groups),
-            Axis(EXPERT_CHANNELS, channels, multiple=EXPERTS_MULTIPLE, rounded=True, wide=256),
+            Axis(EXPERT_CHANNELS, channels, multiple=EXPERTS_MULTIPLE, rounded=True, rounds_from=256),
         ),
         (*(slab for slab in rows if slab is not output), *inside),
         output,

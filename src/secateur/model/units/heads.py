@@ -24,10 +24,10 @@ HEADS_PER_GROUP = axis_kind(
     "heads in each",
     "query heads",
     outer=("kv_groups",),
-    counts=("num_attention_heads", "num_heads"),
-    counts_each=("num_key_value_groups",),
+    total_attributes=("num_attention_heads", "num_heads"),
+    nested_attributes=("num_key_value_groups",),
     # GPT-2's attention splits the output of its fused layer into queries, keys and values of this many entries each.
-    entries=("split_size",),
+    input_attributes=("split_size",),
     config_keys=lambda _: {("kv_groups", "heads_per_group"): ("num_attention_heads",)},
     layer_key="num_key_value_groups",
 )
@@ -37,7 +37,7 @@ KV_GROUPS = axis_kind(
     ATTENTION,
     "KV groups",
     "KV groups",
-    counts=("num_key_value_heads", "num_kv_heads"),
+    total_attributes=("num_key_value_heads", "num_kv_heads"),
     config_keys=lambda family: {} if family.ungrouped else {("kv_groups",): ("num_key_value_heads",)},
 )
 HEADS = (KV_GROUPS, HEADS_PER_GROUP)

@@ -21,7 +21,7 @@ REASON = "a token mixer stands in the attention's place"
 
 @describes(ATTENTION, rank=3)
 def token_mixer(_: Any, family: Family, layer: Any) -> PrunableModule | None:
-    """Describe a token mixer; None where the block has an attention."""
+    """Describe a token mixer; None if the block has an attention."""
     if family.token_mixer is None or not hasattr(layer, family.token_mixer.path):
         return None
     path = family.token_mixer.path

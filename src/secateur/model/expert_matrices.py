@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Held(Tensor):
+class ExpertMatrices(Tensor):
     """Matrices of all experts (experts x rows x columns) in any dtype; indexing returns one expert's matrix in float32.
 
     Inside autocast, indexing returns the matrix in its stored dtype: converting it twice took a quarter of an expert's
@@ -19,8 +19,8 @@ class Held(Tensor):
     """
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Held":
-        """Return a `Held` that shares the memory of a tensor."""
+    def of(cls, tensor: Tensor) -> "ExpertMatrices":
+        """Return an `ExpertMatrices` that shares the memory of a tensor."""
         return tensor.as_subclass(cls)
 
     @classmethod
@@ -35,9 +35,9 @@ class Held(Tensor):
         found = super().__torch_function__(func, types, args, kwargs or {})
         if func is not Tensor.__getitem__:
             return found
-        return plain(found) if torch.is_autocast_enabled("cpu") else plain(found).float()
+        return plain_tensor(found) if torch.is_autocast_enabled("cpu") else plain_tensor(found).float()
 
 
-def plain(tensor: Tensor) -> Tensor:
+def plain_tensor(tensor: Tensor) -> Tensor:
     """Return an ordinary tensor that shares the memory."""
     return tensor.as_subclass(Tensor)
