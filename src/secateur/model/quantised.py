@@ -1,6 +1,6 @@
 """Quantised weights of a safetensors folder, dequantised to bfloat16 one tensor at a time.
 
-The entry `quantization_config` of config.json names the method. The parts of a weight w have these names:
+The entry `quantization_config` of config.json names the method. The parts of a weight w are stored under these names:
 
 - fp8: w in float8, and `w_scale_inv`, one factor for each block of w or for all of w.
 - mxfp4: `w_blocks`, two 4-bit floats per byte, and `w_scales`, one power of two for 32 values (experts of gpt_oss).
@@ -28,6 +28,7 @@ _KEYS = ("quantization_config", "compression_config")
 _ACTIVATIONS = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale", "q_scale")
 """Endings of names of activation scales, which are not needed to read weights."""
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+"""Dtypes of weights that are stored one by one, not packed."""
 _ENTRIES = 1 << 24
 """Number of entries that are converted to float32 at a time."""
 
@@ -36,27 +37,31 @@ _ENTRIES = 1 << 24
 class Packed(TensorInfo):
     """Quantised weight; `file` and `offset` locate its main part."""
 
-    stored: tuple[TensorInfo, ...]
-    """Stored tensors of all its parts, the main part first."""
+    stored: dict[str, TensorInfo]
+    """Stored tensors of all its parts, by the argument of `unpack` that they become; the main part first."""
     unpack: Callable[..., Tensor]
+    """Function that returns the dequantised weight, from the parts."""
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         """Stored tensors that must be read."""
-        return self.stored
+        return tuple(self.stored.values())
 
     def read(self) -> Tensor:
         """Return the dequantised weight in CPU memory."""
-        return self.unpack(*map(read_tensor, self.stored))
+        return self.unpack(**{part: read_tensor(info) for part, info in self.stored.items()})
 
 
-class _Found(NamedTuple):
-    """Weight with the names of its parts."""
+class _Weight(NamedTuple):
+    """Quantised weight, with the names of its parts."""
 
     name: str
     shape: tuple[int, ...]
-    parts: list[str]
+    parts: dict[str, str]
+    """Stored names of the parts, by the argument of `unpack` that they become; the main part first."""
     unpack: Callable[..., Tensor]
+    used: tuple[str, ...] = ()
+    """Stored names of further tensors that describe the weight."""
 
 
 def quantisation(raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -86,8 +91,8 @@ def dequantised(tensors: dict[str, TensorInfo], how: dict[str, Any], folder: Pat
     """Return the tensors of a folder, with weights in place of their quantised parts.
 
     Args:
-        tensors: as stored, by name.
-        how: what config.json says of them; see `quantisation_unsupported`.
+        tensors: stored tensors by name.
+        how: quantisation settings in config.json, from `quantisation`.
 
     Raises:
         SecateurError: a weight lacks a part, or its parts do not fit each other.
@@ -100,9 +105,9 @@ def dequantised(tensors: dict[str, TensorInfo], how: dict[str, Any], folder: Pat
             wrong = f"lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
             raise SecateurError(f"{folder}: the quantised weight {name} {wrong}; download it again") from error
         if found is not None:
-            parts = tuple(tensors[part] for part in found.parts)
+            parts = {part: tensors[stored] for part, stored in found.parts.items()}
             weights[found.name] = Packed(info.file, found.shape, torch.bfloat16, info.offset, parts, found.unpack)
-            used.update(found.parts)
+            used.update(found.parts.values(), found.used)
     others = {name: info for name, info in tensors.items() if name not in used and not name.endswith(_ACTIVATIONS)}
     return weights | others
 
@@ -113,114 +118,164 @@ def _groups(how: dict[str, Any]) -> list[dict[str, Any]]:
     return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
 
 
-def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], how: dict[str, Any]) -> _Found | None:
-    """Return the weight whose main part is a tensor."""
+def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], how: dict[str, Any]) -> _Weight | None:
+    """Return the weight whose main part is a tensor; None if the tensor is not the main part of a quantised weight."""
     if name.endswith("_blocks") and info.dtype == torch.uint8 and len(info.shape) == 4:
-        place = name.removesuffix("_blocks")
-        experts, rows, groups, half = info.shape
-        if (scales := tensors[f"{place}_scales"].shape) != info.shape[:-1]:
-            raise ValueError(f"has scales of {list(scales)}")
-        shape = (experts, groups * half * 2, rows)
-        return _Found(place, shape, [name, f"{place}_scales"], _halves)
+        return _four_bit_floats(name, info, tensors)
     if name.endswith("_packed") and info.dtype == torch.int32:
-        return _integers(name, info, tensors)
+        return _packed_integers(name, info, tensors)
     if info.dtype not in _NARROW or name.endswith("_zero_point"):
         return None
-    block = how.get("weight_block_size")
-    for group in _groups(how):
-        block = block or (group.get("weights") or {}).get("block_structure")
+    settings = (
+        how.get("weight_block_size"),
+        *((group.get("weights") or {}).get("block_structure") for group in _groups(how)),
+    )
+    block = next(filter(None, settings), None)
     scale = f"{name}_scale_inv" if f"{name}_scale_inv" in tensors else f"{name}_scale"
-    zero = f"{name}_zero_point"
-    _check(info.shape, tensors[scale].shape, block)
-    return _Found(name, info.shape, [name, scale, *([zero] * (zero in tensors))], partial(_scaled, block=block))
+    _check_scales(info.shape, tensors[scale].shape, block)
+    parts = {"weight": name, "scale": scale} | _optional({"zero_point": f"{name}_zero_point"}, tensors)
+    return _Weight(name, info.shape, parts, partial(_scaled, block=block))
 
 
-def _halves(blocks: Tensor, scales: Tensor) -> Tensor:
+def _optional(parts: dict[str, str], tensors: dict[str, TensorInfo]) -> dict[str, str]:
+    """Return the parts that are stored."""
+    return {part: stored for part, stored in parts.items() if stored in tensors}
+
+
+def _four_bit_floats(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> _Weight:
+    """Return the weight whose main part holds two 4-bit floats in each byte."""
+    weight = name.removesuffix("_blocks")
+    experts, rows, groups, half = info.shape
+    if (scales := tensors[f"{weight}_scales"].shape) != info.shape[:-1]:
+        raise ValueError(f"has scales of {list(scales)}")
+    parts = {"blocks": name, "scales": f"{weight}_scales"}
+    return _Weight(weight, (experts, groups * half * 2, rows), parts, _unpacked_floats)
+
+
+def _unpacked_floats(blocks: Tensor, scales: Tensor) -> Tensor:
     """Return the weight of 4-bit floats and their powers of two."""
-    # A second of imports, which most runs do without.
+    # Imported here because the import takes a second, and few runs need it.
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     return convert_moe_packed_tensors(blocks, scales)
 
 
-def _integers(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> _Found:
-    """Return the weight of integers that are packed into 32 bits."""
-    place = name.removesuffix("_packed")
-    shape = tuple(read_tensor(tensors[f"{place}_shape"]).tolist())
+def _packed_integers(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> _Weight:
+    """Return the weight whose main part holds several integers in each 32 bits."""
+    weight = name.removesuffix("_packed")
+    shape = tuple(read_tensor(tensors[f"{weight}_shape"]).tolist())
     bits = next((bits for bits in (2, 4, 8) if info.shape == (shape[0], -(-shape[-1] * bits // 32))), None)
     if bits is None or len(shape) != 2:
         raise ValueError(f"is {list(info.shape)} for {list(shape)}, and only 2, 4 and 8 bits can be read")
-    scale, zero, order = f"{place}_scale", f"{place}_zero_point", f"{place}_g_idx"
-    _check(shape, tensors[scale].shape, None)
-    others = [part for part in (zero, order) if part in tensors]
-
-    def unpack(words: Tensor, scales: Tensor, *rest: Tensor) -> Tensor:
-        beside = dict(zip(others, rest, strict=True))
-        zeros, group = beside.get(zero), beside.get(order)
-        if zeros is not None and zeros.dtype == torch.int32:
-            # The zero points of a column lie below each other.
-            zeros = _apart(zeros.T.contiguous(), bits).T[: shape[0]]
-        if group is not None and int(group.min()) >= 0:
-            scales, zeros = scales[:, group.long()], None if zeros is None else zeros[:, group.long()]
-        return _scaled(_apart(words, bits)[:, : shape[1]], scales, zeros)
-
-    return _Found(place, shape, [name, scale, *others, f"{place}_shape"], lambda *parts: unpack(*parts[:-1]))
+    _check_scales(shape, tensors[f"{weight}_scale"].shape, None)
+    parts = {"words": name, "scale": f"{weight}_scale"}
+    parts |= _optional({"zero_point": f"{weight}_zero_point", "group": f"{weight}_g_idx"}, tensors)
+    unpack = partial(_unpacked_integers, bits=bits, rows=shape[0], columns=shape[1])
+    return _Weight(weight, shape, parts, unpack, (f"{weight}_shape",))
 
 
-def _apart(words: Tensor, bits: int) -> Tensor:
-    """Return signed integers unpacked from words of 32 bits, the lowest bits first (rows x words; int8)."""
+def _unpacked_integers(
+    words: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    group: Tensor | None = None,
+    *,
+    bits: int,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    """Return the weight of packed integers.
+
+    Args:
+        words: packed integers (rows x words; int32).
+        scale: factors.
+        zero_point: zero points, packed or not; None for zeros.
+        group: index of each column's group, which has one factor and zero point; None if groups are consecutive.
+        bits: number of bits of an integer.
+        rows: number of rows of the weight.
+        columns: number of columns of the weight.
+    """
+    if zero_point is not None and zero_point.dtype == torch.int32:
+        # Zero points are packed along columns, not along rows.
+        zero_point = _integers_of(zero_point.T.contiguous(), bits).T[:rows]
+    if group is not None and int(group.min()) >= 0:
+        scale, zero_point = scale[:, group.long()], None if zero_point is None else zero_point[:, group.long()]
+    return _scaled(_integers_of(words, bits)[:, :columns], scale, zero_point)
+
+
+def _integers_of(words: Tensor, bits: int) -> Tensor:
+    """Return the signed integers in words of 32 bits, the lowest bits first (rows x integers; int8)."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     values = (words[:, :, None] >> shifts) & ((1 << bits) - 1)
     return (values - (1 << (bits - 1))).to(torch.int8).reshape(len(words), -1)
 
 
-def _check(shape: tuple[int, ...], scales: tuple[int, ...], block: list[int] | None) -> None:
-    """Raise `SecateurError` for factors that do not fit a weight."""
+def _check_scales(shape: tuple[int, ...], scales: tuple[int, ...], block: list[int] | None) -> None:
+    """Raise `ValueError` if the shape of the factors does not fit the shape of the weight."""
     if prod(scales) == 1 or scales in ((shape[0],), (*shape[:-1], 1)):
         return
     if block is not None and len(scales) == len(shape) > 1:
-        wanted = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+        expected = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
     else:
         groups = scales[-1] if scales and scales[-1] else 1
-        wanted = (*shape[:-1], groups if shape[-1] % groups == 0 else 0)
-    if scales != wanted:
+        expected = (*shape[:-1], groups if shape[-1] % groups == 0 else 0)
+    if scales != expected:
         raise ValueError(f"is {list(shape)} and has scales of {list(scales)}")
 
 
-def _scaled(weight: Tensor, scale: Tensor, zero: Tensor | None = None, *, block: list[int] | None = None) -> Tensor:
-    """Return a float8 or int8 weight minus its zero points, times its factors: computed in float32, returned in
-    bfloat16."""
+def _scaled(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, block: list[int] | None = None
+) -> Tensor:
+    """Return a float8 or int8 weight minus its zero points, times its factors.
+
+    The result is computed in float32 and returned in bfloat16.
+    """
     shape, columns = weight.shape, weight.shape[-1]
     # A factor that is a power of two may be stored as its exponent.
     factors = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
-    scales, zeros = _Spread(factors, shape, block), None if zero is None else _Spread(zero.float(), shape, block)
+    zeros = torch.zeros(1) if zero_point is None else zero_point.float()
+    scales, offsets = _Spread(factors, shape, block), _Spread(zeros, shape, block)
     result = torch.empty(shape, dtype=torch.bfloat16)
-    flat, whole = weight.reshape(-1, columns), result.view(-1, columns)
+    stored, dequantised_rows = weight.reshape(-1, columns), result.view(-1, columns)
     step = max(1, _ENTRIES // columns)
-    for start in range(0, len(flat), step):
-        rows = torch.arange(start, min(start + step, len(flat)))
-        values = flat[rows].float()
-        whole[start : start + step] = (values if zeros is None else values - zeros.of(rows)) * scales.of(rows)
+    for start in range(0, len(stored), step):
+        rows = torch.arange(start, min(start + step, len(stored)))
+        dequantised_rows[start : start + step] = (stored[rows].float() - offsets.of(rows)) * scales.of(rows)
     return result
 
 
 class _Spread:
-    """Scales or zero points of a weight: one for a block, a row, a part of a row, or all of it."""
+    """Factors or zero points of a weight: one number for a block, a row, a group of entries of a row, or all of it."""
 
     def __init__(self, values: Tensor, shape: tuple[int, ...], block: list[int] | None):
+        """Find the part of the weight to which each number belongs.
+
+        Args:
+            values: the numbers, as stored.
+            shape: shape of the weight.
+            block: rows and columns of a block; None without blocks.
+        """
         values = values.reshape(-1, *shape[1:-1], 1) if values.numel() == prod(shape[:-1]) else values
         values = values.reshape((1,) * len(shape)) if values.numel() == 1 else values
-        self.high, self.columns = (shape[-2] if len(shape) > 1 else 1), shape[-1]
-        self.down, self.along = (values.shape[-2] if len(shape) > 1 else 1), values.shape[-1]
-        tall, wide = block if block is not None else (1, 1)
-        # Blocks at the end may be cut short; rows and groups are whole.
-        self.tall = tall if -(-self.high // tall) == self.down else -(-self.high // self.down)
-        self.wide = wide if -(-self.columns // wide) == self.along else -(-self.columns // self.along)
-        self.flat = values.reshape(-1, self.along)
+        self._rows, self._columns = (1, *shape)[-2:]
+        self._value_rows, value_columns = (1, *values.shape)[-2:]
+        block_rows, block_columns = block or (1, 1)
+        self._rows_each = _entries_each(self._rows, self._value_rows, block_rows)
+        self._columns_each = _entries_each(self._columns, value_columns, block_columns)
+        self._values = values.reshape(-1, value_columns)
 
     def of(self, rows: Tensor) -> Tensor:
-        """Return the numbers of some rows of the weight (m x columns, or m x 1); rows are counted over all matrices."""
-        if self.flat.numel() == 1:
-            return self.flat
-        own = self.flat[rows // self.high * self.down + rows % self.high // self.tall]
-        return own if self.along == 1 else own.repeat_interleave(self.wide, 1)[:, : self.columns]
+        """Return the numbers of some rows of the weight (m x columns, m x 1 or 1 x 1).
+
+        Rows are counted over all matrices of the weight.
+        """
+        if self._values.numel() == 1:
+            return self._values
+        values = self._values[rows // self._rows * self._value_rows + rows % self._rows // self._rows_each]
+        return values if values.shape[1] == 1 else values.repeat_interleave(self._columns_each, 1)[:, : self._columns]
+
+
+def _entries_each(length: int, count: int, block: int) -> int:
+    """Return the number of entries that share one of `count` numbers along a dimension of some length."""
+    # The last block may be shorter than the others; rows and groups are complete.
+    return block if -(-length // block) == count else -(-length // count)
