@@ -22,7 +22,7 @@ EXPERTS = ("reroute", "reap", "frequency", "random")
 DEFAULT = "surgeon"
 """Default criterion of heads and of channels."""
 IDENTITY = "second-moment-identity"
-"""Criterion second-moment with the identity as covariance. `--sigma identity` selects it, not its name."""
+"""Criterion second-moment with the identity as covariance. A plug-in's option selects it, not its name."""
 _NAMES = re.compile(r'^@\w*criterion\("([\w-]+)"', re.MULTILINE)
 # Names are read from the text of the source files, so that a misspelt name is found before torch is imported.
 _SOURCES = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
