@@ -79,13 +79,12 @@ def file_differences(before: Path, after: Path, rules: Rules) -> list[str]:
         lines = tensor_differences(gguf_tensors(before), gguf_tensors(after), rules)
         return lines + value_differences(gguf_fields(before), gguf_fields(after), rules) or other_bytes(rules)
     try:
-        texts = [masked(file.read_text(encoding="utf-8"), rules) for file in (before, after)]
+        was, now = (masked(file.read_text(encoding="utf-8"), rules) for file in (before, after))
     except UnicodeDecodeError:
         return ["other bytes"]
     if before.suffix == ".json":
-        old, new = map(json.loads, texts)
-        return value_differences(old, new, rules)
-    return text_differences(*texts, rules)
+        return value_differences(json.loads(was), json.loads(now), rules)
+    return text_differences(was, now, rules)
 
 
 def other_bytes(rules: Rules) -> list[str]:

@@ -148,7 +148,7 @@ def _version(package: str) -> str | None:
 
 def _vllm_reason(checkpoint: Checkpoint, folder: type[Folder]) -> str | None:
     """Return why vLLM cannot run the model; None if no reason is known."""
-    widths, multimodal = widths_of(checkpoint.config), checkpoint.around is not None
+    widths, multimodal = widths_of(checkpoint.config), checkpoint.multimodal_config is not None
     return folder.vllm_reason(checkpoint.config, widths, multimodal=multimodal)
 
 
@@ -193,7 +193,7 @@ def _as_gguf(checkpoint: Checkpoint, path: Path) -> Engine:
         vocabulary_of(checkpoint.tokenizer(), checkpoint.config.vocab_size)
     except SecateurError as error:
         return Engine("llama.cpp", None, False, str(error).removeprefix(f"{checkpoint.source}: "), command)
-    part = "it" if checkpoint.around is None else "its language model"
+    part = "it" if checkpoint.multimodal_config is None else "its language model"
     message = f"can run {part} as a .gguf file ({architecture.name}): export it, then run secateur doctor on that file"
     return Engine("llama.cpp", None, None, message, command)
 

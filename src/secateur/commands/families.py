@@ -44,8 +44,8 @@ def _heads(family: Family) -> str:
         return "yes, in blocks with attention"
     if family.heads_locked is None:
         return "yes"
-    if family.locked_by is not None:
-        return f"yes; not with {family.locked_by}: {family.heads_locked}"
+    if family.locked_if is not None:
+        return f"yes; not with {family.locked_if}: {family.heads_locked}"
     return f"{'no' if family.attention_fixed else 'all of a block or none'}: {family.heads_locked}"
 
 
@@ -53,4 +53,4 @@ def _stock(family: Family) -> str:
     """Return the numbers of heads that the stock class takes, in words."""
     if family.stock.derives_channels:
         return "dense model only"
-    return STOCK_HEADS["dense" if family.heads_locked and not family.locked_by else family.stock.head_counts]
+    return STOCK_HEADS["dense" if family.heads_locked and not family.locked_if else family.stock.head_counts]

@@ -118,7 +118,7 @@ def make_record(
         "loads": {
             "class": summary.auto_class,
             "format": summary.format,
-            "task": "text-generation" if stream.checkpoint.around is None else "image-text-to-text",
+            "task": "text-generation" if stream.checkpoint.multimodal_config is None else "image-text-to-text",
             "vllm": summary.vllm_unsupported,
         },
         "final_norm_scale": 1.0 if norm_scale is None else norm_scale,

@@ -30,7 +30,7 @@ BLOOM = Family(
     attention_fixed=True,
     adds_residual=True,
     returns_tuple=True,
-    for_rows=_repeated_slopes,
+    arguments_for_rows=_repeated_slopes,
     stock=Stock(channels_key="ffn_dim", derives_channels=True, head_counts="dense", theta_key=None),
     gguf=Gguf(("bloom",), activation="gelu", epsilon="layer_norm_epsilon"),
 )

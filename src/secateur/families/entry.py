@@ -82,7 +82,7 @@ class KvSharing(NamedTuple):
 
     layer_type: str
     """Layer type of the block. Only blocks of the same layer type share keys and values."""
-    lends: bool
+    provides_keys: bool
     """True if later blocks use the keys and values of this attention; False if this attention uses an earlier
     block's."""
     entries: int
@@ -195,10 +195,10 @@ class Gguf:
     keys: Mapping[str, str] = field(default_factory=dict)
     """Metadata keys that only some families have, with the config keys of the same values. They are written, and a file
     that secateur itself reads must have them."""
-    unlike: str | None = None
+    difference: str | None = None
     """Clause that says what llama.cpp computes differently from the family's class. If there is one, no file is
     written."""
-    unlike_inside: Mapping[str, str] = field(default_factory=dict)
+    difference_inside: Mapping[str, str] = field(default_factory=dict)
     """Such clauses for decoders inside multimodal models, by model_type of the multimodal model."""
     activation: str = "hidden_act"
     """Config key of the activation function; or the name of the function, if it is a constant of the class."""
@@ -211,9 +211,9 @@ class Gguf:
     interleaved_rope: bool = False
     """Whether checkpoints have interleaved rotary embeddings: neighbouring entries of a head rotate together, not
     entries half a head apart."""
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    not_read_by_transformers: Mapping[str, str] = field(default_factory=dict)
     """Metadata keys that transformers ignores although the config has a key for the value, with this config key."""
-    deepest: int | None = None
+    blocks_of_27b: int | None = None
     """Number of blocks of the 27B model of a Gemma family. llama.cpp recognises this model by the number, and scales
     its attention scores by hidden_size / heads; in the other sizes it scales them by the head size."""
     input: GgufInput | None = None
@@ -284,7 +284,7 @@ class Family:
     heads_locked: str | None = None
     """Reason why single heads cannot be removed exactly, so that a block keeps all of its heads or none; None if they
     can."""
-    locked_by: str | None = None
+    locked_if: str | None = None
     """Config key that must be true for heads to be locked; None if they are always locked."""
     attention_fixed: bool = False
     """Whether the whole attention cannot be removed either, if heads are locked."""
@@ -309,7 +309,7 @@ class Family:
     pre_norm: str | None = None
     """Config key that is false if norms are applied to the residual stream itself, so that no module can repair the
     error of the modules before it."""
-    for_rows: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
+    arguments_for_rows: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     """Hook that returns a block's keyword arguments for a number of rows, from its keyword arguments for one row; None
     if the arguments for one row broadcast."""
     heads_by_layer_type: bool = False
@@ -345,7 +345,7 @@ class Family:
 
     def lock(self, config: Any) -> str | None:
         """Return why heads cannot be removed exactly from the blocks of a config; None if they can."""
-        return self.heads_locked if self.locked_by is None or getattr(config, self.locked_by, None) else None
+        return self.heads_locked if self.locked_if is None or getattr(config, self.locked_if, None) else None
 
 
 @dataclass(frozen=True)

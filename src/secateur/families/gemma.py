@@ -57,23 +57,23 @@ def _kv_sharing(config: Any, attention: Any) -> KvSharing | None:
     """Return how an attention of Gemma 4 shares keys and values, which its last blocks take from earlier ones."""
     if not config.num_kv_shared_layers:
         return None
-    lends = bool(attention.store_full_length_kv)
-    if not lends and not attention.is_kv_shared_layer:
+    provides_keys = bool(attention.store_full_length_kv)
+    if not provides_keys and not attention.is_kv_shared_layer:
         return None
-    entries = attention.k_proj.weight.shape[0] if lends else 0
-    return KvSharing(attention.layer_type, lends, entries, attention.head_dim)
+    entries = attention.k_proj.weight.shape[0] if provides_keys else 0
+    return KvSharing(attention.layer_type, provides_keys, entries, attention.head_dim)
 
 
 FAMILIES = {
     "gemma": Family(
         norm_offset=True,
-        gguf=Gguf(("gemma",), unlike_inside={"paligemma": "attends to earlier tokens only"}),
+        gguf=Gguf(("gemma",), difference_inside={"paligemma": "attends to earlier tokens only"}),
     ),
-    "gemma2": replace(GEMMA2, gguf=replace(GEMMA_GGUF, architectures=("gemma2",), keys=CAP, deepest=46)),
+    "gemma2": replace(GEMMA2, gguf=replace(GEMMA_GGUF, architectures=("gemma2",), keys=CAP, blocks_of_27b=46)),
     "gemma3_text": replace(
         GEMMA2,
         stock=Stock(head_counts="divisors", local_theta_key="rope_local_base_freq"),
-        gguf=replace(GEMMA_GGUF, architectures=("gemma3",), deepest=62),
+        gguf=replace(GEMMA_GGUF, architectures=("gemma3",), blocks_of_27b=62),
     ),
     "gemma4_text": replace(
         GEMMA2,

@@ -19,7 +19,11 @@ FAMILIES = {
             activation="activation_function",
             epsilon="layer_norm_epsilon",
             transposed=True,
-            left_out={"feed_forward_length": "n_inner", "context_length": "n_positions", "vocab_size": "vocab_size"},
+            not_read_by_transformers={
+                "feed_forward_length": "n_inner",
+                "context_length": "n_positions",
+                "vocab_size": "vocab_size",
+            },
         ),
         vllm=Vllm(
             backend="its transformers backend cannot run gpt2, dense or pruned: it drops the biases of c_attn, and "

@@ -20,14 +20,14 @@ FAMILIES = {
         gate=None,
         fused_gate="gate_up_proj",
         stock=Stock(fused_longrope=True, partial_rotary_key="partial_rotary_factor", scaling_type_key="type"),
-        gguf=Gguf(("phi3", "llama", "deci"), left_out={"attention.sliding_window": "sliding_window"}),
+        gguf=Gguf(("phi3", "llama", "deci"), not_read_by_transformers={"attention.sliding_window": "sliding_window"}),
     ),
     "phimoe": Family(
         experts=replace(
             MIXTRAL_EXPERTS, router="router", renamed=(("mlp.", "block_sparse_moe."), ("router.", "gate."))
         ),
         stock=Stock(head_counts="dense"),
-        gguf=Gguf(unlike="normalises without subtracting the mean, and divides gates by their sum"),
+        gguf=Gguf(difference="normalises without subtracting the mean, and divides gates by their sum"),
         vllm=Vllm(
             backend="its transformers backend cannot run the attention of phimoe; use --widths uniform",
         ),

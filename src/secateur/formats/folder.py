@@ -59,7 +59,7 @@ class Folder(Format):
         """
         return vllm_unsupported(config, widths, per_layer=bool(cls.code), multimodal=multimodal)
 
-    def around(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    def whole_config(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """Return the contents of a multimodal model's config.json with the config of its pruned language model."""
         return outer | {TEXT: own}
 
@@ -100,7 +100,7 @@ class Folder(Format):
     def vllm_unsupported_reason(self, widths: Sequence[Width]) -> str | None:
         """Return why vLLM does not serve the folder, or None."""
         checkpoint = self.stream.checkpoint
-        return self.vllm_reason(checkpoint.config, widths, multimodal=checkpoint.around is not None)
+        return self.vllm_reason(checkpoint.config, widths, multimodal=checkpoint.multimodal_config is not None)
 
     def write(self, out: Path, pruned: PrunedModel) -> int:
         """Write config, weights, code, records, and the other files of the dense folder."""
@@ -130,9 +130,9 @@ class Folder(Format):
     def config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the contents of config.json."""
         own = self.own_config(plan, biases)
-        if (outer := self.stream.checkpoint.around) is None:
+        if (outer := self.stream.checkpoint.multimodal_config) is None:
             return own
-        return self.around(outer, own) | {"dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
+        return self.whole_config(outer, own) | {"dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
 
     def check_family(self) -> None:
         """Check a family's entry: open a config with narrower blocks, and compare the shapes that its class makes."""
@@ -140,7 +140,7 @@ class Folder(Format):
         # What only some blocks have, the config must give to the others as well.
         cut = self.block_range if self.declaration.uniform else self.block_range[::2]
         keeps = {index: keep for index in cut if (keep := self._narrower(index))}
-        if not keeps or checkpoint.around is not None:
+        if not keeps or checkpoint.multimodal_config is not None:
             return
         plan = Plan({index: width_of(stream.blocks[index], keep) for index, keep in keeps.items()}, 0, 0)
         kind, biases = checkpoint.config.model_type, dict.fromkeys(keeps, (False, False))

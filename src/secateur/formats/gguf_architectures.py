@@ -166,10 +166,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             output="tied",
             windows=gemma2_windows,
             caps_scores=True,
-            score_ratio=partial(gemma_ratio, deepest=46),
+            score_ratio=partial(gemma_ratio, blocks_of_27b=46),
             requirements=(GEMMA2,),
         ),
-        replace(_GEMMA3, score_ratio=partial(gemma_ratio, deepest=62)),
+        replace(_GEMMA3, score_ratio=partial(gemma_ratio, blocks_of_27b=62)),
         replace(
             _GEMMA3,
             name="gemma4",

@@ -76,7 +76,7 @@ def export(
     Output(path, suffix=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
-        checkpoint.check_shapes(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.around)))
+        checkpoint.check_shapes(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.multimodal_config)))
         model, architecture = _planned(folder, checkpoint, type)
         tensors = file_tensors(model, architecture, type)
         rows = next(tensor.values.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
@@ -145,7 +145,7 @@ def _note(
     watcher: Watcher, model: GgufModel, architecture: Architecture, tensors: Sequence[FileTensor], type: str
 ) -> None:
     """Note what the file lacks: vision towers, positions beyond a window, and quantised types of some tensors."""
-    if model.checkpoint.around is not None:
+    if model.checkpoint.multimodal_config is not None:
         watcher.note(DECODER_ONLY)
     context = context_length(model, architecture)
     if context < model.positions:

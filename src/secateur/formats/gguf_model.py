@@ -64,8 +64,8 @@ class GgufModel:
     def _check_family(self) -> None:
         """Raise `SecateurError` for a family that llama.cpp does not compute."""
         kind = getattr(self.config, "twin_of", self.config.model_type)
-        around = str((self.checkpoint.around or {}).get("model_type"))
-        if other := self.source.unlike_inside.get(around) or self.source.unlike:
+        outer = str((self.checkpoint.multimodal_config or {}).get("model_type"))
+        if other := self.source.difference_inside.get(outer) or self.source.difference:
             raise SecateurError(
                 f"{self.checkpoint.source}: llama.cpp's {kind} {other}, unlike the model; keep the safetensors folder"
             )

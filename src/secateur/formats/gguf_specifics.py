@@ -107,14 +107,14 @@ def same_scale(_: GgufModel, __: int) -> float:
     return 1.0
 
 
-def gemma_ratio(model: GgufModel, _: int, *, deepest: int) -> float:
+def gemma_ratio(model: GgufModel, _: int, *, blocks_of_27b: int) -> float:
     """Return the model's scale of attention scores, divided by llama.cpp's.
 
-    llama.cpp recognises Gemma's 27B model by its number of blocks, `deepest`, and scales its scores by
+    llama.cpp recognises Gemma's 27B model by its number of blocks, `blocks_of_27b`, and scales its scores by
     hidden_size / heads; it scales the scores of the other models by the head size.
     """
     hidden, heads = model.config.hidden_size, model.blocks[0].heads
-    assumed = hidden // heads if len(model.blocks) == deepest else model.dim
+    assumed = hidden // heads if len(model.blocks) == blocks_of_27b else model.dim
     return float((assumed / model.config.query_pre_attn_scalar) ** 0.5)
 
 

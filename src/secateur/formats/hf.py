@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.formats.folder import Biases, Folder
-from secateur.formats.per_layer import MODELING_FILE, around_per_layer, per_layer_config, per_layer_unsupported
+from secateur.formats.per_layer import (
+    MODELING_FILE,
+    multimodal_per_layer_config,
+    per_layer_config,
+    per_layer_unsupported,
+)
 from secateur.formats.registry import output_format
 from secateur.model.axes import Width
 from secateur.model.facts import head_dim
@@ -45,6 +50,6 @@ class HfFolder(Folder):
             dtype=self.dtype,
         )
 
-    def around(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    def whole_config(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """Name the classes of the modeling file, too."""
-        return around_per_layer(outer, own)
+        return multimodal_per_layer_config(outer, own)

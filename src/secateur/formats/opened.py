@@ -59,7 +59,9 @@ def planned_misfit(stream: BlockStream, keeps: Mapping[int, KeptUnits], raw_conf
 def _misfit(checkpoint: Checkpoint) -> str | None:
     """Return how a checkpoint's config differs from its tensors, as a clause, or None."""
     with quiet():
-        return checkpoint.misfit(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.around)))
+        return checkpoint.difference_from(
+            checkpoint.empty(decoder_class(checkpoint.config, checkpoint.multimodal_config))
+        )
 
 
 def _pruned_tensors(stream: BlockStream, keeps: Mapping[int, KeptUnits]) -> dict[str, TensorInfo]:

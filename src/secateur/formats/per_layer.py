@@ -133,16 +133,20 @@ def per_layer_config(
     return stored
 
 
-def around_per_layer(around: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of a multimodal model's config.json around the language model's part from
-    `per_layer_config`."""
-    config_class = CONFIG_MAPPING[around["model_type"]]
+def multimodal_per_layer_config(multimodal_config: dict[str, Any], language_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of a multimodal model's config.json.
+
+    Args:
+        multimodal_config: contents of the dense model's config.json.
+        language_config: the language model's part, from `per_layer_config`.
+    """
+    config_class = CONFIG_MAPPING[multimodal_config["model_type"]]
     whole, inner = stock_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config_class), MODEL_MAPPING[config_class]
     classes = {"AutoModel": inner.__name__, IMAGES: whole.__name__}
-    kept = {key: value for key, value in own.items() if key not in ("architectures", "auto_map")}
-    if named := around[TEXT].get("architectures"):
+    kept = {key: value for key, value in language_config.items() if key not in ("architectures", "auto_map")}
+    if named := multimodal_config[TEXT].get("architectures"):
         kept["architectures"] = named
-    return around | {
+    return multimodal_config | {
         TEXT: kept,
         "architectures": [PREFIX + whole.__name__],
         "auto_map": {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()},
@@ -154,23 +158,26 @@ def is_per_layer(config: Any) -> bool:
     return bool(_own_classes(config.architectures))
 
 
-def model_class(config: Any, around: Mapping[str, Any] | None = None) -> Any:
+def model_class(config: Any, multimodal_config: Mapping[str, Any] | None = None) -> Any:
     """Return the class on which to call `from_pretrained`: transformers' auto class, or a class of the modeling file
     for a folder of this format.
 
-    `around` is config.json of a multimodal model. No code of the folder runs, and nothing is registered.
+    `multimodal_config` holds the contents of a multimodal model's config.json. No code of the folder runs, and no class
+    is registered.
     """
-    if ours := _own_classes(config.architectures if around is None else around.get("architectures")):
+    if ours := _own_classes(
+        config.architectures if multimodal_config is None else multimodal_config.get("architectures")
+    ):
         try:
             return getattr(modeling_secateur, ours[0])
         except (AttributeError, TypeError) as error:
             raise SecateurError(f"config.json names the class {ours[0]}, which does not exist; prune again") from error
-    return AutoModelForCausalLM if around is None else AutoModelForImageTextToText
+    return AutoModelForCausalLM if multimodal_config is None else AutoModelForImageTextToText
 
 
-def decoder_class(config: Any, around: Mapping[str, Any] | None) -> Any:
+def decoder_class(config: Any, multimodal_config: Mapping[str, Any] | None) -> Any:
     """Return the class of the language model alone, also inside a multimodal model."""
-    if around is None or not _own_classes(around.get("architectures")):
+    if multimodal_config is None or not _own_classes(multimodal_config.get("architectures")):
         return model_class(config)
     return getattr(modeling_secateur, PREFIX + stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)).__name__)
 

@@ -55,9 +55,9 @@ def load(
         # The folder takes weights whose stored form differs from the model's.
         options = {"device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(prefix="secateur-")}
     with quiet():
-        auto = model_class(checkpoint.config, checkpoint.around)
+        auto = model_class(checkpoint.config, checkpoint.multimodal_config)
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        network, info = checkpoint.loaded(auto, dtype, **options)
+        network, info = checkpoint.load(auto, dtype, **options)
     _check_complete(checkpoint, info)
     if offloads:
         weakref.finalize(network, shutil.rmtree, options["offload_folder"], ignore_errors=True)
@@ -68,7 +68,7 @@ def load(
 def _check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     """Raise `SecateurError` where transformers found weights missing, or of another shape than the model's."""
     if info["missing_keys"]:
-        raise checkpoint.lacking(sorted(info["missing_keys"]))
+        raise checkpoint.missing_weights_error(sorted(info["missing_keys"]))
     if info["mismatched_keys"]:
         name, stored, expected = sorted(info["mismatched_keys"])[0]
         raise SecateurError(

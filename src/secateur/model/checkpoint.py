@@ -45,10 +45,10 @@ from secateur.model.weights import TensorInfo, Turned, list_tensors
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Names of buffers that old checkpoints store and every model computes itself: causal masks and rotary tables."""
 
-_HEADS = re.compile(r"(^|\.)mtp[._]")
-"""Names of multi-token prediction heads, where they are not stored as blocks after the last block."""
+_PREDICTION_HEADS = re.compile(r"(^|\.)mtp[._]")
+"""Names of multi-token prediction heads, unless they are stored as blocks after the last block."""
 
-HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+PREDICTION_HEAD_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 """Config keys of the number of multi-token prediction heads."""
 
 _SAMPLE = 4096
@@ -79,12 +79,12 @@ class Checkpoint(Stored):
     """Decoder language model on disk.
 
     Attributes:
-        path: the folder with the files.
-        raw_config: config.json as stored, or the part of it that is the language model's.
+        path: folder with the files.
+        raw_config: contents of config.json, or its part for the language model.
         dtype: the most common floating dtype of the stored weights, by bytes.
         trust_remote_code: whether the checkpoint's own code is needed and may run.
-        quantised: whether weights are stored in another form than `read` gives them.
-        left_out: stored tensors that the model has no place for; see `leave_heads` and `check_shapes`.
+        quantised: whether weights are stored quantised; `read` returns them dequantised.
+        left_out: stored tensors that the model has no place for; see `leave_out_prediction_heads` and `check_shapes`.
     """
 
     path: Path
@@ -94,10 +94,10 @@ class Checkpoint(Stored):
     quantised: bool = False
     left_out: tuple[str, ...] = ()
 
-    def leave_heads(self) -> None:
-        """Leave out multi-token prediction heads, which read the dense model's output.
+    def leave_out_prediction_heads(self) -> None:
+        """Leave out multi-token prediction heads, because they were trained on the dense model's output.
 
-        They have names of their own, or are stored as blocks after the last block.
+        They are stored under names with `mtp`, or as blocks after the last block.
         """
         family = FAMILIES.get(self.config.model_type)
         places = self.candidate_names(f"{family.blocks}.") if family else []
@@ -105,11 +105,13 @@ class Checkpoint(Stored):
 
         def further(name: str) -> bool:
             indices = (name.removeprefix(place).partition(".")[0] for place in places if name.startswith(place))
-            return bool(_HEADS.search(name)) or any(index.isdecimal() and int(index) >= count for index in indices)
+            return bool(_PREDICTION_HEADS.search(name)) or any(
+                index.isdecimal() and int(index) >= count for index in indices
+            )
 
         self._leave(list(filter(further, self.tensors)))
         if self.left_out:
-            self.raw_config |= {key: 0 for key in HEADS if self.raw_config.get(key)}
+            self.raw_config |= {key: 0 for key in PREDICTION_HEAD_KEYS if self.raw_config.get(key)}
 
     def _leave(self, names: Collection[str]) -> None:
         """Leave out some tensors, which are then neither counted nor written."""
@@ -152,13 +154,13 @@ class Checkpoint(Stored):
     @property
     def auto_class(self) -> Any:
         """Auto class of transformers that opens the whole model."""
-        return AutoModelForCausalLM if self.around is None else AutoModelForImageTextToText
+        return AutoModelForCausalLM if self.multimodal_config is None else AutoModelForImageTextToText
 
-    def loaded(self, auto: Any, dtype: torch.dtype, **how: Any) -> Any:
-        """Return the model that a class loads from the checkpoint; quantised weights are dequantised here.
+    def load(self, auto: Any, dtype: torch.dtype, **how: Any) -> Any:
+        """Load the checkpoint with a class of transformers; quantised weights are dequantised here.
 
         Raises:
-            SecateurError: transformers makes no model of it.
+            SecateurError: transformers cannot load the checkpoint.
         """
         config = load_config(self.path, read_config(self.path), trust_remote_code=self.trust_remote_code)
         how |= {"config": config, "dtype": dtype}
@@ -167,16 +169,18 @@ class Checkpoint(Stored):
                 return auto.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **how)
             del config.quantization_config
             values = {name: self.read(name).to(dtype) for name in self.weights}
-            classes = MODEL_FOR_CAUSAL_LM_MAPPING if self.around is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            classes = (
+                MODEL_FOR_CAUSAL_LM_MAPPING if self.multimodal_config is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            )
             stock = stock_class(classes, type(config))
             return stock.from_pretrained(None, state_dict=values, **how)
         except (SecateurError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise self.no_model(error) from error
+            raise self.no_model_error(error) from error
 
-    def no_model(self, error: Exception) -> SecateurError:
-        """Return the error for a config.json of which transformers' classes make no model."""
+    def no_model_error(self, error: Exception) -> SecateurError:
+        """Return the error for a config.json from which transformers cannot build a model."""
         reason = f"{type(error).__name__}: {first_line(error)}"
         return SecateurError(f"{self.source}: transformers cannot make a model of config.json ({reason})")
 
@@ -218,7 +222,7 @@ class Checkpoint(Stored):
         """Raise `SecateurError` for a folder whose blocks differ in width: the stock model would ignore that."""
         from secateur.model.modeling_secateur import PREFIX
 
-        whole = self.raw_config if self.around is None else self.around
+        whole = self.raw_config if self.multimodal_config is None else self.multimodal_config
         if any(name.startswith(PREFIX) for name in whole.get("architectures") or ()):
             raise SecateurError(
                 f"{self.source}: its blocks differ in width (per_layer_config in config.json), so it can be evaluated "
@@ -226,15 +230,15 @@ class Checkpoint(Stored):
             )
 
     def empty(self, auto: Any) -> Any:
-        """Return the model that a class makes of the config, in float32 and without weights.
+        """Build the model of the config with a class of transformers, in float32 and without weights.
 
         Raises:
-            SecateurError: the class cannot make a model of the config.
+            SecateurError: the class cannot build the model.
         """
         try:
             return empty_model(auto, self.config)
         except Exception as error:
-            raise self.no_model(error) from error
+            raise self.no_model_error(error) from error
 
     def check_shapes(self, model: nn.Module) -> None:
         """Check that the stored tensors are the tensors of the model that the config describes.
@@ -252,7 +256,7 @@ class Checkpoint(Stored):
         tied = _tied(model)
         missing, wrong, unused = self._compared(model)
         if missing:
-            raise self.lacking(missing)
+            raise self.missing_weights_error(missing)
         if wrong:
             raise SecateurError(f"{self.source}: {_first_of(wrong)}; find the config.json of these weights")
         self._leave(unused)
@@ -261,22 +265,18 @@ class Checkpoint(Stored):
             if own and other and list(self._samples(own)) != list(self._samples(other)):
                 # transformers 5 loads both tensors, whatever config.json says; engines follow config.json.
                 self.config.tie_word_embeddings = False
-                for part in (self.raw_config, self.around or {}):
+                for part in (self.raw_config, self.multimodal_config or {}):
                     part["tie_word_embeddings"] = False
 
-    def misfit(self, model: nn.Module) -> str | None:
+    def difference_from(self, model: nn.Module) -> str | None:
         """Return the difference between the stored tensors and the tensors of a model, as a clause; None if they are
         the same."""
         missing, wrong, unused = self._compared(model)
         if missing:
             return f"tensors missing from the weights: {first_few(missing)}"
-        return (
-            _first_of(wrong)
-            if wrong
-            else f"tensors without a place in the model: {first_few(unused)}"
-            if unused
-            else None
-        )
+        if wrong:
+            return _first_of(wrong)
+        return f"tensors without a place in the model: {first_few(unused)}" if unused else None
 
     def _compared(self, model: nn.Module) -> tuple[list[str], list[str], list[str]]:
         """Return the model's tensors that are not stored, descriptions of tensors that do not fit, and stored tensors
@@ -303,10 +303,10 @@ class Checkpoint(Stored):
                     )
                 if found.shape != shape:
                     wrong.append(f"{stored} is {list(found.shape)}, but config.json makes it {list(shape)}")
-        unused = [name for name in self.weights if name not in used] if self.around is None else []
+        unused = [name for name in self.weights if name not in used] if self.multimodal_config is None else []
         return missing, wrong, unused
 
-    def lacking(self, names: list[str]) -> SecateurError:
+    def missing_weights_error(self, names: list[str]) -> SecateurError:
         """Return the error for missing weights."""
         return SecateurError(
             f"{self.source}: tensors missing from the weights: {first_few(names)}; "
@@ -345,9 +345,9 @@ def open_checkpoint(
     """Open a model.
 
     Args:
-        model: path of a folder or of a .gguf file, or a hub id. A path that exists wins over a hub id.
+        model: path of a folder or of a .gguf file, or a hub id. An existing path takes precedence over a hub id.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: whether the checkpoint's own code may run where transformers does not know the model.
+        trust_remote_code: whether the checkpoint's own code may run if transformers does not know the model.
         dtype: dtype to which a GGUF file is dequantised; other checkpoints keep their dtype.
 
     Raises:
@@ -357,10 +357,10 @@ def open_checkpoint(
     source = str(model)
     folder = _locate(source, revision, dtype)
     raw = read_config(folder)
-    config, around = load_config(folder, raw, trust_remote_code=trust_remote_code), None
+    config, multimodal_config = load_config(folder, raw, trust_remote_code=trust_remote_code), None
     how, raw = quantisation(raw), without_quantisation(raw)
     if any(raw.get(key) for key in TOWER_CONFIGS):
-        around, raw, config = raw, raw.get(TEXT) or {}, decoder_config(config)
+        multimodal_config, raw, config = raw, raw.get(TEXT) or {}, decoder_config(config)
     check_generation(folder)
     tensors = list_tensors(folder)
     if how is not None:
@@ -375,7 +375,7 @@ def open_checkpoint(
         dtype=_common_dtype(source, tensors),
         tensors=tensors,
         trust_remote_code=trust_remote_code and type(config).__module__.startswith("transformers_modules"),
-        around=around,
+        multimodal_config=multimodal_config,
         quantised=how is not None,
     )
     if config.num_hidden_layers > len(tensors):
@@ -383,7 +383,7 @@ def open_checkpoint(
             f"{folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers:,}, but only {len(tensors):,} "
             "tensors are stored; find the config.json of these weights"
         )
-    checkpoint.leave_heads()
+    checkpoint.leave_out_prediction_heads()
     return checkpoint
 
 
@@ -404,7 +404,7 @@ def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Return the parameters of a model that are tied to one of these parameters."""
+    """Return the names of tied parameters, each with the name of the parameter whose values it has."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 

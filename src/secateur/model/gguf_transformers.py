@@ -33,14 +33,14 @@ def complete_config(config: Any, reader: GGUFReader) -> None:
     other_meaning = {"attention.kv_lora_rank", "attention.key_length_swa"} & metadata.keys()
     if "attention.key_length" in metadata and not other_meaning and hasattr(config, "head_dim"):
         config.head_dim = metadata["attention.key_length"]
-    for key, name in gguf.left_out.items():
+    for key, name in gguf.not_read_by_transformers.items():
         setattr(config, name, metadata.get(key) or getattr(config, name))
     read_rope(config, metadata, factors)
-    if gguf.deepest is not None:
+    if gguf.blocks_of_27b is not None:
         config.layer_types = layer_types(metadata, config.num_hidden_layers) or config.layer_types
-        is_deepest = config.num_hidden_layers == gguf.deepest
+        is_27b = config.num_hidden_layers == gguf.blocks_of_27b
         per_head = config.hidden_size // config.num_attention_heads
-        config.query_pre_attn_scalar = per_head if is_deepest else config.head_dim
+        config.query_pre_attn_scalar = per_head if is_27b else config.head_dim
     for cap in {"attn_logit_softcapping", "final_logit_softcapping"} & metadata.keys():
         setattr(config, cap, metadata[cap] or None)
 

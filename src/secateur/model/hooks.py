@@ -61,7 +61,7 @@ def watched(module: nn.Module, function: Callable[[Tensor, Tensor], None], *, st
 
 @contextmanager
 def replayed(
-    layer: nn.Module, module: PrunableModule, hidden_btd: Tensor, value: Tensor | None, lends: bool
+    layer: nn.Module, module: PrunableModule, hidden_btd: Tensor, value: Tensor | None, provides_keys: bool
 ) -> Iterator[None]:
     """Let a module return a stored output.
 
@@ -70,12 +70,12 @@ def replayed(
         module: its module.
         hidden_btd: residual stream before the block.
         value: output to return; None for zeros.
-        lends: whether the module must still run, because later blocks attend to its keys and values.
+        provides_keys: whether the module must still run, because later blocks attend to its keys and values.
     """
     output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if lends:
+        if provides_keys:
             part = layer.get_submodule(str(module.path))
             type(part).forward(part, *args, **kwargs)
         # Some blocks add to the output in place.

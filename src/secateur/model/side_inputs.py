@@ -48,7 +48,7 @@ class SideInputs:
             if (sharing := family.sharing(config, layer.get_submodule(family.attention))) is None:
                 continue
             self._kinds[index] = sharing.layer_type
-            if sharing.lends:
+            if sharing.provides_keys:
                 middle, last = end + sharing.entries, end + 2 * sharing.entries
                 self._shared[sharing.layer_type] = Shared(slice(end, middle), slice(middle, last), sharing.head_dim)
                 end = last

@@ -35,13 +35,13 @@ class Stored:
         source: the model as the user named it.
         config: the transformers config object; for a multimodal model, its language model's.
         tensors: all stored tensors by stored name.
-        around: config.json of a multimodal model; its towers and projectors are copied unchanged.
+        multimodal_config: config.json of a multimodal model; its towers and projectors are copied unchanged.
     """
 
     source: str
     config: Any
     tensors: dict[str, TensorInfo]
-    around: dict[str, Any] | None = None
+    multimodal_config: dict[str, Any] | None = None
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by its stored name, in CPU memory, in the stored dtype.
@@ -64,7 +64,7 @@ class Stored:
         candidates = [name]
         if self._prefix:
             candidates += [name.removeprefix(self._prefix), self._prefix + name]
-        if self.around is not None:
+        if self.multimodal_config is not None:
             places = ((own, place) for own, places in _TOWERS.items() for place in places if name.startswith(own))
             candidates = [*(place + name.removeprefix(own) for own, place in places), *candidates]
         candidates += [old + name.removeprefix(new) for new, old in _ALIASES.items() if name.startswith(new)]
@@ -74,7 +74,7 @@ class Stored:
 
     def own_name(self, stored: str) -> str | None:
         """Return the language model's name of a stored tensor; None for a tensor of a tower or projector."""
-        if self.around is None or stored.startswith(_PLAIN):
+        if self.multimodal_config is None or stored.startswith(_PLAIN):
             return stored
         parts = ((own, place) for own, places in _TOWERS.items() for place in places if stored.startswith(place))
         return next((own + stored.removeprefix(place) for own, place in parts), None)

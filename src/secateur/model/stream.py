@@ -230,7 +230,7 @@ class BlockStream:
         base = self.model.get_submodule(self.family.base)
         recorders = self._recorders()
         result = arena.empty(rows, self.columns)
-        with self._around(base, recorders):
+        with self._outside_blocks(base, recorders):
             self._calls = []
             self.side_inputs.prepare(rows, arena)
             for group in rows.groups:
@@ -264,7 +264,7 @@ class BlockStream:
         It is the model's own final norm and output layer, run as k texts of one token.
         """
         recorders = self._recorders()
-        with self._around(self.model, recorders):
+        with self._outside_blocks(self.model, recorders):
 
             def logits(hidden_kc: Tensor) -> Tensor:
                 recorders[-1].replacement = self.residual(hidden_kc.to(self.device))[:, None]
@@ -293,7 +293,7 @@ class BlockStream:
         return self.replaced({f"{path}.{name}": value.data[tokens] for name, value in layer.named_parameters()})
 
     @contextmanager
-    def _around(self, part: nn.Module, recorders: list[Recorder]) -> Iterator[None]:
+    def _outside_blocks(self, part: nn.Module, recorders: list[Recorder]) -> Iterator[None]:
         """Load the weights of a part of the model outside its blocks, with recorders in place of the blocks."""
         parent_name, _, child = self.family.blocks.rpartition(".")
         parent = self.model.get_submodule(parent_name)
@@ -344,12 +344,12 @@ class BlockStream:
         hidden_btc = to_device(hidden_btc, self.device)
         args, kwargs = self.side_inputs.arguments(index, group, hidden_btc, *self._calls[group][index])
         hidden_btd = self.residual(hidden_btc)
-        if self.family.for_rows is not None:
-            kwargs = self.family.for_rows(kwargs, len(hidden_btd))
+        if self.family.arguments_for_rows is not None:
+            kwargs = self.family.arguments_for_rows(kwargs, len(hidden_btd))
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
-                lends = module.role == ATTENTION and self.side_inputs.stores(index)
-                stack.enter_context(replayed(layer, module, hidden_btd, value, lends))
+                provides_keys = module.role == ATTENTION and self.side_inputs.stores(index)
+                stack.enter_context(replayed(layer, module, hidden_btd, value, provides_keys))
             if modules_only:
                 for path in self._aside(index):
                     stack.enter_context(zeroed(layer.get_submodule(path), hidden_btd))
@@ -379,7 +379,7 @@ class BlockStream:
         except (SecateurError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise self.checkpoint.no_model(error) from error
+            raise self.checkpoint.no_model_error(error) from error
 
     def _aside(self, index: int) -> Iterator[str]:
         """Yield the layers that add to the residual stream but belong to neither of the block's two modules."""

@@ -148,7 +148,7 @@ def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: 
     source = local_path(folder)
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(source)
-    if checkpoint.around is not None:
+    if checkpoint.multimodal_config is not None:
         raise SecateurError(f"{folder}: retrain cannot train multimodal models; name a language model")
     target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
     target.check()

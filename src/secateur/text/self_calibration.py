@@ -116,7 +116,7 @@ def self_rows(
     rows: list[Tensor] = []
     try:
         with watcher.busy(f"Loading {checkpoint.source}"), quiet():
-            model = checkpoint.loaded(checkpoint.auto_class, checkpoint.dtype, use_safetensors=True)
+            model = checkpoint.load(checkpoint.auto_class, checkpoint.dtype, use_safetensors=True)
             model = model.eval().to(device)
         # The checkpoint's own settings would fill in whatever is not given in the call.
         model.generation_config = _sampling(model, tokenizer, checkpoint, length - kept, opening)

@@ -79,7 +79,7 @@ def _locked(config: Any, family: Family, layer: Any, why: str) -> PrunableModule
     output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
     # Keys and values that later blocks attend with are made of nothing but this block's input.
     sharing = family.sharing(config, layer.get_submodule(path))
-    fixed = family.attention_fixed or (sharing is not None and sharing.lends)
+    fixed = family.attention_fixed or (sharing is not None and sharing.provides_keys)
     joins = None if family.adds_residual else path
     axes, after = head_axes(groups, heads, True), family.norm_after_attention
     return PrunableModule(
