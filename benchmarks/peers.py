@@ -29,7 +29,7 @@ from secateur.model.axes import Width
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
-from secateur.model.surgery import assign, inner_entries, inner_weight, narrow, slice_block, stored_weight
+from secateur.model.surgery import assign, kept_inputs, narrow, output_weight, slice_block, stored_weight
 from secateur.model.tokens import begins_with_bos
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
@@ -85,7 +85,7 @@ def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
                 for kind in SCORED_KINDS:
                     stats = _statistics(stream, index, layer, kind, rows, hidden)
                     kept[kind] = _cheapest(stats, width)
-                    at = inner_entries(stats.module, kept[kind])
+                    at = kept_inputs(stats.module, kept[kind])
                     full = torch.zeros_like(stats.weight_ao)
                     full[at] = least_squares(stats.normal, at)[0]
                     changed[stats.module.output_projection.name] = stored_weight(stats.module, full)
@@ -280,7 +280,7 @@ def _statistics(
 
         stream.run(index, layer, hidden[at], at.group, watch={module.output_layer: see}, until=module.output_layer)
     tensors = dict(layer.named_parameters())
-    weight = inner_weight(module, tensors)
+    weight = output_weight(module, tensors)
     return Statistics(module, tensors, weight, moments, None, OBC_RIDGE, target_is_old_output=True, seed=0)
 
 

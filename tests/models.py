@@ -24,7 +24,7 @@ from secateur.families.registry import family_of
 from secateur.model.axes import Width
 from secateur.model.describe import describe
 from secateur.model.structure import Block, KeptUnits, PrunableModule
-from secateur.model.surgery import inner_entries, narrow, slice_block, width_of
+from secateur.model.surgery import kept_inputs, narrow, slice_block, width_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
@@ -535,7 +535,7 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
                     handles.append(_SilencedChannels(layer, module, keep))
                 continue
             mask = torch.zeros(module.units * module.size)
-            mask[inner_entries(module, keep[module.kind])] = 1
+            mask[kept_inputs(module, keep[module.kind])] = 1
 
             def before(_: nn.Module, args: tuple[Tensor, ...], mask: Tensor = mask) -> tuple[Tensor, ...]:
                 return (args[0] * mask,)

@@ -204,7 +204,7 @@ WRONG_FILES = [
     ),
     (
         "prune model out --widths uniform --target ppl=1.1x --recovery bias",
-        "has no level-2 biases, which --recovery bias",
+        "has no biases of output projections, which --recovery bias",
     ),
     (
         "prune model out --widths uniform --target ppl=1.1x --modules channels --round 128",

@@ -74,7 +74,8 @@ OPTIONS: list[tuple[str, str]] = [
     ),
     (
         "--recovery bias --widths uniform",
-        "the stock class of llama has no level-2 biases, which --recovery bias adds; leave it out, or use --format hf",
+        "the stock class of llama has no biases of output projections, which --recovery bias adds; leave it out, or "
+        "use --format hf",
     ),
     ("--device nonsense", "device 'nonsense' is not available here; use --device auto or cpu"),
     ("--device meta", "device 'meta' computes nothing; use --device auto or cpu"),

@@ -75,5 +75,5 @@ def test_requests_that_token_mixers_rule_out_are_refused(tmp_path, checkpoint_fo
         prune(folder, out, **SMALL, target="decode=1.05x")
     with pytest.raises(SecateurError, match="heads cannot be removed exactly, because a token mixer stands"):
         prune(folder, out, **SMALL, modules=("heads",), sparsity=0.1, blocks="0:1")
-    with pytest.raises(SecateurError, match="no level-2 biases, which --recovery bias adds"):
+    with pytest.raises(SecateurError, match="no biases of output projections, which --recovery bias adds"):
         prune(folder, out, **SMALL, widths="uniform", sparsity=0.2, recovery="bias")

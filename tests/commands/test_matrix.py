@@ -515,7 +515,7 @@ REFUSED = {
     "gpt_neox heads": ("gpt_neox", {"modules": ("heads",)}, "keeps all 6 heads; prune channels only"),
     "blocks": ("llama", {"blocks": "1:3"}, "one width for all 3 blocks, and only 1:3 are to be pruned"),
     "gpt2 blocks": ("gpt2", {"blocks": ":2"}, "one width for all 3 blocks, and only 0:2 are to be pruned"),
-    "added biases": ("llama", {"recovery": "bias"}, "no level-2 biases, which --recovery bias"),
+    "added biases": ("llama", {"recovery": "bias"}, "no biases of output projections, which --recovery bias"),
     "too much": ("llama", {"sparsity": 0.99}, "is out of reach"),
     "too much of heads": ("llama", {"sparsity": 0.5, "modules": ("heads",)}, "only heads may be removed"),
 }

@@ -16,7 +16,7 @@ from secateur.criteria.order import error_curve, remaining_units, removal_order
 from secateur.criteria.registry import Criteria, Criterion, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import PrunableModule
-from secateur.model.surgery import inner_weight
+from secateur.model.surgery import output_weight
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.numerics.elimination import eliminate
 from secateur.numerics.moments import Moments
@@ -45,7 +45,7 @@ def statistics(name: str, kind: str, *, index: int = 1, seed: int = 0) -> tuple[
     for part in range(0, len(x), 50):
         moments.update(inner[part : part + 50])
         inputs.update(x[part : part + 50])
-    weight = inner_weight(module, tensors)
+    weight = output_weight(module, tensors)
     stats = Statistics(module, tensors, weight, moments, inputs, 0.3, target_is_old_output=True, seed=seed)
     return stats, x, inner, model
 
@@ -150,7 +150,7 @@ def normal_statistics(gated: bool) -> tuple[Statistics, Tensor, Tensor]:
     x = draw(40_000, width) @ mix.T + mean
     inputs = Moments(width)
     inputs.update(x)
-    weight = inner_weight(module, tensors)
+    weight = output_weight(module, tensors)
     moments = Moments(module.units)
     stats = Statistics(module, tensors, weight, moments, inputs, ridge=0.3, target_is_old_output=True, seed=0)
     return stats, mix @ mix.T + torch.outer(mean, mean), mean
@@ -180,7 +180,7 @@ def test_the_factor_one_half_is_exact_for_a_rectifier():
     x = torch.randn(40_000, 48, generator=generator) * torch.linspace(0.3, 2, 48)
     inputs, tensors = Moments(48), dict(layer.named_parameters())
     inputs.update(x)
-    weight = inner_weight(block.feed_forward, tensors)
+    weight = output_weight(block.feed_forward, tensors)
     moments = Moments(block.feed_forward.units)
     stats = Statistics(
         block.feed_forward, tensors, weight, moments, inputs, ridge=0.3, target_is_old_output=True, seed=0

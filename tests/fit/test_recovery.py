@@ -30,7 +30,7 @@ from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
-from secateur.model.surgery import assign, inner_entries
+from secateur.model.surgery import assign, kept_inputs
 from secateur.plan.problem import Plan
 
 IDS = token_rows(12, 20, seed=9)
@@ -149,7 +149,7 @@ def paper(name: str, found: list[FittedBlock], when: str, ridge: float = RIDGE) 
         described = describe(dense.config, layer)
         for kind in SCORED_KINDS:
             module = described.module(kind)
-            kept = inner_entries(module, block.keep[kind])
+            kept = kept_inputs(module, block.keep[kind])
             everything = torch.arange(module.units * module.size)
             fit_level1(module, dense, pruned, index, ridge)
             if when == "before":
@@ -179,7 +179,7 @@ def test_the_paper_recovery_equals_its_algorithms(checkpoint_folder, name, when,
             )
             for slab in module.input_projections:
                 assert relative(block.changed[slab.name], reference[slab.name].float()) < 2e-4, slab.name
-            kept = inner_entries(module, block.keep[kind])
+            kept = kept_inputs(module, block.keep[kind])
             axis, level2 = module.output_projection.axis, module.output_projection.name
             fitted = block.changed[level2].index_select(axis, kept)
             assert relative(fitted, reference[level2].float().index_select(axis, kept)) < 2e-4, level2
@@ -209,7 +209,7 @@ def test_without_a_ridge_weights_change_least(checkpoint_folder, name, when):
             module = blocks_of(model)[block.index].module(kind)
             for slab in module.input_projections:
                 assert relative(block.changed[slab.name], reference[slab.name].float()) < 2e-4, slab.name
-            kept = inner_entries(module, block.keep[kind])
+            kept = kept_inputs(module, block.keep[kind])
             axis, level2 = module.output_projection.axis, module.output_projection.name
             fitted = block.changed[level2].index_select(axis, kept)
             assert relative(fitted, reference[level2].float().index_select(axis, kept)) < 2e-4, level2
@@ -399,7 +399,7 @@ def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
     model = build("llama").double()
     module = blocks_of(model)[0].attention
     x, z = seen(model, 0, module.output_layer)
-    kept = inner_entries(module, found[0].keep["heads"])
+    kept = kept_inputs(module, found[0].keep["heads"])
     weight = found[0].changed[module.output_projection.name].double().T
     error = float((x[:, kept] @ weight[kept] - z).square().sum() / len(x))
     assert found[0].reports[0].error == pytest.approx(error, rel=1e-4)

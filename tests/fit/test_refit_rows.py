@@ -23,7 +23,7 @@ from secateur.fit.method import Method
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.surgery import inner_entries
+from secateur.model.surgery import kept_inputs
 from secateur.plan.problem import Plan
 from secateur.text.calibration import calibration_rows
 from secateur.text.draw import CalibrationRows
@@ -77,7 +77,7 @@ def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(
     model = build(name).double()
     module = blocks_of(model)[0].attention
     x, z = seen(model, 0, module.output_layer, MANY)
-    kept = inner_entries(module, both.keep["heads"])
+    kept = kept_inputs(module, both.keep["heads"])
     old = matrix(layers_of(model)[0], module.output_layer)[kept]
     wanted, shift = least_squares(x[:, kept], z, old, intercept=module.bias is not None)
     found = both.changed[module.output_projection.name]

@@ -22,7 +22,7 @@ from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
-from secateur.model.surgery import inner_entries
+from secateur.model.surgery import kept_inputs
 from secateur.plan.problem import Plan
 
 IDS = token_rows(12, 20, seed=9)
@@ -128,7 +128,7 @@ def test_the_refit_is_least_squares(spoiled: Callable[[str], Path], case: str) -
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     module = blocks_of(model)[0].attention
     x, z = seen(model, 0, module.output_layer, ids)
-    kept = inner_entries(module, found[0].keep["heads"])
+    kept = kept_inputs(module, found[0].keep["heads"])
     old = matrix(layers_of(model)[0], module.output_layer)
     weight = found[0].changed.get(module.output_projection.name)
     weight = old[kept] if weight is None else weight.double().T[kept]

@@ -56,7 +56,7 @@ from secateur.model.layer_sizes import IN_MEMORY
 from secateur.model.modeling_secateur import resize
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
-from secateur.model.surgery import assign, first_units, inner_entries, slice_module, width_of
+from secateur.model.surgery import assign, first_units, kept_inputs, slice_module, width_of
 from secateur.plan.problem import Plan
 from secateur.write.slice import slice_fitted
 
@@ -190,7 +190,7 @@ def silenced(name: str, written: Written) -> nn.Module:
             assign(layer, path, tensor)
         for module in every_block(name)[index].modules:
             mask = torch.zeros(module.units * module.size)
-            mask[inner_entries(module, keep[module.kind])] = 1
+            mask[kept_inputs(module, keep[module.kind])] = 1
             layer.get_submodule(module.output_layer).register_forward_pre_hook(
                 lambda _, args, mask=mask: (args[0] * mask,)
             )

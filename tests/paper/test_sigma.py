@@ -26,7 +26,7 @@ from secateur.fit.recovery import recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.model.surgery import inner_weight
+from secateur.model.surgery import output_weight
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
@@ -111,7 +111,7 @@ def stats_on(name: str, kind: Any, ids: Tensor) -> Statistics:
     stats.input_moments, stats.moments = Moments(x.shape[1]), Moments(inner.shape[1])
     stats.input_moments.update(x)
     stats.moments.update(inner)
-    stats.weight_ao = inner_weight(stats.module, stats.tensors)
+    stats.weight_ao = output_weight(stats.module, stats.tensors)
     return stats
 
 

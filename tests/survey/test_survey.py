@@ -28,7 +28,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits, PrunableModule
-from secateur.model.surgery import assign, inner_entries, inner_weight, stored_weight
+from secateur.model.surgery import assign, kept_inputs, output_weight, stored_weight
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS
 from secateur.numerics.moments import Moments
@@ -106,7 +106,7 @@ class Plain:
             rows.append(weight**0.5 * x / (after * self.read).norm(dim=1, keepdim=True))
         self.x = torch.cat(rows)
         self.tokens = sum(weight * ids.numel() for ids, weight in zip(FITTED.groups, FITTED.weights, strict=True))
-        self.old = inner_weight(self.module, self.tensors).double() * self.gain
+        self.old = output_weight(self.module, self.tensors).double() * self.gain
         self.target = self.x @ self.old
 
     def refitted(self, kept: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Plain:
     def kept(self, axis: str, gone: int) -> tuple[int, ...]:
         """Units that `l1` leaves; it looks at weights alone."""
         moments = Moments(self.module.units * self.module.size)
-        weight = inner_weight(self.module, self.tensors)
+        weight = output_weight(self.module, self.tensors)
         stats = Statistics(self.module, self.tensors, weight, moments, None, RIDGE, target_is_old_output=True, seed=0)
         left, l1 = self.module.axis(axis).units - gone, all_criteria()["l1"]
         return remaining_units(self.module, axis, removal_order(l1, stats, axis, left) if gone else torch.empty(0))
@@ -145,7 +145,7 @@ def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, na
         assert len(curve.errors) == units
         assert curve.energy == pytest.approx(float(plain.target.square().sum()) / plain.tokens, rel=1e-4)
         for gone in sorted({0, 1, units // 2, units - 1}):
-            wanted = plain.error(inner_entries(plain.module, plain.kept(axis, gone)))
+            wanted = plain.error(kept_inputs(plain.module, plain.kept(axis, gone)))
             assert curve.errors[gone] == pytest.approx(wanted, rel=1e-3, abs=1e-5 * curve.energy), (axis, gone)
         assert 0 < curve.errors[-1] < curve.energy
 
@@ -207,7 +207,7 @@ def test_a_partial_probe_is_the_refitted_model(
     for gone, probe in zip(counts, probes, strict=True):
         assert probe.error == pytest.approx(curve.errors[gone] - curve.errors[0], rel=1e-6)
         kept = plain.kept(axis, gone)
-        entries = inner_entries(plain.module, kept)
+        entries = kept_inputs(plain.module, kept)
         weight = torch.zeros_like(plain.old)
         weight[entries] = plain.refitted(entries)
         changed = copy.deepcopy(dense(name))

@@ -25,7 +25,7 @@ def survey_work(stream: BlockStream, tokens: int, probe_tokens: int, probes: int
         probe_tokens: number of tokens of each probe.
         probes: number of probes in each block.
     """
-    blocks, kept = stream.blocks, stream.side_inputs.kept
+    blocks, kept = stream.blocks, stream.side_inputs.token_entries
     probed = sum(probes * (index + 0.5) * forward_flops(block, probe_tokens) for index, block in enumerate(blocks))
     streams = tokens + probe_tokens * (1 + probes * len(blocks))
     passes = Work(
@@ -42,7 +42,7 @@ def resampling_work(stream: BlockStream, tokens: int) -> Work:
         forward=sum(forward_flops(block, tokens) for block in stream.blocks),
         rounded=2.0 * tokens * stream.width * stream.checkpoint.config.vocab_size,
         resident_bytes=resident_bytes(stream),
-        activation_bytes=4 * tokens * (stream.columns + stream.side_inputs.kept),
+        activation_bytes=4 * tokens * (stream.columns + stream.side_inputs.token_entries),
     )
 
 
@@ -68,7 +68,7 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input
     # Fits that wait keep only their two streams.
     waiting = sum(others) + held_out
     activations = first * (4 * stream.width + 2 * stream.columns + inputs) + waiting * 2 * stream.columns
-    activations += (first + waiting) * stream.side_inputs.kept
+    activations += (first + waiting) * stream.side_inputs.token_entries
     passes = Work(
         forward=sum(forward_flops(block, rows.tokens + held_out + sum(fits)) for block in stream.blocks),
         resident_bytes=resident_bytes(
@@ -91,7 +91,7 @@ def gradient_work(stream: BlockStream, tokens: int) -> Work:
     return Work(
         float32=sum(4 * forward_flops(block, tokens) for block in stream.blocks),
         resident_bytes=4 * 3 * block.parameters,
-        activation_bytes=4 * tokens * (stream.columns * (len(stream.blocks) + 1) + stream.side_inputs.kept),
+        activation_bytes=4 * tokens * (stream.columns * (len(stream.blocks) + 1) + stream.side_inputs.token_entries),
     )
 
 

@@ -184,8 +184,10 @@ def open_model(
     dtype = dtype or checkpoint.dtype
     tokenizer = _tokenizer(checkpoint, options)
     if out is not None and services.processes.is_first:
-        growing = run_folder_path(local_path(out).resolve()) / PARTIAL_OUTPUT
-        format_of(stream, options, dtype).check_output(out, overwrite=run_options.overwrite, growing=growing)
+        partial_output = run_folder_path(local_path(out).resolve()) / PARTIAL_OUTPUT
+        format_of(stream, options, dtype).check_output(
+            out, overwrite=run_options.overwrite, partial_output=partial_output
+        )
     request = check_request(stream, options, dtype)
     if run_options.family is not None:
         request.format.check_family()

@@ -26,7 +26,7 @@ from secateur.model.arena import Activations
 from secateur.model.facts import activation_of
 from secateur.model.rows import Batch
 from secateur.model.structure import PrunableModule
-from secateur.model.surgery import inner_entries
+from secateur.model.surgery import kept_inputs
 from secateur.numerics.moments import Moments
 
 
@@ -66,7 +66,7 @@ class BlockRegression(Regression):
         state, stream = self.state, self.stream
         self._release()
         units = tuple(range(self.module.units)) if keep is None else keep
-        entries = inner_entries(self.module, units).to(stream.device)
+        entries = kept_inputs(self.module, units).to(stream.device)
         self._stored = state.arena.empty(state.rows, len(entries), stream.products)
         moments = self._empty_moments(entries, for_choice=keep is None)
         for at in state.rows.batches():

@@ -29,7 +29,7 @@ from secateur.model.axes import Width
 from secateur.model.expert_matrices import plain_tensor
 from secateur.model.mixture import Mixture
 from secateur.model.structure import KeptUnits, PrunableModule
-from secateur.model.surgery import inner_by_expert
+from secateur.model.surgery import channels_by_expert
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 
@@ -120,7 +120,7 @@ class MixtureStage:
         """Return channels by the expert that has them, numbered inside it; without channels, an empty mapping."""
         if not channels:
             return {}
-        routed, shared = inner_by_expert(self.module, len(keep), channels)
+        routed, shared = channels_by_expert(self.module, len(keep), channels)
         by_expert = (*zip(keep, routed.tolist(), strict=True), (self.module.units, shared.tolist()))
         return {expert: tuple(inside) for expert, inside in by_expert}
 

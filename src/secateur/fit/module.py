@@ -23,7 +23,7 @@ from secateur.criteria.statistics import Statistics
 from secateur.fit.input_projections import GaussNewtonStep
 from secateur.fit.output_projection import OutputFit, fit_output_projection
 from secateur.fit.regression import ModuleMoments, Regression
-from secateur.model.surgery import inner_entries
+from secateur.model.surgery import kept_inputs
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import squared_error
 
@@ -94,7 +94,7 @@ class ModuleFit:
         # Free the Gram matrix of the choice, which is as large as that of the fit.
         del choice
         self.moments = replace(self.moments, choice=self.moments.fit, module_input=None)
-        self.kept_inputs = inner_entries(self.module, self.keep).to(self.device)
+        self.kept_inputs = kept_inputs(self.module, self.keep).to(self.device)
         output = recovery.fit(self)
         return FittedModule(self.keep, self.kept_inputs, self.moments, output)
 

@@ -25,7 +25,7 @@ from secateur.fit.recovery import Recovery
 from secateur.model.post_norm import PostNorm
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
-from secateur.model.surgery import inner_weight, stored_weight
+from secateur.model.surgery import output_weight, stored_weight
 from secateur.numerics.moments import Moments
 
 AddRows = Callable[[TangentRows, Tensor, Tensor], None]
@@ -88,7 +88,7 @@ class Regression(ABC):
     @property
     def weight(self) -> Tensor:
         """Weight of the output projection (a x d), as stored."""
-        return inner_weight(self.module, self.tensors)
+        return output_weight(self.module, self.tensors)
 
     @abstractmethod
     def criterion(self) -> Criterion:

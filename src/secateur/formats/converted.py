@@ -1,4 +1,4 @@
-"""Formats of files, each converted from a folder that is written first and removed afterwards.
+"""Formats of single files, which are converted from a folder that is written first and removed afterwards.
 
 Pruned blocks are made one by one and never twice, even when an interrupted run resumes. A file that cannot be written
 in pieces is therefore made from a folder, which can.
@@ -52,9 +52,9 @@ class Converted(Format):
         """Return why the folder cannot hold blocks at these widths, or None."""
         return self.folder.unsupported_plan(widths)
 
-    def check_output(self, out: Path, *, overwrite: bool = False, growing: Path | None = None) -> None:
+    def check_output(self, out: Path, *, overwrite: bool = False, partial_output: Path | None = None) -> None:
         """Check that there is room for both the folder, under a hidden name in the folder of `out`, and the file."""
-        both = self.folder.output(out.with_name(f".{out.name}.folder"), overwrite=overwrite, at=growing)
+        both = self.folder.output(out.with_name(f".{out.name}.folder"), overwrite=overwrite, at=partial_output)
         both.expected_bytes += self.file_bytes
         both.check()
         self.check_range()

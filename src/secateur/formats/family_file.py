@@ -1,8 +1,8 @@
-"""A family that a person describes in a YAML file, with the fields of `secateur.families.entry.Family`.
+"""A family that a user describes in a YAML file, with the fields of `secateur.families.entry.Family`.
 
 model_type: imaginary
 blocks: imaginary.layers
-stock: {heads: dense}
+stock: {head_counts: dense}
 """
 
 from dataclasses import fields, is_dataclass
@@ -19,15 +19,15 @@ from secateur.families.registry import FAMILIES
 
 KIND = "model_type"
 _READ: set[str] = set()
-"""Families from files, which may be read again."""
+"""Families that were read from files; such a family may be read again."""
 
 
 def read_family(path: Path) -> str:
     """Make a family known in this process, and return its model_type.
 
     Raises:
-        SecateurError: the file cannot be read, a field does not exist or has a wrong value, or the family is one of
-            secateur's own.
+        SecateurError: the file cannot be read, a field does not exist or has a wrong value, or secateur already knows
+            the family.
     """
     try:
         raw = read_yaml(path)

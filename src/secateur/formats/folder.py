@@ -41,11 +41,11 @@ class Folder(Format):
     """Advice for a user whose transformers does not open the written folder."""
 
     @abstractmethod
-    def own_reason(self, width: Width) -> str | None:
-        """Return `unsupported_reason` as far as it differs between formats of folders."""
+    def format_reason(self, width: Width) -> str | None:
+        """Return why this format of folder cannot hold a block of a width; None if it can."""
 
     @abstractmethod
-    def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
+    def language_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the contents of the language model's config.json."""
 
     @classmethod
@@ -73,7 +73,8 @@ class Folder(Format):
         return Loading(f"Load it: {call}{other}", call, runs_code, registered)
 
     def unsupported_reason(self, width: Width) -> str | None:
-        """Return the first reason against a width: of kernels, of transformers, then of the format itself."""
+        """Return the first reason why the folder cannot hold a width: because of kernels, transformers, or the format
+        itself."""
         config, dense = self.stream.checkpoint.config, self.dense(width)
         channels = width.get(EXPERT_CHANNELS, 0)
         if channels % EXPERTS_MULTIPLE and channels != dense[EXPERT_CHANNELS]:
@@ -85,10 +86,10 @@ class Folder(Format):
                 f"transformers cannot tell whether the weights of experts with {channels} channels are transposed; use "
                 "another size"
             )
-        return self.own_reason(width)
+        return self.format_reason(width)
 
     def block_with(self, width: Width, indices: Iterable[int] = ()) -> Block:
-        """Return the first block that has the axes of a width: of the indices, or else of the model."""
+        """Return the first block that has the same axes as a width, preferably one of the given indices."""
         blocks = self.stream.blocks
         candidates = (*(blocks[index] for index in indices), *blocks)
         return next(block for block in candidates if block.width.keys() == width.keys())
@@ -107,7 +108,7 @@ class Folder(Format):
         plan, checkpoint = pruned.plan, self.stream.checkpoint
         if (reason := self.unsupported_plan(plan.widths)) is not None:
             raise SecateurError(reason)
-        with self.output(out, plan, overwrite=pruned.overwrite, at=pruned.growing) as folder:
+        with self.output(out, plan, overwrite=pruned.overwrite, at=pruned.partial_output) as folder:
             writer = ShardWriter(folder, header_bytes=header_bytes_for(self._possible_names(plan)))
             if pruned.fit_checkpoint is not None and (
                 state := pruned.fit_checkpoint.value("shards", writer.save_state)
@@ -129,7 +130,7 @@ class Folder(Format):
 
     def config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the contents of config.json."""
-        own = self.own_config(plan, biases)
+        own = self.language_config(plan, biases)
         if (outer := self.stream.checkpoint.multimodal_config) is None:
             return own
         return self.whole_config(outer, own) | {"dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
@@ -137,7 +138,7 @@ class Folder(Format):
     def check_family(self) -> None:
         """Check a family's entry: open a config with narrower blocks, and compare the shapes that its class makes."""
         checkpoint, stream = self.stream.checkpoint, self.stream
-        # What only some blocks have, the config must give to the others as well.
+        # Every second block, because the config must also hold for the blocks between them.
         cut = self.block_range if self.declaration.uniform else self.block_range[::2]
         keeps = {index: keep for index in cut if (keep := self._narrower(index))}
         if not keeps or checkpoint.multimodal_config is not None:
@@ -181,7 +182,7 @@ def open_folder(folder: Path) -> Checkpoint:
     """Open a model's folder.
 
     Raises:
-        SecateurError: there is no model in the folder, or a broken one.
+        SecateurError: the folder has no model, or a broken one.
     """
     if not (folder / "config.json").is_file():
         raise SecateurError(f"{folder}: no folder with a config.json; name one that secateur prune wrote")
@@ -189,7 +190,8 @@ def open_folder(folder: Path) -> Checkpoint:
 
 
 def format_of_folder(folder: Path) -> type[Folder]:
-    """Return the format of a folder: the first whose code files are there; `stock` has none."""
+    """Return the format of a folder: the first format whose code files the folder has. The format `stock` has no code
+    files."""
     kinds = map(format_class, FORMATS)
     own = (kind for kind in kinds if issubclass(kind, Folder))
     return next(kind for kind in own if all((folder / file.name).is_file() for file in kind.code))

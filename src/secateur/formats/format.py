@@ -35,7 +35,7 @@ class Loading:
     runs_code: bool = False
     """Whether opening the output runs a Python file in it; engines then need `--trust-remote-code`."""
     registered: str = ""
-    """Call after which the expression needs no permission to run code; empty if there is none."""
+    """Python call after which the expression works without `trust_remote_code`; empty if there is none."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class PrunedModel:
     watcher: Watcher = field(default_factory=Silent)
 
     @property
-    def growing(self) -> Path | None:
-        """Path in the run's state folder under which the output grows; None without such a folder."""
+    def partial_output(self) -> Path | None:
+        """Path of the unfinished output in the folder of the run's state; None without such a folder."""
         return None if self.state is None else self.state / PARTIAL_OUTPUT
 
 
@@ -71,7 +71,7 @@ class Format(ABC):
     declaration: ClassVar[Declaration]
     """Declaration by the decorator `@output_format`."""
     other_kernels: ClassVar[str | None] = None
-    """Engine whose kernels run the output; None for torch, with which speed is measured."""
+    """Engine whose kernels run the output; None for torch, which secateur uses to measure speed."""
 
     def __init__(
         self,
@@ -118,9 +118,9 @@ class Format(ABC):
 
     @abstractmethod
     def unsupported_reason(self, width: Width) -> str | None:
-        """Return why the format cannot hold a block of this width, or None. The answer takes no noticeable time.
+        """Return why the format cannot hold a block of this width; None if it can. This takes no noticeable time.
 
-        The reason is a clause that ends in what can be done instead.
+        The reason is a clause that ends with what the user can do instead.
         """
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
@@ -144,18 +144,18 @@ class Format(ABC):
         """Type of the numbers in the output, as reports name it."""
         return self.type or str(self.dtype).removeprefix("torch.")
 
-    def check_output(self, out: Path, *, overwrite: bool = False, growing: Path | None = None) -> None:
+    def check_output(self, out: Path, *, overwrite: bool = False, partial_output: Path | None = None) -> None:
         """Check that the model can be written: the output's name, room on the disk, and the range of the numbers.
 
         Args:
             out: the output.
             overwrite: replace an output that exists.
-            growing: path under which an interrupted run has begun to write the output.
+            partial_output: path of the unfinished output of an interrupted run.
 
         Raises:
             SecateurError: the model cannot be written.
         """
-        self.output(out, overwrite=overwrite, at=growing).check()
+        self.output(out, overwrite=overwrite, at=partial_output).check()
         self.check_range()
 
     def check_range(self) -> None:
@@ -170,7 +170,7 @@ class Format(ABC):
             out: the output.
             plan: widths of the blocks; dense ones by default.
             overwrite: replace an output that exists.
-            at: path under which the output grows until it is complete.
+            at: path of the output until it is complete.
         """
         meter = self.byte_meter()
         output = self.declaration.output(out, source=self.stream.checkpoint.path, overwrite=overwrite)
@@ -181,7 +181,7 @@ class Format(ABC):
         """Raise `SecateurError` for a tokenizer that the output cannot hold."""
 
     def check_family(self) -> None:  # noqa: B027 (an output without a class has none to fit)
-        """Check that a family's entry that a person has written (`--family`) fits the model's class.
+        """Check that a family's entry from a user's file (`--family`) fits the model's class.
 
         Raises:
             SecateurError: the entry does not fit.
@@ -198,7 +198,7 @@ class Format(ABC):
 
         Args:
             pruned: the model; its blocks are consumed.
-            written: names of tensors to leave out, since an interrupted run has written them.
+            written: names of tensors to leave out, because an interrupted run has written them already.
         """
         stream, checkpoint = self.stream, self.stream.checkpoint
         inside = self.names_inside(pruned.plan)

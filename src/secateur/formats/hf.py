@@ -21,12 +21,12 @@ from secateur.plan.problem import Plan
     help="a folder in which each block has its own width, loaded by transformers with trust_remote_code=True",
 )
 class HfFolder(Folder):
-    """Folder of the format `hf`: each block has a width of its own."""
+    """Folder of the format `hf`: each block has its own width."""
 
     code = (MODELING_FILE,)
     advice = "report this as a bug in secateur"
 
-    def own_reason(self, width: Width) -> str | None:
+    def format_reason(self, width: Width) -> str | None:
         """Return why the first block with these axes cannot be written at a width."""
         block = self.block_with(width, self.block_range)
         return per_layer_unsupported(self.stream.checkpoint.config, block, width)
@@ -36,7 +36,7 @@ class HfFolder(Folder):
         alone = (HfFolder(self.stream, block_range=range(i, i + 1)).unsupported_reason(w) for i, w in widths.items())
         return next(filter(None, alone), None)
 
-    def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
+    def language_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the dense model's config with the sizes that differ from block to block."""
         checkpoint = self.stream.checkpoint
         return per_layer_config(
@@ -51,5 +51,5 @@ class HfFolder(Folder):
         )
 
     def whole_config(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """Name the classes of the modeling file, too."""
+        """Return the contents of config.json, with the classes of the modeling file."""
         return multimodal_per_layer_config(outer, own)

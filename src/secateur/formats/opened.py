@@ -1,7 +1,7 @@
 """Check that transformers opens a pruned model: that its config.json describes the tensors that are stored.
 
-The model is opened on the meta device, without weights. Every folder is checked before it appears, and a family's entry
-that a person has written is checked before the work begins.
+The model is opened on the meta device, without weights. Every folder is checked before it gets its final name. A
+family's entry from a user's file is checked before any work.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from secateur.model.weights import TensorInfo
 
 
 def check_written(folder: Path, out: Path, advice: str) -> None:
-    """Check that a folder opens; of a multimodal model, only the language model is opened.
+    """Check that transformers opens a folder; only the language model of a multimodal model is opened.
 
     Args:
-        folder: the folder, under the hidden name under which it was written.
+        folder: the folder, which still has a hidden name.
         out: the name that it will get.
-        advice: end of the error: what a person can do.
+        advice: end of the error message: what the user can do.
 
     Raises:
         SecateurError: the folder does not open.
@@ -57,7 +57,7 @@ def planned_misfit(stream: BlockStream, keeps: Mapping[int, KeptUnits], raw_conf
 
 
 def _misfit(checkpoint: Checkpoint) -> str | None:
-    """Return how a checkpoint's config differs from its tensors, as a clause, or None."""
+    """Return how a checkpoint's config differs from its tensors, as a clause; None if it does not."""
     with quiet():
         return checkpoint.difference_from(
             checkpoint.empty(decoder_class(checkpoint.config, checkpoint.multimodal_config))

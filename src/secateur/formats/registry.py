@@ -1,4 +1,4 @@
-"""Output formats by name, as `--format` takes them.
+"""Output formats by name, as in `--format`.
 
 A format is one file of this folder: a class under the decorator `@output_format`, which declares the name and whatever
 is needed before torch is loaded. The decorator's arguments are literals, so that they can be read from the source
@@ -30,7 +30,7 @@ class Declaration:
     uniform: bool = False
     """Whether the format holds only models whose blocks all have one width."""
     types: tuple[str, ...] = ()
-    """Values of `--type`, the default first, where the format has its own types of tensors."""
+    """Values of `--type`, the default first, if the format has types of tensors."""
     tokenizer: bool = False
     """Whether the output cannot be written without a tokenizer."""
     file: str = ""

@@ -21,7 +21,7 @@ class StockFolder(Folder):
 
     advice = "use --format hf"
 
-    def own_reason(self, width: Width) -> str | None:
+    def format_reason(self, width: Width) -> str | None:
         """Return why the family's class cannot hold blocks of a width."""
         stream, dense, config = self.stream, self.dense(width), self.stream.checkpoint.config
         if len(self.block_range) < len(stream) and width != dense:
@@ -33,8 +33,8 @@ class StockFolder(Folder):
             return reason
         if self.biases and any(m.may_gain_bias and not m.bias for block in stream.blocks for m in block.modules):
             return (
-                f"the stock class of {config.model_type} has no level-2 biases, which --recovery bias adds; leave it "
-                "out, or use --format hf"
+                f"the stock class of {config.model_type} has no biases of output projections, which "
+                "--recovery bias adds; leave it out, or use --format hf"
             )
         return None
 
@@ -45,7 +45,7 @@ class StockFolder(Folder):
             return "it holds one width for all blocks; use --format hf"
         return super().unsupported_plan(widths)
 
-    def own_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
+    def language_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the dense model's config with the new width."""
         checkpoint = self.stream.checkpoint
         return stock_config(

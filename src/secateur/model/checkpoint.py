@@ -40,7 +40,7 @@ from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
 from secateur.model.stored import Stored
 from secateur.model.tokens import is_fault
-from secateur.model.weights import TensorInfo, Turned, list_tensors
+from secateur.model.weights import TensorInfo, Transposed, list_tensors
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Names of buffers that old checkpoints store and every model computes itself: causal masks and rotary tables."""
@@ -420,7 +420,7 @@ def _upright(name: str, info: TensorInfo, hidden: int) -> TensorInfo:
     if place is None or len(info.shape) != 3 or info.shape[place] == hidden:
         return info
     experts, inputs, outputs = info.shape
-    return Turned(info.file, (experts, outputs, inputs), info.dtype, info.offset, info)
+    return Transposed(info.file, (experts, outputs, inputs), info.dtype, info.offset, info)
 
 
 def _common_dtype(source: str, tensors: dict[str, TensorInfo]) -> torch.dtype:

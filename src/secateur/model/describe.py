@@ -36,14 +36,13 @@ def describe(config: Any, layer: nn.Module) -> Block:
 
 
 def _names(module: PrunableModule) -> list[str]:
-    """Return the names of a module's tensors; a name is there twice if the family's entry gives it to two layers.
+    """Return the names of a module's tensors; a name is listed twice if the family's entry gives it to two layers.
 
     Fused layers are several slabs of one tensor, and the matrices of experts become narrower along two axes.
     """
-    apart = dict.fromkeys(slab.name for slab in module.input_projections)
+    inputs, output = dict.fromkeys(slab.name for slab in module.input_projections), module.output_projection.name
     doubled = [slab.name for slab in module.input_projections if module.input_projections.count(slab) > 1]
-    return (
-        [*{*apart, module.output_projection.name}, *doubled]
-        if module.units_inside
-        else [*apart, module.output_projection.name, *doubled]
-    )
+    if module.units_inside:
+        # Channels of experts are inputs of the output projection, and listed among the input projections.
+        inputs.pop(output, None)
+    return [*inputs, output, *doubled]

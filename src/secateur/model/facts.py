@@ -28,8 +28,8 @@ def key_value_heads(config: Any) -> int:
 
 
 def latent_width(config: Any) -> int | None:
-    """Return the entries per token in a block's KV cache with latent attention, for any number of heads; None for other
-    attentions."""
+    """Return the number of entries per token in a block's KV cache with latent attention, which does not depend on the
+    number of heads; None for other attentions."""
     if family_of(config).latent is None:
         return None
     return int(config.kv_lora_rank + config.qk_rope_head_dim)
@@ -54,5 +54,5 @@ def activation_of(config: Any, layer: nn.Module) -> Callable[[Tensor], Tensor]:
     if family.activation is not None:
         return layer.get_submodule(".".join(filter(None, (family.feed_forward, family.activation))))
     names = ("hidden_activation", "activation_function", "hidden_act")
-    # LFM2's config does not say.
+    # LFM2's config does not name the function.
     return ACT2FN[next((value for name in names if (value := getattr(config, name, None))), "silu")]

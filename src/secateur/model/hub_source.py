@@ -48,11 +48,11 @@ def hub_folder(repo: str, revision: str | None) -> Path:
         revision: a branch, tag or commit; None for the main branch.
 
     Returns:
-        The snapshot in the local cache. A complete one there is used as it is, without asking the hub.
+        The snapshot in the local cache. If the cache has a complete one, the hub is not asked.
 
     Raises:
-        SecateurError: it is in no cache, and the hub cannot be reached, does not have it, refuses access, or has no
-            safetensors weights for it.
+        SecateurError: the model is not in the cache, and the hub cannot be reached, does not have the model, refuses
+            access, or has no safetensors weights for it.
     """
     cached = _cached(repo, revision)
     if cached is not None and any((cached / name).is_file() for name in TOKENIZER):
@@ -64,7 +64,7 @@ def hub_folder(repo: str, revision: str | None) -> Path:
         raise SecateurError(f"{repo}: no such folder, not in the cache, and {reason}; name a local folder")
     try:
         wanted = choose_files(repo, list_repo_files(repo, revision=revision))
-        # The hub's own progress bars show: this is what takes long.
+        # The download takes long, so the hub's own progress bars are shown.
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:
         raise SecateurError(f"{repo}: gated; accept its terms on the hub and log in with `hf auth login`") from error
@@ -114,14 +114,14 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
 
 def out_of_reach() -> str | None:
-    """Return why the hub cannot be reached; None if it can. The hub is asked once with a short timeout, as its client
-    retries for long."""
+    """Return why the hub cannot be reached; None if it can. This function asks once with a short timeout, because the
+    hub's client would retry for a long time."""
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     answered = threading.Event()
 
     def ask() -> None:
-        # The client's exceptions have changed their home between releases; any of them means no answer.
+        # The names of the client's exceptions differ between releases; each of them means that there is no answer.
         with suppress(Exception):
             get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
             answered.set()

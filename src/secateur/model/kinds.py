@@ -3,4 +3,4 @@
 from secateur.model.axes import axis_kinds
 
 KINDS = tuple(dict.fromkeys(kind.unit for kind in axis_kinds().values() if kind.removable))
-"""All of `secateur.model.units`, heads first: in the order of the roles of modules."""
+"""Kinds of units in `secateur.model.units`, in the order in which a block runs its modules: heads first."""

@@ -1,4 +1,4 @@
-"""Checkpoint of a pass through the blocks: the state after a block, in files, from which a stopped run resumes."""
+"""Checkpoint of a pass through the blocks: files with the state after a block, from which a stopped run resumes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from secateur.model.activation_file import read_activations, write_activations
 from secateur.model.arena import Activations
 
 SPENT = 0.03
-"""Largest share of the time spent on saving; if blocks are fast, the state is not saved after every block."""
+"""Largest share of the time that saving may take. If blocks are fast, the state is not saved after every block."""
 STATE = "state.json"
 
 
@@ -44,24 +44,25 @@ class PassCheckpoint:
         self._hash: str = state["activations"]
 
     def value(self, name: str, save: Callable[[], Any], default: Any = None) -> Any:
-        """Return a value of the saved state. From here on, save the result of `save` with each state.
+        """Return a value of the saved state, and save the result of `save` with each later state.
 
         Args:
             name: name of the value.
-            save: function that returns the value in JSON types. Once it returns, files that belong to the value are on
-                disk.
-            default: value to return where there is no saved state.
+            save: function that returns the value in JSON types. Files that belong to the value must be on disk when it
+                returns.
+            default: value to return if there is no saved state.
         """
         self._savers[name] = save
         return self._values.get(name, default)
 
     def blocks(self, stop: int, what: str, streams: Callable[[], Sequence[Activations]]) -> Iterator[int]:
-        """Yield the remaining blocks, up to `stop`. Save the state after a block when the next block is asked for.
+        """Yield the remaining blocks, up to `stop`. The state after a block is saved when the next block is requested.
 
         Args:
             stop: number of blocks of the whole pass.
             what: name of the pass, for the progress bar.
-            streams: function that returns the activations, which are filled from the saved state and saved.
+            streams: function that returns the activations to save; when a run resumes, they are filled from the saved
+                state.
 
         Raises:
             SecateurError: the saved state is damaged.

@@ -11,12 +11,12 @@ from torch import Tensor
 from secateur.base.services import BATCH_TOKENS
 
 OPENING_SHARE = 8
-"""Number of tokens for which one row of one token is allowed."""
+"""Number of calibration tokens for each of the rows of one token."""
 LEAST_OPENINGS = 256
-"""Number of rows of one token that are always allowed."""
+"""Smallest limit on the number of rows of one token."""
 OPENING_WEIGHT = 0.01
-"""Token weight of a row of one token. Its massive activation is fitted at this weight; 0.001 and 0.05 measured
-worse."""
+"""Token weight of a row of one token. The massive activation is fitted with this weight; 0.001 and 0.05 gave worse
+perplexities."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Rows:
     def with_openings(self) -> Rows:
         """Return these rows, and their most frequent tokens as rows of one token.
 
-        Where texts do not begin with BOS, any token may come first, and the model must then give it the massive
-        activation to which later positions attend. The first position attends to itself alone, so a row of one token
-        is enough to show it. Ordinary rows show one first token each, and a model fitted to these alone lost the
-        activation for all other tokens.
+        If texts do not begin with BOS, any token may come first, and the model must then give it the massive activation
+        to which later positions attend. The first position attends to itself alone, so a row of one token is enough to
+        show it. Ordinary rows show one first token each, and a model fitted to these alone lost the activation for all
+        other tokens.
         """
         ids, counts = torch.unique(torch.cat([group.flatten() for group in self.groups]), return_counts=True)
         most = max(LEAST_OPENINGS, self.tokens // OPENING_SHARE)
@@ -69,13 +69,13 @@ class Rows:
         return replace(self._extended(groups, 1.0), resampled=(*self.resampled, *range(first, first + len(groups))))
 
     def with_scoring_rows(self, others: Rows) -> Rows:
-        """Return these rows for fits, and other rows that alone decide the choice of units."""
+        """Return these rows for fits only, and other rows for the choice of units only."""
         mine, theirs = (0.0,) * len(self.groups), (0.0,) * len(others.groups)
         groups, weights = (*self.groups, *others.groups), (*self.weights, *theirs)
         return replace(self, groups=groups, weights=weights, scores=(*mine, *others.weights))
 
     def with_held_out(self, *groups: Tensor) -> Rows:
-        """Return these rows and groups of held-out rows, which are only run along."""
+        """Return these rows and groups of held-out rows, which run through the model but are not used in fits."""
         return self._extended(groups, 0.0)
 
     def fits(self) -> tuple[Rows, ...]:
@@ -92,8 +92,8 @@ class Rows:
         return tuple(result)
 
     def weighted(self, wanted: bool = True) -> Rows:
-        """Return the groups with a weight in fits or in the choice, or else the held-out groups; other groups are
-        empty."""
+        """Return the groups with a weight in fits or in the choice of units; or, unless `wanted`, the held-out groups.
+        All other groups are empty."""
         counts = map(max, self.weights, self.scores or self.weights)
         return self._only([group for group, count in enumerate(counts) if bool(count) == wanted])
 

@@ -56,8 +56,8 @@ class SideInputs:
         self.columns = end if self._own or self._shared else width
         """Number of columns c of the stream between blocks."""
         self._inputs: list[Activations] = []
-        self.kept = self._own * len(layers) * int(getattr(config, family.per_layer_input or "", None) or 0)
-        """Number of entries of the second inputs of all blocks, per token."""
+        self.token_entries = self._own * len(layers) * int(getattr(config, family.per_layer_input or "", None) or 0)
+        """Number of entries per token of the second inputs of all blocks."""
 
     @property
     def has_token_inputs(self) -> bool:
@@ -91,8 +91,8 @@ class SideInputs:
             if not self._inputs:
                 sizes = [args[0].shape[-1] for args in arguments]
                 self._inputs = [self._arena.empty(self._rows, size) for size in sizes]
-            for kept, args in zip(self._inputs, arguments, strict=True):
-                kept[at] = args[0]
+            for stored, args in zip(self._inputs, arguments, strict=True):
+                stored[at] = args[0]
         rest = hidden_btd.new_zeros(*hidden_btd.shape[:-1], self.columns - self.width)
         rest[..., 0] = torch.arange(at.rows.start, at.rows.stop, device=rest.device)[:, None]
         return torch.cat([hidden_btd, rest], -1)

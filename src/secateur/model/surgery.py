@@ -30,23 +30,23 @@ def rows_of(slab: Slab, tensors: Mapping[str, Tensor]) -> Tensor:
     return stored[entries(slab, range(slab.units)).to(stored.device)]
 
 
-def inner_weight(module: PrunableModule, tensors: Mapping[str, Tensor]) -> Tensor:
+def output_weight(module: PrunableModule, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the weight of the output projection with inputs first (a x o), as a view."""
     return tensors[module.output_projection.name].movedim(module.output_projection.axis, 0)
 
 
 def stored_weight(module: PrunableModule, weight_ao: Tensor) -> Tensor:
-    """Return a weight (a x o) in the stored orientation, contiguous: the inverse of `inner_weight`."""
+    """Return a weight (a x o) in the stored orientation, contiguous: the inverse of `output_weight`."""
     return weight_ao.movedim(0, module.output_projection.axis).contiguous()
 
 
-def inner_entries(module: PrunableModule, keep: Sequence[int]) -> Tensor:
+def kept_inputs(module: PrunableModule, keep: Sequence[int]) -> Tensor:
     """Return the indices of the output projection's inputs that belong to kept units."""
     return entries(module.output_projection, keep)
 
 
 def slice_module(
-    module: PrunableModule, tensors: Mapping[str, Tensor], keep: Sequence[int], inner: Sequence[int] = ()
+    module: PrunableModule, tensors: Mapping[str, Tensor], keep: Sequence[int], channels: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """Return the tensors of a module with only the kept units, and of experts with only the kept channels if any are
     given."""
@@ -62,30 +62,30 @@ def slice_module(
         name: tensors[name].index_select(axis, torch.cat(index).sort().values.to(tensors[name].device))
         for (name, axis), index in parts.items()
     }
-    return found | _slice_experts(module, {**tensors, **found}, len(keep), inner) if len(inner) else found
+    return found | _slice_experts(module, {**tensors, **found}, len(keep), channels) if len(channels) else found
 
 
-def inner_by_expert(module: PrunableModule, experts: int, inner: Sequence[int]) -> tuple[Tensor, Tensor]:
+def channels_by_expert(module: PrunableModule, experts: int, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the kept channels of each expert (experts x c) and of the shared expert, each counted from the expert's
     first channel."""
-    every = torch.tensor(inner)
-    own = len(every) // (experts + module.shared_multiple) * experts
-    return every[:own].view(experts, -1) % module.units_inside, every[own:] - module.units * module.units_inside
+    indices = torch.tensor(channels)
+    own = len(indices) // (experts + module.shared_multiple) * experts
+    return indices[:own].view(experts, -1) % module.units_inside, indices[own:] - module.units * module.units_inside
 
 
 def _slice_experts(
-    module: PrunableModule, tensors: Mapping[str, Tensor], experts: int, inner: Sequence[int]
+    module: PrunableModule, tensors: Mapping[str, Tensor], experts: int, channels: Sequence[int]
 ) -> dict[str, Tensor]:
     """Return the matrices of experts with only the kept channels of each expert."""
-    inner_ec, beside = inner_by_expert(module, experts, inner)
+    channels_ec, shared = channels_by_expert(module, experts, channels)
     result = {
-        slab.name: tensors[slab.name].index_select(slab.axis, beside.to(tensors[slab.name].device))
+        slab.name: tensors[slab.name].index_select(slab.axis, shared.to(tensors[slab.name].device))
         for slab in module.shared
     }
     places: dict[tuple[str, int], list[Tensor]] = {}
     for slab in sorted((*module.input_projections, module.output_projection), key=lambda slab: slab.offset):
         if slab.along == (EXPERT_CHANNELS,):
-            own = slab.offset + inner_ec[..., None] * slab.size + torch.arange(slab.size)
+            own = slab.offset + channels_ec[..., None] * slab.size + torch.arange(slab.size)
             places.setdefault((slab.name, slab.axis), []).append(own.flatten(1))
     for (name, axis), parts in places.items():
         # Experts are sliced one after the other: one index for all entries would be several times the weights' size.
@@ -100,8 +100,8 @@ def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: KeptUnits) ->
     result = dict(tensors)
     for module in block.modules:
         if units := kept[module.kind]:
-            inner = kept.get(module.kind_inside, ()) if module.kind_inside else ()
-            result.update(slice_module(module, tensors, units, inner))
+            channels = kept.get(module.kind_inside, ()) if module.kind_inside else ()
+            result.update(slice_module(module, tensors, units, channels))
         else:
             for name in block.inside(module):
                 del result[name]
@@ -111,9 +111,9 @@ def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: KeptUnits) ->
 def masked_weight(module: PrunableModule, tensors: Mapping[str, Tensor], keep: Sequence[int]) -> Tensor:
     """Return the stored weight of the output projection with zeros for removed units. The module then gives the same
     output as without these units."""
-    weight = torch.zeros_like(inner_weight(module, tensors))
-    kept = inner_entries(module, keep).to(weight.device)
-    weight[kept] = inner_weight(module, tensors)[kept]
+    weight = torch.zeros_like(output_weight(module, tensors))
+    kept = kept_inputs(module, keep).to(weight.device)
+    weight[kept] = output_weight(module, tensors)[kept]
     return stored_weight(module, weight)
 
 

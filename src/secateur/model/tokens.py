@@ -21,7 +21,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
             return_attention_mask=False,
             verbose=False,
         )
-    except BaseException as error:  # of the tokenizers library, which has no class of its own for it
+    except BaseException as error:  # the tokenizers library panics with errors that are no `Exception`
         if not is_fault(error):
             raise
         raise SecateurError(f"the model's tokenizer cannot read this text: {first_line(error)}") from error

@@ -44,14 +44,14 @@ DTYPES: dict[str, torch.dtype] = {
 """Dtypes by their names in safetensors headers."""
 
 _LONGEST_NAME = 255
-"""Largest number of bytes of a file's name; the system reports an error for longer names."""
+"""Largest number of bytes of a file's name; longer names are an error of the operating system."""
 _HEADER_LIMIT = 100_000_000
 """Largest size of a header in bytes, by the format's specification; a longer header is a broken file."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape, dtype and place in a file of a stored tensor."""
+    """Shape, dtype and file position of a stored tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -79,25 +79,25 @@ class TensorInfo:
         return read_tensor(self)
 
     def as_stored(self, tensor: Tensor) -> Tensor:
-        """Return other values of the tensor, as they are stored."""
+        """Return new values for the tensor in its stored form."""
         return tensor
 
 
 @dataclass(frozen=True)
-class Turned(TensorInfo):
+class Transposed(TensorInfo):
     """Matrices (expert x outputs x inputs) that are stored transposed."""
 
-    whole: TensorInfo
+    stored: TensorInfo
     """Tensor as it is stored."""
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         """Stored tensors that must be read."""
-        return self.whole.parts
+        return self.stored.parts
 
     def read(self) -> Tensor:
         """Return the values."""
-        return self.as_stored(self.whole.read())
+        return self.as_stored(self.stored.read())
 
     def as_stored(self, tensor: Tensor) -> Tensor:
         """Return the transposed matrices."""
@@ -208,7 +208,7 @@ def read_into(stream: FileIO, view: memoryview) -> bool:
 
 
 def read_ahead(infos: Iterable[TensorInfo]) -> None:
-    """Ask the system to read tensors from disk in the background; do nothing if it cannot be asked."""
+    """Ask the operating system to read tensors from disk in the background, if it supports this."""
     if not hasattr(os, "posix_fadvise"):
         return
     for info in infos:

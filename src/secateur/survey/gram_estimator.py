@@ -12,7 +12,7 @@ from secateur.criteria.statistics import Statistics, module_seed
 from secateur.model.axes import Axis
 from secateur.model.filled_module import FilledModule
 from secateur.model.rows import Batch
-from secateur.model.surgery import inner_entries, inner_weight
+from secateur.model.surgery import kept_inputs, output_weight
 from secateur.numerics.moments import Moments
 from secateur.survey import curve_estimator
 from secateur.survey.curve_estimator import CurveEstimator, ModuleActivations
@@ -75,7 +75,7 @@ class GramEstimator(CurveEstimator):
         stats = Statistics(
             module=self.module,
             tensors=self._tensors,
-            weight_ao=self.norm.scale(inner_weight(self.module, self._tensors)),
+            weight_ao=self.norm.scale(output_weight(self.module, self._tensors)),
             moments=self._moments,
             input_moments=self._input_moments,
             ridge=ridge,
@@ -114,7 +114,7 @@ class GramEstimator(CurveEstimator):
         cuts = []
         for number in probed:
             removed = result.order[: number * removed_together]
-            kept = inner_entries(module, remaining_units(module, axis.name, removed))
+            kept = kept_inputs(module, remaining_units(module, axis.name, removed))
             weight = result.weights[number * removed_together]
             cuts.append(Cut(self.index, module, errors[number] - errors[0], kept.to(weight.device), weight))
         order = tuple(result.order.tolist())

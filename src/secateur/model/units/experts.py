@@ -68,18 +68,18 @@ def shared_expert(names: Experts, mixture: Any) -> Any:
 def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     """Describe a mixture of experts; None if the block has none."""
     names = family.experts
-    whole = None if names is None else layer.get_submodule(family.mixture.rstrip("."))
-    if names is None or not hasattr(whole, names.router):
+    parent = None if names is None else layer.get_submodule(family.mixture.rstrip("."))
+    if names is None or not hasattr(parent, names.router):
         return None
-    home = family.mixture
+    prefix = family.mixture
     number, per_token = int(getattr(config, names.number)), _experts_per_token(config, names)
     rows = _rows_of_experts(layer, family, names, number)
-    down = f"{home}{names.experts}.{names.stored[-1][0]}"
+    down = f"{prefix}{names.experts}.{names.stored[-1][0]}"
     output = next(slab for slab in rows if slab.name == down)
-    channels, inside = _channels(layer, home + names.experts, names.stored)
-    follows = names.shared_expert_width is None and shared_expert(names, whole) is not None
+    channels, inside = _channels(layer, prefix + names.experts, names.stored)
+    prunes_shared = names.shared_expert_width is None and shared_expert(names, parent) is not None
     groups, least = _groups(config, names, per_token)
-    parallel, behind = names.parallel_norms, family.norm_after_feed_forward
+    parallel, after = names.parallel_norms, family.norm_after_feed_forward
     return PrunableModule(
         "experts",
         (
@@ -90,13 +90,13 @@ def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
         output,
         None,
         names.experts if parallel else family.feed_forward,
-        parallel[1] if parallel else behind,
-        behind if parallel else None,
+        parallel[1] if parallel else after,
+        after if parallel else None,
         groups,
         returns_tuple=names.returns_scores,
         fixed=True,
         experts_per_token=per_token,
-        shared=_shared(layer, f"{home}{names.shared_expert}", channels) if follows else (),
+        shared=_shared(layer, f"{prefix}{names.shared_expert}", channels) if prunes_shared else (),
         input_reader=names.router if parallel else None,
     )
 
@@ -144,11 +144,11 @@ def _channels(layer: Any, path: str, stored: tuple[tuple[str, tuple[str, ...]], 
 
 
 def _shared(layer: Any, path: str, channels: int) -> tuple[Slab, ...]:
-    """Return the slabs of the shared expert, in as many units as another expert has channels."""
-    times = layer.get_submodule(f"{path}.down_proj").weight.shape[1] // channels
+    """Return the slabs of the shared expert, divided into as many units as another expert has channels."""
+    multiple = layer.get_submodule(f"{path}.down_proj").weight.shape[1] // channels
     along = (EXPERT_CHANNELS,)
     projections = (
-        input_projection(layer, f"{path}.{name}", along, channels, times) for name in ("up_proj", "gate_proj")
+        input_projection(layer, f"{path}.{name}", along, channels, multiple) for name in ("up_proj", "gate_proj")
     )
-    output, _ = output_projection(layer, f"{path}.down_proj", along, channels, times)
+    output, _ = output_projection(layer, f"{path}.down_proj", along, channels, multiple)
     return (*(slab for slabs in projections for slab in slabs), output)

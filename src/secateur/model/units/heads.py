@@ -63,9 +63,9 @@ def attention(config: Any, family: Family, layer: Any) -> PrunableModule:
     inside = {*(slab.name for slab in projections), output.name, bias}
     others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
     # Query and key norms have one vector for all heads; with one vector for each head, heads are locked.
-    apart = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
-    locked = "its query and key norms differ from head to head" if apart else None
-    axes = head_axes(groups, heads, apart)
+    differ = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
+    locked = "its query and key norms differ from head to head" if differ else None
+    axes = head_axes(groups, heads, differ)
     return PrunableModule(
         "heads", axes, projections, output, bias, path, after, None, groups, locked, returns_tuple=True
     )
@@ -77,7 +77,7 @@ def _locked(config: Any, family: Family, layer: Any, why: str) -> PrunableModule
 
     heads, groups, path = config.num_attention_heads, key_value_heads(config), family.attention
     output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
-    # Keys and values that later blocks attend with are made of nothing but this block's input.
+    # An attention whose keys and values later blocks use cannot be removed.
     sharing = family.sharing(config, layer.get_submodule(path))
     fixed = family.attention_fixed or (sharing is not None and sharing.provides_keys)
     joins = None if family.adds_residual else path
@@ -91,10 +91,10 @@ def _input_projections(family: Family, layer: Any, heads: int, groups: int, dim:
     """Return the slabs of the query, key and value layers, which may be fused."""
     path = f"{family.attention}.{family.fused}"
     if family.fused is None:
-        return _apart(family, layer, heads, groups, dim)
+        return _separate_projections(family, layer, heads, groups, dim)
     each = heads // groups * dim
     if family.interleaved:
-        # Each group's queries, key and value, one group after the other.
+        # The queries, the key and the value of one KV group after the other.
         queries = input_projection(layer, path, HEADS, heads, dim, 0, heads // groups, 2 * dim)
         starts, gap = (each, each + dim), each + dim
     else:
@@ -104,11 +104,11 @@ def _input_projections(family: Family, layer: Any, heads: int, groups: int, dim:
     return sum(pairs, queries)
 
 
-def _apart(family: Family, layer: Any, heads: int, groups: int, dim: int) -> tuple[Slab, ...]:
+def _separate_projections(family: Family, layer: Any, heads: int, groups: int, dim: int) -> tuple[Slab, ...]:
     """Return the slabs of separate query, key and value layers, and of attention sinks."""
     path = family.attention
     linear = layer.get_submodule(f"{path}.{family.queries}")
-    # Queries may carry a gate of the head's output with them.
+    # The query layer may also have rows of a gate on the head's output.
     rows = int(linear.weight.shape[int(inputs_first(linear))]) // heads
     found = input_projection(layer, f"{path}.{family.queries}", HEADS, heads, rows)
     for name in (family.keys, family.values):

@@ -21,7 +21,7 @@ def input_projection(
         path: path of the layer inside the block.
         along: names of the axes along which the units lie, the outermost first.
         units: number of units.
-        size: outputs of each.
+        size: number of outputs of each unit.
         offset, run, gap: see `Slab`.
     """
     linear = layer.get_submodule(path)

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from secateur.model.structure import PrunableModule
 
 Describer = Callable[[Any, "Family", Any], "PrunableModule | None"]
-"""Function of a config, a family and a block on any device that returns the module, or None if it does not know it."""
+"""Function of a config, a family and a block on any device that describes a module; None if the module is of another
+kind."""
 
 _DESCRIBERS: dict[str, list[tuple[int, Describer]]] = {}
 
 
 def describes(role: str, *, rank: int) -> Callable[[Describer], Describer]:
-    """Register a function that describes an attention or a feed-forward. Functions of lower rank are asked first."""
+    """Register a function that describes an attention or a feed-forward. Functions of lower rank are tried first."""
 
     def register(describer: Describer) -> Describer:
         _DESCRIBERS.setdefault(role, []).append((rank, describer))
@@ -28,7 +29,7 @@ def describes(role: str, *, rank: int) -> Callable[[Describer], Describer]:
 
 
 def described(role: str, config: Any, family: Family, layer: Any) -> PrunableModule:
-    """Return the module of a block in a role, from the first function that knows it."""
+    """Return the module of a block in a role, described by the first function that does not return None."""
     load_units()
     ordered = (describer for _, describer in sorted(_DESCRIBERS[role], key=lambda one: one[0]))
     return next(module for describer in ordered if (module := describer(config, family, layer)) is not None)
