@@ -14,11 +14,11 @@ def pick_device(name: str) -> torch.device:
     """Return a device that can be computed on.
 
     Args:
-        name: as torch has it, or `auto` for a GPU if there is one, else the CPU. `cuda` is the GPU whose number is the
+        name: As torch has it, or `auto` for a GPU if there is one, else the CPU. `cuda` is the GPU whose number is the
             local rank of this process.
 
     Raises:
-        SecateurError: the device does not exist here, or cannot hold float64.
+        SecateurError: The device does not exist here, or cannot hold float64.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,8 +66,8 @@ def reduced_precision_matmul(device: torch.device, dtype: torch.dtype) -> Iterat
     For sums over many tokens, in which rounding errors cancel; never for linear solves.
 
     Args:
-        device: the products' device.
-        dtype: float32 for products that are not rounded.
+        device: The products' device.
+        dtype: Float32 for products that are not rounded.
     """
     backends: Any = torch.backends
     rounding = {"cpu": (backends.mkldnn.matmul, "bf16"), "cuda": (backends.cuda.matmul, "tf32")}

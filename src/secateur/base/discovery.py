@@ -9,8 +9,8 @@ def import_modules(package: str, *, skip: tuple[str, ...] = ()) -> list[ModuleTy
     """Import the modules of a package, and return them sorted by name.
 
     Args:
-        package: full name of the package.
-        skip: names of modules that are not imported; names that begin with an underscore are skipped in any case.
+        package: Full name of the package.
+        skip: Names of modules that are not imported; names that begin with an underscore are skipped in any case.
     """
     files = sorted(Path(str(import_module(package).__file__)).parent.glob("[!_]*.py"))
     return [import_module(f"{package}.{file.stem}") for file in files if file.stem not in skip]

@@ -23,7 +23,7 @@ def cache_folder() -> Path:
     """Return the folder in which secateur keeps files from run to run, such as dequantised models.
 
     Raises:
-        SecateurError: the user has no home folder, for example in a container.
+        SecateurError: The user has no home folder, for example in a container.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):
@@ -45,14 +45,14 @@ def replace_atomically(
     After an error, `path` is as it was, and the hidden file or folder is deleted.
 
     Args:
-        path: path to replace.
-        check: called just before the replacement, as another program may have written to `path` in the meantime.
-        keep_existing: keep a folder that another process has written to `path` in the meantime.
-        resume_path: hidden path to use, which is not deleted after an error; by default a new one next to `path`.
-        advice: what to do when the disk is full.
+        path: Path to replace.
+        check: Called just before the replacement, as another program may have written to `path` in the meantime.
+        keep_existing: Keep a folder that another process has written to `path` in the meantime.
+        resume_path: Hidden path to use, which is not deleted after an error; by default a new one next to `path`.
+        advice: What to do when the disk is full.
 
     Raises:
-        SecateurError: the disk is full, or the path cannot be written.
+        SecateurError: The disk is full, or the path cannot be written.
     """
     partial = resume_path or hidden_sibling(path, "partial")
     try:

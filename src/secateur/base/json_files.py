@@ -14,7 +14,7 @@ def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text from outside.
 
     Raises:
-        ValueError: the text is not JSON, not UTF-8, or nested too deeply for Python.
+        ValueError: The text is not JSON, not UTF-8, or nested too deeply for Python.
     """
     try:
         return json.loads(text)
@@ -32,7 +32,7 @@ def read_hashed(path: Path) -> Any:
     """Return the value that `write_hashed` wrote.
 
     Raises:
-        SecateurError: the file is missing or damaged.
+        SecateurError: The file is missing or damaged.
     """
     try:
         content = parse_json(path.read_bytes())

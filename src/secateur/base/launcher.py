@@ -25,7 +25,7 @@ def process_place() -> ProcessPlace:
     """Return the place of this process; without a launcher it is the only one.
 
     Raises:
-        SecateurError: an environment variable of the launcher is missing or wrong.
+        SecateurError: An environment variable of the launcher is missing or wrong.
     """
     size = _read_number("WORLD_SIZE", 1, minimum=1)
     if size == 1:

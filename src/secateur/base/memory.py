@@ -24,11 +24,11 @@ def parse_memory(amount: str | None) -> int:
     """Return an amount of memory in bytes.
 
     Args:
-        amount: a number with a unit, such as `8GB`, or a share of the free memory, such as `50%`; None for the default
+        amount: A number with a unit, such as `8GB`, or a share of the free memory, such as `50%`; None for the default
             share.
 
     Raises:
-        SecateurError: the text is neither.
+        SecateurError: The text is neither.
 
     Example:
         >>> parse_memory("1.5GiB")

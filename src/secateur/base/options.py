@@ -57,7 +57,7 @@ def check_types(owner: Any) -> None:
     """Check that the options of a dataclass object have their declared types; turn numbers of NumPy into Python's.
 
     Raises:
-        SecateurError: an option has another type; the message names it.
+        SecateurError: An option has another type; the message names it.
     """
     hints = get_type_hints(type(owner))
     for name in option_specs(type(owner)):

@@ -50,7 +50,7 @@ class Output:
         """Check that the output can be written, and leave no trace.
 
         Raises:
-            SecateurError: the path is not a possible one, something there must not be replaced, the disk is too small,
+            SecateurError: The path is not a possible one, something there must not be replaced, the disk is too small,
                 or the folder around the path is not writable.
         """
         self._check_before_writing()

@@ -32,9 +32,9 @@ class Processes:
     """Processes of one run; by default this one only.
 
     Attributes:
-        rank: number of this process; rank 0 reads and writes files and prints.
-        size: number of processes.
-        bytes_moved: bytes that this process has sent or received.
+        rank: Number of this process; rank 0 reads and writes files and prints.
+        size: Number of processes.
+        bytes_moved: Bytes that this process has sent or received.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1):
@@ -47,7 +47,7 @@ class Processes:
         """Connect to the other processes that a launcher has started.
 
         Raises:
-            SecateurError: the launcher's environment variables are wrong, or the other processes do not start.
+            SecateurError: The launcher's environment variables are wrong, or the other processes do not start.
         """
         place = process_place()
         if place.size > 1 and not dist.is_initialized():
@@ -159,7 +159,7 @@ class Processes:
         """Check that all processes have the same values.
 
         Raises:
-            SecateurError: a value is not the one in process 0; the message names it.
+            SecateurError: A value is not the one in process 0; the message names it.
         """
         local = json.loads(json.dumps(values))
         for name, value in self.broadcast(lambda: local).items():

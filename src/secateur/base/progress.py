@@ -16,9 +16,9 @@ class Watcher(Protocol):
         """Yield the items of a long loop, and report how many are done.
 
         Args:
-            items: items of the loop.
-            what: name of the step.
-            done: number of items that an earlier run has done, which are not among `items`.
+            items: Items of the loop.
+            what: Name of the step.
+            done: Number of items that an earlier run has done, which are not among `items`.
         """
 
     def note(self, text: str) -> None:

@@ -32,9 +32,9 @@ class RunFolder:
         """Prepare the folder without writing anything.
 
         Args:
-            out: output of the run.
-            request: everything that decides the result, by the names that the user knows.
-            restart: delete the state of an earlier run.
+            out: Output of the run.
+            request: Everything that decides the result, by the names that the user knows.
+            restart: Delete the state of an earlier run.
         """
         self.path = run_folder_path(out)
         self._request, self._restart = json.loads(json.dumps(request)), restart
@@ -44,7 +44,7 @@ class RunFolder:
         """Create or resume the folder, and lock it.
 
         Raises:
-            SecateurError: another process has locked it, it belongs to another request, or it is damaged.
+            SecateurError: Another process has locked it, it belongs to another request, or it is damaged.
         """
         request_file = self.path / f"{REQUEST}.json"
         try:
@@ -68,7 +68,7 @@ class RunFolder:
         """Delete the folder.
 
         Raises:
-            SecateurError: another process has locked it.
+            SecateurError: Another process has locked it.
         """
         if self.path.exists():
             try:
@@ -81,8 +81,8 @@ class RunFolder:
         """Return the result of a step, as JSON holds it, and delete the checkpoint of the step.
 
         Args:
-            name: name of the step.
-            make: computes the result if it is not saved yet.
+            name: Name of the step.
+            make: Computes the result if it is not saved yet.
         """
         file = self.path / f"{name}.json"
         if not file.exists():
@@ -141,7 +141,7 @@ class RunFolder:
         """Check that the saved request is the one of this run.
 
         Raises:
-            SecateurError: it is not; the message names the first difference.
+            SecateurError: It is not; the message names the first difference.
         """
         for name in [*self._request, *saved]:
             before, now = saved.get(name), self._request.get(name)

@@ -39,8 +39,8 @@ class Services:
         """Return the result of a step, as JSON holds it: from the run folder, or computed by all processes together.
 
         Args:
-            name: name of the step.
-            make: computes the result.
+            name: Name of the step.
+            make: Computes the result.
         """
         folder = self.run_folder
         is_saved = self.processes.broadcast(lambda: folder is not None and folder.has_result(name))

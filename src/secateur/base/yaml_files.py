@@ -16,7 +16,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     """Return the value of a YAML file.
 
     Raises:
-        SecateurError: the file is not valid YAML, or too large after its aliases are expanded.
+        SecateurError: The file is not valid YAML, or too large after its aliases are expanded.
     """
     text = path.read_text(encoding="utf-8")
     try:
@@ -39,8 +39,8 @@ def _count_entries(value: Any, known: dict[int, float]) -> float:
     """Return the number of entries of a value with all aliases expanded; infinity if a value contains itself.
 
     Args:
-        value: the value of a YAML file.
-        known: counts of the values that were visited before, by id.
+        value: The value of a YAML file.
+        known: Counts of the values that were visited before, by id.
     """
     if not isinstance(value, dict | list):
         return 1

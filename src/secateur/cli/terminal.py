@@ -56,7 +56,7 @@ def set_output_options(options: OutputOptions, overwrite: bool) -> None:
     """Set the output options of the command.
 
     Raises:
-        SecateurError: the JSON file cannot be written, or exists and `overwrite` is False.
+        SecateurError: The JSON file cannot be written, or exists and `overwrite` is False.
     """
     global output_options
     output_options, log.quiet = options, IS_WORKER or options.quiet
@@ -69,13 +69,13 @@ def print_result(result: Any, table: Table | None, lines: list[str], times: str 
     """Print the result of a command on standard output, or write it as JSON.
 
     Args:
-        result: figures for JSON.
-        table: printed first.
-        lines: printed below the table.
-        times: durations of the steps, printed last.
+        result: Figures for JSON.
+        table: Printed first.
+        lines: Printed below the table.
+        times: Durations of the steps, printed last.
 
     Raises:
-        SecateurError: standard output is full.
+        SecateurError: Standard output is full.
     """
     if IS_WORKER:
         return

@@ -44,7 +44,7 @@ def parse_integers(option: str, text: str | None) -> tuple[int, ...] | None:
     """Return the whole numbers in a list that is separated by commas, or None if the option is not given.
 
     Raises:
-        SecateurError: a part is not a whole number, or a number occurs twice.
+        SecateurError: A part is not a whole number, or a number occurs twice.
     """
     return None if text is None else _parse_numbers(option, text, int, "whole numbers", "0,1,2")
 
@@ -53,7 +53,7 @@ def parse_fractions(option: str, text: str) -> list[float]:
     """Return the fractions in a list that is separated by commas, in ascending order.
 
     Raises:
-        SecateurError: a part is not a number, or a number occurs twice.
+        SecateurError: A part is not a number, or a number occurs twice.
     """
     return sorted(_parse_numbers(option, text, _fraction, "fractions", ".1,.25,.5"))
 
@@ -62,7 +62,7 @@ def parse_fraction(option: str, text: str) -> float:
     """Return a fraction that is written as 0.25 or as 25%.
 
     Raises:
-        SecateurError: the text is neither.
+        SecateurError: The text is neither.
     """
     try:
         return _fraction(text)
@@ -91,7 +91,7 @@ def check_survey_path(survey: Path | None, out: Path | None = None) -> None:
     """Check that a new survey can be written, and that its path is not inside the other output.
 
     Raises:
-        SecateurError: the path cannot be written or is inside `out`.
+        SecateurError: The path cannot be written or is inside `out`.
     """
     if survey is None:
         return

@@ -10,13 +10,13 @@ def clean(out: str | Path) -> list[Path]:
     """Remove the state of a stopped run and its unfinished files, but not the output itself.
 
     Args:
-        out: the output of that run.
+        out: The output of that run.
 
     Returns:
         The files and folders that were removed.
 
     Raises:
-        SecateurError: a run is at work on this output.
+        SecateurError: A run is at work on this output.
     """
     out = local_path(out).resolve()
     state = RunFolder(out, {})

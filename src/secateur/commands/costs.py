@@ -20,10 +20,10 @@ def survey_work(stream: BlockStream, tokens: int, probe_tokens: int, probes: int
     probes run to the last block. If only some blocks are pruned, this is an upper bound, as fewer probes begin.
 
     Args:
-        stream: the open model.
-        tokens: number of tokens for the error curves.
-        probe_tokens: number of tokens of each probe.
-        probes: number of probes in each block.
+        stream: The open model.
+        tokens: Number of tokens for the error curves.
+        probe_tokens: Number of tokens of each probe.
+        probes: Number of probes in each block.
     """
     blocks, kept = stream.blocks, stream.side_inputs.token_entries
     probed = sum(probes * (index + 0.5) * forward_flops(block, probe_tokens) for index, block in enumerate(blocks))
@@ -50,9 +50,9 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input
     """Return the work of all fits: the dense stream once, a pruned stream for each fit, and the fits of all modules.
 
     Args:
-        stream: the open model.
-        rows: the calibration rows.
-        widths: the widths of the pruned blocks.
+        stream: The open model.
+        rows: The calibration rows.
+        widths: The widths of the pruned blocks.
         input_steps: Gauss-Newton steps of the input projections.
     """
     held_out = rows.weighted(False).tokens
@@ -102,9 +102,9 @@ def resident_bytes(stream: BlockStream, *, input_steps: bool = False, separate_c
     and the activations of one batch. The factors were measured on blocks of LLaMA-7B's shape.
 
     Args:
-        stream: the open model.
-        input_steps: whether input projections are fitted.
-        separate_choice: whether units are chosen on other rows than the weights are fitted to. Each of the two then has
+        stream: The open model.
+        input_steps: Whether input projections are fitted.
+        separate_choice: Whether units are chosen on other rows than the weights are fitted to. Each of the two then has
             a Gram matrix and a cross moment.
     """
     block, d = max(stream.blocks, key=lambda block: block.parameters), stream.width

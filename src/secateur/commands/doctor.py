@@ -53,12 +53,12 @@ def check_engines(out: str | Path, *, trust_remote_code: bool = False, watcher: 
     transformers, vLLM and llama.cpp generate some tokens, lm-eval scores a text, and peft adds LoRA to all layers.
 
     Args:
-        out: a folder or .gguf file that secateur wrote.
-        trust_remote_code: run Python code in the folder even if it is not the file that `prune` writes.
-        watcher: receives progress.
+        out: A folder or .gguf file that secateur wrote.
+        trust_remote_code: Run Python code in the folder even if it is not the file that `prune` writes.
+        watcher: Receives progress.
 
     Raises:
-        SecateurError: there is no model, the model is damaged, or it comes with other code and `trust_remote_code` is
+        SecateurError: There is no model, the model is damaged, or it comes with other code and `trust_remote_code` is
             not set.
     """
     path, watcher = local_path(out), watcher or Silent()

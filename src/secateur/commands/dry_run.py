@@ -33,7 +33,7 @@ def estimate(run: OpenRun) -> Summary:
     """Return the sizes of the pruned model, and the expected time and memory of the run.
 
     Raises:
-        SecateurError: only a real run can tell how much is removed.
+        SecateurError: Only a real run can tell how much is removed.
     """
     options = run.options
     if options.targets_perplexity:

@@ -24,8 +24,8 @@ class FittedBlocks(Iterator[FittedBlock]):
     """Iterator over the fitted blocks of a plan, which fits each block when it is asked for.
 
     Attributes:
-        checkpoint: saves the state of the fit after each block.
-        norm_scale: the final-norm scale, known after the last block; None if no rows are held out for it.
+        checkpoint: Saves the state of the fit after each block.
+        norm_scale: The final-norm scale, known after the last block; None if no rows are held out for it.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class FittedBlocks(Iterator[FittedBlock]):
         """Prepare the fit without starting it.
 
         Args:
-            run: the result of `open_model`.
-            rows: the calibration rows.
-            plan: the widths of the blocks to prune.
-            checkpoint: saves the state of the fit after each block, and resumes after the last saved block.
-            observe: is called with the streams after the last block.
+            run: The result of `open_model`.
+            rows: The calibration rows.
+            plan: The widths of the blocks to prune.
+            checkpoint: Saves the state of the fit after each block, and resumes after the last saved block.
+            observe: Is called with the streams after the last block.
         """
         self.checkpoint = checkpoint
         self.norm_scale: float | None = None

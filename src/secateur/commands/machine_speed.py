@@ -40,8 +40,8 @@ def measure_speeds(run: OpenRun, rows: Tensor) -> Speeds:
     """Measure this machine.
 
     Args:
-        run: the result of `open_model`.
-        rows: token ids to run through the first block (rows x length).
+        run: The result of `open_model`.
+        rows: Token ids to run through the first block (rows x length).
     """
     stream, batch = run.stream, min(rows_at_once(rows.shape[1]), len(rows))
     with stream.quick(), stream.rounded():
@@ -92,11 +92,11 @@ def product_rate(
     """Return the floating-point operations per second of a matrix product.
 
     Args:
-        device: where to compute.
-        size: number of rows and columns of the right factor, and of columns of the left factor.
-        repeats: number of runs after a first one; the fastest run counts.
-        rows: number of rows of the left factor; `size` by default.
-        dtype: dtype of both factors.
+        device: Device on which to compute.
+        size: Number of rows and columns of the right factor, and of columns of the left factor.
+        repeats: Number of runs after a first one; the fastest run counts.
+        rows: Number of rows of the left factor; `size` by default.
+        dtype: Dtype of the two factors.
     """
     square = torch.randn(size, size, device=device).to(dtype)
     left = square[: rows or size]

@@ -12,11 +12,11 @@ def memory_limit(
     """Return the bytes of memory that the process may use, and how many of them remain for activations.
 
     Args:
-        stream: the open model.
-        allowed: the value of `--memory`, such as `8GB` or `50%` of the free memory. None stands for half of the free
+        stream: The open model.
+        allowed: The value of `--memory`, such as `8GB` or `50%` of the free memory. None stands for half of the free
             memory, or for all of it if the run needs more than half.
-        input_steps: whether the up and gate projections are fitted too.
-        separate_choice: whether units are chosen on other rows than the weights are fitted to.
+        input_steps: Whether the up and gate projections are fitted too.
+        separate_choice: Whether units are chosen on other rows than the weights are fitted to.
 
     Raises:
         SecateurError: `allowed` is not an amount of memory, or is less than the run needs.

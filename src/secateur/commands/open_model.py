@@ -101,10 +101,10 @@ class OpenRun:
         """Return a run of the same open model with other options, which are checked against the model.
 
         Args:
-            options: options that ask for the same dtype.
+            options: Options that ask for the same dtype.
 
         Raises:
-            SecateurError: as `open_model` does for options that the model or the output format cannot meet.
+            SecateurError: As `open_model` does for options that the model or the output format cannot meet.
         """
         return replace(self, options=options, request=check_request(self.stream, options, self.dtype))
 
@@ -120,9 +120,9 @@ class OpenRun:
         """Return the criterion and the recovery for the fit.
 
         Args:
-            rows: the calibration rows.
-            first: heads that are removed before all others.
-            exact: whether the plan names the units to keep, so that no criterion is needed.
+            rows: The calibration rows.
+            first: Heads that are removed before all others.
+            exact: Whether the plan names the units to keep, so that no criterion is needed.
         """
         return Method(self.criteria("fit", Rows.of(rows.selection), first, exact), self.recovery, self.options.seed)
 
@@ -137,11 +137,11 @@ class OpenRun:
         """Return the criterion of every module; a criterion that needs gradients takes one backward pass per purpose.
 
         Args:
-            purpose: name of the step that asks, under which gradient scores are cached.
-            rows: rows of the backward pass.
-            first: heads that are removed before all others.
-            exact: whether the plan names the units to keep, so that no gradients are needed.
-            blocks: blocks of the backward pass; all of them by default.
+            purpose: Name of the step that asks, under which gradient scores are cached.
+            rows: Rows of the backward pass.
+            first: Heads that are removed before all others.
+            exact: Whether the plan names the units to keep, so that no gradients are needed.
+            blocks: Blocks of the backward pass; all of them by default.
         """
         name = self.options.criterion_name
         key = f"{purpose} {blocks}"
@@ -162,15 +162,15 @@ def open_model(
     """Open a model, and check the options before any long work.
 
     Args:
-        model: a folder, a .gguf file or a Hugging Face Hub id.
-        options: options that decide the result.
-        run_options: options that do not change the result, such as the device.
-        out: folder or .gguf file that the run will write, to check that it can be written.
-        services: processes, batch size and progress output of the run.
-        settings: fields of `Options` and `RunOptions` by name, in place of the two objects.
+        model: A folder, a .gguf file or a Hugging Face Hub id.
+        options: Options that decide the result.
+        run_options: Options that do not change the result, such as the device.
+        out: Folder or .gguf file that the run will write, to check that it can be written.
+        services: Processes, batch size and progress output of the run.
+        settings: Fields of `Options` and `RunOptions` by name, in place of the two objects.
 
     Raises:
-        SecateurError: the model or an option is wrong.
+        SecateurError: The model or an option is wrong.
     """
     started = time.perf_counter()
     options, run_options = with_settings(options, run_options, settings)

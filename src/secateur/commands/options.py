@@ -192,7 +192,7 @@ class Options:
         """Check each option alone.
 
         Raises:
-            SecateurError: a value is out of its range, or not one of the choices.
+            SecateurError: A value is out of its range, or not one of the choices.
         """
         share = self.sparsity
         if share is not None and not 0 < share < 1:
@@ -218,7 +218,7 @@ class Options:
         """Check that one option alone sets how much to remove, and that its file exists.
 
         Raises:
-            SecateurError: two options contradict each other, or the file does not exist.
+            SecateurError: Two options contradict each other, or the file does not exist.
         """
         # A plan has a width for every block, so that no value of --widths goes with it.
         no_file = WIDTHS if self.plan is None else WIDTHS[:1]
@@ -249,7 +249,7 @@ class Options:
         """Check that the format has types, and widths, such as are asked for.
 
         Raises:
-            SecateurError: it does not.
+            SecateurError: It does not.
         """
         if self.type != Options.type and not self.output_format.types:
             typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
@@ -360,7 +360,7 @@ class Options:
         """Return the blocks to prune of a model with `count` blocks.
 
         Raises:
-            SecateurError: the range is empty, or goes beyond the last block.
+            SecateurError: The range is empty, or goes beyond the last block.
         """
         if self.blocks is None:
             return range(count)
@@ -458,7 +458,7 @@ def with_settings(
     """Return `Options` and `RunOptions`, each as given or else made of the settings that are its fields.
 
     Raises:
-        TypeError: a setting is a field of neither, or is given together with the object that has this field.
+        TypeError: A setting is a field of neither, or is given together with the object that has this field.
     """
     names, run_names = option_specs(Options), option_specs(RunOptions)
     if unknown := sorted(set(settings) - set(names) - set(run_names)):

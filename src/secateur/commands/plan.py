@@ -31,17 +31,17 @@ def propose(
     A stopped run leaves its state beside `out`, or else beside the survey file; the same call resumes it.
 
     Args:
-        model: a folder, a .gguf file or a Hugging Face Hub id.
-        options: options that decide the result of `prune`.
-        run_options: options that do not change the result, such as the survey file.
+        model: A folder, a .gguf file or a Hugging Face Hub id.
+        options: Options that decide the result of `prune`.
+        run_options: Options that do not change the result, such as the survey file.
         out: JSON file for the plan.
-        watcher: receives progress and notes.
+        watcher: Receives progress and notes.
 
     Returns:
         The plan and the sizes that it leads to.
 
     Raises:
-        SecateurError: the model or an option is wrong, or no plan meets the target.
+        SecateurError: The model or an option is wrong, or no plan meets the target.
     """
     if options.targets_perplexity:
         raise SecateurError(

@@ -20,7 +20,7 @@ def plan_widths(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan
     """Return the plan that meets the target at the lowest estimated loss, or the plan of a file.
 
     Raises:
-        SecateurError: no plan meets the target.
+        SecateurError: No plan meets the target.
     """
     plan = replace(_plan(run, rows, findings), first_heads=findings.first_heads)
     run.watcher.note(_description(run, plan))

@@ -32,19 +32,19 @@ def prune(
     starts share the work, and rank 0 writes.
 
     Args:
-        model: a folder, a .gguf file or a Hugging Face Hub id.
-        out: folder or .gguf file to write. It appears once it is complete; an error leaves nothing there.
-        options: options that decide the result.
-        run_options: options that do not change the result, such as the device.
-        watcher: receives progress and notes.
-        settings: fields of `Options` and `RunOptions` by name, in place of the two objects: `sparsity=0.25`,
+        model: A folder, a .gguf file or a Hugging Face Hub id.
+        out: Folder or .gguf file to write. It appears once it is complete; an error leaves nothing there.
+        options: Options that decide the result.
+        run_options: Options that do not change the result, such as the device.
+        watcher: Receives progress and notes.
+        settings: Fields of `Options` and `RunOptions` by name, in place of the two objects: `sparsity=0.25`,
             `device="cpu"`, ...
 
     Returns:
         The sizes before and after, and the time and memory used.
 
     Raises:
-        SecateurError: the model or an option is wrong. Most such errors are raised before any long work.
+        SecateurError: The model or an option is wrong. Most such errors are raised before any long work.
     """
 
     def run_steps(services: Services) -> Summary:

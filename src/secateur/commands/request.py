@@ -50,12 +50,12 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
     """Check the options against the model, without running it.
 
     Args:
-        stream: the open model.
-        options: options that decide the result.
-        dtype: of the weights to write.
+        stream: The open model.
+        options: Options that decide the result.
+        dtype: Dtype of the weights to write.
 
     Raises:
-        SecateurError: the plan is of another model, no plan can meet the target, or the output format cannot hold the
+        SecateurError: The plan is of another model, no plan can meet the target, or the output format cannot hold the
             result.
     """
     format, watcher = format_of(stream, options, dtype), stream.services.watcher
@@ -106,12 +106,12 @@ def check_plan(format: Format, plan: Plan, file: str | None = None) -> Plan:
     """Return the plan if the format can hold it.
 
     Args:
-        format: the output format; some formats need widths of different blocks to match.
-        plan: the widths of the blocks to prune.
-        file: name of the file with the plan, for the error.
+        format: The output format; some formats need widths of different blocks to match.
+        plan: The widths of the blocks to prune.
+        file: Name of the file with the plan, for the error.
 
     Raises:
-        SecateurError: the format cannot hold the plan.
+        SecateurError: The format cannot hold the plan.
     """
     if (reason := format.unsupported_plan(plan.widths)) is not None:
         is_uniform = plan.uniform and len(plan.widths) == len(format.stream)
@@ -140,7 +140,7 @@ def _kinds(stream: BlockStream, options: Options) -> tuple[str, ...]:
     """Return the kinds of units that may be removed and that the model has.
 
     Raises:
-        SecateurError: the model has no such units.
+        SecateurError: The model has no such units.
     """
     present = {axis.kind for block in stream.blocks for axis in block.axes}
     if Criteria(options.criterion_name).needs_gradients:
@@ -156,7 +156,7 @@ def _needs_survey(problem: PlanProblem, options: Options) -> bool:
     """Return whether several plans meet the target.
 
     Raises:
-        SecateurError: no plan meets it.
+        SecateurError: No plan meets it.
     """
     if options.parsed_criterion.preselection_only:
         return False

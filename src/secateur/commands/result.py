@@ -39,10 +39,10 @@ def summarize(
     """Return the figures of a plan.
 
     Args:
-        run: the result of `open_model`.
-        rows: the calibration rows.
-        plan: the widths of the pruned blocks.
-        expected: on a dry run, the expected seconds and peak bytes by effort; otherwise the time so far and the peak
+        run: The result of `open_model`.
+        rows: The calibration rows.
+        plan: The widths of the pruned blocks.
+        expected: On a dry run, the expected seconds and peak bytes by effort; otherwise the time so far and the peak
             so far are reported.
     """
     stream, options, format = run.stream, run.options, run.request.format
@@ -83,11 +83,11 @@ def make_record(
     """Return the contents of secateur.json.
 
     Args:
-        run: the result of `open_model`.
-        rows: the calibration rows.
-        plan: the widths of the pruned blocks.
-        done: the `block_record` of every pruned block.
-        norm_scale: the final-norm scale; None if none was fitted.
+        run: The result of `open_model`.
+        rows: The calibration rows.
+        plan: The widths of the pruned blocks.
+        done: The `block_record` of every pruned block.
+        norm_scale: The final-norm scale; None if none was fitted.
     """
     stream, grouped = run.stream, rows.grouped
     summary = summarize(run, rows, plan)
@@ -156,9 +156,9 @@ def dissimilar_experts_note(blocks: Sequence[Block], curves: Iterable[ErrorCurve
     """Return a warning if the remaining experts cannot do the work of the removed ones, before any is removed.
 
     Args:
-        blocks: every block of the model.
-        curves: the error curves of the survey.
-        plan: the widths of the pruned blocks.
+        blocks: Every block of the model.
+        curves: The error curves of the survey.
+        plan: The widths of the pruned blocks.
     """
     lost = []
     for curve in curves:
@@ -177,7 +177,7 @@ def unfitted_experts_note(done: list[dict[str, Any]]) -> str | None:
     """Return a note if too few tokens were routed to some experts to refit them.
 
     Args:
-        done: the `block_record` of every pruned block.
+        done: The `block_record` of every pruned block.
     """
     modules = [module for block in done for module in block["modules"] if module["kind"] == "experts"]
     unfitted, kept = sum(len(module["unfitted"]) for module in modules), sum(module["kept"] for module in modules)

@@ -28,12 +28,12 @@ def resumable(run: OpenRun, out: Path, **more: Any) -> Iterator[OpenRun]:
     """Yield the run with a run folder beside `out`, which holds the state of an earlier run if that was stopped.
 
     Args:
-        run: the result of `open_model`.
-        out: the output of the run.
-        more: further values that decide the result, by name.
+        run: The result of `open_model`.
+        out: The output of the run.
+        more: Further values that decide the result, by name.
 
     Raises:
-        SecateurError: another run is at work on the same output; the state is of a run with other options; or the
+        SecateurError: Another run is at work on the same output; the state is of a run with other options; or the
             processes of this run have different options.
     """
     asked = result_inputs(run) | more
@@ -57,11 +57,11 @@ def retry_in_smaller_batches(services: Services, command: Callable[[Services], R
     """Run a resumable command; each time the device runs out of memory, resume it with batches of half the size.
 
     Args:
-        services: the resources of the run.
-        command: function of these resources.
+        services: The resources of the run.
+        command: Function of these resources.
 
     Raises:
-        SecateurError: the device is out of memory with the smallest batches, or with several processes.
+        SecateurError: The device is out of memory with the smallest batches, or with several processes.
     """
     while True:
         try:
@@ -108,7 +108,7 @@ def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
     """Check that the run that is resumed used the same calibration rows.
 
     Raises:
-        SecateurError: the calibration text has changed.
+        SecateurError: The calibration text has changed.
     """
     parts = (rows.selection, rows.separate_refit, rows.held_out, rows.random)
     hashes = [hash_rows(part) for part in parts if part is not None]

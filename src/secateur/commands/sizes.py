@@ -48,21 +48,21 @@ def sizes(
     A stopped run leaves its state beside `out`; the same call resumes it and keeps the models that it finished.
 
     Args:
-        model: a folder, a .gguf file or a Hugging Face Hub id.
-        out: folder for the models, `sizes.json` and `sizes.png`.
-        options: one object for each size, which differ only in `sparsity`.
-        run_options: options that do not change the result. The survey is kept in `out` unless they name a file.
+        model: A folder, a .gguf file or a Hugging Face Hub id.
+        out: Folder for the models, `sizes.json` and `sizes.png`.
+        options: One object for each size, which differ only in `sparsity`.
+        run_options: Options that do not change the result. The survey is kept in `out` unless they name a file.
             With `overwrite`, existing models are replaced; without it, an existing model is kept if the same options
             made it, and refused otherwise.
-        texts: texts to measure the perplexity on.
-        tokens: number of tokens of each text to measure on; all of them by default.
-        watcher: receives progress and notes.
+        texts: Texts to measure the perplexity on.
+        tokens: Number of tokens of each text to measure on; all of them by default.
+        watcher: Receives progress and notes.
 
     Returns:
-        The figures of the dense model, then those of each size.
+        The figures of the dense model, then the figures of each size.
 
     Raises:
-        SecateurError: the model or an option is wrong. Such errors are raised before the first model is written.
+        SecateurError: The model or an option is wrong. Such errors are raised before the first model is written.
     """
     run_options = run_options or RunOptions()
     survey_file = run_options.survey or out / "survey.json"
@@ -128,7 +128,7 @@ def _finished(folders: list[Path], model: str | Path, run_options: RunOptions) -
     """Return the folders with a model to keep, and check that the others can be written.
 
     Raises:
-        SecateurError: a folder cannot be written.
+        SecateurError: A folder cannot be written.
     """
     source = Path(model) if Path(model).is_dir() else None
     finished = [folder for folder in folders if (folder / RECORD).exists() and not run_options.overwrite]
@@ -149,7 +149,7 @@ def _check_finished(runs: list[OpenRun], rows: CalibrationRows, folders: list[Pa
     """Check that each finished model was made with the options, weights and rows of its run.
 
     Raises:
-        SecateurError: a model was not.
+        SecateurError: A model was not.
     """
     for run, folder in zip(runs, folders, strict=True):
         if folder in finished and not _is_result_of(run, rows, folder):
@@ -178,11 +178,11 @@ def _prune_all(
     """Return the figures of the dense model and of each size, whose models are pruned unless they are finished.
 
     Args:
-        runs: one for each size.
-        plain: the calibration rows, without resampled rows.
-        folders: one for each size.
-        finished: folders whose models are kept.
-        own_survey: the survey file if this command chose its name, so that it may replace the file.
+        runs: One for each size.
+        plain: The calibration rows, without resampled rows.
+        folders: One for each size.
+        finished: Folders whose models are kept.
+        own_survey: The survey file if this command chose its name, so that it may replace the file.
     """
     rows = resample_rows(runs[-1], plain)
     surveying = next((run for run in runs if run.request.needs_survey), runs[-1])

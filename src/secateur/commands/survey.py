@@ -47,17 +47,17 @@ def survey_page(
     starts share the work.
 
     Args:
-        model: a folder, a .gguf file or a Hugging Face Hub id.
-        out: folder for `survey.json` and `survey.html`. It appears once it is complete.
-        options: options that a survey depends on; the others keep their defaults.
-        run_options: options that do not change the result, such as the device.
-        watcher: receives progress and notes.
+        model: A folder, a .gguf file or a Hugging Face Hub id.
+        out: Folder for `survey.json` and `survey.html`. It appears once it is complete.
+        options: Options that a survey depends on; the others keep their defaults.
+        run_options: Options that do not change the result, such as the device.
+        watcher: Receives progress and notes.
 
     Returns:
         The plans at several sparsities, for the table.
 
     Raises:
-        SecateurError: the model or an option is wrong. Such errors are raised before the survey begins.
+        SecateurError: The model or an option is wrong. Such errors are raised before the survey begins.
     """
     run_options = run_options or RunOptions()
     folder = Output(

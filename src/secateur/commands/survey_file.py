@@ -21,7 +21,7 @@ def split_survey_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows for the error curves and the rows for the probes, which are the last few.
 
     Args:
-        rows: token ids (rows x length). A single row serves as both.
+        rows: Token ids (rows x length). A single row serves as both.
     """
     count = min(max(1, PROBE_TOKENS // rows.shape[1]), len(rows) // 2)
     return (rows[:-count], rows[-count:]) if count else (rows, rows)
@@ -43,7 +43,7 @@ def check_survey_file(run: OpenRun, rows: Tensor | None = None) -> None:
     """Check that an existing survey file is of this model, of these options and, if they are given, of these rows.
 
     Raises:
-        SecateurError: it is not.
+        SecateurError: It is not.
     """
     file = run.run_options.survey
     if run.processes.is_first and file is not None and file.exists() and run.request.needs_survey:
@@ -54,12 +54,12 @@ def read_survey(run: OpenRun, file: Path, key: dict[str, Any]) -> Survey:
     """Return the survey of a file, which must have the error curves and probes of every module to prune.
 
     Args:
-        run: the result of `open_model`.
+        run: The result of `open_model`.
         file: JSON file that `save_survey` wrote.
-        key: everything that the survey depends on, from `survey_key`.
+        key: Everything that the survey depends on, from `survey_key`.
 
     Raises:
-        SecateurError: the survey is of another model or other options, or lacks a module.
+        SecateurError: The survey is of another model or other options, or lacks a module.
     """
     survey = load_survey(file, key)
     problem = run.request.problem

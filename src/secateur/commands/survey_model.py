@@ -34,7 +34,7 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
     before all others, these are found first.
 
     Raises:
-        SecateurError: a threshold removes no head or too many; or the survey file is of another model, other rows or
+        SecateurError: A threshold removes no head or too many; or the survey file is of another model, other rows or
             other options.
     """
     findings = _first_heads(run, rows.selection)

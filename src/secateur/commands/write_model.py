@@ -31,11 +31,11 @@ def write_model(run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedB
     """Fit the blocks one after the other, write each, and put the complete output in place.
 
     Args:
-        run: the result of `open_model`.
-        rows: the calibration rows.
-        plan: the result of `plan_widths`.
-        blocks: the result of `fit_blocks`.
-        out: folder or .gguf file to write. It appears once it is complete; an error leaves nothing there.
+        run: The result of `open_model`.
+        rows: The calibration rows.
+        plan: The result of `plan_widths`.
+        blocks: The result of `fit_blocks`.
+        out: Folder or .gguf file to write. It appears once it is complete; an error leaves nothing there.
     """
     # Seconds that the run took before it was stopped count too.
     earlier = blocks.checkpoint.value("seconds", lambda: time.perf_counter() - run.started, 0.0)

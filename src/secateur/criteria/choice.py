@@ -66,7 +66,7 @@ def parse_choice(text: str) -> Choice:
     """Read the option; the docstring of this file gives its forms.
 
     Raises:
-        SecateurError: the text has none of these forms, or a name is not known.
+        SecateurError: The text has none of these forms, or a name is not known.
     """
     others, *experts = re.split(r"(?:^|,)\s*experts=", text)
     if text in EXPERTS and text not in CRITERIA:

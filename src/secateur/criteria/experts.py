@@ -50,10 +50,10 @@ def expert_order(name: str, routed: RoutedTokens, stop: int, seed: int = 0) -> E
     Errors are measured after each round, and interpolated within a round.
 
     Args:
-        name: the criterion.
-        routed: tokens on which costs and errors are measured.
-        stop: number of experts that are left.
-        seed: seed of the criterion `random`.
+        name: The criterion.
+        routed: Tokens on which costs and errors are measured.
+        stop: Number of experts that are left.
+        seed: Seed of the criterion `random`.
     """
     processes, mixture = routed.processes, routed.mixture
     groups, alive = mixture.module.groups, mixture.all_routed

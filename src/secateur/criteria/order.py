@@ -41,12 +41,12 @@ def error_curve(
     """Return the error after the best refit at every width from the dense one down to `stop`.
 
     Args:
-        criterion: the criterion that determines the order of removal.
-        stats: statistics on which the errors are measured.
-        axis: name of the axis along which units are removed.
-        stop: number of units that are left.
-        order_stats: statistics that determine the order, if not `stats`.
-        weights_at: numbers of removed units at which the refitted weights are returned.
+        criterion: The criterion that determines the order of removal.
+        stats: Statistics on which the errors are measured.
+        axis: Name of the axis along which units are removed.
+        stop: Number of units that are left.
+        order_stats: Statistics that determine the order, if not `stats`.
+        weights_at: Numbers of removed units at which the refitted weights are returned.
     """
     greedy = criterion.ranking is not None and order_stats is None and not criterion.removed_first
     order = None if greedy else removal_order(criterion, order_stats or stats, axis, stop)

@@ -60,9 +60,9 @@ def criterion(
     """Register a function as a criterion.
 
     Args:
-        name: value of `--criterion`.
-        field: field of `Criterion` that the function becomes: `score`, `ranking` or `from_gradients`.
-        input_moments, squared_gradients: what the function needs, see `Criterion`.
+        name: Value of `--criterion`.
+        field: Field of `Criterion` that the function becomes: `score`, `ranking` or `from_gradients`.
+        input_moments, squared_gradients: What the function needs, see `Criterion`.
     """
 
     def register(function: Function) -> Function:
@@ -84,7 +84,7 @@ class Criteria:
     """Criteria of all modules of a model, with everything that is measured before pruning.
 
     Attributes:
-        choice: names of the criteria, one for each kind of unit.
+        choice: Names of the criteria, one for each kind of unit.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Criteria:
         """Combine the user's choice with measurements.
 
         Args:
-            choice: value of `--criterion`, see `secateur.criteria.choice`.
-            gradients: scores of the modules whose criterion needs gradients.
-            first: heads of each block that are removed before all others.
+            choice: Value of `--criterion`, see `secateur.criteria.choice`.
+            gradients: Scores of the modules whose criterion needs gradients.
+            first: Heads of each block that are removed before all others.
         """
         self.choice = parse_choice(choice)
         self._gradients, self._first = gradients or {}, first or {}
@@ -117,7 +117,7 @@ class Criteria:
         """Return the criterion of the module of block `index` that has units of a kind.
 
         Raises:
-            ValueError: the criterion needs gradients, and none are given for this module.
+            ValueError: The criterion needs gradients, and none are given for this module.
         """
         found = self.of_kind(kind)
         if found.from_gradients is not None:

@@ -67,9 +67,9 @@ def sum_by_unit(module: PrunableModule, tensors: Mapping[str, Tensor], function:
     Weights shared by several query heads (the key and value rows of their group) are divided equally among these heads.
 
     Args:
-        module: the module.
-        tensors: a value for each weight, by tensor name.
-        function: function from rows (rows x entries) to one value for each row: the rows of input projections and the
+        module: The module.
+        tensors: A value for each weight, by tensor name.
+        function: Function from rows (rows x entries) to one value for each row: the rows of input projections and the
             columns of the output projection.
     """
     total = torch.zeros(module.units, dtype=torch.float64, device=tensors[module.output_projection.name].device)

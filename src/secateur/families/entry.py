@@ -39,7 +39,7 @@ class Experts:
     groups keep the same number of experts."""
     parallel_norms: tuple[str, str] | None = None
     """Norms before and after the experts, where experts and router are children of the block itself, parallel to a
-    feed-forward that is never pruned. The norm after the feed-forward then applies to the sum of both outputs."""
+    feed-forward that is never pruned. The norm after the feed-forward is then applied to the sum of their outputs."""
     returns_scores: bool = False
     """Whether the feed-forward returns a tuple: its output, then the router's scores."""
     scales_inputs: bool = False
@@ -78,7 +78,7 @@ class TokenMixer:
 
 
 class KvSharing(NamedTuple):
-    """How one attention shares keys and values with the attentions of other blocks."""
+    """Sharing of keys and values between one attention and the attentions of other blocks."""
 
     layer_type: str
     """Layer type of the block. Only blocks of the same layer type share keys and values."""
@@ -101,7 +101,7 @@ class Stock:
     derives_channels: bool = False
     """Whether the class derives the feed-forward width and reads no key for it; only the format `hf` can change it."""
     channels_aliases: tuple[str, ...] = ()
-    """Other config keys that hold the feed-forward width in the family's own checkpoints."""
+    """Further config keys that hold the feed-forward width in the family's own checkpoints."""
     fixed_values: tuple[tuple[str, Any], ...] = ()
     """Config keys and values with which the class uses the written width unchanged."""
     head_counts: Literal["any", "divisors", "dense"] = "any"
@@ -199,7 +199,7 @@ class Gguf:
     """Clause that says what llama.cpp computes differently from the family's class. If there is one, no file is
     written."""
     difference_inside: Mapping[str, str] = field(default_factory=dict)
-    """Such clauses for decoders inside multimodal models, by model_type of the multimodal model."""
+    """Clauses like `difference` for decoders inside multimodal models, by model_type of the multimodal model."""
     activation: str = "hidden_act"
     """Config key of the activation function; or the name of the function, if it is a constant of the class."""
     epsilon: str = "rms_norm_eps"
@@ -214,8 +214,8 @@ class Gguf:
     not_read_by_transformers: Mapping[str, str] = field(default_factory=dict)
     """Metadata keys that transformers ignores although the config has a key for the value, with this config key."""
     blocks_of_27b: int | None = None
-    """Number of blocks of the 27B model of a Gemma family. llama.cpp recognises this model by the number, and scales
-    its attention scores by hidden_size / heads; in the other sizes it scales them by the head size."""
+    """Number of blocks of the 27B model of a Gemma family, by which llama.cpp recognises this model. It scales
+    attention scores by hidden_size / heads in this model, and by the head size in the other sizes."""
     input: GgufInput | None = None
     """Facts that secateur needs to read GGUF files; None if transformers reads them."""
 
@@ -247,8 +247,8 @@ class Family:
     fused: str | None = None
     """Fused layer of queries, keys and values; None for three layers."""
     interleaved: bool = False
-    """Whether the fused layer holds the queries, key and value of the first KV group, then those of the second, and so
-    on; otherwise it holds all queries, then all keys, then all values."""
+    """Whether the fused layer holds the queries, key and value of one KV group after the other; otherwise it holds all
+    queries, then all keys, then all values."""
     key_value_heads: Callable[[Any], int] | None = None
     """Hook that returns the number of key/value heads of a config, if the config has no num_key_value_heads."""
     ungrouped: bool = False

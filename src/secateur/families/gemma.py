@@ -30,7 +30,7 @@ def _gemma4_sizes(file: GgufContents) -> dict[str, Any]:
     """Return the config values of Gemma 4 that a GGUF file states for blocks with and without a window.
 
     Raises:
-        SecateurError: the file does not have both kinds of blocks.
+        SecateurError: The file does not have both kinds of blocks.
     """
     types, heads = file.layer_types(), file.common("attention.head_count_kv", file.common("attention.head_count"))
     if {"sliding_attention", "full_attention"} != set(types):

@@ -48,7 +48,7 @@ def _linear_attention(file: GgufContents) -> dict[str, int]:
     """Return the size of a value head of linear attention, which a GGUF file states for all heads together.
 
     Raises:
-        SecateurError: the numbers of heads do not fit.
+        SecateurError: The numbers of heads do not fit.
     """
     keys, values = file.metadata["ssm.group_count"], file.metadata["ssm.time_step_rank"]
     if not keys or not values or values % keys:

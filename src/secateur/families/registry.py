@@ -33,7 +33,7 @@ def family_of(config: Any) -> Family:
     """Return the entry for a config.
 
     Raises:
-        SecateurError: the model_type has no entry; with what the model would need.
+        SecateurError: The model_type has no entry; with what the model would need.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:

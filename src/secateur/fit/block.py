@@ -12,10 +12,10 @@ def fit_block(state: BlockState, pruned: Activations, width: Width, kept: KeptUn
     """Prune and refit one block, and advance its pruned stream in place.
 
     Args:
-        state: the block, not pruned yet.
-        pruned: the pruned stream before the block.
-        width: width that the block gets.
-        kept: units that stay, by kind; kinds that are missing here are chosen.
+        state: The block, not pruned yet.
+        pruned: The pruned stream before the block.
+        width: Width that the block gets.
+        kept: Units that stay, by kind; kinds that are missing here are chosen.
     """
     keep: dict[str, tuple[int, ...]] = {}
     reports: list[ModuleReport] = []

@@ -61,7 +61,7 @@ class BlockRegression(Regression):
         """Run the pruned stream up to the output projection, store its inputs, and return their moments.
 
         Raises:
-            SecateurError: activations are NaN or infinite.
+            SecateurError: Activations are NaN or infinite.
         """
         state, stream = self.state, self.stream
         self._release()

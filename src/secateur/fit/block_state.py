@@ -25,19 +25,19 @@ class BlockState:
     """State of a block while it is pruned and refitted.
 
     Attributes:
-        stream: the model.
-        index: number of the block.
-        layer: the filled block, which computes with the new tensors.
-        method: criterion and recovery.
-        dtype: dtype in which new tensors are written.
-        rows: rows of this fit.
-        arena: memory that holds activations.
-        block: description of the dense block.
-        tensors: tensors of the block, as it now computes with them.
-        changed: new tensors at full width, as they are written.
-        dense_residual: dense residual stream after each module.
-        dense_inputs: dense inputs of the modules, if the recovery needs them.
-        outputs: output of each output projection, in the pruned model if the module is done, else in the dense model.
+        stream: The model.
+        index: Number of the block.
+        layer: The filled block, which computes with the new tensors.
+        method: Criterion and recovery.
+        dtype: Dtype in which new tensors are written.
+        rows: Rows of this fit.
+        arena: Memory that holds activations.
+        block: Description of the dense block.
+        tensors: Tensors of the block, as it now computes with them.
+        changed: New tensors at full width, as they are written.
+        dense_residual: Dense residual stream after each module.
+        dense_inputs: Dense inputs of the modules, if the recovery needs them.
+        outputs: Output of each output projection, in the pruned model if the module is done, else in the dense model.
     """
 
     def __init__(

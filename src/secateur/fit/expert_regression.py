@@ -91,8 +91,8 @@ class ExpertRegression(Regression):
     """Regression of one expert of a mixture.
 
     Attributes:
-        expert: number of the expert; the shared expert comes after all others.
-        is_shared: whether this is the shared expert.
+        expert: Number of the expert; the shared expert comes after all others.
+        is_shared: Whether this is the shared expert.
     """
 
     fits_bias = reports_old_error = False
@@ -109,12 +109,12 @@ class ExpertRegression(Regression):
         """Start with the expert's old weights.
 
         Args:
-            state: the block.
-            mixture: the mixture, which computes with the weights fitted so far.
-            tokens: tokens at the mixture.
-            routes: routes of the tokens to the experts that are kept.
-            residual_nd: target minus output of the mixture; `store` updates it in place.
-            expert: number of the expert.
+            state: The block.
+            mixture: The mixture, which computes with the weights fitted so far.
+            tokens: Tokens at the mixture.
+            routes: Routes of the tokens to the experts that are kept.
+            residual_nd: Target minus output of the mixture; `store` updates it in place.
+            expert: Number of the expert.
         """
         self.state, self.mixture, self.expert, self.stream = state, mixture, expert, state.stream
         self.norm, self._batch, self._routes, self._residual_nd = tokens.norm, tokens, routes, residual_nd

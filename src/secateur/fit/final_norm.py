@@ -39,11 +39,11 @@ def final_norm_scale(stream: BlockStream, rows: Rows, group: int, dense: Activat
     """Return the scale of the final norm at which KL(dense || pruned) is least.
 
     Args:
-        stream: the model.
-        rows: all rows of the run.
-        group: number of the group of held-out rows.
-        dense: the dense stream after the last block, of this process's rows.
-        pruned: the pruned stream likewise.
+        stream: The model.
+        rows: All rows of the run.
+        group: Number of the group of held-out rows.
+        dense: The dense stream after the last block, of this process's rows.
+        pruned: The pruned stream likewise.
 
     Returns:
         The scale; 1 if the model has no final norm, or if both models are equal.

@@ -85,11 +85,11 @@ class GaussNewtonStep:
         """Start with empty sums.
 
         Args:
-            weight_kd: the output projection, D.
-            matrices: number of input projections: 2 with a gate, else 1.
-            width: number of inputs of the module.
-            tokens: number of tokens in all processes; each process adds its own tokens.
-            processes: processes that share the tokens; by default one.
+            weight_kd: The output projection, D.
+            matrices: Number of input projections: 2 with a gate, else 1.
+            width: Number of inputs of the module.
+            tokens: Number of tokens in all processes; each process adds its own tokens.
+            processes: Processes that share the tokens; by default one.
         """
         self.weight_kd, self._processes = weight_kd, processes or Processes()
         k, self._stride = len(weight_kd), max(1, tokens // PRECONDITIONER_TOKENS)
@@ -103,9 +103,9 @@ class GaussNewtonStep:
         """Add tokens.
 
         Args:
-            rows: linearised rows.
-            residual_nd: residuals r, multiplied by the root of each token's weight.
-            root_n1: root of each token's weight.
+            rows: Linearised rows.
+            residual_nd: Residuals r, multiplied by the root of each token's weight.
+            root_n1: Root of each token's weight.
         """
         for total, part in zip(self.gradient, self._vjp(rows, residual_nd), strict=True):
             total += part
@@ -120,9 +120,9 @@ class GaussNewtonStep:
         """Return the changes V (k x d), one for each input projection; the sums cannot be used again.
 
         Args:
-            parts: function that yields all rows that were added, each time it is called.
-            ridge: strength of the penalty.
-            iterations: steps of conjugate gradients.
+            parts: Function that yields all rows that were added, each time it is called.
+            ridge: Strength of the penalty.
+            iterations: Steps of conjugate gradients.
         """
         processes = self._processes
         precondition, penalties = self._preconditioner(ridge)

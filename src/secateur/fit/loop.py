@@ -44,21 +44,21 @@ def refit(
     """Prune and refit the blocks of a plan in order, each on the outputs of the pruned blocks before it.
 
     Args:
-        stream: the dense model.
-        plan: widths of the blocks to prune, or the units that they keep.
-        rows: calibration rows, or several groups of rows with a weight in fits and a weight in the choice of units.
+        stream: The dense model.
+        plan: Widths of the blocks to prune, or the units that they keep.
+        rows: Calibration rows, or several groups of rows with a weight in fits and a weight in the choice of units.
             Groups with neither weight are held out. With resampled groups, one fit is made for each of them.
-        method: criterion and recovery.
-        dtype: dtype of the new tensors, by default the checkpoint's. Later blocks read the rounded weights.
-        compare: function that is called at the end with the dense and the pruned stream after the last block, on this
+        method: Criterion and recovery.
+        dtype: Dtype of the new tensors, by default the checkpoint's. Later blocks read the rounded weights.
+        compare: Function that is called at the end with the dense and the pruned stream after the last block, on this
             process's held-out rows. If it is given, the blocks after the last pruned one run as well.
-        checkpoint: saves the streams after each block, and resumes after the last block that was saved.
+        checkpoint: Saves the streams after each block, and resumes after the last block that was saved.
 
     Yields:
         Each pruned block, with its weights still at full width.
 
     Raises:
-        SecateurError: activations are NaN or infinite; the message names the block and the module.
+        SecateurError: Activations are NaN or infinite; the message names the block and the module.
     """
     method = method or Method()
     dtype = dtype or stream.checkpoint.dtype

@@ -69,7 +69,7 @@ class MixtureStage:
         """Run the pruned stream up to the mixture, and return all tokens with their target.
 
         Raises:
-            SecateurError: activations are NaN or infinite.
+            SecateurError: Activations are NaN or infinite.
         """
         width, layer = self.stream.width, self.module.input_layer
         # One of several processes may have no tokens.
@@ -130,10 +130,10 @@ class MixtureStage:
         """Fit one expert after the other to what the mixture's output still lacks of the target.
 
         Args:
-            alive: experts that are kept.
-            residual_nd: target minus output of the mixture; updated in place after each expert.
-            width: number of channels that each expert keeps.
-            channels: channels that each expert keeps, if they are given; chosen channels are added.
+            alive: Experts that are kept.
+            residual_nd: Target minus output of the mixture; updated in place after each expert.
+            width: Number of channels that each expert keeps.
+            channels: Channels that each expert keeps, if they are given; chosen channels are added.
 
         Returns:
             Experts with too few tokens for a refit.

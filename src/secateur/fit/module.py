@@ -46,10 +46,10 @@ def fit_module(regression: Regression, axis: str, stop: int, kept: tuple[int, ..
     """Choose the units of a module, and refit the module.
 
     Args:
-        regression: rows of the module.
-        axis: axis along which units are removed.
-        stop: number of units that are left along the axis.
-        kept: units that are kept, if they are chosen already.
+        regression: Rows of the module.
+        axis: Axis along which units are removed.
+        stop: Number of units that are left along the axis.
+        kept: Units that are kept, if they are chosen already.
     """
     return ModuleFit(regression).run(axis, stop, kept)
 
@@ -58,15 +58,15 @@ class ModuleFit:
     """Fit of one module while it is made. A recovery calls its methods.
 
     Attributes:
-        regression: rows of the module.
-        recovery: settings of the fit.
-        module: description of the module.
-        moments: moments of the rows.
-        old_ad: the old output projection, in error units.
-        choice_ad: the output projection by which units are chosen; the old one unless the recovery fits it first.
-        choice_bias: the bias (d) that belongs to `choice_ad`; None for the old one.
-        keep: units that are kept, once they are chosen.
-        kept_inputs: inputs of the output projection that belong to `keep` (k), once the units are chosen.
+        regression: Rows of the module.
+        recovery: Settings of the fit.
+        module: Description of the module.
+        moments: Moments of the rows.
+        old_ad: The old output projection, in error units.
+        choice_ad: The output projection by which units are chosen; the old one unless the recovery fits it first.
+        choice_bias: The bias (d) that belongs to `choice_ad`; None for the old one.
+        keep: Units that are kept, once they are chosen.
+        kept_inputs: Inputs of the output projection that belong to `keep` (k), once the units are chosen.
     """
 
     moments: ModuleMoments
@@ -148,7 +148,7 @@ class ModuleFit:
         """Fit the input projections, then the output projection again; undo both if the error did not fall.
 
         Args:
-            output: a fit of the output projection.
+            output: A fit of the output projection.
 
         Returns:
             The better fit. Afterwards, `moments` covers the kept inputs only.

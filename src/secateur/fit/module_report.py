@@ -28,10 +28,10 @@ def report_module(target: ModuleTarget, kept: int, error: float, old_error: floa
     """Return the report of a module.
 
     Args:
-        target: the module's target.
-        kept: number of units that it keeps.
+        target: The module's target.
+        kept: Number of units that it keeps.
         error, old_error: ||XW - T||^2 over all tokens, after the refit and with the old weights.
-        tokens: sum of the token weights.
+        tokens: Sum of the token weights.
     """
     state, module = target.state, target.module
     energy = state.stream.processes.total(

@@ -54,7 +54,7 @@ class Recovery(ABC):
         """Change a module before the moments of its rows are taken.
 
         Args:
-            module_fit: the fit of the module, a `secateur.fit.module.ModuleFit`.
+            module_fit: The fit of the module, a `secateur.fit.module.ModuleFit`.
         """
         return
 

@@ -59,15 +59,15 @@ class Regression(ABC):
     """Rows, targets and token weights of one module.
 
     Attributes:
-        stream: the model.
-        module: the module that is fitted.
-        norm: norm between the output projection and the residual stream; neutral if there is none.
-        recovery: settings of this module's fit; its ridge is higher if tokens are few.
-        owner: rank of the process that solves the normal equations.
-        seed: seed of the criterion `random`.
-        tokens: number of tokens with a weight in the fit, in all processes.
-        fits_bias: whether the bias of the output projection is fitted.
-        reports_old_error: whether the error of the old weights is reported, which costs a product.
+        stream: The model.
+        module: The module that is fitted.
+        norm: Norm between the output projection and the residual stream; neutral if there is none.
+        recovery: Settings of this module's fit; its ridge is higher if tokens are few.
+        owner: Rank of the process that solves the normal equations.
+        seed: Seed of the criterion `random`.
+        tokens: Number of tokens with a weight in the fit, in all processes.
+        fits_bias: Whether the bias of the output projection is fitted.
+        reports_old_error: Whether the error of the old weights is reported, which costs a product.
     """
 
     stream: BlockStream
@@ -99,7 +99,7 @@ class Regression(ABC):
         """Run the module up to its output projection, and return the moments of its rows.
 
         Args:
-            keep: units whose inputs are summed over; by default all units, with moments for the choice of units.
+            keep: Units whose inputs are summed over; by default all units, with moments for the choice of units.
         """
 
     @abstractmethod

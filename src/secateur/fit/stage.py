@@ -21,11 +21,11 @@ def prune_stage(
     """Choose the units of a stage, refit its modules, and store its outputs in the pruned stream.
 
     Args:
-        state: the block.
-        module: the attention, the feed-forward or the mixture.
-        pruned: the pruned stream before the block.
-        width: number of units that are kept along each axis.
-        kept: units that are kept, by kind, if they are chosen already.
+        state: The block.
+        module: The attention, the feed-forward or the mixture.
+        pruned: The pruned stream before the block.
+        width: Number of units that are kept along each axis.
+        kept: Units that are kept, by kind, if they are chosen already.
 
     Returns:
         The units that are kept, by kind, and the report of the fit.

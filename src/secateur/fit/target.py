@@ -50,13 +50,13 @@ class ModuleTarget:
     """Target of one module in the pruned stream.
 
     Attributes:
-        state: the block.
-        module: the module.
-        pruned: the pruned stream before the block.
-        norm: norm between the output projection and the residual stream; neutral if there is none.
-        is_error_aware: whether the target contains the error of the modules before this one.
-        multiplier: factor on the module's output on its way to the residual stream.
-        fits_bias: whether the bias of the output projection is fitted; otherwise a stored bias stays.
+        state: The block.
+        module: The module.
+        pruned: The pruned stream before the block.
+        norm: Norm between the output projection and the residual stream; neutral if there is none.
+        is_error_aware: Whether the target contains the error of the modules before this one.
+        multiplier: Factor on the module's output on its way to the residual stream.
+        fits_bias: Whether the bias of the output projection is fitted; otherwise a stored bias stays.
     """
 
     def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):

@@ -26,7 +26,7 @@ def read_family(path: Path) -> str:
     """Make a family known in this process, and return its model_type.
 
     Raises:
-        SecateurError: the file cannot be read, a field does not exist or has a wrong value, or secateur already knows
+        SecateurError: The file cannot be read, a field does not exist or has a wrong value, or secateur already knows
             the family.
     """
     try:

@@ -53,9 +53,9 @@ class Folder(Format):
         """Return why vLLM does not serve a folder, as a clause that ends in what can be done instead, or None.
 
         Args:
-            config: the config object of the dense model, or of the folder.
-            widths: width of every block.
-            multimodal: the model is inside a multimodal one.
+            config: The config object of the dense model, or of the folder.
+            widths: Width of every block.
+            multimodal: The model is inside a multimodal one.
         """
         return vllm_unsupported(config, widths, per_layer=bool(cls.code), multimodal=multimodal)
 
@@ -182,7 +182,7 @@ def open_folder(folder: Path) -> Checkpoint:
     """Open a model's folder.
 
     Raises:
-        SecateurError: the folder has no model, or a broken one.
+        SecateurError: The folder has no model, or a broken one.
     """
     if not (folder / "config.json").is_file():
         raise SecateurError(f"{folder}: no folder with a config.json; name one that secateur prune wrote")

@@ -86,12 +86,12 @@ class Format(ABC):
         """Prepare the format for a model.
 
         Args:
-            stream: the dense model.
-            block_range: blocks to prune; all by default.
-            dtype: dtype of the weights; the checkpoint's by default.
-            type: type of the tensors, one of the declared types.
-            biases: whether the recovery adds biases to output projections that have none.
-            same_width: whether all pruned blocks get the same width.
+            stream: The dense model.
+            block_range: Blocks to prune; all by default.
+            dtype: Dtype of the weights; the checkpoint's by default.
+            type: Type of the tensors, one of the declared types.
+            biases: Whether the recovery adds biases to output projections that have none.
+            same_width: Whether all pruned blocks get the same width.
         """
         self.stream = stream
         self.block_range = range(len(stream)) if block_range is None else block_range
@@ -112,8 +112,8 @@ class Format(ABC):
         """Return instructions for opening an output.
 
         Args:
-            auto_class: class of transformers that opens the dense model, such as AutoModelForCausalLM.
-            path: the output.
+            auto_class: Class of transformers that opens the dense model, such as AutoModelForCausalLM.
+            path: The output.
         """
 
     @abstractmethod
@@ -132,7 +132,7 @@ class Format(ABC):
         """Write the pruned model completely or not at all, and return the bytes of its weights.
 
         Raises:
-            SecateurError: the format cannot hold the plan, or the output cannot be written.
+            SecateurError: The format cannot hold the plan, or the output cannot be written.
         """
 
     def byte_meter(self) -> Meter:
@@ -148,12 +148,12 @@ class Format(ABC):
         """Check that the model can be written: the output's name, room on the disk, and the range of the numbers.
 
         Args:
-            out: the output.
-            overwrite: replace an output that exists.
-            partial_output: path of the unfinished output of an interrupted run.
+            out: The output.
+            overwrite: Replace an output that exists.
+            partial_output: Path of the unfinished output of an interrupted run.
 
         Raises:
-            SecateurError: the model cannot be written.
+            SecateurError: The model cannot be written.
         """
         self.output(out, overwrite=overwrite, at=partial_output).check()
         self.check_range()
@@ -167,10 +167,10 @@ class Format(ABC):
         """Return the output with its expected size.
 
         Args:
-            out: the output.
-            plan: widths of the blocks; dense ones by default.
-            overwrite: replace an output that exists.
-            at: path of the output until it is complete.
+            out: The output.
+            plan: Widths of the blocks; dense ones by default.
+            overwrite: Replace an output that exists.
+            at: Path of the output until it is complete.
         """
         meter = self.byte_meter()
         output = self.declaration.output(out, source=self.stream.checkpoint.path, overwrite=overwrite)
@@ -184,7 +184,7 @@ class Format(ABC):
         """Check that a family's entry from a user's file (`--family`) fits the model's class.
 
         Raises:
-            SecateurError: the entry does not fit.
+            SecateurError: The entry does not fit.
         """
 
     def vllm_unsupported_reason(self, widths: Sequence[Width]) -> str | None:
@@ -197,8 +197,8 @@ class Format(ABC):
         Tensors outside of pruned blocks come first, then the blocks, then the final norm.
 
         Args:
-            pruned: the model; its blocks are consumed.
-            written: names of tensors to leave out, because an interrupted run has written them already.
+            pruned: The model; its blocks are consumed.
+            written: Names of tensors to leave out, because an interrupted run has written them already.
         """
         stream, checkpoint = self.stream, self.stream.checkpoint
         inside = self.names_inside(pruned.plan)

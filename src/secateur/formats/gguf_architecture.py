@@ -52,7 +52,7 @@ class Architecture:
     fused_qkv: bool = False
     """Whether queries, keys and values are one tensor: first the rows of all queries, then keys, then values."""
     fused_gate: bool = False
-    """Whether gate and up layer are one tensor: first the rows of the gate, then those of the up layer."""
+    """Whether gate and up layer are one tensor: first the rows of the gate, then the rows of the up layer."""
     scalings: frozenset[str] = SCALINGS
     """Kinds of rotary scaling."""
     partial: bool = False

@@ -32,7 +32,7 @@ class FileBlock:
         """Return the block's tensors.
 
         Raises:
-            SecateurError: a stored tensor is missing, has another shape than config.json gives it, or has no place.
+            SecateurError: A stored tensor is missing, has another shape than config.json gives it, or has no place.
         """
         self._collect()
         if self.model.blocks[self.index].heads:
@@ -76,7 +76,7 @@ class FileBlock:
         """Return llama.cpp's name of a tensor of the block.
 
         Raises:
-            SecateurError: the architecture has no place for it.
+            SecateurError: The architecture has no place for it.
         """
         whole = f"{self.model.family.blocks}.{self.index}.{name}"
         return place_of(self.model, self.architecture, whole).removeprefix(f"blk.{self.index}.")
@@ -141,12 +141,12 @@ def place_of(model: GgufModel, architecture: Architecture, name: str) -> str:
     """Return llama.cpp's name of a tensor.
 
     Args:
-        model: the model that has the tensor.
-        architecture: the architecture of the file.
+        model: The model that has the tensor.
+        architecture: The architecture of the file.
         name: transformers' name in the whole model.
 
     Raises:
-        SecateurError: the architecture has no place for the tensor.
+        SecateurError: The architecture has no place for the tensor.
     """
     found = gguf_name(architecture.name, len(model.blocks), name)
     if found is None:

@@ -16,11 +16,11 @@ def choose_architecture(model: GgufModel, type: str) -> Architecture:
     """Return the first architecture that computes a model.
 
     Args:
-        model: the model to write.
-        type: name of the file's type.
+        model: The model to write.
+        type: Name of the file's type.
 
     Raises:
-        SecateurError: no architecture computes the model; the message gives a reason for each one of the family.
+        SecateurError: No architecture computes the model; the message gives a reason for each one of the family.
     """
     check_type(type)
     reasons = []
@@ -50,10 +50,10 @@ def gguf_unsupported(
     """Return why no GGUF file can hold a model, pruned or to be pruned; None if one can. No weights are read.
 
     Args:
-        checkpoint: the stored model.
-        widths: width of each block.
-        type: name of the file's type.
-        biases: the recovery adds biases to output projections.
+        checkpoint: The stored model.
+        widths: Width of each block.
+        type: Name of the file's type.
+        biases: The recovery adds biases to output projections.
     """
     try:
         choose_architecture(GgufModel(checkpoint, widths, OUTPUT_LAYERS if biases else frozenset()), type)

@@ -58,16 +58,16 @@ def export(
     """Convert a folder that `prune` wrote to a GGUF file, which appears complete or not at all.
 
     Args:
-        folder: folder with config.json, weights and tokenizer. Widths are read from the config, so the model may have
+        folder: Folder with config.json, weights and tokenizer. Widths are read from the config, so the model may have
             been loaded, trained and saved again.
-        out: the file, `*.gguf`.
-        type: type of its weights: f32, f16, bf16, q8_0 or q4_0.
-        overwrite: replace a file that exists.
-        watcher: shows the progress.
-        at: path of the file until it is complete; by default a hidden name in the folder of `out`.
+        out: The file, `*.gguf`.
+        type: Type of its weights: f32, f16, bf16, q8_0 or q4_0.
+        overwrite: Replace a file that exists.
+        watcher: Shows the progress.
+        at: Path of the file until it is complete; by default a hidden name in the folder of `out`.
 
     Raises:
-        SecateurError: the folder holds no model, llama.cpp cannot compute the model, GGUF cannot hold its tokenizer, or
+        SecateurError: The folder holds no model, llama.cpp cannot compute the model, GGUF cannot hold its tokenizer, or
             the output cannot be written.
     """
     watcher = watcher or Silent()
@@ -96,7 +96,7 @@ def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel
     """Return the model of a folder, and the architecture that computes it.
 
     Raises:
-        SecateurError: no architecture does. If the widths are the reason, the message contains a command for the
+        SecateurError: No architecture does. If the widths are the reason, the message contains a command for the
             nearest plan that GGUF can hold.
     """
     widths = widths_of(checkpoint.config)
@@ -132,7 +132,7 @@ def _processor_template(folder: Path) -> Any:
     """Return the chat template in chat_template.json, an older file that tokenizers do not read; None without the file.
 
     Raises:
-        SecateurError: the file is damaged.
+        SecateurError: The file is damaged.
     """
     file = folder / "chat_template.json"
     try:

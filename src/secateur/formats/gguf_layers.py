@@ -25,7 +25,7 @@ def layer_tensors(model: GgufModel, index: int) -> Tensors:
     Fused layers are split, and matrices are outputs x inputs.
 
     Raises:
-        SecateurError: a tensor is missing, or has another shape than config.json gives it.
+        SecateurError: A tensor is missing, or has another shape than config.json gives it.
     """
     sizes, inside, tensors = model.blocks[index], model.inside[index], Tensors()
     for layer, name in model.layers.items():
@@ -72,7 +72,7 @@ def _cut(model: GgufModel, sizes: BlockSizes, layer: str, stored: str, shape: tu
     """Return a layer's part of a stored tensor.
 
     Raises:
-        SecateurError: the part has another shape than config.json gives it.
+        SecateurError: The part has another shape than config.json gives it.
     """
     tensor = stored_tensor(model, stored)
     if model.source.transposed and len(shape) == 2:
@@ -110,7 +110,7 @@ def expert_tensors(model: GgufModel, index: int) -> tuple[Tensors, frozenset[str
     """Return the matrices and biases of a block's experts, and the stored names of the tensors that contain them.
 
     Raises:
-        SecateurError: a tensor is missing.
+        SecateurError: A tensor is missing.
     """
     layout, checkpoint = model.family.experts, model.checkpoint
     if layout is None or not model.blocks[index].experts:

@@ -28,12 +28,12 @@ def gguf_byte_meter(stream: BlockStream, type: str, biases: bool = False) -> Met
     """Return the meter of the bytes of all tensors in a GGUF file.
 
     Args:
-        stream: the dense model.
-        type: type of the file, a name in `TYPES`.
-        biases: the recovery adds biases to output projections that have none, unless a norm follows.
+        stream: The dense model.
+        type: Type of the file, a name in `TYPES`.
+        biases: The recovery adds biases to output projections that have none, unless a norm follows.
 
     Raises:
-        SecateurError: no GGUF file can hold the dense model.
+        SecateurError: No GGUF file can hold the dense model.
     """
     # Vectors are float32 in files of every type.
     added = tuple(entries * torch.float32.itemsize for entries in added_biases(stream)) if biases else ()
@@ -61,7 +61,7 @@ class _ModuleBytes:
         """Return the architecture of the pruned file.
 
         Raises:
-            SecateurError: no architecture computes the dense model.
+            SecateurError: No architecture computes the dense model.
         """
         # If there is an architecture that can leave out the attention of a block without heads, the pruned file gets
         # this one.
@@ -119,10 +119,10 @@ def _expert_shape(name: str, shape: tuple[int, ...], experts: int, width: Width,
 
     Args:
         name: llama.cpp's name inside a block.
-        shape: dense shape.
-        experts: number of experts of the dense block.
-        width: the block's width.
-        shared: channels of the shared expert at that width; 0 if it keeps all channels.
+        shape: Dense shape.
+        experts: Number of experts of the dense block.
+        width: The block's width.
+        shared: Channels of the shared expert at that width; 0 if it keeps all channels.
     """
     kept, is_down = list(shape), name.startswith("ffn_down_")
     if shared and "_shexp." in name:

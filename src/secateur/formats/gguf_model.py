@@ -122,7 +122,7 @@ class GgufModel:
 
     @property
     def window_rope(self) -> dict[str, Any]:
-        """Rotary settings of layers with a window; empty if they are the same as those of other layers."""
+        """Rotary settings of layers with a window; empty if all layers have the same settings."""
         return window_rope_of(self.config)
 
     @property

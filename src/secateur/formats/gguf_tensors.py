@@ -37,7 +37,7 @@ class FileTensor:
         """Return the bytes to write.
 
         Raises:
-            SecateurError: a weight is too large for the type.
+            SecateurError: A weight is too large for the type.
         """
         values = self.values.compute().float().contiguous().numpy()
         with np.errstate(over="ignore"):
@@ -57,7 +57,7 @@ def file_tensors(model: GgufModel, architecture: Architecture, type: str) -> lis
     """Return every tensor of the file, in its order.
 
     Raises:
-        SecateurError: a stored tensor is missing, has another shape than config.json gives it, or has no place.
+        SecateurError: A stored tensor is missing, has another shape than config.json gives it, or has no place.
     """
     outside = _outside_blocks(model, architecture).items()
     tensors = [FileTensor(name, values, TYPES[type].type_of(name, values.shape)) for name, values in outside]
@@ -77,7 +77,7 @@ def _outside_blocks(model: GgufModel, architecture: Architecture) -> Tensors:
     """Return the tensors outside of blocks, by llama.cpp's names.
 
     Raises:
-        SecateurError: a tensor is missing, or llama.cpp has no place for it.
+        SecateurError: A tensor is missing, or llama.cpp has no place for it.
     """
     tied = bool(model.config.tie_word_embeddings)
     tensors = {place_of(model, architecture, name): stored_tensor(model, at) for name, at in model.outside.items()}

@@ -104,8 +104,8 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     """Return the vocabulary of a tokenizer.
 
     Args:
-        tokenizer: a tokenizer of transformers.
-        size: number of rows of the embedding, which llama.cpp assumes to be the number of tokens.
+        tokenizer: A tokenizer of transformers.
+        size: Number of rows of the embedding, which llama.cpp assumes to be the number of tokens.
 
     Raises:
         SecateurError: GGUF cannot hold the tokenizer, or its pre-tokenizer has no name here.
@@ -131,7 +131,7 @@ def _stored(tokenizer: Any) -> dict[str, Any]:
     """Return the contents of tokenizer.json.
 
     Raises:
-        SecateurError: the tokenizer has no tokenizer.json, or GGUF does not support its algorithm.
+        SecateurError: The tokenizer has no tokenizer.json, or GGUF does not support its algorithm.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -274,7 +274,7 @@ def _strips(stored: dict[str, Any], size: int) -> bool:
     """Return whether added tokens remove the spaces after them, as llama.cpp does for Phi-3.
 
     Raises:
-        SecateurError: other tokens than Phi-3's remove spaces, or tokens depend on the text around them; GGUF files
+        SecateurError: Other tokens than Phi-3's remove spaces, or tokens depend on the text around them; GGUF files
             cannot state either.
     """
     added = {token["content"]: token for token in stored["added_tokens"] if token["id"] < size}

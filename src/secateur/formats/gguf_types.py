@@ -37,7 +37,7 @@ class Storage:
 
         Args:
             name: llama.cpp's name, inside a block or outside of blocks.
-            shape: shape of the tensor.
+            shape: Shape of the tensor.
         """
         if len(shape) == 1 or name in _EXACT or name.endswith("_norm.weight"):
             return GGMLQuantizationType.F32

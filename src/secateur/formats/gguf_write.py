@@ -30,17 +30,17 @@ def write_gguf(
     """Write a file; one tensor at a time is in memory.
 
     Args:
-        path: the file.
-        model: the model to write.
-        architecture: result of `choose_architecture`.
-        tensors: result of `file_tensors`.
-        vocabulary: result of `vocabulary_of`.
-        type: a name in `TYPES`.
-        name: name of the model, for people.
-        watcher: shows the progress.
+        path: The file.
+        model: The model to write.
+        architecture: Result of `choose_architecture`.
+        tensors: Result of `file_tensors`.
+        vocabulary: Result of `vocabulary_of`.
+        type: A name in `TYPES`.
+        name: Name of the model, for people.
+        watcher: Shows the progress.
 
     Raises:
-        SecateurError: a weight is too large for the type.
+        SecateurError: A weight is too large for the type.
     """
     writer = GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)

@@ -26,12 +26,12 @@ def check_written(folder: Path, out: Path, advice: str) -> None:
     """Check that transformers opens a folder; only the language model of a multimodal model is opened.
 
     Args:
-        folder: the folder, which still has a hidden name.
-        out: the name that it will get.
-        advice: end of the error message: what the user can do.
+        folder: The folder, which still has a hidden name.
+        out: The name that it will get.
+        advice: End of the error message: what the user can do.
 
     Raises:
-        SecateurError: the folder does not open.
+        SecateurError: The folder does not open.
     """
     try:
         why = _misfit(open_checkpoint(folder))
@@ -46,9 +46,9 @@ def planned_misfit(stream: BlockStream, keeps: Mapping[int, KeptUnits], raw_conf
     """Return how a config.json differs from the tensors of a pruned model, as a clause; None if it describes them.
 
     Args:
-        stream: the dense model.
-        keeps: units that blocks keep, by block.
-        raw_config: contents of config.json.
+        stream: The dense model.
+        keeps: Units that blocks keep, by block.
+        raw_config: Contents of config.json.
     """
     with quiet():
         config = CONFIG_MAPPING[raw_config["model_type"]].from_dict(raw_config)

@@ -71,13 +71,13 @@ def per_layer_config(
     """Return the contents of config.json for a model whose blocks have different widths.
 
     Args:
-        raw_config: contents of the dense checkpoint's config.json; not changed.
-        config: the config object of the dense model.
-        widths: widths of the pruned blocks; other blocks are dense.
-        blocks: all dense blocks; the global values are the width of the first block.
-        stored_names: function that returns a tensor's names in the checkpoint, which older transformers use.
-        biases: whether the output projections (attention, feed-forward) of a block gained a bias.
-        head_dim: entries per head.
+        raw_config: Contents of the dense checkpoint's config.json; not changed.
+        config: The config object of the dense model.
+        widths: Widths of the pruned blocks; other blocks are dense.
+        blocks: All dense blocks; the global values are the width of the first block.
+        stored_names: Function that returns a tensor's names in the checkpoint, which older transformers use.
+        biases: Whether the output projections (attention, feed-forward) of a block gained a bias.
+        head_dim: Entries per head.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
@@ -137,8 +137,8 @@ def multimodal_per_layer_config(multimodal_config: dict[str, Any], language_conf
     """Return the contents of a multimodal model's config.json.
 
     Args:
-        multimodal_config: contents of the dense model's config.json.
-        language_config: the language model's part, from `per_layer_config`.
+        multimodal_config: Contents of the dense model's config.json.
+        language_config: The language model's part, from `per_layer_config`.
     """
     config_class = CONFIG_MAPPING[multimodal_config["model_type"]]
     whole, inner = stock_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config_class), MODEL_MAPPING[config_class]
@@ -203,7 +203,7 @@ def widths_of(config: Any) -> list[Width]:
     """Return the width of every block of a folder that this library wrote, of this format or the stock one.
 
     Args:
-        config: the config object, or the contents of config.json.
+        config: The config object, or the contents of config.json.
 
     Raises:
         SecateurError: config.json gives a layer impossible numbers.

@@ -40,12 +40,12 @@ class Declaration:
         """Return the output that is to be written.
 
         Args:
-            out: the file or folder.
-            source: folder of the dense model, which the output must not touch.
-            overwrite: replace an output that exists.
+            out: The file or folder.
+            source: Folder of the dense model, which the output must not touch.
+            overwrite: Replace an output that exists.
 
         Raises:
-            SecateurError: the name has the ending of another format's file.
+            SecateurError: The name has the ending of another format's file.
         """
         if self.suffix is not None:
             return Output(out, suffix=self.suffix, overwrite=overwrite)

@@ -22,9 +22,9 @@ def stock_unsupported(config: Any, width: Width, dense: Width) -> str | None:
     """Return why a stock class cannot hold blocks of one width, as a clause that ends in what to do; None if it can.
 
     Args:
-        config: the config object of the dense model.
-        width: width of the blocks that have these axes.
-        dense: their width in the dense model.
+        config: The config object of the dense model.
+        width: Width of the blocks that have these axes.
+        dense: Their width in the dense model.
     """
     kind, stock = config.model_type, family_of(config).stock
     axes = [axis_kinds()[axis] for axis, number in width.items() if number != dense[axis]]
@@ -74,10 +74,10 @@ def stock_config(
     """Return the contents of config.json for a model of one width; see `stock_unsupported` for the legal widths.
 
     Args:
-        raw_config: the dense checkpoint's config.json as stored; not changed.
-        config: the config object made from it, which holds the settings that the file leaves to defaults.
-        width: number of units along every axis that a block of the model has; the dense one gives the dense model.
-        head_dim: entries per head.
+        raw_config: The dense checkpoint's config.json as stored; not changed.
+        config: The config object made from it, which holds the settings that the file leaves to defaults.
+        width: Number of units along every axis that a block of the model has; the dense one gives the dense model.
+        head_dim: Entries per head.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.

@@ -21,10 +21,10 @@ def vllm_unsupported(config: Any, widths: Sequence[Width], *, per_layer: bool, m
     On CPUs vLLM also needs head sizes of 32, 64, 80 or some larger ones; this limits the dense model too.
 
     Args:
-        config: the config object of the dense model, or of the folder.
-        widths: width of every block.
-        per_layer: the folder has a width for each block (`--format hf`); else it is of the format `stock`.
-        multimodal: the model is inside a multimodal checkpoint.
+        config: The config object of the dense model, or of the folder.
+        widths: Width of every block.
+        per_layer: The folder has a width for each block (`--format hf`); else it is of the format `stock`.
+        multimodal: The model is inside a multimodal checkpoint.
     """
     if not per_layer:
         with_heads = [width.product(HEADS) for width in widths if KV_GROUPS in width]

@@ -59,25 +59,25 @@ def evaluate(
     """Evaluate a model, alone or beside another one.
 
     Args:
-        model: a folder, a .gguf file or a hub id.
-        against: a second model to compare with.
-        texts: files or data sets whose perplexity is measured.
-        length: tokens in a row.
-        tokens: number of tokens from the start of each text; None for all.
-        tasks: names of lm-eval's multiple-choice tasks, or of tasks in `task_path`; scored zero-shot.
-        limit: number of items from the start of each task; None for all.
-        task_path: a folder with the user's own task files.
-        speed: whether to measure prefill and decoding. Two models are measured in turns, so that their ratio is fair.
-        prompts: texts after which each model generates text.
-        device: device to compute on.
-        memory: most memory that the process may take: `8GB`, or `50%` of the free memory; half of it by default.
-        dtype: dtype to compute in.
-        revision: revision of `model` on the hub.
-        trust_remote_code: whether code that ships with the checkpoints may run.
-        watcher: progress output.
+        model: A folder, a .gguf file or a hub id.
+        against: A second model to compare with.
+        texts: Files or data sets whose perplexity is measured.
+        length: Tokens in a row.
+        tokens: Number of tokens from the start of each text; None for all.
+        tasks: Names of lm-eval's multiple-choice tasks, or of tasks in `task_path`; scored zero-shot.
+        limit: Number of items from the start of each task; None for all.
+        task_path: A folder with the user's own task files.
+        speed: Whether to measure prefill and decoding. Two models are measured in turns, so that their ratio is fair.
+        prompts: Texts after which each model generates text.
+        device: Device to compute on.
+        memory: Most memory that the process may take: `8GB`, or `50%` of the free memory; half of it by default.
+        dtype: Dtype to compute in.
+        revision: Revision of `model` on the hub.
+        trust_remote_code: Whether code that ships with the checkpoints may run.
+        watcher: Progress output.
 
     Raises:
-        SecateurError: something cannot be read or measured; found before any model is loaded where possible.
+        SecateurError: Something cannot be read or measured; found before any model is loaded where possible.
     """
     watcher = watcher or Silent()
     if dtype not in DTYPES:

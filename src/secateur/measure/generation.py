@@ -27,7 +27,7 @@ def generate(network: Any, tokenizer: Any, prompt: str) -> str:
     A model with a chat template answers the prompt; any other model continues it.
 
     Raises:
-        SecateurError: the prompt fills all positions of the model.
+        SecateurError: The prompt fills all positions of the model.
     """
     ids = prompt_ids(tokenizer, prompt)
     positions = positions_of(network.config) or len(ids) + MAX_NEW_TOKENS

@@ -29,15 +29,15 @@ def load(
     Where the model takes more memory than the process may use, its layers stay on disk and are read at every forward.
 
     Args:
-        checkpoint: the model.
-        dtype: dtype to compute in.
-        device: device to compute on.
-        memory: most memory that the process may take; see `parse_memory`.
-        whole: whether the whole model is loaded into memory, however large it is.
-        watcher: progress output.
+        checkpoint: The model.
+        dtype: Dtype to compute in.
+        device: Device to compute on.
+        memory: Most memory that the process may take; see `parse_memory`.
+        whole: Whether the whole model is loaded into memory, however large it is.
+        watcher: Progress output.
 
     Raises:
-        SecateurError: weights are missing or of another shape, which transformers would replace by random ones.
+        SecateurError: Weights are missing or of another shape, which transformers would replace by random ones.
     """
     size = sum(info.entries for info in checkpoint.weights.values()) * dtype.itemsize
     offloads = not whole and device.type == "cpu" and size > parse_memory(memory) - rss_bytes()

@@ -60,14 +60,14 @@ def perplexity(
     """Measure the perplexity of rows; the losses are summed in float64.
 
     Args:
-        model: any causal language model of transformers.
-        rows: token ids on any device (rows x length), length at least 2.
-        batch: most rows in a forward; fewer where the logits would grow too large.
-        watcher: progress output.
-        what: label of the progress bar.
+        model: Any causal language model of transformers.
+        rows: Token ids on any device (rows x length), length at least 2.
+        batch: Most rows in a forward; fewer where the logits would grow too large.
+        watcher: Progress output.
+        what: Label of the progress bar.
 
     Raises:
-        SecateurError: there is nothing to score, an id is outside the model's vocabulary, or the loss is not finite.
+        SecateurError: There is nothing to score, an id is outside the model's vocabulary, or the loss is not finite.
     """
     count, length = rows.shape
     if batch < 1:

@@ -58,14 +58,14 @@ def speeds(
     """Measure the speed of each model, in turns, so that ratios are right on a busy machine too.
 
     Args:
-        models: causal language models of transformers that can generate.
-        prompt: tokens in the prompt: random ids, the same in every run.
-        new: number of decode steps.
-        batch: rows generated together.
-        repeats: number of measured runs of each model, after one run that warms up and is not counted.
+        models: Causal language models of transformers that can generate.
+        prompt: Tokens in the prompt: random ids, the same in every run.
+        new: Number of decode steps.
+        batch: Rows generated together.
+        repeats: Number of measured runs of each model, after one run that warms up and is not counted.
 
     Raises:
-        SecateurError: a size is below 1, or there are more tokens than a model has positions.
+        SecateurError: A size is below 1, or there are more tokens than a model has positions.
     """
     for name, value in (("prompt", prompt), ("new", new), ("batch", batch), ("repeats", repeats)):
         if value < 1:

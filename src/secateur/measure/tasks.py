@@ -42,11 +42,11 @@ def open_tasks(
     """Open tasks with their items; no model is needed.
 
     Args:
-        names: names of tasks, tags or groups of lm-eval, or of tasks in `task_path`, which come first. A group opens
+        names: Names of tasks, tags or groups of lm-eval, or of tasks in `task_path`, which come first. A group opens
             all its members.
-        limit: number of items from the start of each task; None for all.
-        task_path: a folder that is searched, with its subfolders, for task files (.yaml) in lm-eval's form.
-        watcher: progress output.
+        limit: Number of items from the start of each task; None for all.
+        task_path: A folder that is searched, with its subfolders, for task files (.yaml) in lm-eval's form.
+        watcher: Progress output.
 
     Raises:
         SecateurError: lm-eval is not installed, a folder or task does not exist, its data cannot be read, or it does
@@ -126,7 +126,7 @@ def _open(task: Any, limit: int | None) -> OpenTask:
     """Return an lm-eval task with its items.
 
     Raises:
-        SecateurError: the task does not choose between answers, or does not count right ones.
+        SecateurError: The task does not choose between answers, or does not count right ones.
     """
     name = task.task_name
     try:
@@ -158,7 +158,7 @@ def silence(stderr: bool = True) -> Iterator[None]:
     """Suppress the messages of lm-eval and datasets.
 
     Args:
-        stderr: whether standard error is suppressed too, which also hides progress bars that have no switch.
+        stderr: Whether standard error is suppressed too, which also hides progress bars that have no switch.
     """
     import datasets
 

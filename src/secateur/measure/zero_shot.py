@@ -74,9 +74,9 @@ def accuracy_ratio(first: Accuracy, second: Accuracy) -> AccuracyRatio | None:
     """Return the first accuracy over the second, both on the same items; None if the second is 0.
 
     The interval is normal on the logarithm of the ratio (delta method). The variance of the logarithm is the variance
-    of the mean of `x / mean(x) - y / mean(y)` over the items' outcomes x and y. For outcomes of 0 and 1 it equals
-    (items that only one model has right) / (items right in the first * items right in the second), so items on which
-    both models agree do not widen the interval.
+    of the mean of `x / mean(x) - y / mean(y)` over the items' outcomes x and y. For outcomes of 0 and 1 it is the
+    number of items that only one model has right, divided by the product of the two models' numbers of right items. So
+    items on which both models agree do not widen the interval.
     """
     x, y = sum(first.outcomes), sum(second.outcomes)
     if not y:
@@ -100,14 +100,14 @@ def zero_shot(
     """Measure the accuracy of a model on each task, without examples in the prompt and without a chat template.
 
     Args:
-        network: a causal language model of transformers, scored on its device and in its dtype.
-        tokenizer: its tokenizer.
-        tasks: tasks from `open_tasks`.
-        watcher: progress output.
-        what: label of the progress bar; the task's name is added.
+        network: A causal language model of transformers, scored on its device and in its dtype.
+        tokenizer: Its tokenizer.
+        tasks: Tasks from `open_tasks`.
+        watcher: Progress output.
+        what: Label of the progress bar; the task's name is added.
 
     Raises:
-        SecateurError: the tokenizer belongs to another model or has neither BOS nor EOS, an answer has no tokens or
+        SecateurError: The tokenizer belongs to another model or has neither BOS nor EOS, an answer has no tokens or
             more than the model has positions, or logits are not finite.
     """
     results: list[TaskResult] = []

@@ -36,7 +36,7 @@ def read_activations(file: Path | None, streams: Sequence[Activations], processe
     """Fill activations of all processes from a file of rank 0; other ranks pass None.
 
     Raises:
-        SecateurError: the file is missing or damaged: its hash is not `wanted`.
+        SecateurError: The file is missing or damaged: its hash is not `wanted`.
     """
     read = hashlib.sha256()
     try:

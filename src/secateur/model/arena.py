@@ -71,7 +71,7 @@ class Activations:
     """Vectors of all tokens of some `Rows`, in CPU memory or in files; indexed by a `Batch` (b x t x width).
 
     Attributes:
-        parts: one tensor for each group of rows (rows x t x width).
+        parts: One tensor for each group of rows (rows x t x width).
     """
 
     def __init__(self, parts: list[Tensor | FileRows]):
@@ -99,8 +99,8 @@ class Arena:
         """Create an empty arena.
 
         Args:
-            limit: largest number of bytes in memory; by default a quarter of the machine's memory.
-            folder: folder of the files; by default the system's folder for temporary files.
+            limit: Largest number of bytes in memory; by default a quarter of the machine's memory.
+            folder: Folder of the files; by default the system's folder for temporary files.
         """
         self.limit = psutil.virtual_memory().total // 4 if limit is None else limit
         self.folder = folder

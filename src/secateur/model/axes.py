@@ -127,7 +127,7 @@ class Axis:
         """Return the numbers of units that a plan may choose: the dense number first; zero is left out.
 
         Args:
-            multiple: the value of `--round`, which rounded axes follow.
+            multiple: The value of `--round`, which rounded axes follow.
         """
         return self._stepped(self.stride(multiple))
 

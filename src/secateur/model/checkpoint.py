@@ -79,12 +79,12 @@ class Checkpoint(Stored):
     """Decoder language model on disk.
 
     Attributes:
-        path: folder with the files.
-        raw_config: contents of config.json, or its part for the language model.
-        dtype: the most common floating dtype of the stored weights, by bytes.
-        trust_remote_code: whether the checkpoint's own code is needed and may run.
-        quantised: whether weights are stored quantised; `read` returns them dequantised.
-        left_out: stored tensors that the model has no place for; see `leave_out_prediction_heads` and `check_shapes`.
+        path: Folder with the files.
+        raw_config: Contents of config.json, or its part for the language model.
+        dtype: The most common floating dtype of the stored weights, by bytes.
+        trust_remote_code: Whether the checkpoint's own code is needed and may run.
+        quantised: Whether weights are stored quantised; `read` returns them dequantised.
+        left_out: Stored tensors that the model has no place for; see `leave_out_prediction_heads` and `check_shapes`.
     """
 
     path: Path
@@ -206,7 +206,7 @@ class Checkpoint(Stored):
         """Check that a dtype can represent every weight; all weights are read.
 
         Raises:
-            SecateurError: a weight would become infinite in that dtype; the message names the tensor.
+            SecateurError: A weight would become infinite in that dtype; the message names the tensor.
         """
         most = torch.finfo(dtype).max
         for name, info in self.weights.items():
@@ -233,7 +233,7 @@ class Checkpoint(Stored):
         """Build the model of the config with a class of transformers, in float32 and without weights.
 
         Raises:
-            SecateurError: the class cannot build the model.
+            SecateurError: The class cannot build the model.
         """
         try:
             return empty_model(auto, self.config)
@@ -248,10 +248,10 @@ class Checkpoint(Stored):
         treated as untied.
 
         Args:
-            model: the transformers model, on the meta device or not.
+            model: The transformers model, on the meta device or not.
 
         Raises:
-            SecateurError: tensors other than tied ones are missing, or tensors have another shape.
+            SecateurError: Tensors other than tied ones are missing, or tensors have another shape.
         """
         tied = _tied(model)
         missing, wrong, unused = self._compared(model)
@@ -322,7 +322,7 @@ class Checkpoint(Stored):
         """Return the checkpoint's tokenizer.
 
         Raises:
-            SecateurError: the checkpoint has no tokenizer, or transformers cannot load it.
+            SecateurError: The checkpoint has no tokenizer, or transformers cannot load it.
         """
         if not self.has_tokenizer:
             raise SecateurError(f"{self.source}: no tokenizer files; copy the model's into the folder")
@@ -345,13 +345,13 @@ def open_checkpoint(
     """Open a model.
 
     Args:
-        model: path of a folder or of a .gguf file, or a hub id. An existing path takes precedence over a hub id.
-        revision: branch, tag or commit of a hub id.
-        trust_remote_code: whether the checkpoint's own code may run if transformers does not know the model.
-        dtype: dtype to which a GGUF file is dequantised; other checkpoints keep their dtype.
+        model: Path of a folder or of a .gguf file, or a hub id. An existing path takes precedence over a hub id.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Whether the checkpoint's own code may run if transformers does not know the model.
+        dtype: Dtype to which a GGUF file is dequantised; other checkpoints keep their dtype.
 
     Raises:
-        SecateurError: the model does not exist, is broken or incomplete, is not a decoder language model, or is
+        SecateurError: The model does not exist, is broken or incomplete, is not a decoder language model, or is
             quantised in an unknown way.
     """
     source = str(model)

@@ -40,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the contents of config.json.
 
     Raises:
-        SecateurError: the file is missing or not JSON, or a value that every model needs is missing or impossible.
+        SecateurError: The file is missing or not JSON, or a value that every model needs is missing or impossible.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -63,7 +63,7 @@ def _parsed(file: Path) -> Any:
     """Return the value in a JSON file.
 
     Raises:
-        SecateurError: the file is not JSON.
+        SecateurError: The file is not JSON.
     """
     try:
         return parse_json(file.read_text(encoding="utf-8"))
@@ -80,8 +80,8 @@ def empty_model(auto: Any, config: Any) -> Any:
     """Build the model of a config in float32, with its parameters on the meta device.
 
     Args:
-        auto: an auto class of transformers, or the class of a model.
-        config: the config object.
+        auto: An auto class of transformers, or the class of a model.
+        config: The config object.
     """
     make = getattr(auto, "from_config", None) or auto._from_config
     # Without this, drawing random values for parameters that have no memory would take most of the time.
@@ -97,7 +97,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     transformers builds no model with it.
 
     Raises:
-        SecateurError: the model is of another kind, is unknown to transformers, or is quantised in an unknown way.
+        SecateurError: The model is of another kind, is unknown to transformers, or is quantised in an unknown way.
     """
     file, kind = folder / "config.json", raw["model_type"]
     _check_readable(file, raw, trust_remote_code)
@@ -170,8 +170,8 @@ def _prepare(config: Any, stored: dict[str, Any] | None) -> None:
     """Set values of a config object so that its blocks can be built and run one by one.
 
     Args:
-        config: the config object.
-        stored: its part of config.json, in which an impossible padding token is removed too.
+        config: The config object.
+        stored: Its part of config.json, in which an impossible padding token is removed too.
     """
     if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", float("inf")):
         config.pad_token_id = None
@@ -191,12 +191,12 @@ def _check_multimodal(file: Path, raw: dict[str, Any], config: Any, tower: str) 
 
     Args:
         file: config.json, for error messages.
-        raw: contents of the file.
-        config: the config object.
-        tower: config key of a tower, for error messages.
+        raw: Contents of the file.
+        config: The config object.
+        tower: Config key of a tower, for error messages.
 
     Raises:
-        SecateurError: the language model is not supported, or transformers does not open the whole model.
+        SecateurError: The language model is not supported, or transformers does not open the whole model.
     """
     inner = getattr(getattr(config, TEXT, None), "model_type", None)
     supported = _family_name(inner) in FAMILIES

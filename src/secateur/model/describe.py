@@ -19,11 +19,11 @@ def describe(config: Any, layer: nn.Module) -> Block:
     """Describe a block.
 
     Args:
-        config: the model's config.
-        layer: one of its blocks, on any device; only names, types and shapes are read.
+        config: The model's config.
+        layer: One of its blocks, on any device; only names, types and shapes are read.
 
     Raises:
-        SecateurError: the family's entry names a tensor that is not there, or one tensor for two layers.
+        SecateurError: The family's entry names a tensor that is not there, or one tensor for two layers.
     """
     family = family_of(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}

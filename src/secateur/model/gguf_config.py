@@ -35,7 +35,7 @@ def read_config(file: GgufFile, reader: GGUFReader) -> Any:
     """Return the config of a file.
 
     Raises:
-        SecateurError: a metadata key is unknown or missing, or has a value that the model's class does not support.
+        SecateurError: A metadata key is unknown or missing, or has a value that the model's class does not support.
     """
     kind = file.reading.model_type
     _check_keys(file)
@@ -106,7 +106,7 @@ def _stated(file: GgufFile, default: Any) -> dict[str, Any]:
     """Return the config values that metadata state.
 
     Raises:
-        SecateurError: the model's class does not support one of these values.
+        SecateurError: The model's class does not support one of these values.
     """
     kind, constants, metadata = file.reading.model_type, _constants(file), file.metadata
     keys = {**KEYS, **_keys(file)}
@@ -179,7 +179,7 @@ def _experts(file: GgufFile) -> Mapping[str, Any]:
     """Return the config values of a mixture of experts; nothing for a file without experts.
 
     Raises:
-        SecateurError: the metadata state zero experts per token, or more than there are experts.
+        SecateurError: The metadata state zero experts per token, or more than there are experts.
     """
     names, metadata = file.reading.family.experts, file.metadata
     if names is None or not metadata.get("expert_count"):

@@ -75,18 +75,18 @@ class GgufFile:
 
     Attributes:
         architecture: llama.cpp's name of the architecture.
-        metadata: metadata of the architecture, by keys without its name.
-        reading: the family whose entry is used to read the file.
-        blocks: number of blocks, without the extra blocks at the end that predict later tokens (multi-token
+        metadata: Metadata of the architecture, by keys without its name.
+        reading: The family whose entry is used to read the file.
+        blocks: Number of blocks, without the extra blocks at the end that predict later tokens (multi-token
             prediction).
-        tensors: tensors of these blocks, and tensors outside of blocks, by name.
+        tensors: Tensors of these blocks, and tensors outside of blocks, by name.
     """
 
     def __init__(self, reader: GGUFReader):
         """List the tensors without reading them.
 
         Raises:
-            SecateurError: the architecture or a type of weights is not supported, or the number of blocks is wrong.
+            SecateurError: The architecture or a type of weights is not supported, or the number of blocks is wrong.
         """
         self.architecture, self.metadata, self._fields = architecture_of(reader), metadata_of(reader), reader.fields
         self.reading = self._reading({tensor.name for tensor in reader.tensors})
@@ -147,7 +147,7 @@ class GgufFile:
         """Return a tensor's shape, outputs before inputs.
 
         Raises:
-            SecateurError: the file has no such tensor.
+            SecateurError: The file has no such tensor.
         """
         if name not in self.tensors:
             raise SecateurError(f"tensor {name} is missing")

@@ -54,10 +54,10 @@ def changes_of(name: str, stored: str, config: Any, *, permuted: bool, order: Or
     Args:
         name: transformers' name of the tensor, or the end of this name.
         stored: llama.cpp's name of the tensor, or the end of this name.
-        config: the config object.
-        permuted: the file's query and key heads have another order of entries than the checkpoint's, because
+        config: The config object.
+        permuted: The file's query and key heads have another order of entries than the checkpoint's, because
             neighbouring entries rotate together.
-        order: order of the value heads of linear attention in the file; None without linear attention.
+        order: Order of the value heads of linear attention in the file; None without linear attention.
     """
     leaf = name.partition("linear_attn.")[2]
     rules = (

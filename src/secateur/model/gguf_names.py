@@ -26,7 +26,7 @@ def gguf_name(architecture: str, blocks: int, name: str) -> str | None:
 
     Args:
         architecture: llama.cpp's name of the architecture.
-        blocks: number of blocks of the model.
+        blocks: Number of blocks of the model.
         name: transformers' name of the tensor in the whole model.
     """
     for pattern, unlisted in _UNLISTED.items():

@@ -42,7 +42,7 @@ def rope_of(config: Any) -> Numbers:
 
 
 def window_rope_of(config: Any) -> Numbers:
-    """Return the rotary settings of layers with a window; empty if they are the same as those of other layers."""
+    """Return the rotary settings of layers with a window; empty if all layers have the same settings."""
     return (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
 
 
@@ -67,9 +67,9 @@ def rope_metadata(config: Any, rotated: int, sections: Sections | None) -> Numbe
     not written.
 
     Args:
-        config: the config object.
-        rotated: number of rotated entries of a head.
-        sections: order of the frequencies for pictures; None if the model has no sections (`mrope_section`).
+        config: The config object.
+        rotated: Number of rotated entries of a head.
+        sections: Order of the frequencies for pictures; None if the model has no sections (`mrope_section`).
     """
     if not (rope := rope_of(config)):
         return {}
@@ -144,8 +144,8 @@ def rope_tensors(config: Any, dim: int) -> dict[str, Tensor]:
     """Return the tensors of factors that a file holds, by llama.cpp's names.
 
     Args:
-        config: the config object.
-        dim: entries per head in layers without a window.
+        config: The config object.
+        dim: Entries per head in layers without a window.
     """
     return _FACTOR_TENSORS.get(rope_kind(config), lambda *_: {})(config, dim)
 
@@ -182,12 +182,12 @@ def read_rope(config: Any, metadata: Numbers, factors: Numbers) -> None:
     """Add the rotary settings of a file to a config, in place.
 
     Args:
-        config: the config object.
-        metadata: the file's metadata, by keys without the architecture.
-        factors: the file's tensors among `FACTORS`, in float64.
+        config: The config object.
+        metadata: The file's metadata, by keys without the architecture.
+        factors: The file's tensors among `FACTORS`, in float64.
 
     Raises:
-        SecateurError: no config can describe the file's rotary settings.
+        SecateurError: No config can describe the file's rotary settings.
     """
     if (rope := getattr(config, "rope_parameters", None)) is None:
         return
@@ -212,12 +212,12 @@ def read_family_rope(config: Any, metadata: Numbers, input: GgufInput) -> None:
     """Add rotary settings that only some families have to a config, in place; to be called after `read_rope`.
 
     Args:
-        config: the config object.
-        metadata: the file's metadata, by keys without the architecture.
-        input: the family's entry for reading GGUF files.
+        config: The config object.
+        metadata: The file's metadata, by keys without the architecture.
+        input: The family's entry for reading GGUF files.
 
     Raises:
-        SecateurError: the model's class does not support a setting in the metadata.
+        SecateurError: The model's class does not support a setting in the metadata.
     """
     rope = config.rope_parameters
     if sections := metadata.get("rope.dimension_sections"):
@@ -235,7 +235,7 @@ def _read_latent_scale(config: Any, metadata: Numbers) -> Numbers:
     """Return YaRN's scale in latent attention; nothing for other attention.
 
     Raises:
-        SecateurError: the file does not state the scale.
+        SecateurError: The file does not state the scale.
     """
     if family_of(config).latent is None:
         return {}
@@ -328,12 +328,12 @@ def llama3_settings(factors: Any, theta: float, rotated: int) -> Numbers:
     factors.
 
     Args:
-        factors: the file's factors, one for each pair of rotated entries.
-        theta: base of the frequencies.
-        rotated: number of rotated entries of a head.
+        factors: The file's factors, one for each pair of rotated entries.
+        theta: Base of the frequencies.
+        rotated: Number of rotated entries of a head.
 
     Raises:
-        SecateurError: no such settings give the factors.
+        SecateurError: No such settings give the factors.
     """
     wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2) / rotated)
     factor = round(float(factors.max()), 5)
@@ -363,7 +363,7 @@ def _read_proportional(metadata: Numbers, factors: Numbers) -> Numbers:
     """Return the settings of Gemma 4's layers without a window: the share of frequencies that rotate, and their factor.
 
     Raises:
-        SecateurError: no such settings give the factors.
+        SecateurError: No such settings give the factors.
     """
     stored = factors.get(FREQUENCY_FACTORS, np.empty(0))
     rotating = stored[stored < NO_ROTATION / 2]

@@ -38,11 +38,11 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
     memory for one block if secateur itself reads it.
 
     Args:
-        file: the GGUF file.
-        dtype: dtype of the weights to write.
+        file: The GGUF file.
+        dtype: Dtype of the weights to write.
 
     Raises:
-        SecateurError: the file is broken, one of several parts, or of an architecture that neither transformers nor
+        SecateurError: The file is broken, one of several parts, or of an architecture that neither transformers nor
             secateur reads; or the cache cannot be written.
     """
     with file.open("rb") as stream:
@@ -77,7 +77,7 @@ def _opened(file: Path) -> GGUFReader:
     """Return the reader of a file's metadata.
 
     Raises:
-        SecateurError: the file is broken or one of several parts, or neither transformers nor secateur reads its
+        SecateurError: The file is broken or one of several parts, or neither transformers nor secateur reads its
             architecture. Without this check, transformers would fail late or with a long traceback.
     """
     try:
@@ -104,7 +104,7 @@ def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -
     """Write model and tokenizer into a folder that exists.
 
     Raises:
-        SecateurError: the file cannot be read.
+        SecateurError: The file cannot be read.
     """
     try:
         # Redirection is the only way to hide the progress bar of the dequantisation.

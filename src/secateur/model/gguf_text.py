@@ -36,12 +36,12 @@ def read_tokenizer(file: Path, reader: GGUFReader, read_here: bool) -> Any:
     """Return the tokenizer of a file.
 
     Args:
-        file: the GGUF file.
-        reader: the open file.
+        file: The GGUF file.
+        reader: The open file.
         read_here: secateur reads the weights, so that transformers has no tokenizer class for the architecture.
 
     Raises:
-        SecateurError: the pre-tokenizer is not known here.
+        SecateurError: The pre-tokenizer is not known here.
     """
 
     def stated(key: str, default: Any = None) -> Any:

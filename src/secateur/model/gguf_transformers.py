@@ -22,7 +22,7 @@ def complete_config(config: Any, reader: GGUFReader) -> None:
     """Add to a config, in place, what transformers has not read from a file.
 
     Raises:
-        SecateurError: no config can describe the file's rotary settings.
+        SecateurError: No config can describe the file's rotary settings.
     """
     metadata, gguf = metadata_of(reader), FAMILIES.get(config.model_type, Family()).gguf
     factors = {
@@ -51,12 +51,12 @@ def check_read(model: Any, reader: GGUFReader, missing: Collection[str]) -> None
     transformers fills parameters that it does not find with random numbers, and reports no weights that it skips.
 
     Args:
-        model: the model that transformers made of the file.
-        reader: the open file.
-        missing: names of parameters that transformers did not find.
+        model: The model that transformers made of the file.
+        reader: The open file.
+        missing: Names of parameters that transformers did not find.
 
     Raises:
-        SecateurError: a weight is missing or left over.
+        SecateurError: A weight is missing or left over.
     """
     if missing:
         raise SecateurError(f"transformers cannot find {min(missing)} in it")

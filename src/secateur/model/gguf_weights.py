@@ -48,11 +48,11 @@ def folder_writer(reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], No
     float32.
 
     Args:
-        reader: the open file.
-        dtype: dtype of the weights to write; biases on the choice of experts are written as float32.
+        reader: The open file.
+        dtype: Dtype of the weights to write; biases on the choice of experts are written as float32.
 
     Raises:
-        SecateurError: the architecture is not supported, or metadata or tensors do not fit the model's class.
+        SecateurError: The architecture is not supported, or metadata or tensors do not fit the model's class.
     """
     file = GgufFile(reader)
     config = read_config(file, reader)
@@ -79,7 +79,7 @@ def _shards(file: GgufFile, config: Any) -> list[list[Read]]:
     tensors.
 
     Raises:
-        SecateurError: tensors are missing, left over, or have other shapes than the model's class gives them.
+        SecateurError: Tensors are missing, left over, or have other shapes than the model's class gives them.
     """
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -128,7 +128,7 @@ class _Parameter:
         """Return the tensors of the file that hold the parameter, and how to read them.
 
         Raises:
-            SecateurError: the file lacks a tensor, or has one of another shape.
+            SecateurError: The file lacks a tensor, or has one of another shape.
         """
         experts, split = self.family.experts, split_of(self.inside)
         if experts and self.inside.startswith(f"{self.family.mixture}{experts.experts}."):

@@ -66,11 +66,11 @@ def replayed(
     """Let a module return a stored output.
 
     Args:
-        layer: the filled block.
-        module: its module.
-        hidden_btd: residual stream before the block.
-        value: output to return; None for zeros.
-        provides_keys: whether the module must still run, because later blocks attend to its keys and values.
+        layer: The filled block.
+        module: Its module.
+        hidden_btd: Residual stream before the block.
+        value: Output to return; None for zeros.
+        provides_keys: Whether the module must still run, because later blocks attend to its keys and values.
     """
     output = torch.zeros_like(hidden_btd) if value is None else value.to(hidden_btd.device)
 

@@ -45,13 +45,13 @@ def hub_folder(repo: str, revision: str | None) -> Path:
 
     Args:
         repo: `owner/name`.
-        revision: a branch, tag or commit; None for the main branch.
+        revision: A branch, tag or commit; None for the main branch.
 
     Returns:
         The snapshot in the local cache. If the cache has a complete one, the hub is not asked.
 
     Raises:
-        SecateurError: the model is not in the cache, and the hub cannot be reached, does not have the model, refuses
+        SecateurError: The model is not in the cache, and the hub cannot be reached, does not have the model, refuses
             access, or has no safetensors weights for it.
     """
     cached = _cached(repo, revision)
@@ -85,7 +85,7 @@ def choose_files(repo: str, names: list[str]) -> list[str]:
     """Return the files of a repository to download: one set of weights, the configs, the tokenizer.
 
     Raises:
-        SecateurError: there are no safetensors weights.
+        SecateurError: There are no safetensors weights.
     """
     top = [name for name in names if len(PurePosixPath(name).parts) == 1]
     chosen = [name for name in top if name.endswith(_SUFFIXES)]

@@ -37,8 +37,8 @@ def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
     """Return the sizes of a block's tensors and attributes as functions of its numbers of units.
 
     Args:
-        block: the dense block.
-        keys: keys of the block's numbers of units; without a key of the KV groups, each head is a group.
+        block: The dense block.
+        keys: Keys of the block's numbers of units; without a key of the KV groups, each head is a group.
     """
     keys = {(KV_GROUPS,): keys[HEADS], **_of_all(block.width, keys)}
     sizes: dict[str, Any] = {"shapes": {}, "attributes": {}, "attentions": {}, "feed_forwards": {}}
@@ -65,10 +65,10 @@ def model_sizes(
     Tensors have two names: one of this version of transformers, and the checkpoint's, which older versions use.
 
     Args:
-        blocks: all dense blocks.
-        keys: config keys of the numbers of units of one layer.
-        stored_names: function that returns the checkpoint's names of a tensor.
-        used: keys with several values in the model. Sizes that depend on no such key are left out.
+        blocks: All dense blocks.
+        keys: Config keys of the numbers of units of one layer.
+        stored_names: Function that returns the checkpoint's names of a tensor.
+        used: Keys with several values in the model. Sizes that depend on no such key are left out.
     """
     found: dict[str, dict[str, Any]] = {}
     for index, block in enumerate(blocks):

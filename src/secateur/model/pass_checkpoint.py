@@ -21,18 +21,18 @@ class PassCheckpoint:
     """Last saved state of a pass through the blocks. Without a run folder or a name, nothing is saved.
 
     Attributes:
-        done: number of blocks that the pass has finished.
+        done: Number of blocks that the pass has finished.
     """
 
     def __init__(self, services: Services, name: str | None = None):
         """Read the saved state, if there is one.
 
         Args:
-            services: services of this run. The run that saved the state may have had more or fewer processes.
-            name: name of the checkpoint in the run folder.
+            services: Services of this run. The run that saved the state may have had more or fewer processes.
+            name: Name of the checkpoint in the run folder.
 
         Raises:
-            SecateurError: the state is damaged.
+            SecateurError: The state is damaged.
         """
         self.folder = services.run_folder.folder(name) if services.run_folder and name else None
         self._services = services
@@ -47,10 +47,10 @@ class PassCheckpoint:
         """Return a value of the saved state, and save the result of `save` with each later state.
 
         Args:
-            name: name of the value.
-            save: function that returns the value in JSON types. Files that belong to the value must be on disk when it
+            name: Name of the value.
+            save: Function that returns the value in JSON types. Files that belong to the value must be on disk when it
                 returns.
-            default: value to return if there is no saved state.
+            default: Value to return if there is no saved state.
         """
         self._savers[name] = save
         return self._values.get(name, default)
@@ -59,14 +59,14 @@ class PassCheckpoint:
         """Yield the remaining blocks, up to `stop`. The state after a block is saved when the next block is requested.
 
         Args:
-            stop: number of blocks of the whole pass.
-            what: name of the pass, for the progress bar.
-            streams: function that returns the activations to save; when a run resumes, they are filled from the saved
+            stop: Number of blocks of the whole pass.
+            what: Name of the pass, for the progress bar.
+            streams: Function that returns the activations to save; when a run resumes, they are filled from the saved
                 state.
 
         Raises:
-            SecateurError: the saved state is damaged.
-            StoppedError: the disk is full.
+            SecateurError: The saved state is damaged.
+            StoppedError: The disk is full.
         """
         if self.done:
             file = None if self.folder is None else _file(self.folder, self.done)

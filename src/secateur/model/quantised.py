@@ -91,11 +91,11 @@ def dequantised(tensors: dict[str, TensorInfo], how: dict[str, Any], folder: Pat
     """Return the tensors of a folder, with weights in place of their quantised parts.
 
     Args:
-        tensors: stored tensors by name.
-        how: quantisation settings in config.json, from `quantisation`.
+        tensors: Stored tensors by name.
+        how: Quantisation settings in config.json, from `quantisation`.
 
     Raises:
-        SecateurError: a weight lacks a part, or its parts do not fit each other.
+        SecateurError: A weight lacks a part, or its parts do not fit each other.
     """
     weights, used = dict[str, TensorInfo](), set[str]()
     for name, info in tensors.items():
@@ -187,13 +187,13 @@ def _unpacked_integers(
     """Return the weight of packed integers.
 
     Args:
-        words: packed integers (rows x words; int32).
-        scale: factors.
-        zero_point: zero points, packed or not; None for zeros.
-        group: index of each column's group, which has one factor and zero point; None if groups are consecutive.
-        bits: number of bits of an integer.
-        rows: number of rows of the weight.
-        columns: number of columns of the weight.
+        words: Packed integers (rows x words; int32).
+        scale: Factors.
+        zero_point: Zero points, packed or not; None for zeros.
+        group: Index of each column's group, which has one factor and zero point; None if groups are consecutive.
+        bits: Number of bits of an integer.
+        rows: Number of rows of the weight.
+        columns: Number of columns of the weight.
     """
     if zero_point is not None and zero_point.dtype == torch.int32:
         # Zero points are packed along columns, not along rows.
@@ -251,9 +251,9 @@ class _Spread:
         """Find the part of the weight to which each number belongs.
 
         Args:
-            values: the numbers, as stored.
-            shape: shape of the weight.
-            block: rows and columns of a block; None without blocks.
+            values: The numbers, as stored.
+            shape: Shape of the weight.
+            block: Rows and columns of a block; None without blocks.
         """
         values = values.reshape(-1, *shape[1:-1], 1) if values.numel() == prod(shape[:-1]) else values
         values = values.reshape((1,) * len(shape)) if values.numel() == 1 else values

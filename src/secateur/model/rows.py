@@ -115,8 +115,8 @@ class Rows:
         row by row, as their batches do not change any result.
 
         Args:
-            rank: rank of the process.
-            size: number of processes.
+            rank: Rank of the process.
+            size: Number of processes.
         """
         loads = [0] * size
         result = []

@@ -81,9 +81,9 @@ class SideInputs:
         """Store the second inputs of a batch, and return the stream with its additional columns.
 
         Args:
-            at: the batch.
-            hidden_btd: residual stream before the first block.
-            arguments: arguments that the model gives to each block after the residual stream.
+            at: The batch.
+            hidden_btd: Residual stream before the first block.
+            arguments: Arguments that the model gives to each block after the residual stream.
         """
         if self.columns == self.width:
             return hidden_btd

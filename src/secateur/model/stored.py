@@ -32,9 +32,9 @@ class Stored:
     """Stored tensors of a model.
 
     Attributes:
-        source: the model as the user named it.
-        config: the transformers config object; for a multimodal model, its language model's.
-        tensors: all stored tensors by stored name.
+        source: The model as the user named it.
+        config: The transformers config object; for a multimodal model, its language model's.
+        tensors: All stored tensors by stored name.
         multimodal_config: config.json of a multimodal model; its towers and projectors are copied unchanged.
     """
 
@@ -47,7 +47,7 @@ class Stored:
         """Return a tensor by its stored name, in CPU memory, in the stored dtype.
 
         Raises:
-            KeyError: there is no such tensor.
+            KeyError: There is no such tensor.
         """
         return self.tensors[name].read()
 
@@ -112,7 +112,7 @@ class Stored:
         """Return a transformers parameter as stored, put together from its pieces.
 
         Raises:
-            SecateurError: the parameter is missing.
+            SecateurError: The parameter is missing.
         """
         pieces = self.pieces(name)
         if not pieces:

@@ -47,9 +47,9 @@ class BlockStream:
     """Open checkpoint as a sequence of blocks.
 
     Attributes:
-        model: the transformers model, without weights.
-        services: processes, memory and progress output of the run.
-        blocks: description of each dense block.
+        model: The transformers model, without weights.
+        services: Processes, memory and progress output of the run.
+        blocks: Description of each dense block.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", services: Services | None = None):
@@ -333,13 +333,13 @@ class BlockStream:
         """Run a filled block on one batch.
 
         Args:
-            layer: the block, from `filled`.
-            hidden_btc: its input, on any device.
-            group: index of the batch's group of rows.
-            replay: outputs of modules that are not to be computed (b x t x d); None for zeros.
-            watch: functions of a layer's input and output, by the layer's path.
-            until: path of the layer at which to stop. Its function gets an empty output, and the result is None.
-            modules_only: whether to leave out layers that belong to neither of the two modules.
+            layer: The block, from `filled`.
+            hidden_btc: Its input, on any device.
+            group: Index of the batch's group of rows.
+            replay: Outputs of modules that are not to be computed (b x t x d); None for zeros.
+            watch: Functions of a layer's input and output, by the layer's path.
+            until: Path of the layer at which to stop. Its function gets an empty output, and the result is None.
+            modules_only: Whether to leave out layers that belong to neither of the two modules.
         """
         hidden_btc = to_device(hidden_btc, self.device)
         args, kwargs = self.side_inputs.arguments(index, group, hidden_btc, *self._calls[group][index])
@@ -392,7 +392,7 @@ class BlockStream:
         """Run a block to its end, and check that all values are finite (b x t x c).
 
         Raises:
-            SecateurError: some are not; the message names the block and the module.
+            SecateurError: Some are not; the message names the block and the module.
         """
         after = self.run(index, layer, hidden_btc, group, **how)
         assert after is not None

@@ -160,10 +160,10 @@ def cut_down(layer: nn.Module, block: Block, width: Width, biases: Sequence[str]
     """Narrow a dense stock layer to a width, in place. The first units stay.
 
     Args:
-        layer: the layer.
-        block: its description.
-        width: number of units that the layer keeps along each axis.
-        biases: names of biases of output projections that the layer gets in addition.
+        layer: The layer.
+        block: Its description.
+        width: Number of units that the layer keeps along each axis.
+        biases: Names of biases of output projections that the layer gets in addition.
     """
     dense = numbers(block.width)
     own = {key: count for key, count in numbers(width).items() if count != dense[key]}

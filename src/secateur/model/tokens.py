@@ -10,7 +10,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     """Return the token ids of a text of any length.
 
     Raises:
-        SecateurError: the tokenizer has no ids for it.
+        SecateurError: The tokenizer has no ids for it.
     """
     try:
         encoded = tokenizer(

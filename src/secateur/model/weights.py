@@ -108,7 +108,7 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Return all tensors of a folder, from the headers of its safetensors files.
 
     Raises:
-        SecateurError: there are no weights, none that can be read without unpickling, or they are incomplete.
+        SecateurError: There are no weights, none that can be read without unpickling, or they are incomplete.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
@@ -149,7 +149,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """Return the tensors of one safetensors file.
 
     Raises:
-        SecateurError: the header is broken, or the file is shorter or longer than it says.
+        SecateurError: The header is broken, or the file is shorter or longer than it says.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -189,7 +189,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     """Return one tensor in CPU memory.
 
     Raises:
-        SecateurError: the file has become shorter since it was opened.
+        SecateurError: The file has become shorter since it was opened.
     """
     data = torch.empty(info.bytes, dtype=torch.uint8)
     with info.file.open("rb", buffering=0) as stream:

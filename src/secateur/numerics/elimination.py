@@ -58,13 +58,13 @@ def eliminate(
     """Remove units one after the other, always the one whose removal raises the minimum least.
 
     Args:
-        normal: the penalised normal equations, whose inputs are units * size.
-        size: inputs per unit.
-        stop: number of units that are left (in each group, if `groups` is given).
-        groups: number of groups of consecutive units, if every step must remove one unit from each group.
-        order: if given, the order of removal.
-        with_errors: whether to compute the error at every width.
-        weights_at: numbers of removed units at which the weights are returned.
+        normal: The penalised normal equations, whose inputs are units * size.
+        size: Inputs per unit.
+        stop: Number of units that are left (in each group, if `groups` is given).
+        groups: Number of groups of consecutive units, if every step must remove one unit from each group.
+        order: If given, the order of removal.
+        with_errors: Whether to compute the error at every width.
+        weights_at: Numbers of removed units at which the weights are returned.
     """
     units = len(normal.scale_a) // size
     state = _State(normal, size)

@@ -34,18 +34,18 @@ class Moments:
     With `centre`, the mean of the first batch is subtracted from all rows, so that the final centring does not cancel.
 
     Attributes:
-        centre: whether the moments are of deviations from the mean.
-        count: sum of the token weights.
+        centre: Whether the moments are of deviations from the mean.
+        count: Sum of the token weights.
     """
 
     def __init__(self, inputs: int, targets: int = 0, *, centre: bool = False, device: str | torch.device = "cpu"):
         """Start with empty sums.
 
         Args:
-            inputs: entries of the input (a).
-            targets: entries of the target (o); 0 for moments of the input alone.
-            centre: whether the fit has an intercept.
-            device: device of the sums.
+            inputs: Entries of the input (a).
+            targets: Entries of the target (o); 0 for moments of the input alone.
+            centre: Whether the fit has an intercept.
+            device: Device of the sums.
         """
         self.centre, self.count = centre, 0.0
         self._gram_aa = torch.zeros(inputs, inputs, device=device)
@@ -65,10 +65,10 @@ class Moments:
         """Add tokens.
 
         Args:
-            x_na: inputs, in any floating dtype.
-            t_no: targets; None for zeros.
-            weight: weight of every token in this call.
-            weights_n: factors on that weight for single tokens.
+            x_na: Inputs, in any floating dtype.
+            t_no: Targets; None for zeros.
+            weight: Weight of every token in this call.
+            weights_n: Factors on that weight for single tokens.
         """
         for start in range(0, len(x_na), CHUNK):
             x = x_na[start : start + CHUNK].float()

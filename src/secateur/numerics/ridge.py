@@ -5,8 +5,8 @@ For the kept inputs K, the refit minimises over W_K (k x o)
     ||X_K W_K - T||^2 + ridge * sum_j diag(H)_j ||W_j - W_old,j||^2,      H = X'X,  C = X'T,
 
 with the solution (H + ridge diag H)_KK W_K = C_K + ridge diag(H)_K W_old,K. All equations are in unit-diagonal
-coordinates, scale_a = sqrt(diag H), in which the diagonal of H is one: the eigenvalues of the penalised matrix then lie
-between `ridge` and the number of inputs, so that float32 is exact enough unless the ridge is tiny.
+coordinates, scale_a = sqrt(diag H), in which the diagonal of H is one. The eigenvalues of the penalised matrix then lie
+between `ridge` and the number of inputs. Float32 is exact enough unless the ridge is tiny.
 
 Shapes: a inputs, k kept inputs, o outputs.
 """
@@ -91,9 +91,9 @@ def normal_equations(
         gram_aa: X'X; of centred rows if an intercept is fitted.
         cross_ao: X'T; None if the target is the output of `old_ao`, so that X'T = X'X W_old.
         energy: ||T||^2; not read if `cross_ao` is None.
-        old_ao: the old weight, inputs first.
-        ridge: strength of the penalty toward the old weight, relative to the energy of each input.
-        overwrite: whether the result may use the memory of `gram_aa` and `cross_ao`.
+        old_ao: The old weight, inputs first.
+        ridge: Strength of the penalty toward the old weight, relative to the energy of each input.
+        overwrite: Whether the result may use the memory of `gram_aa` and `cross_ao`.
     """
     dtype = torch.float32 if ridge >= FLOAT32_RIDGE else torch.float64
     matrix = gram_aa.to(dtype, copy=not overwrite)
@@ -120,7 +120,7 @@ def least_squares(normal: NormalEquations, keep: Tensor) -> tuple[Tensor, float]
     """Return the best weights of the kept inputs (k x o), and ||XW - T||^2 without the penalty.
 
     Raises:
-        FloatingPointError: the equations hold NaN or infinity.
+        FloatingPointError: The equations hold NaN or infinity.
     """
     weight = _solve(normal.submatrix(keep), normal.right_ao[keep], normal.scaled_old()[keep])
     full = torch.zeros_like(normal.right_ao)
@@ -178,7 +178,7 @@ def factorise(matrix_aa: Tensor) -> Tensor:
     """Return the lower Cholesky factor; a matrix that rounding made indefinite gets the smallest sufficient jitter.
 
     Raises:
-        FloatingPointError: the matrix is far from positive definite.
+        FloatingPointError: The matrix is far from positive definite.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix_aa)
     jitter = torch.finfo(matrix_aa.dtype).eps * len(matrix_aa)

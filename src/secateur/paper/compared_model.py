@@ -70,7 +70,7 @@ def open_compared_model(recipe: Recipe, asked: ModelRuns, run_options: RunOption
     """Open a model and check all runs on it.
 
     Raises:
-        SecateurError: the model, a text or a run is wrong.
+        SecateurError: The model, a text or a run is wrong.
     """
     columns = columns_of("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
     # All runs are scored on rows of one length, even where the calibration length is an axis of the grid.

@@ -42,17 +42,17 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
     """Measure every dense model whose result is not in the folder yet, then write tables and a plot of all models.
 
     Args:
-        recipe: a recipe of the kind `activations` or `graph`.
-        models: folders, .gguf files or hub ids; the recipe's own models if empty.
-        out: the folder of the comparison; see `RunStore`.
-        watcher: progress output.
-        where: fields of `RunOptions`, as in `compare`.
+        recipe: A recipe of the kind `activations` or `graph`.
+        models: Folders, .gguf files or hub ids; the recipe's own models if empty.
+        out: The folder of the comparison; see `RunStore`.
+        watcher: Progress output.
+        where: Fields of `RunOptions`, as in `compare`.
 
     Returns:
         Names of the written files, as words for a message.
 
     Raises:
-        SecateurError: a model or the text cannot be read, found before the first measurement; or, in a recipe of the
+        SecateurError: A model or the text cannot be read, found before the first measurement; or, in a recipe of the
             kind `graph`, the attention of a model cannot be observed.
     """
     store = RunStore(out)
@@ -82,12 +82,12 @@ def magnitudes(stream: BlockStream, rows: Tensor | Rows, *, watcher: Watcher | N
     """Return the mean absolute activations in every block of a dense model, with one block in memory at a time.
 
     Args:
-        stream: the dense model.
-        rows: token ids (rows x length).
-        watcher: progress output.
+        stream: The dense model.
+        rows: Token ids (rows x length).
+        watcher: Progress output.
 
     Raises:
-        SecateurError: a block gives NaN or infinite values.
+        SecateurError: A block gives NaN or infinite values.
     """
     rows, result = Rows.of(rows), []
     with stream.arena() as arena:

@@ -22,12 +22,12 @@ def gather_comparison(
     """Return the comparison as far as its runs are finished.
 
     Args:
-        recipe: the recipe of the comparison.
-        models: the models that it compares.
-        scorer: the scorer of all runs.
-        planned: all runs, finished or not.
-        results: results of the finished runs, by `PlannedRun.key`.
-        failed: error messages of failed runs.
+        recipe: The recipe of the comparison.
+        models: The models that it compares.
+        scorer: The scorer of all runs.
+        planned: All runs, finished or not.
+        results: Results of the finished runs, by `PlannedRun.key`.
+        failed: Error messages of failed runs.
     """
     rows: list[Row] = []
     for model in models:

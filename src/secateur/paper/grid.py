@@ -36,19 +36,19 @@ def compare(
     """Execute the runs of a recipe of the kind `grid`.
 
     Args:
-        recipe: the recipe.
-        models: folders, .gguf files or hub ids; the recipe's own models if empty.
-        out: the folder that keeps finished runs; see `RunStore`.
-        task_path: a folder with the user's own lm-eval task files.
-        done: called with the results so far after each run, and once at the end.
-        watcher: progress output.
-        where: fields of `RunOptions`: the device, and whether the checkpoints' own code may run.
+        recipe: The recipe.
+        models: Folders, .gguf files or hub ids; the recipe's own models if empty.
+        out: The folder that keeps finished runs; see `RunStore`.
+        task_path: A folder with the user's own lm-eval task files.
+        done: Called with the results so far after each run, and once at the end.
+        watcher: Progress output.
+        where: Fields of `RunOptions`: the device, and whether the checkpoints' own code may run.
 
     Returns:
         The results of all finished runs. A run that fails is left out and named in `failed`.
 
     Raises:
-        SecateurError: a run, model, text or task is wrong in a way that can be found before the first run.
+        SecateurError: A run, model, text or task is wrong in a way that can be found before the first run.
     """
     run_options = RunOptions(**where)
     device, store = pick_device(run_options.device), RunStore(out)

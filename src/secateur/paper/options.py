@@ -83,7 +83,7 @@ class PaperOptions(Base):
         """Check that a threshold goes with similarity; alone it says how many heads go.
 
         Raises:
-            SecateurError: one is there without the other, or another option says how much goes.
+            SecateurError: One is there without the other, or another option says how much goes.
         """
         choice = self.parsed_criterion
         if choice.preselection != SIMILARITY:

@@ -119,7 +119,7 @@ def read_recipe(name: str) -> Recipe:
     """Read a recipe from a YAML file, or the recipe of that name that comes with the package.
 
     Raises:
-        SecateurError: the recipe does not exist, is not valid, or has a run with wrong options.
+        SecateurError: The recipe does not exist, is not valid, or has a run with wrong options.
     """
     path = local_path(name)
     if not path.is_file():
@@ -149,7 +149,7 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
     """Return every run of a recipe on one of its own models, or on any other model where `model` is None.
 
     Raises:
-        SecateurError: an option does not exist or is wrong, the grid is empty, or there is nothing to run.
+        SecateurError: An option does not exist or is wrong, the grid is empty, or there is nothing to run.
     """
     shared = recipe.options | (recipe.models[model].options if model is not None else {})
     _values(recipe.options, "options")
@@ -207,12 +207,12 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
     option, and the number of rows of retraining.
 
     Args:
-        recipe: the recipe.
-        changes: new values; None keeps the recipe's. Options are calibration, length and blocks; samples,
+        recipe: The recipe.
+        changes: New values; None keeps the recipe's. Options are calibration, length and blocks; samples,
             refit_samples and seeds, each a tuple of numbers; and perplexity, tasks, limit and tokens of the evaluation.
 
     Raises:
-        SecateurError: several numbers of samples are given, but the recipe has no axis for them.
+        SecateurError: Several numbers of samples are given, but the recipe has no axis for them.
     """
     raw, changes = recipe.model_dump(), {name: value for name, value in changes.items() if value is not None}
     values: dict[str, list[Any]] = {}

@@ -83,11 +83,11 @@ def fit_level1(
     """Return level-1 weights and biases that map the module's input in the pruned stream to the dense level-1 outputs.
 
     Args:
-        module: the module.
-        tensors: weights and biases of the block by name.
+        module: The module.
+        tensors: Weights and biases of the block by name.
         inputs: Gram matrix X_p'X_p of the module's input in the pruned stream, and cross moment X_p'X_d with the input
             in the dense stream. Dense outputs are linear in X_d, so these moments serve all level-1 layers.
-        ridge: ridge of the fit.
+        ridge: Ridge of the fit.
     """
     result: dict[str, Tensor] = {}
     # Slabs of one tensor share its axis and its bias.

@@ -27,7 +27,7 @@ class RunStore:
         """Check that the folder can be used, without writing to it.
 
         Raises:
-            SecateurError: the folder holds something else, or its parent does not exist.
+            SecateurError: The folder holds something else, or its parent does not exist.
         """
         if self.path.exists() and not self.path.is_dir():
             raise SecateurError(f"{self.path}: a file with this name exists; choose another name")
@@ -62,7 +62,7 @@ class RunStore:
         """Return the result of a finished run, or None if there is none.
 
         Raises:
-            SecateurError: the file of the result is damaged.
+            SecateurError: The file of the result is damaged.
         """
         path = self.path / RUNS / f"{key}.json"
         if not path.exists():

@@ -32,9 +32,9 @@ class Scorer:
         """Return perplexities, and accuracies in percent, by column.
 
         Args:
-            folder: folder of the dense or the pruned model.
-            model: the dense model, which gives tokenizer and texts.
-            what: label of the progress bars.
+            folder: Folder of the dense or the pruned model.
+            model: The dense model, which gives tokenizer and texts.
+            what: Label of the progress bars.
         """
         checkpoint = model.checkpoint
         if folder != checkpoint.path:

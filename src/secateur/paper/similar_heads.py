@@ -45,7 +45,7 @@ def check_heads(problem: PlanProblem) -> None:
     """Check that at least one head can be removed, before anything is measured.
 
     Raises:
-        SecateurError: the model or the output format does not allow fewer heads.
+        SecateurError: The model or the output format does not allow fewer heads.
     """
     reasons = []
     blocks = [problem.blocks[index] for index in problem.pruned_blocks]
@@ -66,7 +66,7 @@ def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: flo
     """Return the plan that removes similar heads and nothing else; it lists the units to keep.
 
     Raises:
-        SecateurError: no heads are similar, or all but one head of every block are.
+        SecateurError: No heads are similar, or all but one head of every block are.
     """
     found = find_similar_heads(distances, tau)
     removed, widths, units = {}, {}, {}

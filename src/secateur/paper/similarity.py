@@ -18,13 +18,13 @@ from secateur.base.errors import SecateurError
 def candidates(distances_hh: Tensor, tau: float) -> tuple[int, ...]:
     """Return the heads that can be removed, in ascending order.
 
-    Algorithm 2 of the paper: for all pairs (i, j) with i != j, i in the outer and j in the inner loop: if the distance
-    is below tau and neither head is a candidate yet, i becomes a candidate. So the lower index of a similar pair is
-    removed, and the last head of a group of similar heads stays.
+    Algorithm 2 of the paper visits all pairs (i, j) with i != j, with i in the outer and j in the inner loop. If the
+    distance of a pair is below tau and neither head is a candidate yet, i becomes a candidate. So the lower index of a
+    similar pair is removed, and the last head of a group of similar heads stays.
 
     Args:
-        distances_hh: distances between the heads of one module (heads x heads).
-        tau: threshold in the unit of the distances.
+        distances_hh: Distances between the heads of one module (heads x heads).
+        tau: Threshold in the unit of the distances.
     """
     near = distances_hh < tau
     near.fill_diagonal_(False)
@@ -76,11 +76,11 @@ def find_similar_heads(distances: Mapping[int, Tensor], tau: float) -> SimilarHe
     """Return the similar heads of every block.
 
     Args:
-        distances: distances between the heads of each block (heads x heads).
-        tau: threshold in the unit of the distances.
+        distances: Distances between the heads of each block (heads x heads).
+        tau: Threshold in the unit of the distances.
 
     Raises:
-        SecateurError: no heads are similar, or all are.
+        SecateurError: No heads are similar, or all are.
     """
     pairs = torch.cat([table[torch.ones_like(table, dtype=torch.bool).triu(1)] for table in distances.values()])
     least, largest = float(pairs.min()), float(pairs.max())

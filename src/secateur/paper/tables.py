@@ -28,12 +28,12 @@ def write_table(
     """Write `table.md`, `table.csv` and `table.json` into a folder, each atomically.
 
     Args:
-        out: the folder.
-        title: title of the Markdown table.
-        notes: lines above the Markdown table.
-        shown: rows of the Markdown table, the head first.
-        whole: rows of the CSV, the head first.
-        contents: contents of the JSON file.
+        out: The folder.
+        title: Title of the Markdown table.
+        notes: Lines above the Markdown table.
+        shown: Rows of the Markdown table, the head first.
+        whole: Rows of the CSV, the head first.
+        contents: Contents of the JSON file.
     """
     head, *rows = (f"| {' | '.join(cells)} |" for cells in shown)
     lines = [f"# {title}", "", *notes, "", head, "|" + "---|" * len(shown[0]), *rows]

@@ -87,8 +87,8 @@ def search_uniform_widths(problem: PlanProblem, *, allow_excess: bool) -> Unifor
     For each number of KV groups and heads, the search looks for the feed-forward width that fills the budget.
 
     Args:
-        problem: the target, and the widths to choose from.
-        allow_excess: also accept a width that exceeds the budget, if it is nearer to the budget than the next
+        problem: The target, and the widths to choose from.
+        allow_excess: Also accept a width that exceeds the budget, if it is nearer to the budget than the next
             narrower one.
     """
     dense, meter, budget = problem.reference_block.width, problem.meter, problem.budget

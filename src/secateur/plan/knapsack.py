@@ -45,9 +45,9 @@ def select_options(costs: Sequence[Floats], sizes: Sequence[Floats], budget: flo
     """Select one option for each module so that the total cost is lowest and the total size is within the budget.
 
     Args:
-        costs: for each module, the cost of each option; finite.
-        sizes: for each module, the size of each option.
-        budget: largest total size, in the unit of `sizes`.
+        costs: For each module, the cost of each option; finite.
+        sizes: For each module, the size of each option.
+        budget: Largest total size, in the unit of `sizes`.
 
     Returns:
         The selection; None if even the smallest options exceed the budget.

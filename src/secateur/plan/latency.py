@@ -111,14 +111,14 @@ def latency_table(
     """Return the table for blocks with the shapes of one block, from the cache on disk or by a measurement.
 
     Args:
-        stream: the dense model.
-        index: index of the block.
+        stream: The dense model.
+        index: Index of the block.
         kind: `prefill` for a prompt of `PROMPT_TOKENS` tokens; `decode` for one token with `PROMPT_TOKENS` tokens in
             the cache.
-        device: device on which to measure.
-        dtype: dtype of weights and activations.
-        watcher: display of progress.
-        timer: replacement for the clock, for tests; its results share the cache with the clock's.
+        device: Device on which to measure.
+        dtype: Dtype of weights and activations.
+        watcher: Display of progress.
+        timer: Replacement for the clock, for tests; its results share the cache with the clock's.
     """
     facts = _cache_key(stream, index, kind, device, dtype)
     file = cache_folder() / "latency" / f"{hash_json(facts)}.json"

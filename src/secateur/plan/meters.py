@@ -44,7 +44,7 @@ class Meter:
         """Return the size of the model at the given widths, including biases that recovery adds.
 
         Args:
-            widths: width of each pruned block, by its index. All other blocks stay dense.
+            widths: Width of each pruned block, by its index. All other blocks stay dense.
         """
         current = [(index, dense.kinds, widths.get(index, dense)) for index, dense in enumerate(self.dense_widths)]
         modules = (self.module_size(index, kind, width) for index, kinds, width in current for kind in kinds)
@@ -69,16 +69,16 @@ def meter_of(
     """Return the meter of the quantity that a target limits.
 
     Args:
-        target: any target but `ppl`: perplexity is not a sum over modules.
-        stream: the open model.
-        output_bytes: function that returns the meter of bytes in the output format.
-        dtype: dtype in which the pruned model will run.
-        device: device on which time is measured.
-        watcher: display of progress while time is measured.
-        biases: whether recovery adds biases; see `parameter_meter`.
+        target: Any target but `ppl`: perplexity is not a sum over modules.
+        stream: The open model.
+        output_bytes: Function that returns the meter of bytes in the output format.
+        dtype: Dtype in which the pruned model will run.
+        device: Device on which time is measured.
+        watcher: Display of progress while time is measured.
+        biases: Whether recovery adds biases; see `parameter_meter`.
 
     Raises:
-        SecateurError: the quantity cannot be measured for this model.
+        SecateurError: The quantity cannot be measured for this model.
     """
     meters: dict[str, Callable[[], Meter]] = {
         "params": lambda: parameter_meter(stream, biases),
@@ -120,8 +120,8 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
     """Return the meter of the parameters of the whole model; tied weights count once.
 
     Args:
-        stream: the open model.
-        biases: whether recovery adds a bias to each output projection of a pruned block that has none. An output
+        stream: The open model.
+        biases: Whether recovery adds a bias to each output projection of a pruned block that has none. An output
             projection that a norm follows never gets a bias.
     """
     stored = sum(info.entries for info in stream.checkpoint.weights.values())
@@ -193,12 +193,12 @@ def latency_meter(
     The first measurement takes some seconds; results are cached on disk.
 
     Args:
-        stream: the open model.
+        stream: The open model.
         kind: `prefill` for a prompt of 512 tokens; `decode` for one token with 512 tokens in the cache.
-        device: device on which the pruned model will run.
-        dtype: dtype in which the pruned model will run.
-        watcher: display of progress.
-        timer: replacement for the clock, for tests.
+        device: Device on which the pruned model will run.
+        dtype: Dtype in which the pruned model will run.
+        watcher: Display of progress.
+        timer: Replacement for the clock, for tests.
     """
     # Blocks with the same shapes share one table, which is measured on the first of them.
     shapes = [block.shapes for block in stream.blocks]
@@ -219,7 +219,7 @@ def budget_of(target: Target, meter: Meter) -> float:
     """Return the largest size that a target allows, in the meter's unit.
 
     Raises:
-        SecateurError: the dense model is already within the target.
+        SecateurError: The dense model is already within the target.
     """
     dense = meter.dense
     if target.quantity in SPEEDUPS:
@@ -238,9 +238,9 @@ def unreachable_error(target: Target, meter: Meter, smallest: float) -> Secateur
     """Return the error for a target that no plan reaches; its message names the nearest target that a plan reaches.
 
     Args:
-        target: the target.
-        meter: meter of the target's quantity.
-        smallest: size of the model with the narrowest widths, in the meter's unit.
+        target: The target.
+        meter: Meter of the target's quantity.
+        smallest: Size of the model with the narrowest widths, in the meter's unit.
     """
     dense = meter.dense
     nearest = _nearest_target(target, dense, smallest)
@@ -259,9 +259,9 @@ def _nearest_target(target: Target, dense: float, smallest: float) -> Target | N
     """Return the nearest target that a plan reaches, with few digits; None if no plan is smaller than the dense model.
 
     Args:
-        target: the target that no plan reaches.
-        dense: size of the dense model.
-        smallest: size of the model with the narrowest widths.
+        target: The target that no plan reaches.
+        dense: Size of the dense model.
+        smallest: Size of the model with the narrowest widths.
     """
     if target.quantity in SPEEDUPS:
         speedup = math.floor(100 * dense / smallest) / 100

@@ -17,13 +17,13 @@ def plan(problem: PlanProblem, widths: str = "adaptive", survey: Survey | None =
     """Return the plan with the lowest cost that reaches the target.
 
     Args:
-        problem: the target, and the widths to choose from.
-        widths: value of `--widths`: `adaptive` for a width per block, `uniform` for one width for all blocks.
-        survey: error curves and probes. Without a survey, a uniform plan is the one nearest to the target, and
+        problem: The target, and the widths to choose from.
+        widths: Value of `--widths`: `adaptive` for a width per block, `uniform` for one width for all blocks.
+        survey: Error curves and probes. Without a survey, a uniform plan is the one nearest to the target, and
             adaptive widths are as even as possible.
 
     Raises:
-        SecateurError: no plan reaches the target; the message names the nearest target that a plan reaches.
+        SecateurError: No plan reaches the target; the message names the nearest target that a plan reaches.
     """
     if widths == "uniform":
         return _cheapest(problem, uniform_plans(problem), survey)
@@ -63,7 +63,7 @@ def uniform_plans(problem: PlanProblem) -> list[Plan]:
     The plans differ in how much they remove from the attention and how much from the feed-forward.
 
     Raises:
-        SecateurError: no such plan reaches the target.
+        SecateurError: No such plan reaches the target.
     """
     is_sparsity = not isinstance(problem.target, Target)
     found = search_uniform_widths(problem, allow_excess=is_sparsity)
@@ -87,7 +87,7 @@ def check_reachable(problem: PlanProblem) -> None:
     """Check, before anything is measured, that adaptive widths can reach the target.
 
     Raises:
-        SecateurError: no plan reaches the target; the message names the nearest target that a plan reaches.
+        SecateurError: No plan reaches the target; the message names the nearest target that a plan reaches.
     """
     smallest, block = smallest_size(problem), problem.reference_block
     without = [block.width | module.removed for module in block.modules if module.is_prunable(problem.kinds)]

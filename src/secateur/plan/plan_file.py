@@ -22,14 +22,14 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
     Args:
         path: JSON file with a list `blocks`. Each entry has the index `block` and either the units to keep, such as
             `heads` and `channels`, or a `width`. Blocks without an entry stay dense.
-        blocks: all blocks of the model.
-        fingerprint: fingerprint of the model's weights; compared with the one in the file, if there is one.
+        blocks: All blocks of the model.
+        fingerprint: Fingerprint of the model's weights; compared with the one in the file, if there is one.
 
     Returns:
         The width of every block in the file; and the units to keep of these blocks, empty if the file has widths only.
 
     Raises:
-        SecateurError: the file is not a plan, belongs to another model, or lists units or widths that the model does
+        SecateurError: The file is not a plan, belongs to another model, or lists units or widths that the model does
             not have.
     """
     widths: dict[int, Width] = {}
@@ -58,7 +58,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        SecateurError: the file cannot be read, is not JSON, or holds something else.
+        SecateurError: The file cannot be read, is not JSON, or holds something else.
     """
     try:
         # Some editors write a byte order mark at the beginning of a file.
@@ -97,9 +97,9 @@ def _read_width(where: str, block: Block, raw: Any) -> Width:
     """Return the width in an entry; a plan may not be able to have this width.
 
     Args:
-        where: file and block, for error messages.
-        block: the block.
-        raw: value of `width` in the entry.
+        where: File and block, for error messages.
+        block: The block.
+        raw: Value of `width` in the entry.
     """
     names = [axis.name for axis in block.axes if axis.removable]
     fixed = {axis.name: axis.units for axis in block.axes if not axis.removable}

@@ -30,5 +30,5 @@ class Preselection(Protocol):
         """Measure the dense model on calibration rows (rows x length) and select the heads.
 
         Raises:
-            SecateurError: no head is selected, or the selection leaves a block without heads.
+            SecateurError: No head is selected, or the selection leaves a block without heads.
         """

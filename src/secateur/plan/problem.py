@@ -143,9 +143,9 @@ class PlanProblem:
         """Return the plan with given widths.
 
         Args:
-            widths: width of each pruned block, by its index.
-            cost: expected rise of the loss in nats per token, if known.
-            nearest: whether the widths are those nearest to the target; otherwise they have the lowest cost.
+            widths: Width of each pruned block, by its index.
+            cost: Expected rise of the loss in nats per token, if known.
+            nearest: Whether the widths are those nearest to the target; otherwise they have the lowest cost.
         """
         reached = self.sparsity(widths)
         if isinstance(self.target, Target):

@@ -24,14 +24,14 @@ def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int,
     Args:
         path: JSON file that maps ranges of blocks, `first:end`, to a ratio or to a ratio for each kind of units. Blocks
             outside all ranges stay dense.
-        blocks: all blocks of the model.
-        multiple: value of `--round`: the multiple to which channels are rounded.
+        blocks: All blocks of the model.
+        multiple: Value of `--round`: the multiple to which channels are rounded.
 
     Returns:
         The width of every block in a range: the possible width that is nearest to the ratios.
 
     Raises:
-        SecateurError: the file cannot be parsed, ranges overlap or exceed the model, or no unit is removed.
+        SecateurError: The file cannot be parsed, ranges overlap or exceed the model, or no unit is removed.
     """
     widths: dict[int, Width] = {}
     for key, raw in read_json_object(path).items():

@@ -32,14 +32,14 @@ def smallest_within(
     The cost of a plan is about the logarithm of the perplexity ratio. Each measurement corrects the costs by a factor.
 
     Args:
-        problem: the widths to choose from; its target is ignored.
-        widths: value of `--widths`; see `plan`.
-        survey: error curves and probes.
-        ratio: limit on the perplexity ratio, pruned over dense, above 1.
-        loss: function that measures the perplexity ratio of a plan, pruned over dense.
+        problem: The widths to choose from; its target is ignored.
+        widths: Value of `--widths`; see `plan`.
+        survey: Error curves and probes.
+        ratio: Limit on the perplexity ratio, pruned over dense, above 1.
+        loss: Function that measures the perplexity ratio of a plan, pruned over dense.
 
     Raises:
-        SecateurError: none of the plans that were tried stays within the ratio.
+        SecateurError: None of the plans that were tried stays within the ratio.
     """
     allowed, factor = math.log(ratio), 1.0
     best: Plan | None = None

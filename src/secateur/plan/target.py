@@ -59,7 +59,7 @@ class Target:
     """Upper bound on one quantity of the pruned model.
 
     Raises:
-        SecateurError: the value is not possible for any model.
+        SecateurError: The value is not possible for any model.
     """
 
     quantity: Quantity
@@ -123,12 +123,12 @@ def parse_target(text: str) -> Target:
     """Parse a target.
 
     Args:
-        text: a quantity and its value, such as `params=100M`, `params=80%`, `bytes=60MB`, `kv=12KB`, `prefill=1.5x`,
+        text: A quantity and its value, such as `params=100M`, `params=80%`, `bytes=60MB`, `kv=12KB`, `prefill=1.5x`,
             `decode=1.5x` or `ppl=1.2x`. Numbers of parameters may end in K, M, B or G. Bytes end in kB, MB or GB
             (powers of 1000) or in KiB, MiB or GiB (powers of 1024). Upper and lower case are equivalent.
 
     Raises:
-        SecateurError: the text cannot be parsed, or the value is not possible for any model.
+        SecateurError: The text cannot be parsed, or the value is not possible for any model.
 
     Example:
         >>> target = parse_target("bytes=60MB")

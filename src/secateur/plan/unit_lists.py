@@ -13,12 +13,12 @@ def read_units(where: str, block: Block, entry: Mapping[str, Any]) -> KeptUnits:
     """Return the units to keep of a block.
 
     Args:
-        where: file and block, for error messages.
-        block: the block.
-        entry: lists of indices by kind of units. A module keeps all units if its kind is not in the entry.
+        where: File and block, for error messages.
+        block: The block.
+        entry: Lists of indices by kind of units. A module keeps all units if its kind is not in the entry.
 
     Raises:
-        SecateurError: the block has no units of a kind or with an index in the entry, or cannot work with the
+        SecateurError: The block has no units of a kind or with an index in the entry, or cannot work with the
             selection.
     """
     for kind in KINDS:
@@ -67,10 +67,10 @@ def _read_units_inside(where: str, module: PrunableModule, outer: Sequence[int],
     pruned along with the other experts.
 
     Args:
-        where: file, block and kind of units, for error messages.
-        module: the mixture of experts.
-        outer: experts to keep.
-        raw: the list in the plan file.
+        where: File, block and kind of units, for error messages.
+        module: The mixture of experts.
+        outer: Experts to keep.
+        raw: The list in the plan file.
     """
     size, shared_start = module.units_inside, module.units * module.units_inside
     units = _read_indices(where, raw, shared_start + module.shared_multiple * size)

@@ -30,11 +30,11 @@ def module_widths(
     """Return the widths that a plan may choose for one module, while the other module of the block stays dense.
 
     Args:
-        block: the module's block.
-        module: the module.
-        multiple: value of `--round`; see `Axis.numbers`.
-        unsupported_reason: function that is called for each width narrower than the dense one.
-        kinds: kinds of units that may be removed.
+        block: The module's block.
+        module: The module.
+        multiple: Value of `--round`; see `Axis.numbers`.
+        unsupported_reason: Function that is called for each width narrower than the dense one.
+        kinds: Kinds of units that may be removed.
 
     Returns:
         Widths of the block: the dense one first, then those that are narrower along one axis. The last width has no

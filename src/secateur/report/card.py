@@ -37,9 +37,9 @@ def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: S
     """Return the text of the card.
 
     Args:
-        record: the contents of secateur.json.
-        base_card: the card of the base model, if it has one.
-        measured: rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
+        record: The contents of secateur.json.
+        base_card: The card of the base model, if it has one.
+        measured: Rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
     """
     metadata = yaml.safe_dump(_metadata(record, base_card), sort_keys=False, allow_unicode=True).strip()
     sections = [

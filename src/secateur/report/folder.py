@@ -24,8 +24,8 @@ def readme_and_report(base: str | None, record: Callable[[], Mapping[str, Any]])
     """Return the contents of card and page by file name; those made from the record are functions.
 
     Args:
-        base: the card of the base model, which is copied.
-        record: returns the contents of secateur.json, once the run has finished.
+        base: The card of the base model, which is copied.
+        record: Returns the contents of secateur.json, once the run has finished.
     """
     files = {CARD: lambda: card(record(), base_card=base), PAGE: lambda: model_page(record())}
     return files if base is None else files | {BASE_CARD: base}
@@ -75,7 +75,7 @@ def _from_record(folder: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
     """Return the result of a function of a folder's record, which may have been edited by hand.
 
     Raises:
-        SecateurError: there is no record, or the function fails on it.
+        SecateurError: There is no record, or the function fails on it.
     """
     record = _record(folder)
     try:

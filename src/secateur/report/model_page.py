@@ -36,9 +36,9 @@ def model_page(
     """Return the complete page.
 
     Args:
-        record: the contents of secateur.json.
-        measured: rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
-        texts: prompts, each with the texts that this model and the base model generate after it.
+        record: The contents of secateur.json.
+        measured: Rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
+        texts: Prompts, each with the texts that this model and the base model generate after it.
     """
     blocks = list(_blocks(record))
     name = model_name(record)

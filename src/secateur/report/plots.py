@@ -13,8 +13,8 @@ def plot_widths(dense: Sequence[Width], pruned: Sequence[Width]) -> Figure:
     """Return a bar chart of the share of units that each module keeps, by block.
 
     Args:
-        dense: width of every block of the dense model.
-        pruned: width of every block after pruning.
+        dense: Width of every block of the dense model.
+        pruned: Width of every block after pruning.
     """
     figure = _figure()
     axes = figure.add_subplot()
@@ -34,9 +34,9 @@ def plot_sizes(parameters: Sequence[int], perplexity: Mapping[str, Sequence[floa
     """Plot perplexity over dense against the share of parameters left, one line for each text, into a file.
 
     Args:
-        parameters: number of parameters of each model, the dense one first.
-        perplexity: perplexity of each model, by text.
-        path: the image file to write.
+        parameters: Number of parameters of each model, the dense one first.
+        perplexity: Perplexity of each model, by text.
+        path: The image file to write.
     """
     figure = _figure()
     axes = figure.add_subplot()

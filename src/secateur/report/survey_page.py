@@ -40,11 +40,11 @@ def page_data(
     """Return the data of the page as JSON values.
 
     Args:
-        survey: error curves and probes.
-        blocks: all blocks of the dense model.
-        plans: the cheapest plan for each sparsity.
+        survey: Error curves and probes.
+        blocks: All blocks of the dense model.
+        plans: The cheapest plan for each sparsity.
         facts: `model`, its `family`, its number of `parameters` and the command `line` that uses the survey.
-        distances: distances between query heads; without them the page does not compare heads.
+        distances: Distances between query heads; without them the page does not compare heads.
     """
     costs = WidthCosts(survey)
     axes = present([block.width for block in blocks])

@@ -38,12 +38,12 @@ class CurveEstimator(ABC):
     """Estimator of the error curves of one module.
 
     Attributes:
-        stream: the dense model.
-        index: index of the block.
-        module: the description of the module: an attention, a feed-forward or a mixture of experts.
-        norm: norm between the output projection and the residual stream; neutral if there is none.
-        needs_input: whether the estimator needs the input of the module.
-        owner: rank of the process that measures. Other processes have no results, or the same results.
+        stream: The dense model.
+        index: Index of the block.
+        module: The description of the module: an attention, a feed-forward or a mixture of experts.
+        norm: Norm between the output projection and the residual stream; neutral if there is none.
+        needs_input: Whether the estimator needs the input of the module.
+        owner: Rank of the process that measures. Other processes have no results, or the same results.
     """
 
     needs_input: bool = False
@@ -65,10 +65,10 @@ class CurveEstimator(ABC):
         """Add a batch of calibration rows.
 
         Args:
-            activations: activations of the module.
-            inverse_rms_bt1: reciprocal root mean square of each output (b x t x 1), if a norm follows the module.
-            norms_n1: norm of the dense stream after the block for each token; errors are relative to it.
-            batch: weight of the batch's tokens in errors and in the selection of units.
+            activations: Activations of the module.
+            inverse_rms_bt1: Reciprocal root mean square of each output (b x t x 1), if a norm follows the module.
+            norms_n1: Norm of the dense stream after the block for each token; errors are relative to it.
+            batch: Weight of the batch's tokens in errors and in the selection of units.
         """
 
     @abstractmethod

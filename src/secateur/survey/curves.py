@@ -30,8 +30,8 @@ class ErrorCurve:
     errors: tuple[float, ...]
     """Error once 0, 1, 2, ... units are removed along the axis.
 
-    The error is the mean over tokens of ||xW - t||^2 / ||r||^2, where x is the input of the output projection, W its
-    refitted weight, t the output of the dense module and r the residual stream after the block.
+    The error is the mean over tokens of ||xW - t||^2 / ||r||^2. Here x is the input of the output projection, W its
+    refitted weight, t the output of the dense module, and r the residual stream after the block.
     """
     energy: float
     """Error once the whole module is removed: the mean over tokens of ||t||^2 / ||r||^2."""
@@ -102,11 +102,11 @@ def load_survey(path: Path, settings: dict[str, Any]) -> Survey:
     """Read a survey file.
 
     Args:
-        path: the file.
-        settings: settings that the survey must have been made with; see `Survey.settings`.
+        path: The file.
+        settings: Settings that the survey must have been made with; see `Survey.settings`.
 
     Raises:
-        SecateurError: the file is not a survey, or the survey was made for other weights or with other options.
+        SecateurError: The file is not a survey, or the survey was made for other weights or with other options.
     """
     try:
         survey = TypeAdapter(Survey).validate_json(path.read_bytes())

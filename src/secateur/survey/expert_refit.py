@@ -31,13 +31,13 @@ def share_left_by_refit(
     """Return the share of the squared error of a cut that is left once the experts are refitted, at most 1.
 
     Args:
-        routed: tokens at the mixture, with their targets and weights.
-        scale_n: factor of each token's error.
-        unit: function that converts weights and biases of output projections to the units of errors, without
+        routed: Tokens at the mixture, with their targets and weights.
+        scale_n: Factor of each token's error.
+        unit: Function that converts weights and biases of output projections to the units of errors, without
             `scale_n`.
-        experts: indices of the kept experts.
-        channels: kept channels by expert; None if all experts keep all channels. The shared expert may be missing.
-        ridge: ridge of the refit.
+        experts: Indices of the kept experts.
+        channels: Kept channels by expert; None if all experts keep all channels. The shared expert may be missing.
+        ridge: Ridge of the refit.
     """
     mixture, processes = routed.mixture, routed.processes
     routes, residual_nd = mixture.route(routed.x_nd, experts), routed.target_nd.clone()
@@ -86,9 +86,9 @@ def leave_one_out_residuals(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
     The smaller of two equivalent linear systems is solved, m x m or s x s.
 
     Args:
-        x_ms: inputs.
-        r_md: targets.
-        ridge: penalty, relative to the energy of each input. At least `MIN_RIDGE` is used, because without a penalty
+        x_ms: Inputs.
+        r_md: Targets.
+        ridge: Penalty, relative to the energy of each input. At least `MIN_RIDGE` is used, because without a penalty
             m inputs fit m rows exactly.
     """
     energy = x_ms.square().sum(0)

@@ -51,10 +51,10 @@ def gradient_scores(
     """Return the scores of criteria that need gradients; the gradients themselves are not kept.
 
     Args:
-        stream: the dense model.
-        rows: calibration rows; see `gradients`.
-        criterion: criteria, of which at least one needs gradients.
-        blocks: indices of the blocks to score; by default all.
+        stream: The dense model.
+        rows: Calibration rows; see `gradients`.
+        criterion: Criteria, of which at least one needs gradients.
+        blocks: Indices of the blocks to score; by default all.
     """
     found: dict[tuple[int, str], Tensor] = {}
     criteria = Criteria.of(criterion)
@@ -79,14 +79,14 @@ def gradients(
     """Yield the gradients of some blocks, the last block first.
 
     Args:
-        stream: the dense model.
-        rows: calibration tokens (rows x length), or several groups of them. Groups with weight zero, and groups with
+        stream: The dense model.
+        rows: Calibration tokens (rows x length), or several groups of them. Groups with weight zero, and groups with
             one token per row, are left out.
-        blocks: indices of the blocks; by default all.
-        squares: whether to compute squared gradients as well, for which rows run one by one.
+        blocks: Indices of the blocks; by default all.
+        squares: Whether to compute squared gradients as well, for which rows run one by one.
 
     Raises:
-        SecateurError: no row has a token to predict, or activations or gradients are NaN or infinite.
+        SecateurError: No row has a token to predict, or activations or gradients are NaN or infinite.
     """
     blocks = blocks if blocks is not None else range(len(stream))
     rows = stream.own(_predicting(Rows.of(rows)))
@@ -167,14 +167,14 @@ def _through_block(
     """Return the gradients of one block, and replace `output_gradient` by the gradient at the block's input.
 
     Args:
-        stream: the dense model.
-        index: index of the block.
-        layer: the filled block.
-        rows: calibration rows.
-        before: input of the block.
-        output_gradient: gradient of the loss with respect to the block's output; overwritten.
-        wanted: names of the weights whose gradients are returned.
-        squares: whether squared gradients are returned as well.
+        stream: The dense model.
+        index: Index of the block.
+        layer: The filled block.
+        rows: Calibration rows.
+        before: Input of the block.
+        output_gradient: Gradient of the loss with respect to the block's output; overwritten.
+        wanted: Names of the weights whose gradients are returned.
+        squares: Whether squared gradients are returned as well.
     """
     weights = {name: layer.get_parameter(name).requires_grad_() for name in wanted}
     gradient = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}

@@ -30,9 +30,9 @@ class GramEstimator(CurveEstimator):
         """Start with empty sums.
 
         Args:
-            filled: the module of the dense model.
-            criteria: criteria that determine the order in which units are removed.
-            scores_separately: whether the order is determined on other rows than those on which errors are measured.
+            filled: The module of the dense model.
+            criteria: Criteria that determine the order in which units are removed.
+            scores_separately: Whether the order is determined on other rows than those on which errors are measured.
         """
         super().__init__(filled)
         stream, module = filled.stream, filled.module

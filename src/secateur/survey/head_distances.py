@@ -66,17 +66,17 @@ def head_distances(
     """Return the mean distances between the attention probabilities of all pairs of query heads in each block.
 
     Args:
-        stream: the dense model.
-        rows: calibration tokens (rows x length), or several groups of them with token weights.
-        blocks: indices of the blocks; by default all.
-        distance: distance between attention probabilities; by default the Jensen-Shannon divergence in nats.
-        watcher: display of progress.
+        stream: The dense model.
+        rows: Calibration tokens (rows x length), or several groups of them with token weights.
+        blocks: Indices of the blocks; by default all.
+        distance: Distance between attention probabilities; by default the Jensen-Shannon divergence in nats.
+        watcher: Display of progress.
 
     Returns:
         For each block with an attention, the mean over rows and positions (h x h, float64, on the CPU).
 
     Raises:
-        SecateurError: the attention of this model cannot be observed, or activations are NaN or infinite.
+        SecateurError: The attention of this model cannot be observed, or activations are NaN or infinite.
     """
     blocks = blocks if blocks is not None else range(len(stream))
     watcher, rows = watcher or Silent(), Rows.of(rows)

@@ -14,9 +14,9 @@ def summed_loss(head: Callable[[Tensor], Tensor], ids: Tensor, hidden_td: Tensor
     """Return the negative log-likelihood of a row in nats, summed over all tokens but the first.
 
     Args:
-        head: function from hidden states to logits, from `BlockStream.head`.
-        ids: token ids of the row (t).
-        hidden_td: output of the last block (t x d).
+        head: Function from hidden states to logits, from `BlockStream.head`.
+        ids: Token ids of the row (t).
+        hidden_td: Output of the last block (t x d).
     """
     logits = head(hidden_td[:-1])
     return cross_entropy(logits, ids[1:].to(logits.device), reduction="sum")
@@ -28,11 +28,11 @@ def mean_loss(
     """Return the mean negative log-likelihood of one group of rows, in nats per token, over all processes.
 
     Args:
-        stream: the model.
-        rows: rows of all processes.
-        group: index of the group.
-        hidden: output of the last block for this process's rows.
-        norm: values that replace parameters of the final norm, by their names in the model.
+        stream: The model.
+        rows: Rows of all processes.
+        group: Index of the group.
+        hidden: Output of the last block for this process's rows.
+        norm: Values that replace parameters of the final norm, by their names in the model.
     """
     ids = stream.own(rows).groups[group]
     total, count = 0.0, 0

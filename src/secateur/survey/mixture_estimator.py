@@ -42,10 +42,10 @@ class MixtureEstimator(CurveEstimator):
         """Start without tokens.
 
         Args:
-            filled: the mixture of experts of the dense model.
-            order: name of the criterion that determines the order in which experts are removed.
-            tokens: number of tokens to come, in all processes.
-            kinds: kinds of units that may be removed.
+            filled: The mixture of experts of the dense model.
+            order: Name of the criterion that determines the order in which experts are removed.
+            tokens: Number of tokens to come, in all processes.
+            kinds: Kinds of units that may be removed.
         """
         super().__init__(filled)
         stream = filled.stream

@@ -54,11 +54,11 @@ class ProbeStreams:
         """Prepare for the probe rows; probes in the checkpoint are resumed.
 
         Args:
-            stream: the dense model.
-            rows: rows of all processes.
-            group: index of the group of probe rows.
-            arena: memory for the streams.
-            checkpoint: checkpoint of the survey.
+            stream: The dense model.
+            rows: Rows of all processes.
+            group: Index of the group of probe rows.
+            arena: Memory for the streams.
+            checkpoint: Checkpoint of the survey.
         """
         self.stream, self.group, self.arena = stream, group, arena
         own_rows = (stream.own(rows).groups[group],)
@@ -87,10 +87,10 @@ class ProbeStreams:
         """Start a stream at the block of its module.
 
         Args:
-            layer: the filled block.
-            dense: input of the block in the dense model (b x t x c).
-            output: output of the cut module (b x t x d).
-            cut: the cut.
+            layer: The filled block.
+            dense: Input of the block in the dense model (b x t x c).
+            output: Output of the cut module (b x t x d).
+            cut: The cut.
         """
         hidden = self.arena.empty(self.rows, self.stream.columns)
         for batch in self.rows.batches():
@@ -103,10 +103,10 @@ class ProbeStreams:
         """Return all probes with their divergences, and free the streams.
 
         Args:
-            dense: output of the last block in the dense model (b x t x c).
+            dense: Output of the last block in the dense model (b x t x c).
 
         Raises:
-            SecateurError: the model's logits are NaN or infinite.
+            SecateurError: The model's logits are NaN or infinite.
         """
         totals = torch.zeros(len(self.hidden), dtype=torch.float64)
         with self.stream.head() as head:
@@ -138,8 +138,8 @@ def sampled_tokens(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, 
     unbiased estimates of means over the distribution. A vocabulary with no more tokens is used as a whole.
 
     Args:
-        logits: logits of the dense model at some positions (t x v).
-        generator: random numbers for the draw.
+        logits: Logits of the dense model at some positions (t x v).
+        generator: Random numbers for the draw.
 
     Returns:
         Token ids and their weights (both t x k); the weights of each position add up to 1.
@@ -163,9 +163,9 @@ def divergences(dense: Tensor, others: Tensor, weights: Tensor) -> Tensor:
     the dense distribution.
 
     Args:
-        dense: dense model's logits of selected tokens (k).
-        others: logits of the other models (p x k).
-        weights: weights of the tokens in means over the dense distribution (k), float64, with sum 1.
+        dense: Dense model's logits of selected tokens (k).
+        others: Logits of the other models (p x k).
+        weights: Weights of the tokens in means over the dense distribution (k), float64, with sum 1.
     """
     difference = others.double() - dense.double()
     mean = difference @ weights

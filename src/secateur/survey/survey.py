@@ -46,16 +46,16 @@ def survey(
     """Measure the error of every module at every width.
 
     Args:
-        stream: the dense model.
-        rows: calibration tokens (rows x length). If they are `Rows`, errors are measured with token weights, and the
+        stream: The dense model.
+        rows: Calibration tokens (rows x length). If they are `Rows`, errors are measured with token weights, and the
             order of units with scores.
-        probe_rows: tokens on which probes are measured (rows x length); without them, no probes are made.
-        blocks: indices of the blocks to measure; by default all.
-        kinds: kinds of units that may be removed.
-        criterion: criteria, or their name: they determine the order in which units are removed.
-        ridge: ridge of the refit that errors assume.
-        seed: seed of random criteria.
-        checkpoint: checkpoint that is saved after each block, and from which the survey resumes.
+        probe_rows: Tokens on which probes are measured (rows x length); without them, no probes are made.
+        blocks: Indices of the blocks to measure; by default all.
+        kinds: Kinds of units that may be removed.
+        criterion: Criteria, or their name: they determine the order in which units are removed.
+        ridge: Ridge of the refit that errors assume.
+        seed: Seed of random criteria.
+        checkpoint: Checkpoint that is saved after each block, and from which the survey resumes.
     """
     blocks = blocks if blocks is not None else range(len(stream))
     checkpoint, criteria = checkpoint or PassCheckpoint(stream.services), Criteria.of(criterion)

@@ -47,8 +47,8 @@ class WidthCosts:
         """Return the cost of a plan, the sum over its modules.
 
         Args:
-            blocks: all blocks of the model.
-            widths: width of each pruned block, by its index. All other blocks stay dense.
+            blocks: All blocks of the model.
+            widths: Width of each pruned block, by its index. All other blocks stay dense.
         """
         modules = [(index, module, width) for index, width in widths.items() for module in blocks[index].modules]
         return sum(self.module_cost(*module) for module in modules)
@@ -57,9 +57,9 @@ class WidthCosts:
         """Return the cost of one module at a width; zero for a dense module, surveyed or not.
 
         Args:
-            block: index of the module's block.
-            module: the module.
-            width: width of the block.
+            block: Index of the module's block.
+            module: The module.
+            width: Width of the block.
         """
         key = block, module.kind
         if not all(width[axis.name] for axis in module.axes):
@@ -77,8 +77,8 @@ def _costs(curve: ErrorCurve, points: Sequence[tuple[float, float]]) -> NDArray[
     """Return the cost once 0, 1, 2, ... units are removed; it never falls.
 
     Args:
-        curve: the error curve along one axis.
-        points: pairs of error and divergence to interpolate between; one of them is the removal of the module.
+        curve: The error curve along one axis.
+        points: Pairs of error and divergence to interpolate between; one of them is the removal of the module.
     """
     errors = np.maximum(np.asarray(curve.errors) - curve.errors[0], 0.0) * curve.left_after_refit
     # If removing the module costs less than a partial cut, the removal gets the cost of the partial cut.

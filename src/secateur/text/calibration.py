@@ -234,9 +234,9 @@ def _check_enough(source: str, ids: Tensor, rows: int, length: int, bos: int, op
     """Raise `SecateurError` where a text has too few tokens for its rows, and say which sizes it has enough for.
 
     Args:
-        ids: token ids of the text.
-        length: tokens in a row, BOS included.
-        bos: number of BOS tokens in a row.
+        ids: Token ids of the text.
+        length: Tokens in a row, BOS included.
+        bos: Number of BOS tokens in a row.
     """
     body, tokens = length - bos, len(ids)
     if tokens >= rows * body:

@@ -127,14 +127,14 @@ def draw(
     Rows from the same source are drawn together, so that no token is used twice.
 
     Args:
-        stream: the dense model.
-        tokenizer: its tokenizer.
-        request: numbers and sources of the rows.
-        begins_with_bos: whether the tokenizer puts BOS in front of a text.
-        dry: whether only the number of rows matters; then random ids take the place of rows that the model generates.
+        stream: The dense model.
+        tokenizer: Its tokenizer.
+        request: Numbers and sources of the rows.
+        begins_with_bos: Whether the tokenizer puts BOS in front of a text.
+        dry: Whether only the number of rows matters; then random ids take the place of rows that the model generates.
 
     Raises:
-        SecateurError: a source cannot be read or is too short, or the model cannot generate text.
+        SecateurError: A source cannot be read or is too short, or the model cannot generate text.
     """
     _check_memory(request)
 

@@ -1,7 +1,7 @@
 """Rows of the source `general`: several kinds of text from a file that comes with the package.
 
 A pruned model keeps the abilities that its calibration rows use, so the rows hold several kinds of text. Text that
-repeats itself matters most: without it, the heads with which a model copies earlier tokens are removed first, and the
+repeats itself matters most. Without it, the heads with which a model copies earlier tokens are removed first, and the
 model loses names, source code and long contexts. docs/calibrate.md has the measurements behind the shares.
 """
 
@@ -33,11 +33,11 @@ def general_rows(tokenizer: Any, *, samples: int, body: int, vocab_size: int, ge
     """Draw rows of all kinds, spread evenly: every stretch of rows holds about the same mixture.
 
     Args:
-        tokenizer: the model's tokenizer.
-        samples: number of rows.
-        body: tokens in a row.
-        vocab_size: number of rows of the model's embedding.
-        generator: source of randomness.
+        tokenizer: The model's tokenizer.
+        samples: Number of rows.
+        body: Tokens in a row.
+        vocab_size: Number of rows of the model's embedding.
+        generator: Source of randomness.
 
     Returns:
         Token ids, int64 (samples x body).

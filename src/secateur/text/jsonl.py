@@ -15,12 +15,12 @@ def jsonl_documents(text: str, source: str, tokenizer: Any) -> Iterator[str]:
     Lines end at newlines only, since JSON strings may hold other line separators.
 
     Args:
-        text: the contents of the file.
-        source: its name, for error messages.
-        tokenizer: the tokenizer whose chat template renders `messages`.
+        text: The contents of the file.
+        source: Its name, for error messages.
+        tokenizer: The tokenizer whose chat template renders `messages`.
 
     Raises:
-        SecateurError: a line is not JSON, or has neither `text` nor `messages` of the right type.
+        SecateurError: A line is not JSON, or has neither `text` nor `messages` of the right type.
     """
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

@@ -34,17 +34,17 @@ def resample_tokens(
     """Draw about half of the tokens of calibration rows anew, from the dense model's own distributions.
 
     Args:
-        stream: the dense model.
-        text: token ids (rows x length).
-        count: number of sets of resampled rows. Each set has draws of its own, which do not depend on the number.
-        seed: seed of the draws.
-        checkpoint: saves the stream after each block; a resumed run continues after the last block saved.
+        stream: The dense model.
+        text: Token ids (rows x length).
+        count: Number of sets of resampled rows. Each set has draws of its own, which do not depend on the number.
+        seed: Seed of the draws.
+        checkpoint: Saves the stream after each block; a resumed run continues after the last block saved.
 
     Returns:
         Token ids (count x rows x length). The first token of every row stays.
 
     Raises:
-        SecateurError: logits are not finite.
+        SecateurError: Logits are not finite.
     """
     checkpoint = checkpoint or PassCheckpoint(stream.services)
     all_rows = Rows.of(text)
@@ -75,10 +75,10 @@ def _resample_row(
     """Replace tokens of one row, in all sets.
 
     Args:
-        hidden: residual stream of the row after the last block (length x width).
-        draws: uniform random numbers (sets x 2 x length - 1): the first decides whether the next token is drawn anew,
+        hidden: Residual stream of the row after the last block (length x width).
+        draws: Uniform random numbers (sets x 2 x length - 1): the first decides whether the next token is drawn anew,
             the second which token it becomes.
-        result: token ids to change in place (sets x length).
+        result: Token ids to change in place (sets x length).
     """
     replaced, levels = draws[:, 0] < RESAMPLED_SHARE, draws[:, 1]
     for places in replaced.any(0).nonzero()[:, 0].split(POSITIONS_AT_ONCE):

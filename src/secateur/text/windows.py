@@ -23,9 +23,9 @@ def windows(ids: Tensor, count: int, length: int, generator: torch.Generator) ->
     too few windows, it is cut and drawn from again, from another offset.
 
     Args:
-        ids: token ids of the whole text, at least one (tokens).
-        count: number of windows.
-        length: tokens in a window.
+        ids: Token ids of the whole text, at least one (tokens).
+        count: Number of windows.
+        length: Tokens in a window.
 
     Returns:
         Token ids (count x length).

@@ -1,1 +1,1 @@
-"""Write a pruned model: tensors, the files beside them, and the upload."""
+"""Write a pruned model: tensors, further files of the folder, and the upload."""

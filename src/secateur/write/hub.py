@@ -15,7 +15,7 @@ def check_upload(repo: str) -> None:
     """Check that a model could be uploaded to a repository, `owner/name`.
 
     Raises:
-        SecateurError: the name is not of this form, nobody is logged in, or the hub does not answer.
+        SecateurError: The name is not of this form, nobody is logged in, or the hub does not answer.
     """
     if "/" not in repo or not looks_like_id(repo):
         raise SecateurError(f"push-to-hub is '{repo}'; write owner/name")
@@ -32,12 +32,12 @@ def upload(out: Path, repo: str, watcher: Watcher) -> str:
     """Upload a folder or a .gguf file, and return its address. A new repository is private.
 
     Args:
-        out: the complete output.
-        repo: repository on the hub, `owner/name`.
-        watcher: receives progress.
+        out: The complete output.
+        repo: Repository on the hub, `owner/name`.
+        watcher: Receives progress.
 
     Raises:
-        SecateurError: the upload failed. The output on disk stays complete.
+        SecateurError: The upload failed. The output on disk stays complete.
     """
     api, message = HfApi(), "Pruned by secateur"
     try:

@@ -34,9 +34,9 @@ class ShardWriter:
         """Start without any shard.
 
         Args:
-            folder: an existing folder.
-            header_bytes: bytes to reserve for the header of each shard; see `header_bytes_for`.
-            limit_bytes: limit on the data bytes of a shard; a larger tensor gets a shard of its own.
+            folder: An existing folder.
+            header_bytes: Bytes to reserve for the header of each shard; see `header_bytes_for`.
+            limit_bytes: Limit on the data bytes of a shard; a larger tensor gets a shard of its own.
         """
         self.folder = folder
         self.header_bytes = header_bytes
@@ -67,10 +67,10 @@ class ShardWriter:
         """Continue from a saved state of another writer of this folder; tensors that it added later are dropped.
 
         Args:
-            state: the result of `save_state`.
+            state: The result of `save_state`.
 
         Raises:
-            SecateurError: the data in the files have changed since the state was saved.
+            SecateurError: The data in the files have changed since the state was saved.
         """
         self._shards, self._hashes, self.header_bytes = state["shards"], state["hashes"], state["header"]
         ends = [max(entry["data_offsets"][1] for entry in shard.values()) for shard in self._shards]
@@ -105,7 +105,7 @@ class ShardWriter:
         """Write a tensor, to a new shard if it does not fit into the last one.
 
         Raises:
-            ValueError: a tensor of this name was added before.
+            ValueError: A tensor of this name was added before.
         """
         if name in self:
             raise ValueError(f"{name} was added twice")
@@ -128,7 +128,7 @@ class ShardWriter:
         """Finish the last shard, give all shards their final names, and write the index if there are several.
 
         Raises:
-            ValueError: no tensor was added.
+            ValueError: No tensor was added.
         """
         if not self._shards:
             raise ValueError("no tensor was added")

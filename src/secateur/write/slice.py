@@ -13,15 +13,15 @@ def slice_fitted(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype 
     """Return all tensors of a block as they will be written: only the units that are kept, with refitted weights.
 
     Args:
-        stream: the open model, from which the tensors of the block are read again.
-        block: the units that are kept, and the refitted weights.
-        dtype: of the result; by default that of the checkpoint.
+        stream: The open model, from which the tensors of the block are read again.
+        block: The units that are kept, and the refitted weights.
+        dtype: Dtype of the result; by default the checkpoint's dtype.
 
     Returns:
         Tensors by their names inside the block.
 
     Raises:
-        SecateurError: a refitted weight is larger than the largest number of the dtype.
+        SecateurError: A refitted weight is larger than the largest number of the dtype.
     """
     dtype = dtype or stream.checkpoint.dtype
     tensors = stream.stored(block.index, without=block.changed) | block.changed

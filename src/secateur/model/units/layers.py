@@ -17,12 +17,12 @@ def input_projection(
     """Return the slabs of a layer with units along its outputs: the weight, and the bias if there is one.
 
     Args:
-        layer: the block.
-        path: path of the layer inside the block.
-        along: names of the axes along which the units lie, the outermost first.
-        units: number of units.
-        size: number of outputs of each unit.
-        offset, run, gap: see `Slab`.
+        layer: The block.
+        path: Path of the layer inside the block.
+        along: Names of the axes along which the units lie, the outermost first.
+        units: Number of units.
+        size: Number of outputs of each unit.
+        offset, run, gap: See `Slab`.
     """
     linear = layer.get_submodule(path)
     slabs = [Slab(f"{path}.weight", int(inputs_first(linear)), along, units, size, offset, run, gap)]
