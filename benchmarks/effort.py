@@ -4,10 +4,10 @@
 
 An effort is the name of one (`quick`, `normal`, `best`), or a number of fits, a number of steps of the input
 projections, and `text` where no rows are resampled, separated by commas (see `EFFORTS`). Each run includes its survey
-and the writing of the folder, and uses one thread, so that waiting threads are not counted. The column "times" is the
-ratio of CPU seconds to the seconds that `--tflop` operations take in float32 matrix products on this machine. Products
-are timed in the same process before and after the run; the faster of the two counts. The table and `--plot` show the
-mean over seeds with the smallest and the largest value. Runs that the file `--keep` holds are not repeated.
+and the writing of the folder, and uses one thread, so that waiting threads are not counted. The column "over floor" is
+the ratio of CPU seconds to the seconds that `--tflop` operations take in float32 matrix products on this machine.
+Products are timed in the same process before and after the run; the faster of the two counts. The table and `--plot`
+show the mean over seeds with the smallest and the largest value. Runs that the file `--keep` holds are not repeated.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def table(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> list[str
     """Return the lines of the table: one row for each effort and sparsity."""
     names = [Path(text).stem for text in arguments.evaluate]
     lines = [
-        "| sparsity | effort | rows | CPU seconds | times | " + " | ".join(names) + " |",
+        "| sparsity | effort | rows | CPU seconds | over floor | " + " | ".join(names) + " |",
         "|" + "---|" * (5 + len(names)),
     ]
     for group in grouped(runs):
@@ -138,7 +138,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 low, high = statistics.mean(values) - min(values), max(values) - statistics.mean(values)
                 panel.errorbar(seconds, statistics.mean(values), [[low], [high]], fmt=mark, capsize=2, color=f"C{at}")
             panel.annotate(group[0]["effort"], (seconds, statistics.mean(r["ratios"][0] for r in group)), rotation=30)
-        panel.set_title(f"{size:.0%} of the blocks' parameters go")
+        panel.set_title(f"{size:.0%} of the blocks' parameters removed")
         panel.set_xlabel("CPU seconds")
         panel.set_ylabel("perplexity over dense")
         panel.set_xscale("log")

@@ -125,7 +125,10 @@ OPTIONS: list[tuple[str, str]] = [
         "--refit-samples 8 --recovery none",
         "--recovery none fits nothing: leave --refit-samples and --refit-calib",
     ),
-    ("--calibration self --length 65", "length is 65, but the model has 64 positions: choose a smaller one"),
+    (
+        "--calibration self --length 65",
+        "length is 65, but the model has only 64 positions: choose a length of at most 64",
+    ),
     ("--survey missing/survey.json", "missing does not exist; create it first"),
     ("--survey text.txt", "text.txt: not a survey by secateur; name another file, or delete it"),
 ]

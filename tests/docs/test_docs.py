@@ -57,7 +57,13 @@ ELSEWHERE = {
 }
 """Patterns of commands that cannot run here, and the reasons."""
 OF_OTHERS = {"--model-impl": "vLLM's", "--nproc-per-node": "torchrun's", "--methods": "benchmarks/quality.py's"}
-OF_OTHERS |= {"--model": "lm-eval's", "--model_args": "lm-eval's", "--hf-path": "mlx-lm's", "--no-deps": "pip's"}
+OF_OTHERS |= {
+    "--dither": "benchmarks/quantised.py's",
+    "--model": "lm-eval's",
+    "--model_args": "lm-eval's",
+    "--hf-path": "mlx-lm's",
+    "--no-deps": "pip's",
+}
 """Options of other programs, and the program of each."""
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "tokens": 256, "overwrite": True}

@@ -25,7 +25,7 @@ def compare(
             metavar="[MODEL]... RECIPE",
             help="The recipe: a .yaml file, or the name of a recipe that comes with secateur ("
             + ", ".join(recipe_names())
-            + "). Models in front of it replace those that the recipe names.",
+            + "). Models before it on the command line replace those that the recipe names.",
             show_default=False,
         ),
     ],
@@ -88,7 +88,8 @@ def compare(
 
     If a model has the name of one of the paper's models, the table also shows the paper's figures.
 
-    OUT keeps scores, surveys and generated texts, but no pruned models. The same command skips runs that are finished.
+    The folder of --out keeps scores, surveys and generated texts, but no pruned models. The same command skips finished
+    runs.
 
     Example: secateur compare ./SmolLM2-135M table2 --out table2 --calibration a.txt --perplexity b.txt
     """
@@ -128,7 +129,7 @@ def compare(
     except KeyboardInterrupt:
         exit_interrupted(f"finished runs are in {out}; run the same command to resume")
     plot_comparison(comparison, out)
-    print_result(comparison, *compare_table(comparison, out), bars.times())
+    print_result(comparison, *compare_table(comparison, out))
     if comparison.failed:
         first = comparison.failed[0]
         raise SecateurError(f"{len(comparison.failed)} of {comparison.planned} runs failed; the first: {first}")

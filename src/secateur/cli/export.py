@@ -18,7 +18,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .gguf file to write.", show_default=False)],
     run_options: Annotated[RunOptions, Only(("overwrite",))],
     type_: Annotated[
-        str, typer.Option("--type", help="Data type of the tensors: f32, f16, bf16, q8_0 or q4_0.")
+        str, typer.Option("--type", help="Data type of the tensors: f16, f32, bf16, q8_0 or q4_0.")
     ] = Options.type,
 ) -> None:
     """Convert a pruned model to one GGUF file for llama.cpp.

@@ -21,7 +21,7 @@ def families() -> None:
         "model_type",
         "heads can be removed",
         "feed-forward units",
-        "heads in --format stock",
+        "number of heads in --format stock",
         "GGUF architecture",
     ):
         table.add_column(name)

@@ -204,7 +204,7 @@ def _run_llama_cpp(path: Path) -> Engine:
     program = next(filter(None, map(shutil.which, programs)), None)
     command = f"llama-cli -m {path}"
     if program is None:
-        message = f"{NOT_INSTALLED}: neither {' nor '.join(programs)} is on the path"
+        message = f"{NOT_INSTALLED}: neither {' nor '.join(programs)} is on the PATH"
         return Engine("llama.cpp", None, None, message, command)
     done = _run([program, "-m", str(path), "-p", PROMPT, "-n", str(NEW_TOKENS), "-no-cnv", "--temp", "0"])
     if isinstance(done, str):

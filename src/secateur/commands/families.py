@@ -5,7 +5,7 @@ from typing import NamedTuple
 from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
 
-STOCK_HEADS = {"any": "any number", "divisors": "numbers that divide the hidden size", "dense": "all heads"}
+STOCK_HEADS = {"any": "any number", "divisors": "divisors of the hidden size", "dense": "as in the dense model"}
 """Numbers of heads that a stock class takes, in words."""
 
 
@@ -52,5 +52,5 @@ def _heads(family: Family) -> str:
 def _stock(family: Family) -> str:
     """Return the numbers of heads that the stock class takes, in words."""
     if family.stock.derives_channels:
-        return "dense model only"
+        return "not supported"
     return STOCK_HEADS["dense" if family.heads_locked and not family.locked_if else family.stock.head_counts]

@@ -13,7 +13,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.options import OptionSpec, check_types, cli_name, option, option_specs
 from secateur.base.plugins import plugins, recovery_modules
 from secateur.base.words import DTYPES
-from secateur.criteria.choice import Choice, parse_choice
+from secateur.criteria.choice import EXPERTS, Choice, parse_choice
 from secateur.fit.recoveries import NAMES
 from secateur.formats.registry import FORMATS, Declaration, default_format
 from secateur.model.kinds import KINDS
@@ -84,16 +84,15 @@ class Options:
         WIDTHS[0],
         TARGET,
         "How widths vary between blocks. adaptive: modules get the widths that together raise the loss of the model "
-        "least (AL-AM in the paper); uniform: all blocks have the same width, as the standard transformers class "
-        'needs; or a JSON file with the fraction to remove from ranges of blocks (ML-MM), such as {"4:20": 0.2, '
-        '"20:30": {"heads": 0, "channels": 0.4}}. The file {"0:32": 0.25} removes the same fraction everywhere '
-        "(UL-UM).",
+        "least ; uniform: all blocks have the same width, as the standard transformers class "
+        'needs; or a JSON file with the fraction to remove from ranges of blocks, such as {"4:20": 0.2, '
+        '"20:30": {"heads": 0, "channels": 0.4}}.',
         may_name_file=True,
     )
     blocks: str | None = option(
         None,
         TARGET,
-        "Range of blocks to prune, written first:end; the end is not included, so 4:30 prunes blocks 4 to 29.",
+        "Range of blocks that may be pruned, written first:end. The end is not included: 4:30 means blocks 4 to 29.",
         default_text="all blocks",
     )
     modules: tuple[str, ...] = option(
@@ -117,7 +116,7 @@ class Options:
         "second-moment (the paper's), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: units with the lowest scores "
         "from activations; l1, l2: from the norms of weights; llm-pruner-vector, llm-pruner-element1, "
         "llm-pruner-element2: from gradients; random: units drawn at random. heads=X,channels=Y uses X for heads and Y "
-        "for channels.",
+        f"for channels; experts=Z uses Z for experts: {', '.join(EXPERTS[:-1])} or {EXPERTS[-1]}.",
     )
     recovery: str = option(
         "refit",
@@ -132,8 +131,8 @@ class Options:
         "normal",
         METHOD,
         "Time spent on --recovery refit. quick: fit the output projections once, to the calibration rows; normal: fit "
-        "them to the calibration rows and as many resampled rows (rows in which the model has drawn half of the "
-        "tokens anew), and fit the up and gate projections too; best: average two fits of the kind normal.",
+        "them to the calibration rows and to a copy of each row in which the model has replaced half of the tokens, "
+        "and fit the up and gate projections too; best: average two fits of the kind normal.",
         choices=tuple(EFFORTS),
         fit_only=True,
     )
@@ -409,7 +408,7 @@ class RunOptions:
         default_text="none",
     )
     dry_run: bool = option(False, OUTPUT, "Print the expected sizes, memory and time, and write nothing.")
-    overwrite: bool = option(False, OUTPUT, "Replace an output that already exists.")
+    overwrite: bool = option(False, OUTPUT, "Replace the output, or the file of --json, if it already exists.")
     restart: bool = option(
         False,
         OUTPUT,
@@ -429,8 +428,8 @@ class RunOptions:
     memory: str | None = option(
         None,
         COMPUTING,
-        "Upper bound on the memory of this process, such as 8GB, or 50% of the free memory. Activations that do not "
-        "fit are kept in files.",
+        "Upper bound on the memory of this process: an amount such as 8GB, or a share of the free memory such as 50%. "
+        "Activations that do not fit are kept in files.",
         default_text="half of the free memory",
     )
     revision: str | None = option(
@@ -444,7 +443,7 @@ class RunOptions:
         default_text="none",
     )
     trust_remote_code: bool = option(
-        False, COMPUTING, "Run Python code that comes with MODEL, for models that transformers does not include."
+        False, COMPUTING, "Run Python code from the model's folder, for models that transformers does not include."
     )
 
 

@@ -47,7 +47,8 @@ def _first_heads(run: OpenRun, text: Tensor) -> Findings:
     if preselection is None or (plan is not None and plan.lists_units):
         return Findings()
     found = preselection.find(run.stream, text, run.request.problem, run.watcher)
-    run.watcher.note(found.first_heads.describe().capitalize())
+    described = found.first_heads.describe()
+    run.watcher.note(f"{described[0].upper()}{described[1:]}")
     return Findings(first_heads=found.first_heads, plan=found.plan)
 
 

@@ -43,7 +43,8 @@ class PaperOptions(Base):
     recover: str = option(
         "after",
         PAPER,
-        "When --recovery paper fits the weights: after the units are chosen, before that, or both.",
+        "When --recovery paper fits the weights: after the units to remove are chosen, before they are chosen, or at "
+        "both times.",
         choices=("after", "before", "both"),
         fit_only=True,
     )
@@ -59,7 +60,7 @@ class PaperOptions(Base):
     refit_samples: int | None = option(
         None,
         PAPER,
-        "Number of rows that only the recovery uses. Units are then chosen on other rows; --samples is their number.",
+        "Number of rows that only the recovery uses. Units are then chosen on the other rows, as many as --samples.",
         default_text="the rows that units are chosen on",
         minimum=1,
         fit_only=True,
@@ -80,10 +81,10 @@ class PaperOptions(Base):
             raise SecateurError("--recovery none fits nothing: leave --refit-samples and --refit-calibration out")
 
     def _check_similarity(self) -> None:
-        """Check that a threshold goes with similarity; alone it says how many heads go.
+        """Check that a threshold is given for similarity, and only for it.
 
         Raises:
-            SecateurError: One is there without the other, or another option says how much goes.
+            SecateurError: One is given without the other, or another option sets how much to remove.
         """
         choice = self.parsed_criterion
         if choice.preselection != SIMILARITY:
@@ -102,7 +103,7 @@ class PaperOptions(Base):
             self._check_alone()
 
     def _check_alone(self) -> None:
-        """Check that nothing but the threshold says how much goes."""
+        """Check that only the threshold sets how much to remove."""
         given = {
             "--sparsity": self.sparsity,
             "--target": self.target,

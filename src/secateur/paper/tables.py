@@ -102,7 +102,7 @@ def _shown(found: Comparison) -> list[list[str]]:
     for row in found.rows:
         share, *counts = (row.spread(name) for name in ("sparsity", "heads", "channels"))
         sizes = ["" if share is None else f"{share.mean:.1%}"]
-        sizes += ["" if count is None else f"{_number(count.mean):,}" for count in counts]
+        sizes += ["" if count is None else _count(count.mean) for count in counts]
         shown.append([row.name, *sizes, *(_cell(column, row) for column in found.columns)])
     models = ["model", *(row.model for row in found.rows)]
     return [[model, *cells] for model, cells in zip(models, shown, strict=True)] if several else shown
@@ -124,6 +124,11 @@ def _text(column: Column, value: float) -> str:
     if column.kind == "accuracy":
         return f"{value:.1f}"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+
+
+def _count(value: float) -> str:
+    """Return a mean number of units as text, with a decimal where it is not whole."""
+    return f"{value:,.0f}" if value.is_integer() else f"{value:,.1f}"
 
 
 def _number(value: float) -> float | int:

@@ -39,7 +39,8 @@ def _measurements(model: ModelScore, compared: bool) -> list[str]:
         ratios = "; ratios with a 95 % interval, paired by item" * compared
         lines.append(f"Zero-shot: {items}; ± one standard error{ratios}.")
     if (speed := model.speed) is not None:
-        runs = f"medians over {len(speed.prefill_seconds)} runs{', ratios of runs that took turns' * compared}"
+        runs = f"medians over {len(speed.prefill_seconds)} runs"
+        runs += "; the models ran in turns, and a ratio is a median over pairs of runs" * compared
         lines.append(
             f"Speed: a prompt of {speed.prompt} tokens, then {speed.new} new tokens, {speed.dtype} on {speed.device}, "
             f"{speed.threads} CPU thread{'s' * (speed.threads > 1)}; {runs}."

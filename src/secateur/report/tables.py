@@ -29,7 +29,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     ]
     for label, (before, after), form in figures:
         table.add_row(label, form(before), form(after), f"{after / before:.3f}" if before else "")
-    lines = [f"{_removed(summary.sparsity, summary.blocks)}, {_widths(summary)}."]
+    lines = [f"{_removed(summary.sparsity, summary.blocks)}; {_widths(summary)}."]
     lines += [] if summary.uniform else profile(dense, pruned)
     lines += [f"Note: {summary.note}."] if summary.note else []
     return table, lines + (_expectation(summary, out) if summary.is_dry_run else _result(summary, out))
@@ -37,7 +37,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
 
 def _expectation(summary: Summary, out: Path) -> list[str]:
     """Return lines about the time and memory that a dry run expects."""
-    peak = f"{summary.peak_bytes / 1e9:.2f} GB of memory, without that of the libraries"
+    peak = f"{summary.peak_bytes / 1e9:.2f} GB of memory, not counting the libraries"
     lines = [f"Expected: {summary.seconds:,.0f} s and {peak}."]
     if len(summary.effort_seconds) > 1:
         efforts = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in summary.effort_seconds.items())
@@ -61,13 +61,13 @@ def _removed(sparsity: float, blocks: str | None) -> str:
 
 
 def _widths(summary: Summary) -> str:
-    """Return words for the widths of the pruned blocks."""
+    """Return a clause about the widths of the pruned blocks."""
     count = len(summary.widths)
     if not summary.uniform:
-        return f"with widths that differ between {count} blocks"
+        return f"the widths of the {count} blocks differ"
     width = max(summary.widths.values(), key=len)
     numbers = ", ".join(f"{number:,} {axis_kinds()[name].label}" for name, number in width.items())
-    return f"with {numbers} in each of {count} blocks"
+    return f"each of the {count} blocks keeps: {numbers}"
 
 
 def profile(dense: list[Width], pruned: list[Width]) -> list[str]:
@@ -77,7 +77,7 @@ def profile(dense: list[Width], pruned: list[Width]) -> list[str]:
     def line(role: str) -> str:
         # Rounded up: the lowest bar means that some units are kept, a blank that none are.
         marks = "".join(BARS[math.ceil(block.get(role, 1.0) * 8)] for block in blocks)
-        return f"{role:<13}|{marks}| units kept in blocks 0 to {len(dense) - 1}; full height: all"
+        return f"{role:<13}|{marks}| share of units kept in blocks 0 to {len(dense) - 1}; a full bar means all"
 
     return [line(role) for role in dict.fromkeys(role for block in blocks for role in block)]
 

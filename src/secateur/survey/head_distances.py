@@ -88,7 +88,7 @@ def head_distances(
         # The eager function needs explicit masks, which transformers omits for other attention functions.
         use("eager")
         hidden = stream.embed(rows, arena)
-        for index in watcher.track(range(blocks.stop), "Compare"):
+        for index in watcher.track(range(blocks.stop), "Compare heads"):
             attention = stream.blocks[index].attention
             if attention.fixed and not any_free:
                 raise SecateurError(f"heads cannot be compared, because {attention.locked}")

@@ -68,7 +68,10 @@ def check_calibration(source: str, *, samples: int = 1, length: int, max_positio
     if length < 2:
         raise SecateurError(f"length is {length}; it must be at least 2")
     if max_positions is not None and length > max_positions:
-        raise SecateurError(f"length is {length}, but the model has {max_positions} positions: choose a smaller one")
+        raise SecateurError(
+            f"length is {length}, but the model has only {max_positions} positions: choose a length of at most "
+            f"{max_positions}"
+        )
     is_file(source)
 
 

@@ -60,7 +60,7 @@ def resample_tokens(
             with stream.filled(index) as layer:
                 stream.advance(index, layer, rows, hidden)
         with stream.head() as head:
-            for row in stream.services.watcher.track(range(len(text)), "Draw"):
+            for row in stream.services.watcher.track(range(len(text)), "Draw tokens"):
                 # Every process draws the random numbers of every row, so that all have the same sequence.
                 draws = torch.stack([torch.rand(2, text.shape[1] - 1, generator=generator) for generator in generators])
                 if mine.start <= row < mine.stop:
