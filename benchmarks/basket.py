@@ -10,7 +10,9 @@ The script prints one table row for each model:
   `seen_kinds.py`) and of those that it does not contain (unseen: `unseen_kinds.py`);
 - accuracy and loss (nats per token) of tokens that can be copied from the context;
 - agreement: the share of the dense model's greedy answer tokens that this model would have chosen too;
-- repeats: the share of its own answers that contain a run of eight tokens twice.
+- repeats: the share of its own answers that contain a run of eight tokens twice (loops).
+
+Agreement and repeats are measured as `secateur eval` does, on other prompts: the first questions of conversations.
 
 `--fast` skips the answers. `--only unseen` scores the unseen kinds of text and nothing else; `--only` also takes `seen`
 and names of kinds. `--peers` prunes the dense model by other methods, in memory. `--tasks` adds zero-shot
@@ -22,6 +24,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from random import Random
 from statistics import geometric_mean
@@ -32,6 +35,8 @@ from torch import Tensor
 
 from peers import PEERS, pruned_by
 from secateur import BlockStream, Options, consecutive_rows, open_checkpoint
+from secateur.measure.answers import agreement, greedy_answers, loop_share, question_ids
+from secateur.measure.generation import end_tokens
 from secateur.measure.loading import load
 from secateur.measure.perplexity import perplexity, scoring
 from secateur.measure.tasks import open_tasks
@@ -53,9 +58,8 @@ PIECE = 60
 """Number of tokens that a row of a copying test holds twice."""
 DISTANCES = (200, 500, 1000, 2000)
 """Number of tokens between the sentence that gives a number and the one that asks for it."""
-PROMPTS, ANSWER = 100, 96
-REPEATED = 8
-"""Number of tokens of a run that makes an answer count as repeating itself when it occurs twice."""
+PROMPTS, LONGEST_PROMPT = 100, 200
+"""Number of prompts, and most tokens of one."""
 
 
 class Basket:
@@ -107,9 +111,9 @@ class Basket:
         return list(self.hidden_values(self.positions))
 
     @cached_property
-    def prompts(self) -> list[Tensor]:
+    def prompts(self) -> list[list[int]]:
         """Questions as token ids of a prompt."""
-        return list(self.questions())
+        return list(islice(self.questions(), PROMPTS))
 
     def hidden_values(self, positions: int) -> Iterator[tuple[Tensor, int]]:
         """Yield token ids in which a number is given, followed by text, and asked for; and the tokens of the number."""
@@ -126,17 +130,12 @@ class Basket:
                 end = encode(self.tokenizer, ".\n\n"), encode(self.tokenizer, f"\n\nThe number of the {name} is")
                 yield torch.tensor(start + value + end[0] + between + end[1] + value), len(value)
 
-    def questions(self) -> Iterator[Tensor]:
+    def questions(self) -> Iterator[list[int]]:
         """Yield the first question of each conversation as token ids of a prompt."""
         for line in Path(self.file("chat")).read_text(encoding="utf-8").splitlines():
-            ask = json.loads(line)["messages"][0]["content"]
-            if self.tokenizer.chat_template:
-                messages = [{"role": "user", "content": ask}]
-                ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            else:
-                ids = encode(self.tokenizer, f"Question: {ask}\nAnswer:")
-            if len(ids) <= 200:
-                yield torch.tensor(ids)
+            ids = question_ids(self.tokenizer, json.loads(line)["messages"][0]["content"])
+            if len(ids) <= LONGEST_PROMPT:
+                yield ids
 
 
 def perplexities(network: Any, basket: Basket, kinds: list[str] | None = None) -> dict[str, float]:
@@ -169,40 +168,6 @@ def mean(scores: Tensor) -> tuple[float, float]:
     return float(scores[0].double().mean()), float(scores[1].double().mean())
 
 
-def answers(network: Any, basket: Basket) -> list[list[int]]:
-    """Return greedy answers as token ids, cut at the end-of-sequence token."""
-    written: list[list[int]] = []
-    prompts, end = basket.prompts[:PROMPTS], basket.tokenizer.eos_token_id
-    with scoring(network):
-        for at in range(0, len(prompts), 50):
-            batch = prompts[at : at + 50]
-            width = max(map(len, batch))
-            ids = torch.stack([torch.nn.functional.pad(one, (width - len(one), 0), value=end) for one in batch])
-            mask = torch.stack([(torch.arange(width) >= width - len(one)).long() for one in batch])
-            made = network.generate(
-                ids, attention_mask=mask, max_new_tokens=ANSWER, do_sample=False, eos_token_id=end, pad_token_id=end
-            )[:, width:]
-            written += [one[: one.index(end)] if end in one else one for one in made.tolist()]
-    return written
-
-
-def agreement(network: Any, basket: Basket, dense: list[list[int]]) -> float:
-    """Return the share of the dense model's greedy tokens that this network would have chosen in the same context."""
-    right = torch.zeros(2, dtype=torch.float64)
-    with scoring(network):
-        for prompt, answer in zip(basket.prompts, dense, strict=False):
-            if answer:
-                hits = token_scores(network, torch.cat([prompt, torch.tensor(answer)])[None], len(answer))[0]
-                right += torch.tensor([hits.sum(), hits.numel()], dtype=torch.float64)
-    return float(right[0] / right[1])
-
-
-def repeats(answer: list[int]) -> bool:
-    """Return whether an answer contains some run of `REPEATED` tokens twice."""
-    pieces = [tuple(answer[at : at + REPEATED]) for at in range(len(answer) - REPEATED + 1)]
-    return len(set(pieces)) < len(pieces)
-
-
 def tests_of(arguments: argparse.Namespace) -> list[str]:
     """Return the names of the tests that are run beside the kinds of text."""
     tests = [] if arguments.only else ["copying"] if arguments.fast else ["copying", "answers"]
@@ -218,9 +183,9 @@ def measure(
     if "copying" in missing:
         found["copying"] = copying(network, basket)
     if "answers" in missing:
-        found["answers"] = answers(network, basket)
-        found["repeats"] = sum(map(repeats, found["answers"])) / len(found["answers"])
-        found["agreement"] = agreement(network, basket, dense["answers"])
+        found["answers"] = greedy_answers(network, basket.prompts, end_tokens(network, basket.tokenizer))
+        found["repeats"] = loop_share(found["answers"])
+        found["agreement"] = agreement(network, basket.prompts, dense["answers"])
     if "tasks" in missing:
         opened = open_tasks(tasks, task_path=Path(__file__).parent / "tasks")
         scores = zero_shot(network, basket.tokenizer, opened)

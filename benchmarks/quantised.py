@@ -52,7 +52,7 @@ def main() -> None:
 def rows(source: str, given: argparse.Namespace, out: Path) -> list[str]:
     dense = open_checkpoint(source)
     tokenizer = dense.tokenizer()
-    texts = {Path(text).stem: scored_rows(dense, tokenizer, text, 128, given.tokens) for text in given.evaluate}
+    texts = {Path(text).stem: scored_rows(dense, tokenizer, text, 128, given.tokens).ids for text in given.evaluate}
 
     def scores(model: Any) -> list[float]:
         return [perplexity(model, ids).perplexity for ids in texts.values()]

@@ -243,9 +243,11 @@ def test_eval_compares_two_models(place: Path, run: Run) -> None:
         scores[0]["perplexity"] / scores[1]["perplexity"], abs=6e-4
     )
     assert small["texts"]["text.txt"]["tokens"] == 40 * 15
+    assert rows["bits per byte text.txt"][:2] == [f"{score['bits_per_byte']:.4f}" for score in scores]
     assert {"prefill tokens/s", "decoding tokens/s"} < set(rows)
     assert rows["prefill tokens/s"][2] == f"{figures['speed_ratios'][0]:.3f}"
-    assert result.out.count("text.txt: 600 tokens scored in 40 rows of 16; rows begin without BOS") == 2
+    scored = f"text.txt: 600 tokens ({scores[0]['bytes']:,} bytes) scored in 40 rows of 16; rows begin without BOS"
+    assert result.out.count(scored) == 2
     assert "Speed: a prompt of 48 tokens, then 16 new tokens" in result.out
 
 

@@ -302,7 +302,8 @@ def test_two_models_are_compared(checkpoint_folder: CheckpointFolder, text: str)
     first, second = result.models
     assert [model.name for model in result.models] == [small, dense]
     assert set(figures) == {
-        *("parameters", "bytes at equal dtype", "perplexity words.txt", "prefill tokens/s", "decoding tokens/s")
+        *("parameters", "bytes at equal dtype", "perplexity words.txt", "bits per byte words.txt"),
+        *("prefill tokens/s", "decoding tokens/s"),
     }
     assert figures["parameters"].values == [first.parameters, second.parameters]
     assert figures["parameters"].ratio == first.parameters / second.parameters < 1
@@ -330,7 +331,8 @@ def test_different_tokenizers_get_a_note(checkpoint_folder: CheckpointFolder, te
     make_letters().save_pretrained(other)
     evaluate(folder, against=str(other), texts=[text], length=20, watcher=Notes())
     assert said == [
-        "The two models tokenise texts differently: their perplexities are per token, so they cannot be compared"
+        "The two models tokenise texts differently: their perplexities are per token, so they cannot be compared; "
+        "their bits per byte can"
     ]
 
 
@@ -350,7 +352,7 @@ def test_only_one_model_is_in_memory_unless_two_take_turns(
     monkeypatch.setattr(evaluation, "load", load)
     folder = str(checkpoint_folder("llama"))
     result = evaluate(folder, against=folder, texts=[text], length=20)
-    assert [figure.ratio for figure in result.figures()] == [1.0, 1.0, 1.0]
+    assert [figure.ratio for figure in result.figures()] == [1.0, 1.0, 1.0, 1.0]
 
 
 def test_names_of_a_table_are_short(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
@@ -360,7 +362,8 @@ def test_names_of_a_table_are_short(checkpoint_folder: CheckpointFolder, text: s
     table, lines = eval_table(evaluate(str(folder), texts=[text], length=20))
     assert [column.header for column in table.columns] == ["", folder.name]
     assert lines == [
-        "words.txt: 380 tokens scored in 20 rows of 20; rows begin without BOS, as the tokenizer adds none."
+        "words.txt: 380 tokens (1,452 bytes) scored in 20 rows of 20; rows begin without BOS, as the tokenizer adds "
+        "none."
     ]
     other = tmp_path / "other" / folder.name
     shutil.copytree(folder, other)

@@ -65,6 +65,15 @@ def evaluate(
             "that a busy machine slows both.",
         ),
     ] = False,
+    answers: Annotated[
+        bool | None,
+        _measured(
+            "--answers/--no-answers",
+            help="Let each model answer 40 prompts that come with the package. Prints the share of answers that loop "
+            "and, with --against, the agreement: the share of the second model's answer tokens that MODEL ranks first.",
+            show_default="with --against",
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         _measured(
@@ -86,7 +95,7 @@ def evaluate(
         str, typer.Option(help="Data type to compute in: float32, bfloat16 or float16.", rich_help_panel=COMPUTING)
     ] = "float32",
 ) -> None:
-    """Measure size, perplexity, accuracy on tasks and speed of MODEL, alone or next to a second model.
+    """Measure size, perplexity, answers, accuracy on tasks and speed of MODEL, alone or next to a second model.
 
     Example: secateur eval ./SmolLM2-pruned --perplexity wiki.txt --against ./SmolLM2-135M --speed
     """
@@ -111,6 +120,7 @@ def evaluate(
         limit=limit or None,
         task_path=task_path,
         speed=speed,
+        answers=against is not None if answers is None else answers,
         prompts=prompt or [],
         device=run_options.device,
         memory=run_options.memory,

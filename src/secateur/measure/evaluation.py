@@ -1,4 +1,4 @@
-"""Evaluation of one model, or of two side by side: size, perplexity of texts, accuracy on tasks, speed."""
+"""Evaluation of one model, or of two side by side: size, perplexity of texts, answers, accuracy on tasks, speed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.memory import parse_memory
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.words import DTYPES
+from secateur.measure.answers import AnswerTest
 from secateur.measure.figures import Evaluation, ModelScore, short
 from secateur.measure.generation import check_prompts, generate
 from secateur.measure.loading import load
@@ -21,7 +22,8 @@ from secateur.measure.zero_shot import zero_shot
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.facts import positions_of
 from secateur.model.tokens import begins_with_bos
-from secateur.text.calibration import check_calibration, consecutive_rows
+from secateur.text import calibration
+from secateur.text.calibration import ScoredRows, check_calibration
 from secateur.text.sources import RANDOM
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 32
@@ -33,8 +35,8 @@ class _Opened(NamedTuple):
 
     checkpoint: Checkpoint
     tokenizer: Any
-    rows: dict[str, torch.Tensor]
-    """Token ids by source of text (rows x length)."""
+    rows: dict[str, ScoredRows]
+    """Rows by source of text."""
 
 
 def evaluate(
@@ -48,6 +50,7 @@ def evaluate(
     limit: int | None = None,
     task_path: str | Path | None = None,
     speed: bool = False,
+    answers: bool = False,
     prompts: Sequence[str] = (),
     device: str = "auto",
     memory: str | None = None,
@@ -68,6 +71,8 @@ def evaluate(
         limit: Number of items from the start of each task; None for all.
         task_path: A folder with the user's own task files.
         speed: Whether to measure prefill and decoding. Two models are measured in turns, so that their ratio is fair.
+        answers: Whether each model answers the prompts of the package, for its agreement with the second model and the
+            share of answers that loop. They are left out, with a note, for a model that does not fit into memory.
         prompts: Texts after which each model generates text.
         device: Device to compute on.
         memory: Most memory that the process may take: `8GB`, or `50%` of the free memory; half of it by default.
@@ -98,19 +103,25 @@ def evaluate(
     # All texts and tasks are read before a model is loaded, so that mistakes are found first.
     opened_tasks = open_tasks(tasks, limit=limit, task_path=task_path, watcher=watcher)
     needs_tokenizer = bool(texts or opened_tasks or prompts)
-    opened = [_open(one, needs_tokenizer, texts, length, tokens, watcher) for one in checkpoints]
-    if any(not torch.equal(opened[0].rows[text], opened[-1].rows[text]) for text in texts):
+    opened = [
+        _open(one, needs_tokenizer or (answers and one.has_tokenizer), texts, length, tokens, watcher)
+        for one in checkpoints
+    ]
+    if any(not torch.equal(opened[0].rows[text].ids, opened[-1].rows[text].ids) for text in texts):
         watcher.note(
-            "The two models tokenise texts differently: their perplexities are per token, so they cannot be compared"
+            "The two models tokenise texts differently: their perplexities are per token, so they cannot be compared; "
+            "their bits per byte can"
         )
+    test = AnswerTest(watcher) if answers else None
     scores: list[ModelScore] = []
     networks: list[Any] = []
-    for one in opened:
+    # The second model comes first, as its answers run through the other one.
+    for one in reversed(opened):
         with watcher.busy(f"Loading {one.checkpoint.source}"):
             network = load(one.checkpoint, getattr(torch, dtype), where, memory=memory, whole=speed, watcher=watcher)
-        scores.append(_score(one, network, opened_tasks, prompts, checkpoints[0].dtype, watcher))
+        scores.insert(0, _score(one, network, opened_tasks, test, prompts, checkpoints[0].dtype, watcher))
         # Both models stay in memory only where they are run in turns.
-        networks += [network] if speed else []
+        networks[:0] = [network] if speed else []
         del network
     if not speed:
         return Evaluation(scores)
@@ -138,6 +149,7 @@ def _score(
     opened: _Opened,
     network: Any,
     tasks: Sequence[OpenTask],
+    test: AnswerTest | None,
     prompts: Sequence[str],
     stored_dtype: torch.dtype,
     watcher: Watcher,
@@ -147,7 +159,8 @@ def _score(
     name = short(checkpoint.source)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     texts = {
-        text: perplexity(network, ids, watcher=watcher, what=f"{name} on {short(text)}") for text, ids in rows.items()
+        text: perplexity(network, scored.ids, text_bytes=scored.bytes, watcher=watcher, what=f"{name} on {short(text)}")
+        for text, scored in rows.items()
     }
     results = zero_shot(network, tokenizer, tasks, watcher=watcher, what=f"{name} on")
     tracked = watcher.track(prompts, f"{name} writes") if prompts else ()
@@ -158,13 +171,14 @@ def _score(
         begins_with_bos=tokenizer is not None and begins_with_bos(tokenizer),
         texts=texts,
         tasks=results,
+        answers=None if test is None else test.score(network, tokenizer, name),
         written={prompt: generate(network, tokenizer, prompt) for prompt in tracked},
     )
 
 
-def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> torch.Tensor:
-    """Return the rows of a text on which a model is scored (rows x length)."""
-    return consecutive_rows(
+def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> ScoredRows:
+    """Return the rows of a text on which a model is scored."""
+    return calibration.scored_rows(
         tokenizer,
         text,
         length=length,

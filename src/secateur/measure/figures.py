@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from secateur.base.files import local_path
+from secateur.measure.answers import AnswerScore
 from secateur.measure.perplexity import Perplexity
 from secateur.measure.speed import Speed
 from secateur.measure.zero_shot import AccuracyRatio, TaskResult, accuracy_ratio
@@ -24,6 +25,8 @@ class ModelScore:
     """Perplexity by source of text."""
     tasks: list[TaskResult]
     speed: Speed | None = None
+    answers: AnswerScore | None = None
+    """Figures of the answers to the prompts of the package; None where they are not measured."""
     written: dict[str, str] = field(default_factory=dict)
     """Generated text by prompt."""
 
@@ -34,7 +37,7 @@ class Figure(NamedTuple):
     label: str
     values: list[float]
     ratio: float | None
-    """The first model's value over the second's; None for one model."""
+    """The first model's value over the second's; None for one model, and where the second's is 0."""
     form: str
     """Format string of a value."""
     errors: tuple[float | None, ...] = ()
@@ -44,8 +47,8 @@ class Figure(NamedTuple):
 
     @classmethod
     def of(cls, label: str, values: list[float], form: str) -> "Figure":
-        """Return a figure whose ratio is the first value over the second."""
-        return cls(label, values, values[0] / values[1] if len(values) == 2 else None, form)
+        """Return a figure whose ratio is the first value over the second, unless that is 0."""
+        return cls(label, values, values[0] / values[1] if len(values) == 2 and values[1] else None, form)
 
 
 @dataclass
@@ -66,7 +69,18 @@ class Evaluation:
         for text in models[0].texts:
             perplexities = [model.texts[text].perplexity for model in models]
             figures.append(Figure.of(f"perplexity {short(text)}", perplexities, "{:,.3f}"))
-        return [*figures, *self._accuracies(), *self._speeds()]
+            bits = [score for model in models if (score := model.texts[text].bits_per_byte) is not None]
+            figures += [Figure.of(f"bits per byte {short(text)}", bits, "{:.4f}")] if len(bits) == len(models) else []
+        return [*figures, *self._answers(), *self._accuracies(), *self._speeds()]
+
+    def _answers(self) -> list[Figure]:
+        scores = [model.answers for model in self.models if model.answers is not None]
+        if len(scores) < len(self.models):
+            return []
+        figures = [Figure.of("answers that loop", [score.loops for score in scores], "{:.1%}")]
+        if (agreement := scores[0].agreement) is not None:
+            figures.insert(0, Figure.of("agreement", [agreement, 1.0], "{:.1%}"))
+        return figures
 
     def _accuracies(self) -> list[Figure]:
         figures, ratios = [], self.accuracy_ratios()

@@ -1,7 +1,10 @@
-"""Perplexity of rows: the exponential of the mean negative log-likelihood of a token.
+"""Perplexity of rows: the exponential of the mean negative log-likelihood of a token; and bits per byte.
 
 Every row is scored alone: each of its tokens except the first is predicted from all tokens before it in the row. The
 logits of a large vocabulary take far more memory than the model's activations, so the loss is computed in pieces.
+
+Perplexity is a figure per token, so it does not compare models whose tokenizers cut a text differently. Bits per byte
+do: the same negative log-likelihood in bits, over the UTF-8 bytes of the text that the scored tokens stand for.
 """
 
 import math
@@ -35,6 +38,10 @@ class Perplexity:
     rows: int
     length: int
     """Tokens in a row."""
+    bytes: int | None = None
+    """Number of UTF-8 bytes of the text that the scored tokens stand for; None where it is not known."""
+    bits_per_byte: float | None = None
+    """Negative log-likelihood of all scored tokens in bits, over `bytes`."""
 
 
 @contextmanager
@@ -53,6 +60,7 @@ def perplexity(
     model: PreTrainedModel,
     rows: torch.Tensor,
     *,
+    text_bytes: int | None = None,
     batch: int = 8,
     watcher: Watcher | None = None,
     what: str = "Perplexity",
@@ -62,6 +70,7 @@ def perplexity(
     Args:
         model: Any causal language model of transformers.
         rows: Token ids on any device (rows x length), length at least 2.
+        text_bytes: Number of bytes of text that the scored tokens stand for, if bits per byte are wanted.
         batch: Most rows in a forward; fewer where the logits would grow too large.
         watcher: Progress output.
         what: Label of the progress bar.
@@ -77,7 +86,7 @@ def perplexity(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not 0 <= int(rows.min()) <= int(rows.max()) < vocabulary:
         raise SecateurError(f"the rows hold ids outside the vocabulary of {vocabulary}; use the model's own tokenizer")
-    batch = max(1, min(batch, _FORWARD_LOGITS // (length * vocabulary)))
+    batch = rows_per_forward(model, length, batch)
     total = 0.0
     with scoring(model):
         for start in (watcher or Silent()).track(range(0, count, batch), what):
@@ -92,7 +101,15 @@ def perplexity(
     tokens = count * (length - 1)
     nll = total / tokens
     # math.exp raises on overflow, where a useless model should get an infinite perplexity; torch's exp gives it.
-    return Perplexity(float(torch.tensor(nll, dtype=torch.float64).exp()), nll, tokens, count, length)
+    value = float(torch.tensor(nll, dtype=torch.float64).exp())
+    bits_per_byte = total / math.log(2) / text_bytes if text_bytes else None
+    return Perplexity(value, nll, tokens, count, length, text_bytes, bits_per_byte)
+
+
+def rows_per_forward(model: PreTrainedModel, length: int, most: int) -> int:
+    """Return the number of rows of a length (tokens) in one forward: `most`, or fewer to bound the logits."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return max(1, min(most, _FORWARD_LOGITS // (length * vocabulary)))
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

@@ -1,5 +1,6 @@
 """Token ids of texts, and whether a tokenizer puts the beginning-of-sequence token (BOS) first."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from secateur.base.errors import SecateurError
@@ -12,8 +13,13 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     Raises:
         SecateurError: The tokenizer has no ids for it.
     """
+    return list(_encoding(tokenizer, text, special)["input_ids"])
+
+
+def _encoding(tokenizer: Any, text: str, special: bool) -> Any:
+    """Return what a tokenizer returns for a text of any length."""
     try:
-        encoded = tokenizer(
+        return tokenizer(
             text,
             add_special_tokens=special,
             padding=False,
@@ -25,7 +31,50 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
         if not is_fault(error):
             raise
         raise SecateurError(f"the model's tokenizer cannot read this text: {first_line(error)}") from error
-    return list(encoded["input_ids"])
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Text with its tokens, which knows how many bytes of the text each run of tokens stands for."""
+
+    tokenizer: Any
+    text: str
+    encoding: Any
+    """Result of the tokenizer's call."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, text: str) -> "EncodedText":
+        """Return a text with its tokens, without special tokens; errors as in `encode`."""
+        return cls(tokenizer, text, _encoding(tokenizer, text, special=False))
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids of the whole text."""
+        return list(self.encoding["input_ids"])
+
+    def bytes_of(self, start: int, stop: int) -> int:
+        """Return the number of UTF-8 bytes of the text that the tokens `start` to `stop - 1` stand for.
+
+        A token stands for the characters from the end of the token before it to its own end. So characters that the
+        tokenizer drops belong to the token after them, a character that is split into several tokens belongs to one of
+        them, and runs of tokens that follow each other have as many bytes as their text. A tokenizer of pure Python
+        does not tell the places of its tokens in the text; the bytes of the decoded tokens are counted instead, which
+        differ by a few bytes where the tokenizer changes the text or a run ends inside a character.
+        """
+        if self.encoding.is_fast:
+            first, last = self._end(start - 1), self._end(stop - 1)
+            return _utf8_bytes(self.text[first:last])
+        ids, before = self.encoding["input_ids"], max(0, start - 1)
+        decoded = self.tokenizer.decode(ids[before:stop]), self.tokenizer.decode(ids[before:start])
+        return _utf8_bytes(decoded[0]) - _utf8_bytes(decoded[1])
+
+    def _end(self, token: int) -> int:
+        """Return the number of characters of the text up to the end of a token; 0 for the token before the first."""
+        return 0 if token < 0 else int(self.encoding.token_to_chars(token).end)
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def is_fault(error: BaseException) -> bool:

@@ -106,7 +106,7 @@ def open_compared_model(recipe: Recipe, asked: ModelRuns, run_options: RunOption
     tokenizer, texts = checkpoint.tokenizer(), {}
     for column, text in columns.items():
         with busy_reading(watcher, "Reading", text):
-            texts[column] = scored_rows(checkpoint, tokenizer, text, length, recipe.evaluation.tokens)
+            texts[column] = scored_rows(checkpoint, tokenizer, text, length, recipe.evaluation.tokens).ids
     return ComparedModel(asked.name, asked.paper, checkpoint, tokenizer, texts, found)
 
 

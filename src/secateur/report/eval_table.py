@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from secateur.measure.answers import ANSWER_TOKENS, LOOP, AnswerScore
 from secateur.measure.figures import Evaluation, Figure, ModelScore, short
 from secateur.report.summary import bos_note
 
@@ -30,10 +31,12 @@ def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
 def _measurements(model: ModelScore, compared: bool) -> list[str]:
     """Return lines about how texts, tasks and speed were measured, for one model or two."""
     lines = [
-        f"{short(source)}: {text.tokens:,} tokens scored in {text.rows:,} rows of {text.length}; "
-        f"{bos_note(model.begins_with_bos)}."
+        f"{short(source)}: {text.tokens:,} tokens ({text.bytes or 0:,} bytes) scored in {text.rows:,} rows of "
+        f"{text.length}; {bos_note(model.begins_with_bos)}."
         for source, text in model.texts.items()
     ]
+    if model.answers is not None:
+        lines.append(_answers(model.answers))
     if model.tasks:
         items = ", ".join(f"{task.name} {task.items:,} items" for task in model.tasks)
         ratios = "; ratios with a 95 % interval, paired by item" * compared
@@ -46,6 +49,14 @@ def _measurements(model: ModelScore, compared: bool) -> list[str]:
             f"{speed.threads} CPU thread{'s' * (speed.threads > 1)}; {runs}."
         )
     return lines
+
+
+def _answers(score: AnswerScore) -> str:
+    """Return a line about how answers were measured."""
+    line = f"Answers: {score.prompts} prompts, up to {ANSWER_TOKENS} tokens each, always the likeliest token. "
+    if score.agreement is not None:
+        line += "Agreement: share of the second model's answer tokens that the first model ranks first. "
+    return line + f"An answer loops if a run of {LOOP} tokens occurs twice in it."
 
 
 def measured_rows(result: Evaluation) -> list[tuple[str, ...]]:
@@ -64,8 +75,10 @@ def _values(figure: Figure) -> list[str]:
 
 def _ratio(figure: Figure) -> list[str]:
     """Return the ratio of two models as text, accuracies in percent with an interval; empty for one model."""
-    if figure.ratio is None:
+    if len(figure.values) < 2:
         return []
+    if figure.ratio is None:
+        return [""]
     if not figure.errors:
         return [f"{figure.ratio:.3f}"]
     if figure.interval is None:

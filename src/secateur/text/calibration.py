@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.base.errors import SecateurError
-from secateur.model.tokens import begins_with_bos, encode
+from secateur.model.tokens import EncodedText, begins_with_bos, encode
 from secateur.text.data_sets import MAX_CHARACTERS, Split
 from secateur.text.documents import is_file, read_documents
 from secateur.text.general import general_rows, spread
@@ -170,16 +170,55 @@ def consecutive_rows(
         SecateurError: The source cannot be read or does not fill a row, a size is out of range, or the tokenizer gives
             ids that the model does not have.
     """
+    return scored_rows(
+        tokenizer,
+        source,
+        length=length,
+        tokens=tokens,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        split=split,
+    ).ids
+
+
+class ScoredRows(NamedTuple):
+    """Consecutive rows of a text, of which every token but the first of each row is scored."""
+
+    ids: Tensor
+    """Token ids, int64 (rows x length)."""
+    bytes: int
+    """Number of UTF-8 bytes of the text that the scored tokens stand for; see `EncodedText.bytes_of`."""
+
+
+def scored_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    length: int,
+    tokens: int | None,
+    vocab_size: int,
+    max_positions: int | None = None,
+    split: Split = "evaluation",
+) -> ScoredRows:
+    """Cut the beginning of a source into consecutive rows, and count the bytes of their scored tokens.
+
+    Arguments and errors are those of `consecutive_rows`.
+    """
     check_calibration(source, length=length, max_positions=max_positions)
     if tokens is not None and tokens < length:
         raise SecateurError(f"tokens is {tokens}, which does not fill one row of length {length}: use more")
     bos = _bos(tokenizer, vocab_size)
     body = length - len(bos)
     enough = MAX_CHARACTERS if tokens is None else max(_CHARACTERS_PER_TOKEN * tokens, _MIN_CHARACTERS)
-    ids = _text_ids(_require(tokenizer, source), source, split, min(MAX_CHARACTERS, enough), vocab_size)
+    text = _text(_require(tokenizer, source), source, split, min(MAX_CHARACTERS, enough))
+    encoded = EncodedText.of(tokenizer, text)
+    ids = checked_ids(encoded.ids, vocab_size)
     _check_enough(source, ids, 1, length, len(bos), SAMPLES)
     rows = len(ids) // body if tokens is None else min(len(ids) // body, tokens // length)
-    return _with_bos(bos, ids[: rows * body].view(rows, body))
+    # Behind BOS, the first token of the text is scored too.
+    not_scored = 1 - len(bos)
+    scored = sum(encoded.bytes_of(row * body + not_scored, (row + 1) * body) for row in range(rows))
+    return ScoredRows(_with_bos(bos, ids[: rows * body].view(rows, body)), scored)
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
@@ -209,9 +248,13 @@ def _text_ids(
     cache = {} if (current := _cache.get()) is None else current
     key = (tokenizer.name_or_path, source, split, characters, vocab_size)
     if key not in cache:
-        documents = read_documents(source, tokenizer, split=split, characters=characters)
-        cache[key] = checked_ids(encode(tokenizer, _JOIN.join(documents)), vocab_size)
+        cache[key] = checked_ids(encode(tokenizer, _text(tokenizer, source, split, characters)), vocab_size)
     return cache[key]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, source: str, split: Split, characters: int) -> str:
+    """Return all documents of a source as one text."""
+    return _JOIN.join(read_documents(source, tokenizer, split=split, characters=characters))
 
 
 def _require(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:

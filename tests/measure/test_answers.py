@@ -1,0 +1,264 @@
+"""Agreement and loops, on models whose answers are known: a model that counts, and one that says one word."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import Run
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from models import EOS, MIXTURES, ROWS, SIMILAR, build, make_letters, make_tokenizer
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent
+from secateur.measure import answers, perplexity
+from secateur.measure.answers import ANSWER_TOKENS, agreement, greedy_answers, loop_share, loops, packaged_prompts
+from secateur.measure.evaluation import evaluate
+from secateur.measure.generation import greedy_tokens
+
+VOCAB, WIDTH = 128, 128
+PROMPTS = [[7, 9, 4], [5], [20, 21, 22, 23, 24, 25, 26]]
+
+
+def model_of_next_tokens(following: list[int], **more: Any) -> LlamaForCausalLM:
+    """Return a model that follows each token by a certain one, whatever was before it."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=EOS,
+        **({"max_position_embeddings": 2048} | more),
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(VOCAB))
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[torch.tensor(following), torch.arange(VOCAB)] = 1.0
+    return model
+
+
+COUNTING = [(token + 1) % VOCAB for token in range(VOCAB)]
+"""Each token is followed by the next id, up to EOS, which is 1."""
+SAYING = [50] * VOCAB
+"""Every token is followed by the same one."""
+
+
+def saved(model: LlamaForCausalLM, folder: Path, tokenizer: Any = None) -> str:
+    model.save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_run_of_eight_tokens_that_occurs_twice_is_a_loop() -> None:
+    run = list(range(8))
+    assert loops([*run, 99, *run])
+    assert not loops([*run, 99, *run[:7]])
+    assert loops([5] * 9)
+    assert not loops([5] * 8)
+    assert not loops([])
+    assert loop_share([[5] * 20, run]) == 0.5
+
+
+def test_a_counting_model_never_loops_and_one_that_says_one_word_always_does() -> None:
+    counted = greedy_answers(model_of_next_tokens(COUNTING), PROMPTS, [EOS])
+    assert counted == [list(range(prompt[-1] + 1, prompt[-1] + 1 + ANSWER_TOKENS)) for prompt in PROMPTS]
+    assert loop_share(counted) == 0
+    said = greedy_answers(model_of_next_tokens(SAYING), PROMPTS, [EOS])
+    assert said == [[50] * ANSWER_TOKENS] * 3
+    assert loop_share(said) == 1
+
+
+def test_an_answer_stops_before_an_end_token() -> None:
+    model = model_of_next_tokens(COUNTING)
+    assert greedy_answers(model, [[100], [5]], [EOS, 110])[0] == list(range(101, 110))
+    assert greedy_answers(model, [[0]], [EOS]) == [[]]
+
+
+def test_agreement_is_the_share_of_tokens_ranked_first() -> None:
+    """A model that counts only behind odd ids agrees with every second token of a counting model."""
+    dense = model_of_next_tokens(COUNTING)
+    other = model_of_next_tokens([following if token % 2 else 50 for token, following in enumerate(COUNTING)])
+    written = greedy_answers(dense, PROMPTS, [EOS])
+    before = [token for prompt, answer in zip(PROMPTS, written, strict=True) for token in (prompt[-1], *answer[:-1])]
+    wanted = sum(token % 2 or token == 49 for token in before) / len(before)
+    assert 0.4 < wanted < 0.6
+    assert agreement(other, PROMPTS, written) == wanted
+    assert agreement(dense, PROMPTS, written) == 1
+    assert agreement(other, PROMPTS, [[], [], []]) == 1
+
+
+@pytest.mark.parametrize("logits", [1, 2 * 104 * VOCAB])
+def test_batches_do_not_change_agreement(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+    model = build("llama")
+    written = [[7, 8, 9], [4, 4, 4, 4], [30]]
+    whole = agreement(model, PROMPTS, written)
+    monkeypatch.setattr(sys.modules[perplexity.__module__], "_FORWARD_LOGITS", logits)
+    assert agreement(model, PROMPTS, written) == whole
+
+
+FAMILY_NAMES = [name for name in ROWS | SIMILAR | MIXTURES if " " not in name and name != "mistral4"]
+"""One row of each family; that of Mistral 4 is only the language model of a multimodal one."""
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_family_answers_in_a_batch_as_alone(name: str) -> None:
+    """Padding on the left changes no answer, and the model ranks every token first that it wrote itself.
+
+    Llama 4's test model is left out of long prompts: it attends within stretches of 7 tokens, which padding shifts.
+    """
+    model = build(name)
+    prompts = PROMPTS if name != "llama4_text" else PROMPTS[:2]
+    alone = [greedy_tokens(model, [prompt], ends=[EOS], new_tokens=20)[0] for prompt in prompts]
+    assert greedy_tokens(model, prompts, ends=[EOS], new_tokens=20) == alone
+    assert agreement(model, prompts, alone) == 1
+
+
+def test_generation_settings_of_the_checkpoint_are_not_used() -> None:
+    """A penalty for repetition would hide loops, and sampling would not be greedy."""
+    model = model_of_next_tokens(SAYING)
+    settings = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=50.0, no_repeat_ngram_size=2)
+    model.generation_config = settings
+    assert greedy_tokens(model.train(), [[5]], ends=[EOS], new_tokens=10) == [[50] * 10]
+    assert model.generation_config is settings
+    assert model.training
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
+    model = model_of_next_tokens(COUNTING)
+    with torch.no_grad():
+        model.lm_head.weight[3, 9] = value
+    for measure in (lambda: greedy_answers(model, [[4]], [EOS]), lambda: agreement(model, [[9]], [[9, 9]])):
+        with pytest.raises(SecateurError, match="the model's logits are not finite: its weights are damaged"):
+            measure()
+
+
+def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
+    folder = saved(model_of_next_tokens(COUNTING), tmp_path / "model")
+    result = evaluate(folder, against=folder, texts=[], answers=True)
+    first, second = (model.answers for model in result.models)
+    assert first is not None
+    assert second is not None
+    assert (first.prompts, first.loops, first.agreement, second.agreement) == (40, 0.0, 1.0, None)
+    assert first.tokens == second.tokens > 0
+    figures = {figure.label: figure for figure in result.figures()}
+    assert (figures["agreement"].values, figures["agreement"].ratio) == ([1.0, 1.0], 1.0)
+    assert (figures["answers that loop"].values, figures["answers that loop"].ratio) == ([0.0, 0.0], None)
+    assert json.loads(json.dumps(result.as_dict()))["models"][0]["answers"]["agreement"] == 1.0
+
+
+def test_the_second_model_writes_the_answers(tmp_path: Path) -> None:
+    """A model that says one word agrees with none of the counted tokens but that one."""
+    folders = [
+        saved(model_of_next_tokens(following), tmp_path / name)
+        for name, following in (("said", SAYING), ("counted", COUNTING))
+    ]
+    result = evaluate(folders[0], against=folders[1], texts=[], answers=True)
+    assert [model.name for model in result.models] == folders
+    said, counted = (model.answers for model in result.models)
+    assert said is not None
+    assert counted is not None
+    assert (said.loops, counted.loops) == (1.0, 0.0)
+    assert (said.tokens, said.agreement) == (40 * ANSWER_TOKENS, pytest.approx(1 / ANSWER_TOKENS, rel=0.1))
+    (alone,) = evaluate(folders[0], texts=[], answers=True).models
+    assert alone.answers is not None
+    assert (alone.answers.loops, alone.answers.agreement) == (1.0, None)
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def noted(*folders: str, **how: Any) -> tuple[Any, list[str]]:
+    notes = Notes()
+    result = evaluate(folders[0], against=folders[1], texts=[], answers=True, watcher=notes, **how)
+    return result, notes.lines
+
+
+def test_a_model_that_cannot_answer_is_skipped_with_a_reason(tmp_path: Path) -> None:
+    whole = saved(model_of_next_tokens(COUNTING), tmp_path / "whole")
+    short = saved(model_of_next_tokens(COUNTING, max_position_embeddings=100), tmp_path / "short")
+    result, lines = noted(whole, short)
+    assert [model.answers for model in result.models] == [None, None]
+    (line,) = lines
+    assert line.startswith(
+        "Agreement and loops are not measured: short has 100 positions, but prompts and answers have"
+    )
+    result, lines = noted(whole, whole, memory="1B", device="cpu")
+    assert [model.answers for model in result.models] == [None, None]
+    assert lines[1:-1] == [
+        "Agreement and loops are not measured: whole does not fit into memory, and would be read from disk once for "
+        "every token"
+    ]
+    (tmp_path / "short" / "tokenizer.json").unlink()
+    (tmp_path / "short" / "tokenizer_config.json").unlink()
+    assert noted(whole, short)[1] == ["Agreement and loops are not measured: short has no tokenizer"]
+
+
+def test_models_with_different_tokenizers_have_no_agreement(tmp_path: Path) -> None:
+    words = saved(model_of_next_tokens(COUNTING), tmp_path / "words")
+    letters = saved(model_of_next_tokens(SAYING), tmp_path / "letters", make_letters())
+    result, lines = noted(words, letters)
+    assert lines == ["Agreement is not measured: the tokenizer of words is not that of the other model"]
+    assert [model.answers.loops for model in result.models] == [0.0, 1.0]
+    assert "agreement" not in {figure.label for figure in result.figures()}
+
+
+def test_long_answers_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is estimated from the steps after the first one, which reads the prompts."""
+    ticks = iter([100.0, 106.0])
+    monkeypatch.setattr(answers, "perf_counter", lambda: next(ticks))
+    notes = Notes()
+    greedy_answers(model_of_next_tokens(SAYING), [[5]] * (answers.BATCH + 1), [EOS], watcher=notes, what="big answers")
+    assert notes.lines == ["big answers: up to 6 min for 192 steps; --no-answers leaves them out"]
+
+
+def test_the_prompts_of_the_package() -> None:
+    prompts = packaged_prompts()
+    assert len(prompts) == len(set(prompts)) == 40
+    assert all(prompt == prompt.strip() and 20 <= len(prompt) <= 400 for prompt in prompts)
+    assert sum("\n" in prompt for prompt in prompts) >= 3
+
+
+def test_a_chat_template_is_used(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }} w5"
+    plain = answers.question_ids(make_tokenizer(), "w1 w2")
+    assert plain == make_tokenizer()("Question: w1 w2\nAnswer:")["input_ids"]
+    assert answers.question_ids(make_tokenizer(template=template), "w1 w2") == [5, 6, 9]
+    bad = make_tokenizer(template="{{ raise_exception('no') }}")
+    with pytest.raises(SecateurError, match="the tokenizer's chat template refuses a prompt: no"):
+        answers.question_ids(bad, "w1")
+
+
+def test_eval_prints_agreement_and_loops_with_against(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(model_of_next_tokens(SAYING), tmp_path / "said")
+    saved(model_of_next_tokens(COUNTING), tmp_path / "counted")
+    result = run("eval", "said", "--against", "counted")
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in result.out.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["answers that loop"]] == ["100.0%", "0.0%", ""]
+    assert [cell.strip() for cell in rows["agreement"]][1] == "100.0%"
+    assert "Answers: 40 prompts, up to 96 tokens each" in result.out
+    for quiet in (("eval", "said", "--against", "counted", "--no-answers"), ("eval", "said")):
+        assert "loop" not in run(*quiet).out
+    alone = run("eval", "said", "--answers").out
+    assert "answers that loop" in alone
+    assert "greement" not in alone
