@@ -123,7 +123,10 @@ def blocks(page: str) -> list[Block]:
 def options() -> dict[str, set[str]]:
     """Return the options of every command."""
     found: dict[str, Any] = typer.main.get_command(app).commands
-    return {name: {flag for one in command.params for flag in one.opts} for name, command in found.items()}
+    return {
+        name: {flag for one in command.params for flag in (*one.opts, *one.secondary_opts)}
+        for name, command in found.items()
+    }
 
 
 def unknown(words: list[str], of: dict[str, set[str]]) -> list[str]:
