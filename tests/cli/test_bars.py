@@ -18,7 +18,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return file
 
 
-def test_a_long_loop_logs_progress_and_time_left(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_loop_logs_progress_and_time_left(log, monkeypatch):
     monkeypatch.setattr(bars, "LOG_INTERVAL", 0.05)
     for _ in Bars().track(range(4), "Prune"):
         time.sleep(0.12)
@@ -30,19 +30,19 @@ def test_a_long_loop_logs_progress_and_time_left(log: io.StringIO, monkeypatch: 
     assert len(lines) >= 8
 
 
-def test_a_short_loop_is_one_line(log: io.StringIO) -> None:
+def test_a_short_loop_is_one_line(log):
     assert list(Bars().track((letter for letter in "ab"), "Draw")) == ["a", "b"]
     assert log.getvalue() == "Draw 2, 0:00\n"
 
 
-def test_brackets_in_names_are_not_markup(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brackets_in_names_are_not_markup(log, monkeypatch):
     monkeypatch.setattr(terminal, "log", Console(file=log, force_terminal=True, markup=False, width=80))
     with Bars().busy("Opening models/[/bold]:smile:"):
         time.sleep(0.2)
     assert "Opening models/[/bold]:smile: ..." in log.getvalue()
 
 
-def test_a_loop_that_fails_stops_logging(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_fails_stops_logging(log, monkeypatch):
     monkeypatch.setattr(bars, "LOG_INTERVAL", 0.02)
 
     def broken() -> None:
@@ -56,7 +56,7 @@ def test_a_loop_that_fails_stops_logging(log: io.StringIO, monkeypatch: pytest.M
     assert log.getvalue() == said
 
 
-def test_times_lists_long_steps_first() -> None:
+def test_times_lists_long_steps_first():
     progress = Bars()
     progress.seconds = {"Survey": 61.2, "Probe": 0.4, "Prune": 3725.0}
     assert progress.times() == "prune 1:02:05, survey 1:01"

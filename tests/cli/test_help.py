@@ -6,12 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-from command_line import SMALL, Run
+from command_line import SMALL
 
 
-def test_version_and_help_list_commands_options_and_panels(run: Run) -> None:
+def test_version_and_help_list_commands_options_and_panels(run):
     import secateur
 
     assert run("--version") == (0, f"secateur {secateur.__version__}\n", "")
@@ -36,13 +35,13 @@ def test_version_and_help_list_commands_options_and_panels(run: Run) -> None:
         assert f"--{option} " in text
 
 
-def test_every_command_has_the_output_options(run: Run) -> None:
+def test_every_command_has_the_output_options(run):
     for command in re.findall("^│ ([a-z]+)", run("--help").out, flags=re.MULTILINE):
         text = run(command, "--help").out
         assert all(f"--{option} " in text for option in ("json", "quiet", "verbose")), command
 
 
-def test_help_does_not_import_torch() -> None:
+def test_help_does_not_import_torch():
     code = (
         "import sys; sys.argv = ['secateur', 'prune', '--help']\n"
         "from secateur.cli import main\n"
@@ -53,7 +52,7 @@ def test_help_does_not_import_torch() -> None:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-def test_bash_completes_commands_and_options() -> None:
+def test_bash_completes_commands_and_options():
     for words, wanted in (("secateur pr", "prune"), ("secateur prune --crit", "--criterion")):
         asked = {"_SECATEUR_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         command = [sys.executable, "-m", "secateur"]
@@ -61,7 +60,7 @@ def test_bash_completes_commands_and_options() -> None:
         assert result.stdout.split() == [wanted]
 
 
-def test_verbose_prints_the_traceback(place: Path, run: Run) -> None:
+def test_verbose_prints_the_traceback(place, run):
     few, many = (run("plan", "missing", *SMALL, *more) for more in ([], ["--verbose"]))
     assert few.code == many.code == 2
     assert few.err.count("\n") == 1

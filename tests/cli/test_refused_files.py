@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import SMALL, TEXT, Run, listing, read_record, refused
+from command_line import SMALL, TEXT, listing, read_record, refused
 
 from conftest import CheckpointFolder
 from secateur.commands import prune
@@ -38,7 +38,7 @@ NO_TEXTS = {
 
 
 @pytest.mark.parametrize("source", NO_TEXTS)
-def test_a_source_that_is_not_a_text_is_refused(source: str, place: Path, run: Run, no_work: None) -> None:
+def test_a_source_that_is_not_a_text_is_refused(source, place, run, no_work):
     os.mkfifo("pipe")
     before = listing(place)
     refused(run("prune", "model", "out", *SMALL, "--calibration", source), NO_TEXTS[source])
@@ -46,9 +46,7 @@ def test_a_source_that_is_not_a_text_is_refused(source: str, place: Path, run: R
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_unusable_text_is_refused_before_any_work(
-    name: str, place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_text_is_refused_before_any_work(name, place, run, no_work, monkeypatch):
     from secateur.measure import evaluation
 
     data, message = FILES[name]
@@ -63,9 +61,7 @@ def test_an_unusable_text_is_refused_before_any_work(
     assert listing(place) == before
 
 
-def test_an_output_that_cannot_be_written_is_refused(
-    place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_that_cannot_be_written_is_refused(place, run, no_work, monkeypatch):
     (place / "full").mkdir()
     (place / "full" / "thesis.tex").write_text("years of work")
     (place / "link").symlink_to("model")
@@ -163,10 +159,7 @@ WRONG_FILES = [
         "sizes model --out sizes --survey short.json",
         "this survey lacks widths of the channels of block 2; name another",
     ),
-    (
-        "prune model out --plan adaptive/secateur.json --format stock",
-        "holds one width for all blocks; use --format hf",
-    ),
+    ("prune model out --plan adaptive/secateur.json --format stock", "holds one width for all blocks; use --format hf"),
     ("prune model out --plan holes.json --format stock", "hf; the nearest that fits: --widths uniform --sparsity 0"),
     ("prune model out --widths first.json --format stock", "holds one width for all blocks; use --format hf"),
     ("prune model out --widths first.json --modules heads", "--modules and --widths first.json both set what"),
@@ -175,18 +168,9 @@ WRONG_FILES = [
         "--blocks and --widths first.json both set what to remove from which blocks; leave",
     ),
     ("prune model out --plan adaptive/secateur.json --widths uniform", "--plan and --widths uniform both set how much"),
-    (
-        "prune model out --plan typo.json",
-        "typo.json: block 0: unknown key 'head'; use block, channels,",
-    ),
-    (
-        "prune model out --plan other.json",
-        "other.json: block 0: 'width' does not match the listed units",
-    ),
-    (
-        "prune model out --survey energy.json",
-        "energy.json: not a survey by secateur; name another file",
-    ),
+    ("prune model out --plan typo.json", "typo.json: block 0: unknown key 'head'; use block, channels,"),
+    ("prune model out --plan other.json", "other.json: block 0: 'width' does not match the listed units"),
+    ("prune model out --survey energy.json", "energy.json: not a survey by secateur; name another file"),
     (
         "prune model out --plan uniform/secateur.json --round 8",
         "--round and --plan both set what to remove from which blocks; leave one of",
@@ -219,9 +203,7 @@ WRONG_FILES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG_FILES, ids=[row[0] for row in WRONG_FILES])
-def test_plans_and_surveys_of_other_models_are_refused(
-    arguments: str, message: str, place: Path, run: Run, other_runs: None, no_work: None
-) -> None:
+def test_plans_and_surveys_of_other_models_are_refused(arguments, message, place, run, other_runs, no_work):
     before = listing(place)
     small = [] if arguments.startswith("export") else SMALL
     refused(run(*arguments.split(), *small), message)

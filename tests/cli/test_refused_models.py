@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import SMALL, Run, listing, refused, remove_tokenizer
+from command_line import SMALL, listing, refused, remove_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -85,10 +85,7 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
     ),
     "no tokenizer": (lambda f, _: remove_tokenizer(f), "model: no tokenizer files; copy the model's into the folder"),
     "broken tokenizer": (lambda f, _: (f / "tokenizer.json").write_text("{"), "model: the tokenizer does not load"),
-    "unknown": (
-        other_family("ctrl"),
-        "model type 'ctrl' is not supported; secateur families prints those that are",
-    ),
+    "unknown": (other_family("ctrl"), "model type 'ctrl' is not supported; secateur families prints those that are"),
     "another form": (other_family("ctrl"), "describe the family in a file and add --family FILE; see docs/extend.md"),
     "mamba": (other_family("mamba"), "it has layers of linear attention, convolution or state space, for which there"),
     "experts": (
@@ -103,9 +100,7 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_an_unusable_model_is_refused_before_any_work(
-    case: str, place: Path, run: Run, no_work: None, checkpoint_folder: CheckpointFolder
-) -> None:
+def test_an_unusable_model_is_refused_before_any_work(case, place, run, no_work, checkpoint_folder):
     change, message = MODELS[case]
     change(place / "model", checkpoint_folder)
     before = listing(place)
@@ -116,7 +111,7 @@ def test_an_unusable_model_is_refused_before_any_work(
 @pytest.mark.parametrize(
     ("tensor", "module"), [("self_attn.v_proj", "attention"), ("mlp.gate_proj", "feed-forward"), ("embed", "")]
 )
-def test_nan_weights_are_reported_with_block_and_module(tensor: str, module: str, place: Path, run: Run) -> None:
+def test_nan_weights_are_reported_with_block_and_module(tensor, module, place, run):
     file = place / "model" / "model.safetensors"
     weights = load_file(file)
     name = f"model.layers.1.{tensor}.weight" if module else "model.embed_tokens.weight"
@@ -135,7 +130,7 @@ def test_nan_weights_are_reported_with_block_and_module(tensor: str, module: str
     assert listing(place) == before
 
 
-def test_an_unreadable_file_is_named(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
+def test_an_unreadable_file_is_named(place, run, monkeypatch, no_work):
     from secateur.model import checkpoint
 
     def forbidden(folder: Path) -> None:
@@ -146,9 +141,7 @@ def test_an_unreadable_file_is_named(place: Path, run: Run, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
-def test_families_whose_stock_class_keeps_all_heads(
-    name: str, run: Run, no_work: None, checkpoint_folder: CheckpointFolder, place: Path
-) -> None:
+def test_families_whose_stock_class_keeps_all_heads(name, run, no_work, checkpoint_folder, place):
     model, before = str(checkpoint_folder(name)), listing(place)
     for options in (["--modules", "heads"], ["--modules", "heads", "--sparsity", "0.9"]):
         result = run("prune", model, "out", *SMALL, "--widths", "uniform", *options)
@@ -159,9 +152,7 @@ def test_families_whose_stock_class_keeps_all_heads(
     assert listing(place) == before
 
 
-def test_heads_behind_a_shared_norm_and_missing_biases_are_refused(
-    run: Run, no_work: None, checkpoint_folder: CheckpointFolder, place: Path
-) -> None:
+def test_heads_behind_a_shared_norm_and_missing_biases_are_refused(run, no_work, checkpoint_folder, place):
     model, before = str(checkpoint_folder("olmo2")), listing(place)
     uniform = [*SMALL, "--widths", "uniform"]
     refused(run("prune", model, "out", *uniform, "--modules", "heads"), "norms run across all heads; prune channels")
@@ -173,9 +164,7 @@ def test_heads_behind_a_shared_norm_and_missing_biases_are_refused(
     assert listing(place) == before
 
 
-def test_a_hub_without_a_network_is_reported_at_once(
-    place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_without_a_network_is_reported_at_once(place, run, no_work, monkeypatch):
     """The error for a hub id or a data set comes at once, not after minutes of retries."""
     import datasets
 

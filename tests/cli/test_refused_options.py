@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import SMALL, Result, Run, listing, refused
+from command_line import SMALL, Result, listing, refused
 
 from models import POSITIONS
 from secateur.base.errors import SecateurError
@@ -115,16 +114,10 @@ OPTIONS: list[tuple[str, str]] = [
         "--sigma data --criterion wanda",
         "sigma is an option of --criterion second-moment, not of wanda: leave --sigma out",
     ),
-    (
-        "--refit-samples 4000",
-        "text.txt: too short, it has 1,500 tokens, but 4,004 rows of 16 tokens need 64,064",
-    ),
+    ("--refit-samples 4000", "text.txt: too short, it has 1,500 tokens, but 4,004 rows of 16 tokens need 64,064"),
     ("--refit-samples 4000", "use refit-samples 89, or a longer text"),
     ("--refit-calibration missing.txt", "missing.txt does not exist: check the path of the text"),
-    (
-        "--refit-samples 8 --recovery none",
-        "--recovery none fits nothing: leave --refit-samples and --refit-calib",
-    ),
+    ("--refit-samples 8 --recovery none", "--recovery none fits nothing: leave --refit-samples and --refit-calib"),
     (
         "--calibration self --length 65",
         "length is 65, but the model has only 64 positions: choose a length of at most 64",
@@ -135,23 +128,21 @@ OPTIONS: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS, ids=[row[0] for row in OPTIONS])
-def test_a_wrong_option_is_refused_before_any_work(
-    options: str, message: str, place: Path, run: Run, no_work: None
-) -> None:
+def test_a_wrong_option_is_refused_before_any_work(options, message, place, run, no_work):
     before = listing(place)
     refused(run("prune", "model", "out", *SMALL, *options.split()), message)
     assert listing(place) == before
 
 
 @pytest.mark.parametrize("name", [name for name, spec in option_specs(Options).items() if spec.choices])
-def test_a_value_that_is_not_a_choice_is_refused(name: str) -> None:
+def test_a_value_that_is_not_a_choice_is_refused(name):
     choices = ", ".join(option_specs(Options)[name].choices)
     with pytest.raises(SecateurError, match=f"{name} is 'other'; it must be one of {re.escape(choices)}"):
         Options(**{name: "other"})
 
 
 @pytest.mark.parametrize("name", [name for name, spec in option_specs(Options).items() if spec.minimum is not None])
-def test_a_number_below_the_minimum_is_refused(name: str) -> None:
+def test_a_number_below_the_minimum_is_refused(name):
     minimum = option_specs(Options)[name].minimum or 0
     with pytest.raises(SecateurError, match=f"{cli_name(name)} is {minimum - 1}; it must be at least {minimum}"):
         Options(**{name: minimum - 1})
@@ -205,10 +196,7 @@ ARGUMENTS = [
     ("sizes model --out sizes --format gguf", "sizes writes folders: use --format hf, then run secateur export"),
     ("sizes model --out sizes --survey sizes/sizes.json", "sizes does not exist; create it first"),
     ("prune model out --survey out", "out: the survey cannot be inside the output out"),
-    (
-        "prune model out --overwrite --survey out/s.json",
-        "out/s.json: the survey cannot be inside the output out",
-    ),
+    ("prune model out --overwrite --survey out/s.json", "out/s.json: the survey cannot be inside the output out"),
     ("plan model --survey a.json --out a.json", "a.json: the survey cannot be inside the output a.json"),
     ("sizes model --out sizes --format stock", "use --widths uniform, or --format hf"),
     ("prune model out --blocks " + "9" * 5000 + ":", "write first:end, for example 4:30"),
@@ -234,9 +222,7 @@ ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[row[0] for row in ARGUMENTS])
-def test_wrong_arguments_are_refused_before_any_work(
-    arguments: str, message: str, place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_arguments_are_refused_before_any_work(arguments, message, place, run, no_work, monkeypatch):
     from secateur.measure import evaluation
 
     monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
@@ -246,16 +232,14 @@ def test_wrong_arguments_are_refused_before_any_work(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without the device")
-def test_an_absent_device_is_refused(place: Path, run: Run, no_work: None) -> None:
+def test_an_absent_device_is_refused(place, run, no_work):
     before = listing(place)
     refused(run("prune", "model", "out", *SMALL, "--device", "cuda"), "device 'cuda' is not available here; use")
     refused(run("eval", "model", "--device", "cuda:7"), "device 'cuda:7' is not available here; use")
     assert listing(place) == before
 
 
-def test_a_device_without_float64_is_refused(
-    place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_without_float64_is_refused(place, run, no_work, monkeypatch):
     """GPUs of Apple are such devices."""
     empty = torch.empty
 
@@ -271,7 +255,7 @@ def test_a_device_without_float64_is_refused(
     assert listing(place) == before
 
 
-def test_a_real_process_prints_one_line_and_exits_with_code_2(place: Path) -> None:
+def test_a_real_process_prints_one_line_and_exits_with_code_2(place):
     command = [sys.executable, "-m", "secateur", "prune", "model", "out", "--sparsity", "2"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     refused(Result(result.returncode, result.stdout, result.stderr), "sparsity is 2.0; it must lie between 0 and 1")

@@ -6,11 +6,10 @@ import io
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from command_line import SMALL, TEXT, Run, listing, read_record, refused, remove_tokenizer
+from command_line import SMALL, TEXT, listing, read_record, refused, remove_tokenizer
 from safetensors.torch import load_file
 
 from models import make_letters, make_tokenizer
@@ -18,7 +17,7 @@ from secateur.cli import bars
 from secateur.families.registry import FAMILIES
 
 
-def test_prune_writes_a_model_and_prints_a_summary(place: Path, run: Run) -> None:
+def test_prune_writes_a_model_and_prints_a_summary(place, run):
     result = run("prune", "model", "out", *SMALL)
     assert result.code == 0
     notes = result.err.splitlines()
@@ -41,7 +40,7 @@ def test_prune_writes_a_model_and_prints_a_summary(place: Path, run: Run) -> Non
     assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out"}
 
 
-def test_a_dry_run_writes_nothing(place: Path, run: Run, no_work: None) -> None:
+def test_a_dry_run_writes_nothing(place, run, no_work):
     before = listing(place)
     result = run("prune", "model", "out", *SMALL, "--dry-run")
     assert result.code == 0
@@ -58,12 +57,12 @@ def test_a_dry_run_writes_nothing(place: Path, run: Run, no_work: None) -> None:
     assert listing(place) == before
 
 
-def test_widths_are_rounded_to_the_multiple(place: Path, run: Run) -> None:
+def test_widths_are_rounded_to_the_multiple(place, run):
     assert run("prune", "model", "rounded", *SMALL, "--round", "8").code == 0
     assert read_record(place, "rounded")["blocks"][0]["width"]["channels"] % 8 == 0
 
 
-def test_a_sparsity_that_is_not_reached_is_noted(place: Path, run: Run) -> None:
+def test_a_sparsity_that_is_not_reached_is_noted(place, run):
     result = run("prune", "model", "out", *SMALL, "--modules", "heads", "--sparsity", "0.2")
     assert result.code == 0
     record = read_record(place)["sparsity"]
@@ -73,7 +72,7 @@ def test_a_sparsity_that_is_not_reached_is_noted(place: Path, run: Run) -> None:
     assert "instead of 20.0%" in " ".join(result.out.split())
 
 
-def test_weights_are_written_in_the_dtype(place: Path, run: Run) -> None:
+def test_weights_are_written_in_the_dtype(place, run):
     assert run("prune", "model", "half", *SMALL, "--dtype", "bfloat16").code == 0
     assert {t.dtype for t in load_file(place / "half" / "model.safetensors").values()} == {torch.bfloat16}
     again = ["--sparsity", "0.1", "--dtype", "float32"]
@@ -83,7 +82,7 @@ def test_weights_are_written_in_the_dtype(place: Path, run: Run) -> None:
     assert {t.dtype for t in load_file(place / "again" / "model.safetensors").values()} == {torch.float32}
 
 
-def test_overwrite_replaces_a_model(place: Path, run: Run) -> None:
+def test_overwrite_replaces_a_model(place, run):
     assert run("prune", "model", "out", *SMALL, "--criterion", "l1").code == 0
     refused(run("prune", "model", "out", *SMALL), "exists and is not empty")
     assert read_record(place)["options"]["criterion"] == "l1"
@@ -92,7 +91,7 @@ def test_overwrite_replaces_a_model(place: Path, run: Run) -> None:
     assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out"}
 
 
-def test_plan_and_prune_agree_on_similar_heads(place: Path, run: Run) -> None:
+def test_plan_and_prune_agree_on_similar_heads(place, run):
     arguments = [*SMALL, "--criterion", "similarity", "--tau"]
     result = run("prune", "model", "out", *arguments, "0.15")
     assert result.code == 0, result
@@ -106,7 +105,7 @@ def test_plan_and_prune_agree_on_similar_heads(place: Path, run: Run) -> None:
     assert [block["heads"] for block in written] == [block["heads"] for block in read_record(place)["blocks"]]
 
 
-def test_file_pipe_and_jsonl_of_one_text_give_one_model(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_pipe_and_jsonl_of_one_text_give_one_model(place, run, monkeypatch):
     lines = [json.dumps({"text": TEXT}), ""]
     (place / "text.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
@@ -117,21 +116,21 @@ def test_file_pipe_and_jsonl_of_one_text_give_one_model(place: Path, run: Run, m
     assert weights[0] == weights[1] == weights[2] != weights[3]
 
 
-def test_random_ids_need_no_tokenizer(place: Path, run: Run) -> None:
+def test_random_ids_need_no_tokenizer(place, run):
     remove_tokenizer(place / "model")
     assert run("prune", "model", "out", *SMALL, "--calibration", "random", "--effort", "quick").code == 0
     gguf = ["--calibration", "random", "--format", "gguf"]
     refused(run("prune", "model", "o.gguf", *SMALL, *gguf), "model: no tokenizer files; copy the model's into the fold")
 
 
-def test_bos_in_calibration_rows_is_reported(place: Path, run: Run) -> None:
+def test_bos_in_calibration_rows_is_reported(place, run):
     make_tokenizer(bos=True).save_pretrained(place / "model")
     assert "rows begin with BOS." in run("prune", "model", "out", *SMALL, "--modules", "channels").out
     assert read_record(place)["calibration"]["begins_with_bos"]
     assert "rows begin with BOS." in run("eval", "out", "--perplexity", "text.txt", "--length", "16").out
 
 
-def test_plan_prints_the_widths_that_prune_gives(place: Path, run: Run) -> None:
+def test_plan_prints_the_widths_that_prune_gives(place, run):
     before = listing(place)
     result = run("plan", "model", *SMALL, "--sparsity", "0.4")
     assert result.code == 0, result.err
@@ -158,9 +157,7 @@ def test_plan_prints_the_widths_that_prune_gives(place: Path, run: Run) -> None:
     ]
 
 
-def test_sizes_writes_models_a_table_and_a_plot_and_resumes(
-    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_writes_models_a_table_and_a_plot_and_resumes(place, run, monkeypatch):
     # A busy machine takes long enough to say where the time went.
     monkeypatch.setattr(bars.Bars, "times", lambda _: "")
     arguments = ["sizes", "model", "--out", "sizes", *SMALL, "--sparsities", ".5,.2", "--perplexity", "text.txt"]
@@ -196,7 +193,7 @@ def test_sizes_writes_models_a_table_and_a_plot_and_resumes(
     assert run(*arguments, "--overwrite").code == 0
 
 
-def test_retrain_reports_perplexity_before_and_after(place: Path, run: Run) -> None:
+def test_retrain_reports_perplexity_before_and_after(place, run):
     assert run("prune", "model", "pruned", *SMALL).code == 0
     result = run("retrain", "pruned", "out", *SMALL, "--epochs", "1", "--batch", "2", "--device", "cpu")
     assert result.code == 0
@@ -207,7 +204,7 @@ def test_retrain_reports_perplexity_before_and_after(place: Path, run: Run) -> N
     assert read_record(place)["retrained"][0]["steps"] == 2
 
 
-def test_prune_to_gguf_equals_prune_and_export(place: Path, run: Run) -> None:
+def test_prune_to_gguf_equals_prune_and_export(place, run):
     make_letters().save_pretrained(place / "model")
     (place / "text.txt").write_text("A plan of widths, block by block. " * 40)
     result = run("prune", "model", "out.gguf", *SMALL, "--format", "gguf")
@@ -221,7 +218,7 @@ def test_prune_to_gguf_equals_prune_and_export(place: Path, run: Run) -> None:
     assert abs(sizes[0] - sizes[1]) < 64
 
 
-def test_eval_compares_two_models(place: Path, run: Run) -> None:
+def test_eval_compares_two_models(place, run):
     assert run("prune", "model", "out", *SMALL, "--modules", "channels").code == 0
     result = run(
         *("eval", "out", "--against", "model", "--perplexity", "text.txt", "--perplexity", str(place / "text.txt")),
@@ -251,14 +248,14 @@ def test_eval_compares_two_models(place: Path, run: Run) -> None:
     assert "Speed: a prompt of 48 tokens, then 16 new tokens" in result.out
 
 
-def test_eval_scores_two_models_on_one_pipe(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_scores_two_models_on_one_pipe(place, run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     result = run("eval", "model", "--against", "model", "--perplexity", "-", "--length", "16", "--tokens", "64")
     assert result.code == 0
     assert "1.000" in next(line for line in result.out.splitlines() if "perplexity" in line)
 
 
-def test_eval_without_options_prints_sizes(place: Path, run: Run) -> None:
+def test_eval_without_options_prints_sizes(place, run):
     remove_tokenizer(place / "model")
     result = run("eval", "model")
     assert result.code == 0
@@ -267,7 +264,7 @@ def test_eval_without_options_prints_sizes(place: Path, run: Run) -> None:
     assert "tokens/s" not in result.out
 
 
-def test_json_holds_the_results(place: Path, run: Run) -> None:
+def test_json_holds_the_results(place, run):
     result = run("prune", "model", "out", *SMALL, "--json", "-", "--quiet")
     assert (result.code, result.err) == (0, "")
     found = json.loads(result.out)

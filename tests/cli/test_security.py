@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import SMALL, TEXT, Run, listing, refused
+from command_line import SMALL, TEXT, listing, refused
 
 TINY = " ".join(SMALL)
 COMMANDS = [
@@ -38,7 +38,7 @@ class Trap:
 
 
 @pytest.mark.usefixtures("letters")
-def test_no_command_unpickles(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_command_unpickles(place, run, monkeypatch):
     """Pickles that other tools would open are next to the weights, and every way to unpickle raises an error."""
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl", "adapter_model.bin"):
         (place / "model" / name).write_bytes(pickle.dumps(Trap()))
@@ -74,7 +74,7 @@ def letters(place: Path) -> None:
     make_letters().save_pretrained(place / "model")
 
 
-def test_pickled_weights_without_safetensors_are_refused(place: Path, run: Run) -> None:
+def test_pickled_weights_without_safetensors_are_refused(place, run):
     (place / "model" / "model.safetensors").unlink()
     (place / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
     for command in (["prune", "model", "out", *SMALL], ["eval", "model", "--perplexity", "text.txt"]):
@@ -82,7 +82,7 @@ def test_pickled_weights_without_safetensors_are_refused(place: Path, run: Run) 
     assert not (place / "trapped").exists()
 
 
-def test_tokenizer_code_runs_only_with_the_flag(place: Path, run: Run) -> None:
+def test_tokenizer_code_runs_only_with_the_flag(place, run):
     file = place / "model" / "tokenizer_config.json"
     own = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["tok.Own", None]}, "tokenizer_class": "Own"}
     file.write_text(json.dumps(own))
@@ -95,7 +95,7 @@ def test_tokenizer_code_runs_only_with_the_flag(place: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [trapped]", "!!python/name:os.system"])
-def test_yaml_tags_create_no_objects(tag: str, place: Path, run: Run) -> None:
+def test_yaml_tags_create_no_objects(tag, place, run):
     for name, command in {
         "recipe.yaml": ["compare", "recipe.yaml", "--out", "table"],
         "family.yaml": ["prune", "model", "out", *SMALL, "--family", "family.yaml"],
@@ -110,7 +110,7 @@ def test_yaml_tags_create_no_objects(tag: str, place: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "sub/../../outside.safetensors"])
-def test_an_index_cannot_name_files_outside_its_folder(shard: str, place: Path, run: Run) -> None:
+def test_an_index_cannot_name_files_outside_its_folder(shard, place, run):
     weights = place / "model" / "model.safetensors"
     weights.rename(place / "outside.safetensors")
     index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}}
@@ -118,7 +118,7 @@ def test_an_index_cannot_name_files_outside_its_folder(shard: str, place: Path, 
     refused(run("prune", "model", "out", *SMALL), "model.safetensors.index.json")
 
 
-def test_pages_hold_what_strangers_write_as_text(place: Path, run: Run) -> None:
+def test_pages_hold_what_strangers_write_as_text(place, run):
     """Names of a folder, a text and a model appear on the pages as text, and open no tag."""
     model, text = "<img src=x onerror=alert(1)>", "text<script>.txt"
     (place / "model").rename(place / model)

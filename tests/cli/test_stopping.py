@@ -10,12 +10,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import SMALL, Run, listing, without_run_state
+from command_line import SMALL, listing, without_run_state
 
 from secateur.commands import fit_blocks
 from secateur.write import shards
@@ -37,9 +36,7 @@ def after_one_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException]
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_an_interrupt_leaves_no_partial_output(
-    there: bool, place: Path, run: Run, after_one_block: Callable[[BaseException], None]
-) -> None:
+def test_an_interrupt_leaves_no_partial_output(there, place, run, after_one_block):
     if there:
         shutil.copytree(place / "model", place / "out")
     before = listing(place)
@@ -52,7 +49,7 @@ def test_an_interrupt_leaves_no_partial_output(
     assert listing(place) == before
 
 
-def test_an_interrupt_during_imports_prints_no_traceback() -> None:
+def test_an_interrupt_during_imports_prints_no_traceback():
     """Some libraries crash if a KeyboardInterrupt is raised while they are imported."""
     code = (
         "import os, signal, sys\n"
@@ -77,7 +74,7 @@ def test_an_interrupt_during_imports_prints_no_traceback() -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_and_sighup_leave_no_partial_output(place: Path) -> None:
+def test_sigterm_and_sighup_leave_no_partial_output(place):
     """A real process is killed during the work; a terminal that is closed sends SIGHUP."""
     code = (
         "import os, signal, sys\n"
@@ -110,9 +107,7 @@ def test_sigterm_and_sighup_leave_no_partial_output(place: Path) -> None:
     assert without_run_state(place) == before
 
 
-def test_a_disk_that_fills_leaves_no_partial_output(
-    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_that_fills_leaves_no_partial_output(place, run, monkeypatch, capsys):
     add = shards.ShardWriter.add
 
     def full(writer: shards.ShardWriter, name: str, tensor: torch.Tensor) -> None:
@@ -133,7 +128,7 @@ def test_a_disk_that_fills_leaves_no_partial_output(
     assert capsys.readouterr() == ("", "")  # no bar is drawn late
 
 
-def test_a_disk_that_is_full_when_json_is_written(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_when_json_is_written(place, run, monkeypatch):
     """The disk is full when the JSON file is synchronised."""
 
     def full(_: int) -> None:
@@ -159,7 +154,7 @@ def test_a_disk_that_is_full_when_json_is_written(place: Path, run: Run, monkeyp
         ("o.gguf", "..o.gguf.folder-2b.partial-1a"),
     ],
 )
-def test_files_of_a_killed_run_are_named(out: str, left: str, place: Path, run: Run, no_work: None) -> None:
+def test_files_of_a_killed_run_are_named(out, left, place, run, no_work):
     """Unfinished files of this output are reported before the work; unfinished files of another output are not."""
     for name in (left, f".other-{left}"):
         (place / name).mkdir()

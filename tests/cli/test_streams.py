@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from command_line import SMALL, Run, refused
+from command_line import SMALL, refused
 
 
 @pytest.mark.slow
@@ -23,7 +23,7 @@ from command_line import SMALL, Run, refused
         ({"PYTHONIOENCODING": "latin-1"}, "café"),
     ],
 )
-def test_an_encoding_that_lacks_characters_breaks_nothing(place: Path, poor: dict[str, str], name: str) -> None:
+def test_an_encoding_that_lacks_characters_breaks_nothing(place, poor, name):
     """Characters outside the encoding are in the bars of a plan, in the lines of a prune and in the name of a model."""
     (place / "model").rename(place / name)
     # Both commands in one process, which takes longer to import torch than to run them.
@@ -53,7 +53,7 @@ def test_an_encoding_that_lacks_characters_breaks_nothing(place: Path, poor: dic
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
 @pytest.mark.parametrize("asked", ["families", "--help"])
-def test_a_full_standard_output_is_reported(asked: str) -> None:
+def test_a_full_standard_output_is_reported(asked):
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "secateur", asked]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
@@ -63,7 +63,7 @@ def test_a_full_standard_output_is_reported(asked: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
-def test_a_full_standard_error_changes_no_result(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_standard_error_changes_no_result(place, run, monkeypatch):
     """Messages are lost, but the work, its results and the exit code are the same."""
     command = ["eval", "model", "--perplexity", "text.txt", "--length", "16", "--tokens", "64", "--json", "-"]
     plain = run(*command)
@@ -77,9 +77,7 @@ def test_a_full_standard_error_changes_no_result(place: Path, run: Run, monkeypa
     assert (wrong.code, wrong.out) == (2, "")
 
 
-def test_a_closed_standard_input_is_refused(
-    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, no_work: None
-) -> None:
+def test_a_closed_standard_input_is_refused(place, run, monkeypatch, no_work):
     monkeypatch.setattr(sys, "stdin", None)
     result = run("prune", "model", "out", *SMALL, "--calibration", "-")
     assert (result.code, result.err.splitlines()[-1]) == (
@@ -88,9 +86,7 @@ def test_a_closed_standard_input_is_refused(
     )
 
 
-def test_a_user_without_a_home_folder(
-    place: Path, run: Run, no_work: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_user_without_a_home_folder(place, run, no_work, monkeypatch, capsys):
     (place / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
@@ -107,7 +103,7 @@ def test_a_user_without_a_home_folder(
         ("utf-8", "█▆· 0.5 ± 0.1 ".encode() + b"\xff " + "café 一".encode()),
     ],
 )
-def test_characters_that_an_encoding_lacks_are_substituted(encoding: str, shown: bytes) -> None:
+def test_characters_that_an_encoding_lacks_are_substituted(encoding, shown):
     """File names that are not valid UTF-8, which Python represents by surrogates, are among them."""
     file = io.BytesIO()
     stream = io.TextIOWrapper(file, encoding=encoding, errors="secateur")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import CheckpointFolder
 from models import make_letters
 from secateur import prune
 from secateur.base.errors import SecateurError
@@ -39,7 +37,7 @@ def by_name(found: list[Engine]) -> dict[str, Engine]:
 
 
 @pytest.mark.usefixtures("here")
-def test_engines_run_a_folder_with_different_widths(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_engines_run_a_folder_with_different_widths(tmp_path, checkpoint_folder):
     prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
     make_letters().save_pretrained(tmp_path / "out")
     found = by_name(check_engines(tmp_path / "out"))
@@ -56,7 +54,7 @@ def test_engines_run_a_folder_with_different_widths(tmp_path: Path, checkpoint_f
 
 
 @pytest.mark.usefixtures("here")
-def test_an_unsupported_folder_gets_reasons(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_an_unsupported_folder_gets_reasons(tmp_path, checkpoint_folder):
     """A GPT-2 with a width for each block: vLLM drops biases, and llama.cpp's graph has one width."""
     prune(checkpoint_folder("gpt2"), tmp_path / "out", sparsity=0.3, **SMALL)
     found = by_name(check_engines(tmp_path / "out"))
@@ -65,7 +63,7 @@ def test_an_unsupported_folder_gets_reasons(tmp_path: Path, checkpoint_folder: C
     assert "one width for all blocks" in found["llama.cpp"].message
 
 
-def test_a_changed_modeling_file_does_not_run(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_changed_modeling_file_does_not_run(tmp_path, checkpoint_folder):
     prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
     with (tmp_path / "out" / "modeling_secateur.py").open("a") as file:
         file.write("raise SystemExit\n")
@@ -76,7 +74,7 @@ def test_a_changed_modeling_file_does_not_run(tmp_path: Path, checkpoint_folder:
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_other_code_in_the_folder_does_not_run(file: str, tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_other_code_in_the_folder_does_not_run(file, tmp_path, checkpoint_folder):
     """Neither another Python file, nor code of another repository that a config names."""
     prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
     (tmp_path / "out" / "more.py").write_text("raise SystemExit\n")
@@ -90,7 +88,7 @@ def test_other_code_in_the_folder_does_not_run(file: str, tmp_path: Path, checkp
         check_engines(tmp_path / "out")
 
 
-def test_llama_cpp_runs_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_cpp_runs_a_gguf_file(tmp_path, monkeypatch):
     """A shell script stands in for the program on the path."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     program = tmp_path / "llama-cli"
@@ -114,7 +112,7 @@ def test_llama_cpp_runs_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("import time; time.sleep(60)", "did not finish within 0 minutes"),
     ],
 )
-def test_a_failing_engine_gives_one_line(code: str, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_engine_gives_one_line(code, said, monkeypatch):
     monkeypatch.setattr(doctor, "TIMEOUT", 1.0)
     found = doctor._run([sys.executable, "-c", code])
     assert (said is None and not isinstance(found, str)) or found == said

@@ -53,9 +53,7 @@ PRODUCTS = {"forward": 1.0, "rounded": 1.0, "float32": 1.0}
 @pytest.mark.parametrize(
     ("name", "effort"), [*(("llama", effort) for effort in EFFORTS), ("qwen3_moe", "quick"), ("mixtral", "normal")]
 )
-def test_fits_take_the_counted_operations(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any, name: str, effort: str
-) -> None:
+def test_fits_take_the_counted_operations(checkpoint_folder, tmp_path, expected, name, effort):
     """Torch counts products, including those inside the attention, but no factorisations; hence the tolerance."""
     how: dict[str, Any] = SIZE | {"samples": 64, "length": 32, "effort": effort, "survey": tmp_path / "survey.json"}
     model = checkpoint_folder(name)
@@ -68,9 +66,7 @@ def test_fits_take_the_counted_operations(
     assert summary.seconds == summary.effort_seconds[effort]
 
 
-def test_the_survey_takes_the_counted_operations(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, expected: Any
-) -> None:
+def test_the_survey_takes_the_counted_operations(checkpoint_folder, tmp_path, expected):
     """A run that reads a survey file takes so much less."""
     from secateur.commands.survey_file import split_survey_rows
     from secateur.survey.survey import survey
@@ -88,15 +84,13 @@ def test_the_survey_takes_the_counted_operations(
     assert 0.7 < seconds / dry_run.SLACK / (counter.get_total_flops() - head) < 1.4
 
 
-def test_a_dry_run_neither_generates_nor_resamples(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_neither_generates_nor_resamples(expected, monkeypatch):
     for module, name in ((draw, "self_rows"), (draw_rows, "resample_tokens")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the model was run"))
     assert expected(effort="best", calibration="self").is_dry_run
 
 
-def test_the_work_of_generating_text(
-    checkpoint_folder: CheckpointFolder, expected: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_work_of_generating_text(checkpoint_folder, expected, monkeypatch):
     stored = open_checkpoint(checkpoint_folder("llama"))
     parameters = sum(info.entries for info in stored.tensors.values())
     tokens = SIZE["samples"] * SIZE["length"]
@@ -116,7 +110,7 @@ def test_the_work_of_generating_text(
     assert expected().peak_bytes == 0
 
 
-def test_the_memory_of_fits(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
+def test_the_memory_of_fits(checkpoint_folder, expected):
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     width = stream.width
     rows = Rows((torch.zeros(4, 16, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long)), (1.0, 0.0))
@@ -140,7 +134,7 @@ def test_the_memory_of_fits(checkpoint_folder: CheckpointFolder, expected: Any) 
     assert list(one.effort_seconds) == ["normal"], "only the refit has efforts"
 
 
-def test_the_work_of_a_backward_pass(checkpoint_folder: CheckpointFolder, expected: Any) -> None:
+def test_the_work_of_a_backward_pass(checkpoint_folder, expected):
     """The inputs of all blocks are kept, so memory grows with the number of tokens and blocks."""
     plain, costly = (expected(criterion=name, speeds=PRODUCTS) for name in ("l1", "llm-pruner-vector"))
     assert costly.seconds > plain.seconds
@@ -152,7 +146,7 @@ def test_the_work_of_a_backward_pass(checkpoint_folder: CheckpointFolder, expect
     assert more.float32 == 2 * less.float32
 
 
-def test_speeds_are_measured_in_the_dtypes_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speeds_are_measured_in_the_dtypes_of_the_run(tmp_path, monkeypatch):
     """Products that may be rounded are measured in bfloat16, the others in float32."""
     asked: list[str] = []
     precision = torch.backends.mkldnn.matmul
@@ -165,7 +159,7 @@ def test_speeds_are_measured_in_the_dtypes_of_the_run(tmp_path: Path, monkeypatc
     assert summary.seconds > 0
 
 
-def test_work_adds_operations_and_takes_the_largest_memory() -> None:
+def test_work_adds_operations_and_takes_the_largest_memory():
     assert Work.total([Work(1, 2, 3, 4, 5, 6, 7), Work(10, 20, 30, 40, 50, 4, 8)]) == Work(11, 22, 33, 44, 55, 6, 8)
     assert Work.total([]) == Work()
     assert Speeds(1.0, 2.0, 4.0, NEVER, 8.0).seconds(Work(1, 2, 4, 8, 16, 32)) == 5

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from lives import bytes_of
 
-from conftest import CheckpointFolder
 from secateur import SecateurError, prune
 from secateur.base import memory as amounts
 from secateur.commands import memory
@@ -18,9 +17,7 @@ from secateur.model.stream import BlockStream
 ASKED: dict[str, Any] = {"calibration": "random", "samples": 24, "length": 24, "device": "cpu"}
 
 
-def test_the_bound_moves_activations_to_files(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bound_moves_activations_to_files(checkpoint_folder, tmp_path, monkeypatch):
     """With the smallest possible limit all activations are in files, and the output stays the same."""
     made: list[Path | None] = []
 
@@ -47,19 +44,19 @@ def test_the_bound_moves_activations_to_files(
 
 
 @pytest.mark.parametrize("wrong", ["", "lots", "8 parsecs", "-1GB", "8%GB"])
-def test_an_invalid_amount_of_memory_is_refused(wrong: str) -> None:
+def test_an_invalid_amount_of_memory_is_refused(wrong):
     with pytest.raises(
         SecateurError, match=r"memory is .*; write an amount such as 8GB, or 50% for half of the free memory"
     ):
         amounts.parse_memory(wrong)
 
 
-def test_amounts_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amounts_of_memory(monkeypatch):
     monkeypatch.setattr(amounts, "available_bytes", lambda: 1000)
     assert [amounts.parse_memory(text) for text in ("8GB", "1 GiB", "25%", None)] == [8 * 10**9, 2**30, 250, 500]
 
 
-def test_a_control_group_limits_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_group_limits_the_free_memory(tmp_path, monkeypatch):
     machine = amounts.available_bytes()
     for version, file in ((tmp_path / "second", "memory.max"), (tmp_path / "first", "memory.limit_in_bytes")):
         group = version / "outer" / "inner"
@@ -72,9 +69,7 @@ def test_a_control_group_limits_the_free_memory(tmp_path: Path, monkeypatch: pyt
         assert amounts.available_bytes() == 12345678 < machine
 
 
-def test_the_default_takes_all_free_memory_if_half_is_too_little(
-    checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_takes_all_free_memory_if_half_is_too_little(checkpoint_folder, monkeypatch):
     """By default a run takes half of the free memory, or all of it if it needs more than half."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     monkeypatch.setattr(memory, "rss_bytes", lambda: 1000)

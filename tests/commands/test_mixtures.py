@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import CheckpointFolder
 from models import blocks_of, build, config_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
@@ -37,7 +36,7 @@ def numbers(experts: int, channels: int) -> dict[str, int]:
     return {"kv_groups": 3, "heads_per_group": 2, "experts": experts, "expert_channels": channels}
 
 
-def test_a_record_with_experts_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_record_with_experts_is_a_plan(tmp_path, checkpoint_folder):
     model, file = checkpoint_folder(NAME), tmp_path / "plan.json"
     propose(model, Options(sparsity=0.3, modules=("heads", "experts"), **ROWS), RunOptions(device="cpu"), out=file)
     for out, given in (("first", file), ("second", tmp_path / "first" / "secateur.json")):
@@ -50,7 +49,7 @@ def test_a_record_with_experts_is_a_plan(tmp_path: Path, checkpoint_folder: Chec
     assert all("channels" not in block and block["width"]["expert_channels"] == 20 for block in blocks[1:])
 
 
-def test_a_record_with_expert_channels_is_a_plan(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_record_with_expert_channels_is_a_plan(tmp_path, checkpoint_folder):
     """All remaining experts keep equally many channels."""
     model, file = checkpoint_folder(NAME), tmp_path / "plan.json"
     entries = [{"block": 1, "width": numbers(6, 8)}]
@@ -71,7 +70,7 @@ def test_a_record_with_expert_channels_is_a_plan(tmp_path: Path, checkpoint_fold
     assert shapes["model.layers.1.mlp.shared_expert.up_proj.weight"] == (28, 48)
 
 
-def test_channels_of_experts_alone_are_removed(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_channels_of_experts_alone_are_removed(tmp_path, checkpoint_folder):
     """No expert is removed, and the survey has no order of experts."""
     model, file = checkpoint_folder(NAME), tmp_path / "survey.json"
     found = prune(model, tmp_path / "out", sparsity=0.2, modules=("channels",), survey=file, **SMALL)
@@ -87,9 +86,7 @@ def test_channels_of_experts_alone_are_removed(tmp_path: Path, checkpoint_folder
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
-def test_the_stock_format_holds_one_number_of_expert_channels(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str
-) -> None:
+def test_the_stock_format_holds_one_number_of_expert_channels(tmp_path, checkpoint_folder, name):
     """The config has one key for the channels of experts, and in some families the shared expert follows it."""
     how: dict[str, Any] = {"sparsity": 0.2, "modules": ("channels",), "widths": "uniform", "recovery": "none"}
     prune(checkpoint_folder(name), tmp_path / "out", **SMALL, **how)
@@ -100,9 +97,7 @@ def test_the_stock_format_holds_one_number_of_expert_channels(
     assert shared == ([] if name == "qwen3_moe" else [(16 * config["n_shared_experts"], 48)] * 2)
 
 
-def test_the_stock_format_narrows_dense_blocks_on_their_own(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder
-) -> None:
+def test_the_stock_format_narrows_dense_blocks_on_their_own(tmp_path, checkpoint_folder):
     """Dense blocks have a config key of their own."""
     entries = [{"block": 0, "channels": list(range(48))}]
     entries += [{"block": index, "experts": list(range(6))} for index in (1, 2)]
@@ -114,9 +109,7 @@ def test_the_stock_format_narrows_dense_blocks_on_their_own(
     assert model.model.layers[1].mlp.experts.down_proj.shape == (6, 48, 20)
 
 
-def test_a_record_with_channels_of_a_shared_expert_is_a_plan(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder
-) -> None:
+def test_a_record_with_channels_of_a_shared_expert_is_a_plan(tmp_path, checkpoint_folder):
     """Channels of the shared expert are numbered after those of the last routed expert."""
     model, file = checkpoint_folder("hunyuan_v1_moe"), tmp_path / "plan.json"
     each = [expert * 72 + channel for expert in range(4) for channel in range(8)]
@@ -134,7 +127,7 @@ def test_a_record_with_channels_of_a_shared_expert_is_a_plan(
         prune(model, tmp_path / "wrong", plan=str(file), **SMALL)
 
 
-def test_a_widths_file_has_a_share_for_each_kind(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_widths_file_has_a_share_for_each_kind(tmp_path, checkpoint_folder):
     file = tmp_path / "ratios.json"
     file.write_text('{"0:2": {"experts": 0.25, "channels": 0.5}, "2:3": {"heads": 0.34}}')
     found = prune(checkpoint_folder(NAME), tmp_path / "out", widths=str(file), **SMALL)
@@ -151,14 +144,8 @@ WRONG = {
     "too few": ({"block": 1, "experts": [0, 1]}, "2 are listed, but at least 3 must stay; list more"),
     "not there": ({"block": 1, "experts": [0, 1, 2, 9]}, "9 does not exist; use indices from 0 to 7"),
     "of another block": ({"block": 0, "experts": [0, 1, 2]}, "block 0 has no experts; list its heads and channels"),
-    "a width too narrow": (
-        {"block": 1, "width": numbers(2, 20)},
-        "2 experts are not possible; use 3 to 8",
-    ),
-    "no channels": (
-        {"block": 1, "width": numbers(8, 0)},
-        "0 channels in each are not possible; use 1 to 20",
-    ),
+    "a width too narrow": ({"block": 1, "width": numbers(2, 20)}, "2 experts are not possible; use 3 to 8"),
+    "no channels": ({"block": 1, "width": numbers(8, 0)}, "0 channels in each are not possible; use 1 to 20"),
     "channels of which no kernel is": (
         {"block": 1, "width": numbers(8, 13)},
         "kernels of experts need a number of channels that is a multiple of 8, not 13",
@@ -180,7 +167,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_plan_is_refused(tmp_path: Path, checkpoint_folder: CheckpointFolder, case: str) -> None:
+def test_a_wrong_plan_is_refused(tmp_path, checkpoint_folder, case):
     entry, message = WRONG[case]
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"blocks": [entry]}))
@@ -188,7 +175,7 @@ def test_a_wrong_plan_is_refused(tmp_path: Path, checkpoint_folder: CheckpointFo
         prune(checkpoint_folder(NAME), tmp_path / "out", plan=str(file), **SMALL)
 
 
-def test_groups_of_experts_stay_equally_large(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_groups_of_experts_stay_equally_large(tmp_path, checkpoint_folder):
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"blocks": [{"block": 1, "experts": [0, 1, 2, 4]}]}))
     with pytest.raises(
@@ -208,9 +195,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_folder: CheckpointFolder, case: str
-) -> None:
+def test_refused_before_any_work(tmp_path, monkeypatch, checkpoint_folder, case):
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("work has begun")
 
@@ -222,7 +207,7 @@ def test_refused_before_any_work(
     assert "\n" not in str(caught.value)
 
 
-def test_one_survey_serves_the_page_and_prune(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_one_survey_serves_the_page_and_prune(tmp_path, checkpoint_folder):
     model = checkpoint_folder(NAME)
     survey_page(model, tmp_path / "survey", Options(**ROWS), RunOptions(device="cpu"))
     page = (tmp_path / "survey" / "survey.html").read_text()
@@ -234,7 +219,7 @@ def test_one_survey_serves_the_page_and_prune(tmp_path: Path, checkpoint_folder:
     assert found.sparsity == pytest.approx(0.3, abs=0.02)
 
 
-def test_active_parameters_leave_out_other_experts(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_active_parameters_leave_out_other_experts(tmp_path, checkpoint_folder):
     model = checkpoint_folder("qwen3_moe")
     stream = BlockStream(open_checkpoint(model))
     active, stored = active_meter(stream), parameter_meter(stream)
@@ -253,7 +238,7 @@ class Notes(Silent):
 
 
 @pytest.mark.parametrize("alike", [True, False])
-def test_dissimilar_experts_give_a_warning(tmp_path: Path, checkpoint_folder: CheckpointFolder, alike: bool) -> None:
+def test_dissimilar_experts_give_a_warning(tmp_path, checkpoint_folder, alike):
     """Without a warning if all experts are copies of one."""
     model, notes = tmp_path / "dense", Notes()
     shutil.copytree(checkpoint_folder("qwen3_moe"), model)
@@ -271,9 +256,7 @@ def test_dissimilar_experts_give_a_warning(tmp_path: Path, checkpoint_folder: Ch
 @pytest.mark.parametrize(
     ("samples", "length", "more"), [(1, 3, "; use more rows (--samples), or a more varied text"), (2, 7, "")]
 )
-def test_experts_with_few_tokens_are_not_refitted(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, samples: int, length: int, more: str
-) -> None:
+def test_experts_with_few_tokens_are_not_refitted(tmp_path, checkpoint_folder, samples, length, more):
     """A text of one or two rows routes no token to most experts, which keep their weights."""
     model, notes = checkpoint_folder("qwen3_moe"), Notes()
     how = {"calibration": "random", "sparsity": 0.1, "modules": ("experts",), "effort": "quick"}
@@ -298,7 +281,7 @@ def test_experts_with_few_tokens_are_not_refitted(
 @pytest.mark.parametrize(
     ("name", "key"), [("ernie4_5_moe", "moe_num_shared_experts"), ("deepseek_v3", "n_shared_experts")]
 )
-def test_a_config_without_a_shared_expert_is_pruned(tmp_path: Path, name: str, key: str) -> None:
+def test_a_config_without_a_shared_expert_is_pruned(tmp_path, name, key):
     config = copy.deepcopy(config_of(name))
     setattr(config, key, 0)
     with quiet():
@@ -308,7 +291,7 @@ def test_a_config_without_a_shared_expert_is_pruned(tmp_path: Path, name: str, k
     assert {width.channels for width in found.pruned_widths() if width.experts} == {16}
 
 
-def test_a_config_with_experts_in_no_block_is_pruned(tmp_path: Path) -> None:
+def test_a_config_with_experts_in_no_block_is_pruned(tmp_path):
     config = copy.deepcopy(config_of("deepseek_v2"))
     config.first_k_dense_replace = config.num_hidden_layers
     config.mlp_layer_types = ["dense"] * config.num_hidden_layers
@@ -322,7 +305,7 @@ def test_a_config_with_experts_in_no_block_is_pruned(tmp_path: Path) -> None:
     assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {found.pruned_widths()[0].channels}
 
 
-def test_norms_after_a_mixture() -> None:
+def test_norms_after_a_mixture():
     """A second norm follows only if the mixture is added to a feed-forward."""
     mixture = blocks_of(build("gemma4_text mixture"))[-1].feed_forward
     norms = ("post_feedforward_layernorm_2", "post_feedforward_layernorm")
@@ -330,7 +313,7 @@ def test_norms_after_a_mixture() -> None:
     assert blocks_of(build("qwen2_moe"))[-1].feed_forward.outer_norm is None
 
 
-def test_a_config_without_groups_of_experts() -> None:
+def test_a_config_without_groups_of_experts():
     model = build("deepseek_v3 plain")
     model.config.n_group = model.config.topk_group = None
     mixture = blocks_of(model)[-1].feed_forward

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import CheckpointFolder
 from models import logits_of, token_rows
 from secateur import SecateurError, prune
 from secateur.commands.options import Options, RunOptions
@@ -31,9 +30,7 @@ def edited(dense: Path, folder: Path, **keys: Any) -> Path:
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gptj"])
 @pytest.mark.parametrize("widths", ["uniform", "adaptive"])
-def test_unused_keys_of_a_config_do_not_matter(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str, widths: str
-) -> None:
+def test_unused_keys_of_a_config_do_not_matter(tmp_path, checkpoint_folder, name, widths):
     stray = edited(checkpoint_folder(name), tmp_path / "dense", num_key_value_heads=2, head_dim=5)
     outs = []
     for source, out in ((checkpoint_folder(name), tmp_path / "plain"), (stray, tmp_path / "stray")):
@@ -43,7 +40,7 @@ def test_unused_keys_of_a_config_do_not_matter(
     assert torch.equal(*outs)
 
 
-def test_runtime_keys_of_a_config_do_not_matter(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_runtime_keys_of_a_config_do_not_matter(tmp_path, checkpoint_folder):
     keys = {"attn_implementation": "flash_attention_2", "return_dict": False}
     for source, out in (
         (checkpoint_folder("llama"), tmp_path / "plain"),
@@ -55,14 +52,14 @@ def test_runtime_keys_of_a_config_do_not_matter(tmp_path: Path, checkpoint_folde
 
 
 @pytest.mark.parametrize("name", ["gemma2", "vaultgemma"])
-def test_caps_of_attention_are_computed(name: str, checkpoint_folder: CheckpointFolder) -> None:
+def test_caps_of_attention_are_computed(name, checkpoint_folder):
     """Attention runs eagerly, which applies the caps in every version of transformers."""
     config = open_checkpoint(checkpoint_folder(name)).config
     assert config.attn_logit_softcapping
     assert config._attn_implementation == "eager"
 
 
-def test_an_evaluation_ignores_runtime_keys_of_a_config(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_an_evaluation_ignores_runtime_keys_of_a_config(tmp_path, checkpoint_folder):
     keys = {"_attn_implementation": "flash_attention_2", "return_dict": False}
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4 " * 16)
     odd = edited(checkpoint_folder("llama"), tmp_path / "dense", **keys)
@@ -72,9 +69,7 @@ def test_an_evaluation_ignores_runtime_keys_of_a_config(tmp_path: Path, checkpoi
 
 
 @pytest.mark.parametrize("widths", ["uniform", "adaptive"])
-def test_a_padding_token_outside_the_vocabulary_is_dropped(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, widths: str
-) -> None:
+def test_a_padding_token_outside_the_vocabulary_is_dropped(tmp_path, checkpoint_folder, widths):
     """transformers builds no model from such a config, but it does from the pruned one."""
     source = edited(checkpoint_folder("llama"), tmp_path / "dense", pad_token_id=9999)
     prune(source, tmp_path / "out", **SMALL, widths=widths)
@@ -100,13 +95,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_impossible_config_is_refused(tmp_path: Path, checkpoint_folder: CheckpointFolder, case: str) -> None:
+def test_an_impossible_config_is_refused(tmp_path, checkpoint_folder, case):
     keys, said = WRONG[case]
     with pytest.raises(SecateurError, match=said):
         prune(edited(checkpoint_folder("llama"), tmp_path / "dense", **keys), tmp_path / "out", **SMALL)
     assert not (tmp_path / "out").exists()
 
 
-def test_files_may_be_paths_or_strings() -> None:
+def test_files_may_be_paths_or_strings():
     assert Options(calibration=Path("text.txt")).calibration == "text.txt"
     assert RunOptions(survey="survey.json", family="mine.yaml").survey == Path("survey.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,13 +32,13 @@ from secateur.fit.recovery import recovery_of
         (RunOptions, {"overwrite": "yes"}, "overwrite is 'yes'; it must be True or False"),
     ],
 )
-def test_a_wrong_type_is_refused(owner: type, given: dict[str, Any], message: str) -> None:
+def test_a_wrong_type_is_refused(owner, given, message):
     with pytest.raises(SecateurError) as error:
         owner(**given)
     assert str(error.value) == message
 
 
-def test_equivalent_types_are_converted() -> None:
+def test_equivalent_types_are_converted():
     file = Path(__file__)
     given = Options(sparsity=np.float32(0.25), samples=np.int64(8), modules=["heads"], calibration=file)  # type: ignore[arg-type]
     assert (given.samples, given.calibration) == (8, str(file))
@@ -48,5 +47,5 @@ def test_equivalent_types_are_converted() -> None:
     assert RunOptions(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]
 
 
-def test_the_default_recovery_is_that_of_the_library() -> None:
+def test_the_default_recovery_is_that_of_the_library():
     assert Options().recovery_settings == recovery_of()

@@ -58,14 +58,14 @@ def pruned(model: Path, text: tuple[Path, Path], tmp_path_factory: pytest.TempPa
     return folders
 
 
-def test_perplexity(model: Path, text: tuple[Path, Path], pruned: dict[str, Path]) -> None:
+def test_perplexity(model, text, pruned):
     dense, refit, none = (score(folder, text[1]) for folder in (model, pruned["refit"], pruned["none"]))
     assert 5 < dense < 100
     assert refit < 4 * dense
     assert refit < 0.9 * none
 
 
-def test_record_and_files(model: Path, pruned: dict[str, Path]) -> None:
+def test_record_and_files(model, pruned):
     record = json.loads((pruned["refit"] / "secateur.json").read_text())
     assert abs(record["sparsity"]["reached"] - 0.25) < 0.005
     assert [block["block"] for block in record["blocks"]] == list(range(30))
@@ -74,7 +74,7 @@ def test_record_and_files(model: Path, pruned: dict[str, Path]) -> None:
         assert (pruned["refit"] / name).read_bytes() == (model / name).read_bytes()
 
 
-def test_first_positions_keep_their_massive_activation(model: Path, pruned: dict[str, Path]) -> None:
+def test_first_positions_keep_their_massive_activation(model, pruned):
     """The attention sink forms on tokens that no calibration row begins with."""
     ids = torch.arange(100, 49000, 61)[:, None]
     norms = {}
@@ -86,7 +86,7 @@ def test_first_positions_keep_their_massive_activation(model: Path, pruned: dict
     assert (norms[pruned["refit"]] > 5000).float().mean() > 0.9
 
 
-def test_the_pruned_model_generates_text(pruned: dict[str, Path]) -> None:
+def test_the_pruned_model_generates_text(pruned):
     network = AutoModelForCausalLM.from_pretrained(pruned["refit"])
     tokenizer = open_checkpoint(pruned["refit"]).tokenizer()
     ids = tokenizer("The expression list may", return_tensors="pt").input_ids
@@ -95,7 +95,7 @@ def test_the_pruned_model_generates_text(pruned: dict[str, Path]) -> None:
     assert tokenizer.decode(out[0]).startswith("The expression list may")
 
 
-def test_adaptive_widths_beat_uniform_ones(model: Path, text: tuple[Path, Path], tmp_path: Path) -> None:
+def test_adaptive_widths_beat_uniform_ones(model, text, tmp_path):
     """The costs of the first blocks differ most: there, uniform widths give 1.2 to 1.6 times the perplexity."""
     some = {"blocks": "0:3", "sparsity": 0.5, "calibration": str(text[0]), "effort": "quick", "seed": 1} | SMALL
     some["survey"] = tmp_path / "survey.json"

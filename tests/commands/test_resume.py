@@ -59,7 +59,7 @@ def lives(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Checkpoin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", KILLED)
-def test_killed_anywhere(case: str, lives: dict[str, Any]) -> None:
+def test_killed_anywhere(case, lives):
     assert len(lives[case]) == KILLED[case][0]
     for one in lives[case]:
         assert one["killed"] == signal.SIGKILL, one
@@ -101,7 +101,7 @@ def stopped(tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: py
     return tmp_path / "out"
 
 
-def test_a_resumed_run_repeats_no_block(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_resumed_run_repeats_no_block(stopped, checkpoint_folder):
     (kept,) = stopped.with_name(".out.run").glob("fit-*/state.json")
     before = read_hashed(kept)["values"]["seconds"]
     watcher = Stopping(what="never")
@@ -115,9 +115,7 @@ def test_a_resumed_run_repeats_no_block(stopped: Path, checkpoint_folder: Checkp
     assert sorted(file.name for file in stopped.parent.iterdir()) == ["out", "whole"]
 
 
-def test_sizes_resume_within_a_size(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_resume_within_a_size(tmp_path, checkpoint_folder, monkeypatch):
     """The run is stopped before the third block of the second size, and repeats nothing before that."""
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     asked = {name: value for name, value in ASKED.items() if name != "device"}
@@ -142,9 +140,7 @@ def test_sizes_resume_within_a_size(
 
 
 @pytest.mark.parametrize("beside", ["out", "survey"])
-def test_a_plan_resumes_within_its_survey(
-    beside: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_resumes_within_its_survey(beside, tmp_path, checkpoint_folder, monkeypatch):
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     options = Options(**{name: value for name, value in ASKED.items() if name != "device"})
     run_options = RunOptions(device="cpu", survey=tmp_path / "survey.json" if beside == "survey" else None)
@@ -169,7 +165,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_a_resume_with_other_options_is_refused(case: str, stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_resume_with_other_options_is_refused(case, stopped, checkpoint_folder):
     others, said = OTHERS[case]
     before = bytes_of(stopped.with_name(".out.run"))
     with pytest.raises(SecateurError, match=f"({said}); use the same .* --restart"):
@@ -177,22 +173,18 @@ def test_a_resume_with_other_options_is_refused(case: str, stopped: Path, checkp
     assert bytes_of(stopped.with_name(".out.run")) == before
 
 
-def test_a_resume_with_another_model_is_refused(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_resume_with_another_model_is_refused(stopped, checkpoint_folder):
     with pytest.raises(SecateurError, match=r"the unfinished run has model .*, this command has .*--restart"):
         prune(checkpoint_folder("qwen3"), stopped, **ASKED)
 
 
-def test_a_resume_with_another_version_is_refused(
-    stopped: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resume_with_another_version_is_refused(stopped, checkpoint_folder, monkeypatch):
     monkeypatch.setattr(resume.secateur, "__version__", "99")
     with pytest.raises(SecateurError, match=r"version of secateur .*, this command has 99; .*--restart"):
         prune(checkpoint_folder("llama"), stopped, **ASKED)
 
 
-def test_a_resume_with_another_text_is_refused(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resume_with_another_text_is_refused(tmp_path, checkpoint_folder, monkeypatch):
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{number % 40}" for number in range(2000)))
@@ -207,7 +199,7 @@ def test_a_resume_with_another_text_is_refused(
     prune(checkpoint_folder("llama"), tmp_path / "out", **asked, restart=True)
 
 
-def test_restart_starts_over(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_restart_starts_over(stopped, checkpoint_folder):
     watcher = Stopping(what="never")
     prune(checkpoint_folder("llama"), stopped, **ASKED, restart=True, watcher=watcher)
     assert watcher.seen["Survey"] == watcher.seen["Prune"] == [0, 1, 2]
@@ -218,7 +210,7 @@ DAMAGED = ("asked.json", "survey.json", "resampled.json", "state.json", "*.activ
 
 @pytest.mark.parametrize("pattern", DAMAGED)
 @pytest.mark.parametrize("how", ["a byte", "cut short"])
-def test_a_damaged_state_is_refused(pattern: str, how: str, stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_damaged_state_is_refused(pattern, how, stopped, checkpoint_folder):
     (file,) = stopped.with_name(".out.run").rglob(pattern)
     data = bytearray(file.read_bytes())
     if how == "a byte":
@@ -232,9 +224,7 @@ def test_a_damaged_state_is_refused(pattern: str, how: str, stopped: Path, check
     prune(checkpoint_folder("llama"), stopped, **ASKED, restart=True)
 
 
-def test_clean_removes_the_state(
-    stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clean_removes_the_state(stopped, capsys, monkeypatch):
     stopped.mkdir()
     (stopped / "kept").touch()
     for said in (r"Deleted .*\.out\.run", "Nothing to delete"):
@@ -246,7 +236,7 @@ def test_clean_removes_the_state(
     assert [file.name for file in stopped.parent.rglob("*")] == ["out", "kept"]
 
 
-def test_a_second_run_on_the_same_output_is_refused(stopped: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_second_run_on_the_same_output_is_refused(stopped, checkpoint_folder):
     with (stopped.with_name(".out.run") / "lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         for act in (lambda: prune(checkpoint_folder("llama"), stopped, **ASKED), lambda: clean(stopped)):
@@ -255,9 +245,7 @@ def test_a_second_run_on_the_same_output_is_refused(stopped: Path, checkpoint_fo
     prune(checkpoint_folder("llama"), stopped, **ASKED)
 
 
-def test_a_full_disk_stops_the_run_in_one_line(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_stops_the_run_in_one_line(tmp_path, checkpoint_folder, monkeypatch):
     """The disk is full during resampling, before there is anything to keep."""
     monkeypatch.setattr(BlockStream, "arena", lambda self: Arena(0, self.services.run_folder.path))
 
@@ -273,9 +261,7 @@ def test_a_full_disk_stops_the_run_in_one_line(
 
 
 @pytest.mark.parametrize("where", ["activations", "weights"])
-def test_a_run_resumes_after_the_disk_was_full(
-    where: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_after_the_disk_was_full(where, tmp_path, checkpoint_folder, monkeypatch):
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
@@ -307,9 +293,7 @@ def test_a_run_resumes_after_the_disk_was_full(
 
 
 @pytest.mark.parametrize("command", ["plan", "survey", "sizes"])
-def test_other_commands_use_smaller_batches_on_a_small_device(
-    command: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_commands_use_smaller_batches_on_a_small_device(command, tmp_path, checkpoint_folder, monkeypatch):
     run = BlockStream.run
 
     def small(self: BlockStream, index: int, layer: Any, hidden: Any, *given: Any, **named: Any) -> Any:
@@ -331,9 +315,7 @@ def test_other_commands_use_smaller_batches_on_a_small_device(
 
 
 @pytest.mark.parametrize("room", [300, 30])
-def test_prune_uses_smaller_batches_on_a_small_device(
-    room: int, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prune_uses_smaller_batches_on_a_small_device(room, tmp_path, checkpoint_folder, monkeypatch):
     """It says how many tokens run at a time, or that even the smallest batch does not fit."""
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     run = BlockStream.run
@@ -362,7 +344,7 @@ def test_prune_uses_smaller_batches_on_a_small_device(
     )
 
 
-def test_saving_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(secateur.model.pass_checkpoint, "perf_counter", lambda: clock[0])
 

@@ -94,7 +94,7 @@ def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize("name", PRUNE)
-def test_prune(carried_out: CarriedOut, name: str) -> None:
+def test_prune(carried_out, name):
     found, wanted = (load_file(path / "model.safetensors") for path in carried_out.both(name))
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
@@ -103,7 +103,7 @@ def test_prune(carried_out: CarriedOut, name: str) -> None:
         torch.testing.assert_close(found[key], value, atol=room, rtol=0)
 
 
-def test_copies_to_a_gpu_are_asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_to_a_gpu_are_asynchronous(monkeypatch):
     """Without a GPU: the arguments that torch gets, for a GPU and for other devices."""
     asked: list[Any] = []
 
@@ -119,14 +119,14 @@ def test_copies_to_a_gpu_are_asynchronous(monkeypatch: pytest.MonkeyPatch) -> No
     assert asked == ["pinned", (there, {"non_blocking": True}), (here, {})]
 
 
-def test_survey(carried_out: CarriedOut) -> None:
+def test_survey(carried_out):
     found, wanted = (json.loads((path / "survey.json").read_text()) for path in carried_out.both("survey"))
     assert len(found["curves"]) == len(wanted["curves"]) > 0
     for one, other in zip(found["curves"], wanted["curves"], strict=True):
         assert one["errors"] == pytest.approx(other["errors"], rel=1e-3, abs=1e-5 * other["energy"])
 
 
-def test_eval(carried_out: CarriedOut) -> None:
+def test_eval(carried_out):
     found, wanted = (json.loads(path.read_text()) for path in carried_out.both("eval"))
     assert len(found["models"]) == len(wanted["models"]) == 2
     for one, other in zip(found["models"], wanted["models"], strict=True):
@@ -136,5 +136,5 @@ def test_eval(carried_out: CarriedOut) -> None:
         assert one["speed"]["device"].startswith("second")
 
 
-def test_latency(carried_out: CarriedOut) -> None:
+def test_latency(carried_out):
     assert all((path / "config.json").exists() for path in carried_out.both("latency"))

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import secateur
-from conftest import CheckpointFolder
 from models import token_rows
 from secateur import cli
 from secateur.base.options import option_specs
@@ -35,9 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", ASKED)
-def test_steps_function_and_command_write_the_same_bytes(
-    case: str, tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_function_and_command_write_the_same_bytes(case, tmp_path, checkpoint_folder, monkeypatch):
     name, asked = ASKED[case]
     model, text = checkpoint_folder(name), tmp_path / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 2000)[0].tolist()))
@@ -60,7 +57,7 @@ def test_steps_function_and_command_write_the_same_bytes(
     assert json.loads(written[0]["secateur.json"])["options"].keys() == option_specs(Options).keys()
 
 
-def test_prune_calls_the_six_steps_in_order() -> None:
+def test_prune_calls_the_six_steps_in_order():
     """The body of `prune` fits on one screen."""
     body = inspect.getsource(prune.prune).split('"""')[-1]
     steps = ["open_model", "draw_rows", "survey_model", "plan_widths", "fit_blocks", "write_model"]
@@ -69,7 +66,7 @@ def test_prune_calls_the_six_steps_in_order() -> None:
     assert len(body.splitlines()) < 16
 
 
-def test_every_option_is_declared_once() -> None:
+def test_every_option_is_declared_once():
     assert not option_specs(Options).keys() & option_specs(RunOptions).keys()
     assert {one.name for one in inspect.signature(Options).parameters.values()} == option_specs(Options).keys()
     for name, one in (option_specs(Options) | option_specs(RunOptions)).items():
@@ -85,7 +82,7 @@ def test_every_option_is_declared_once() -> None:
         )
 
 
-def test_an_unknown_option_is_refused(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_an_unknown_option_is_refused(tmp_path, checkpoint_folder):
     with pytest.raises(TypeError, match="no option 'fits'; the options are sparsity, target"):
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", fits=2)
 
@@ -93,16 +90,14 @@ def test_an_unknown_option_is_refused(tmp_path: Path, checkpoint_folder: Checkpo
 @pytest.mark.parametrize(
     ("given", "beside"), [((Options(),), {"sparsity": 0.3}), ((None, RunOptions()), {"device": "cpu"})]
 )
-def test_settings_together_with_their_object_are_refused(
-    given: tuple[Any, ...], beside: dict[str, Any], tmp_path: Path, checkpoint_folder: CheckpointFolder
-) -> None:
+def test_settings_together_with_their_object_are_refused(given, beside, tmp_path, checkpoint_folder):
     with pytest.raises(
         TypeError, match=f"{next(iter(beside))} is given together with (Options|RunOptions); set it in that"
     ):
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", *given, **beside)
 
 
-def test_what_each_effort_stands_for() -> None:
+def test_what_each_effort_stands_for():
     assert {name: tuple(effort) for name, effort in EFFORTS.items()} == {
         "quick": (1, 0, False),
         "normal": (1, 2, True),

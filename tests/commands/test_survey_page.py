@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import SMALL, TEXT, Run, listing, refused
+from command_line import SMALL, TEXT, listing, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page
@@ -90,7 +90,7 @@ def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, li
 
 
 @pytest.mark.parametrize("channels", [1, 2, 72, POINTS, POINTS + 1, 11_008])
-def test_curves_are_thinned_but_keep_their_ends(channels: int) -> None:
+def test_curves_are_thinned_but_keep_their_ends(channels):
     survey, blocks = synthetic(channels, 1)
     heads, channel = page_data(survey, blocks, {}, facts=FACTS)["modules"]
     costs = WidthCosts(survey)
@@ -108,7 +108,7 @@ def test_curves_are_thinned_but_keep_their_ends(channels: int) -> None:
         assert curve["cost"] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_units_are_listed_in_order_of_removal() -> None:
+def test_units_are_listed_in_order_of_removal():
     survey, blocks = synthetic(500, 1)
     heads, channel = page_data(survey, blocks, {}, facts=FACTS)["modules"]
     assert [score[0] for score in heads["scores"]] == list(range(31, -1, -1))
@@ -122,7 +122,7 @@ def test_units_are_listed_in_order_of_removal() -> None:
     ]
 
 
-def test_heads_removed_together_share_a_rank() -> None:
+def test_heads_removed_together_share_a_rank():
     blocks = blocks_of(build("llama"))[:1]
     curves = (
         ErrorCurve(0, "heads", "kv_groups", (0.0, 0.1, 0.2), 0.5, (2, 0)),
@@ -134,7 +134,7 @@ def test_heads_removed_together_share_a_rank() -> None:
     assert [score[2] for score in module["scores"]] == pytest.approx([0.4] * 3 + [0.6] * 3)
 
 
-def test_a_locked_module_is_removed_whole() -> None:
+def test_a_locked_module_is_removed_whole():
     blocks = blocks_of(build("olmo2"))[:1]
     survey = Survey("l1", 0.3, 64, (ErrorCurve(0, "heads", "kv_groups", (0.0,), 0.5),))
     (module,) = page_data(survey, blocks, {}, facts=FACTS)["modules"]
@@ -143,7 +143,7 @@ def test_a_locked_module_is_removed_whole() -> None:
     assert [curve["left"] for curve in module["curves"]] == [[3, 0]]
 
 
-def test_the_page_of_a_large_model_stays_small() -> None:
+def test_the_page_of_a_large_model_stays_small():
     survey, blocks = synthetic(11_008, 32)
     plans = {share: Plan({}, share, share, 0.1) for share in survey_page.SHARES}
     distances = {index: np.random.default_rng(index).uniform(size=(32, 32)).tolist() for index in range(32)}
@@ -153,7 +153,7 @@ def test_the_page_of_a_large_model_stays_small() -> None:
 
 @given(st.dictionaries(st.text(max_size=8), st.one_of(st.text(), st.floats(allow_nan=False, allow_infinity=False))))
 @settings(max_examples=60, deadline=None)
-def test_nothing_in_the_data_ends_the_script(found: dict[str, Any]) -> None:
+def test_nothing_in_the_data_ends_the_script(found):
     found = {**found, NASTY: NASTY}
     assert data_of(render(found)) == found
 
@@ -179,7 +179,7 @@ def surveyed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     "options",
     [[], ["--modules", "channels", "--blocks", "1:3"], ["--criterion", "wanda", "--ridge", "0.5", "--seed", "3"]],
 )
-def test_prune_reads_the_survey_file(options: list[str], place: Path, run: Run, surveyed_once: list[int]) -> None:
+def test_prune_reads_the_survey_file(options, place, run, surveyed_once):
     result = run("survey", "model", *SMALL, *options)
     assert result.code == 0, result
     assert sorted(file.name for file in (place / "survey").iterdir()) == ["survey.html", "survey.json"]
@@ -203,7 +203,7 @@ def test_prune_reads_the_survey_file(options: list[str], place: Path, run: Run, 
     assert data["parameters"] - shown["removed"] == kept
 
 
-def test_curves_hold_the_order_of_removal(place: Path, run: Run, checkpoint_folder: CheckpointFolder) -> None:
+def test_curves_hold_the_order_of_removal(place, run, checkpoint_folder):
     assert run("survey", "model", *SMALL, "--criterion", "l1").code == 0
     tensors = load_file(checkpoint_folder("llama") / "model.safetensors")
     for curve in load_survey(place / "survey" / "survey.json", {}).curves:
@@ -216,15 +216,14 @@ def test_curves_hold_the_order_of_removal(place: Path, run: Run, checkpoint_fold
             assert list(curve.order) == (up.sum(1) + gate.sum(1) + down.sum(0)).argsort().tolist()[:-1]
 
 
-def test_the_page_omits_sparsities_out_of_reach(place: Path, run: Run) -> None:
+def test_the_page_omits_sparsities_out_of_reach(place, run):
     result = run("survey", "model", *SMALL, "--modules", "heads")
     assert result.code == 0, result
     data = data_of((place / "survey" / "survey.html").read_text(encoding="utf-8"))
     most = max(one["share"] for one in data["plans"])
     assert [one["share"] for one in data["plans"]] == [share for share in survey_page.SHARES if share <= most]
     refused(
-        run("prune", "model", "OUT", *SMALL, "--modules", "heads", "--sparsity", f"{most + 0.05}"),
-        "is out of reach",
+        run("prune", "model", "OUT", *SMALL, "--modules", "heads", "--sparsity", f"{most + 0.05}"), "is out of reach"
     )
 
 
@@ -249,9 +248,7 @@ def test_the_page_omits_sparsities_out_of_reach(place: Path, run: Run) -> None:
         ("model --sparsity 0.5", "--sparsity"),
     ],
 )
-def test_a_wrong_argument_is_refused(
-    options: str, message: str, place: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_argument_is_refused(options, message, place, run, monkeypatch):
     monkeypatch.setattr(survey_page, "survey_model", lambda *_: pytest.fail("a mistake was found after long work"))
     shutil.copytree(place / "model", place / "other")
     (place / "full").mkdir()
@@ -261,7 +258,7 @@ def test_a_wrong_argument_is_refused(
     assert listing(place) == before
 
 
-def test_overwrite_is_needed_to_replace_a_survey(place: Path, run: Run) -> None:
+def test_overwrite_is_needed_to_replace_a_survey(place, run):
     assert run("survey", "model", *SMALL).code == 0
     before = (place / "survey" / "survey.json").read_text()
     other = [*SMALL, "--ridge", "1"]
@@ -271,7 +268,7 @@ def test_overwrite_is_needed_to_replace_a_survey(place: Path, run: Run) -> None:
     assert (place / "survey" / "survey.json").read_text() != before
 
 
-def test_an_error_leaves_no_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_no_folder(place, monkeypatch):
     def broken(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -283,7 +280,7 @@ def test_an_error_leaves_no_folder(place: Path, monkeypatch: pytest.MonkeyPatch)
     assert listing(place) == before
 
 
-def test_the_page_is_written_without_similar_heads(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_written_without_similar_heads(place, run, monkeypatch):
     def refuses(*_: Any, **__: Any) -> None:
         raise SecateurError("no attention here")
 
@@ -334,9 +331,7 @@ class Opened:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_fits_the_screen_and_loads_nothing_else(
-    browser: Browser, page_file: Path, width: int, scheme: str
-) -> None:
+def test_the_page_fits_the_screen_and_loads_nothing_else(browser, page_file, width, scheme):
     with Opened(browser, page_file, width, scheme) as opened:
         page = opened.page
         assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -358,7 +353,7 @@ def test_the_page_fits_the_screen_and_loads_nothing_else(
         assert opened.requests == [page_file.as_uri()]
 
 
-def test_every_element_has_an_accessible_name(browser: Browser, page_file: Path) -> None:
+def test_every_element_has_an_accessible_name(browser, page_file):
     with Opened(browser, page_file) as opened:
         unnamed = opened.page.evaluate(
             "[...document.querySelectorAll('input, select')].filter(node => !node.labels.length).map(n => n.id)"
@@ -378,7 +373,7 @@ def test_every_element_has_an_accessible_name(browser: Browser, page_file: Path)
         )
 
 
-def test_every_control_has_visible_keyboard_focus(browser: Browser, page_file: Path) -> None:
+def test_every_control_has_visible_keyboard_focus(browser, page_file):
     with Opened(browser, page_file) as opened:
         page = opened.page
         wanted = page.evaluate(
@@ -398,7 +393,7 @@ def test_every_control_has_visible_keyboard_focus(browser: Browser, page_file: P
         assert set(seen) == {"solid"}
 
 
-def test_the_slider_shows_the_plans(browser: Browser, page_file: Path) -> None:
+def test_the_slider_shows_the_plans(browser, page_file):
     plans = data_of(page_file.read_text(encoding="utf-8"))["plans"]
     with Opened(browser, page_file) as opened:
         page = opened.page
@@ -419,7 +414,7 @@ def test_the_slider_shows_the_plans(browser: Browser, page_file: Path) -> None:
 
 
 @pytest.mark.parametrize("place_of", ["plan-table", "module-table", "unit-table", "pair-table"])
-def test_tables_can_be_sorted_by_keyboard(browser: Browser, page_file: Path, place_of: str) -> None:
+def test_tables_can_be_sorted_by_keyboard(browser, page_file, place_of):
     with Opened(browser, page_file) as opened:
         table = opened.page.locator(f"#{place_of} table")
         heads = table.locator("th")
@@ -441,7 +436,7 @@ def test_tables_can_be_sorted_by_keyboard(browser: Browser, page_file: Path, pla
         assert opened.complaints == []
 
 
-def test_choosing_a_block_updates_all_parts(browser: Browser, page_file: Path) -> None:
+def test_choosing_a_block_updates_all_parts(browser, page_file):
     with Opened(browser, page_file) as opened:
         page = opened.page
         page.focus("#block")
@@ -468,7 +463,7 @@ def test_choosing_a_block_updates_all_parts(browser: Browser, page_file: Path) -
         assert opened.complaints == []
 
 
-def test_edges_follow_tau(browser: Browser, page_file: Path) -> None:
+def test_edges_follow_tau(browser, page_file):
     upper = data_of(page_file.read_text(encoding="utf-8"))["distances"]
     with Opened(browser, page_file) as opened:
         page = opened.page
@@ -480,7 +475,7 @@ def test_edges_follow_tau(browser: Browser, page_file: Path) -> None:
             assert page.locator("#tau-count").inner_text().startswith(f"{near} of {len(every)} pairs")
 
 
-def test_a_page_without_distances_and_plans(browser: Browser, tmp_path: Path) -> None:
+def test_a_page_without_distances_and_plans(browser, tmp_path):
     blocks = blocks_of(build("llama"))
     survey = Survey("l1", 0.3, 64, (ErrorCurve(1, "channels", "channels", (0.0,), 0.5),))
     (tmp_path / "p.html").write_text(render(page_data(survey, blocks, {}, facts=FACTS)), encoding="utf-8")
@@ -492,7 +487,7 @@ def test_a_page_without_distances_and_plans(browser: Browser, tmp_path: Path) ->
         assert "10 %, is more than the surveyed modules can lose" in opened.page.locator("#reach").inner_text()
 
 
-def test_every_axis_of_a_mixture_is_drawn(browser: Browser, tmp_path: Path) -> None:
+def test_every_axis_of_a_mixture_is_drawn(browser, tmp_path):
     blocks = blocks_of(build("mixtral"))[:2]
     experts = blocks[0].feed_forward.units
     curves = (

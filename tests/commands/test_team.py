@@ -115,11 +115,11 @@ def done(together: Together, checkpoint_folder: CheckpointFolder, tmp_path_facto
 
 
 @pytest.mark.parametrize("name", PRUNE)
-def test_two_prune_as_one(done: Done, name: str) -> None:
+def test_two_prune_as_one(done, name):
     assert_alike(*done.both(name))
 
 
-def test_two_survey_as_one(done: Done) -> None:
+def test_two_survey_as_one(done):
     found, wanted = (json.loads((path / "survey.json").read_text()) for path in done.both("survey"))
     assert len(found["curves"]) == len(wanted["curves"]) > 0
     for one, other in zip(found["curves"], wanted["curves"], strict=True):
@@ -128,7 +128,7 @@ def test_two_survey_as_one(done: Done) -> None:
         assert one["divergence"] == pytest.approx(other["divergence"], rel=1e-3, abs=1e-6)
 
 
-def test_processes_with_different_options_are_refused(done: Done) -> None:
+def test_processes_with_different_options_are_refused(done):
     first, second = done.differing
     assert (first[0], second[0]) == (2, 2)
     assert first[1].splitlines()[-1].startswith("error: another process of this run has stopped")
@@ -136,13 +136,11 @@ def test_processes_with_different_options_are_refused(done: Done) -> None:
     assert second[1].splitlines()[-1] == wanted
 
 
-def test_several_processes_leave_only_the_output(done: Done) -> None:
+def test_several_processes_leave_only_the_output(done):
     assert not [path.name for path in done.place.iterdir() if path.name.startswith(".") or "differing" in path.name]
 
 
-def test_a_killed_process_ends_the_others_and_any_number_resume(
-    done: Done, together: Together, checkpoint_folder: CheckpointFolder
-) -> None:
+def test_a_killed_process_ends_the_others_and_any_number_resume(done, together, checkpoint_folder):
     words = done.words("two fits", "out")
     state, out = done.place / ".out.run", done.place / "out"
     # One process alone is killed in its survey, behind the pass that rewrites rows.
@@ -167,7 +165,7 @@ def test_a_killed_process_ends_the_others_and_any_number_resume(
     assert not state.exists()
 
 
-def test_a_speed_target_needs_one_process(monkeypatch: pytest.MonkeyPatch, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_speed_target_needs_one_process(monkeypatch, checkpoint_folder):
     two = Services(Processes(0, 2))
     with pytest.raises(SecateurError, match=r"decode=1\.01x is a speed, which only a run with one process can measure"):
         open_model(checkpoint_folder("llama"), target="decode=1.01x", calibration="random", services=two)
@@ -178,7 +176,7 @@ def test_a_speed_target_needs_one_process(monkeypatch: pytest.MonkeyPatch, check
     )
 
 
-def test_torchrun_starts_the_processes(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_torchrun_starts_the_processes(tmp_path, checkpoint_folder):
     words = ["prune", str(checkpoint_folder("llama")), str(tmp_path / "out"), "--calibration", "random"]
     words += ["--samples", str(SAMPLES), "--length", str(LENGTH), "--effort", "quick"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "secateur"]
@@ -202,7 +200,7 @@ def told(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
             monkeypatch.setenv(name, value)
 
 
-def test_the_variables_of_launchers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variables_of_launchers_are_read(monkeypatch):
     told(monkeypatch)
     assert process_place() == ProcessPlace(rank=1, size=2, local_size=2, local_rank=1)
     told(monkeypatch, WORLD_SIZE="1", MASTER_ADDR=None)
@@ -219,16 +217,14 @@ def test_the_variables_of_launchers_are_read(monkeypatch: pytest.MonkeyPatch) ->
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', which is not a whole number of at least 1"),
     ],
 )
-def test_incomplete_variables_of_a_launcher_are_refused(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], said: str
-) -> None:
+def test_incomplete_variables_of_a_launcher_are_refused(monkeypatch, changes, said):
     told(monkeypatch, **changes)
     with pytest.raises(SecateurError, match="unset WORLD_SIZE") as error:
         process_place()
     assert said in str(error.value)
 
 
-def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
     alone = available_bytes()
     told(monkeypatch)
     assert available_bytes() < 0.7 * alone
@@ -238,7 +234,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     groups=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30), st.booleans()), min_size=1, max_size=5),
     size=st.integers(1, 6),
 )
-def test_each_process_gets_whole_batches_of_rows(groups: list[tuple[int, int, bool]], size: int) -> None:
+def test_each_process_gets_whole_batches_of_rows(groups, size):
     every = Rows(
         tuple(torch.arange(count * length).view(count, length) for count, length, _ in groups),
         tuple(float(counts) for *_, counts in groups),

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from conftest import CheckpointFolder
 from models import make_letters
 from secateur import prune
 from secateur.base.errors import SecateurError
@@ -45,12 +44,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 def llama(**more: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = {
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-    }
+    config = {"num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64, "initializer_range": 0.3}
     return LlamaForCausalLM(LlamaConfig(**(SIZES | config | more))).eval()
 
 
@@ -63,12 +57,7 @@ def gpt2() -> GPT2LMHeadModel:
 def gemma2() -> Gemma2ForCausalLM:
     torch.manual_seed(0)
     config = Gemma2Config(
-        **SIZES,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=VOCAB,
-        final_logit_softcapping=2.0,
-        initializer_range=0.3,
+        **SIZES, num_key_value_heads=2, head_dim=8, vocab_size=VOCAB, final_logit_softcapping=2.0, initializer_range=0.3
     )
     return Gemma2ForCausalLM(config).eval()
 
@@ -89,7 +78,7 @@ def plain_nll(model: PreTrainedModel, rows: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("build", [llama, gpt2, gemma2])
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_perplexity_is_that_of_a_plain_computation(build: Callable[[], PreTrainedModel], batch: int) -> None:
+def test_perplexity_is_that_of_a_plain_computation(build, batch):
     model, rows = build(), random_rows(7, 12)
     result = perplexity(model, rows, batch=batch)
     assert result.nll == pytest.approx(plain_nll(model, rows), rel=1e-6)
@@ -99,7 +88,7 @@ def test_perplexity_is_that_of_a_plain_computation(build: Callable[[], PreTraine
 
 
 @pytest.mark.parametrize("logits", [1, 3 * VOCAB, 5 * VOCAB + 1])
-def test_pieces_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+def test_pieces_do_not_change_the_loss(monkeypatch, logits):
     module = sys.modules[perplexity.__module__]
     model, rows = llama(), random_rows(4, 12)
     monkeypatch.setattr(module, "_LOSS_LOGITS", logits)
@@ -111,7 +100,7 @@ def test_pieces_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch, logits: 
     assert shapes[:2] == [2, 2]
 
 
-def test_float32_holds_only_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_holds_only_small_pieces(monkeypatch):
     module = sys.modules[perplexity.__module__]
     monkeypatch.setattr(module, "_LOSS_LOGITS", 4 * VOCAB)
     seen = []
@@ -126,7 +115,7 @@ def test_float32_holds_only_small_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {dtype for dtype, _ in seen} == {torch.float32}
 
 
-def test_progress_ends_and_the_mode_is_restored() -> None:
+def test_progress_ends_and_the_mode_is_restored():
     model, seen = llama().train(), []
 
     class Watcher(Silent):
@@ -140,7 +129,7 @@ def test_progress_ends_and_the_mode_is_restored() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_dropout_is_off_while_scoring() -> None:
+def test_dropout_is_off_while_scoring():
     model = llama(attention_dropout=0.5).train()
     rows = random_rows(3, 12)
     first = perplexity(model, rows)
@@ -149,7 +138,7 @@ def test_dropout_is_off_while_scoring() -> None:
         setattr(first, "nll", 0.0)  # noqa: B010
 
 
-def test_a_hopeless_model_gets_infinite_perplexity() -> None:
+def test_a_hopeless_model_gets_infinite_perplexity():
     model = llama()
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
@@ -167,13 +156,13 @@ def test_a_hopeless_model_gets_infinite_perplexity() -> None:
         (random_rows(2, 4) + VOCAB, 8, f"ids outside the vocabulary of {VOCAB}; use"),
     ],
 )
-def test_bad_rows_are_named(rows: torch.Tensor, batch: int, message: str) -> None:
+def test_bad_rows_are_named(rows, batch, message):
     with pytest.raises(SecateurError, match=message):
         perplexity(llama(), rows, batch=batch)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_an_error(value: float) -> None:
+def test_a_loss_that_is_not_finite_is_an_error(value):
     model = llama()
     rows = random_rows(4, 6) % 100
     rows[2, 0] = 101
@@ -184,12 +173,9 @@ def test_a_loss_that_is_not_finite_is_an_error(value: float) -> None:
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_speed_counts_its_tokens(build: Callable[[], PreTrainedModel]) -> None:
+def test_speed_counts_its_tokens(build):
     model = build()
-    lengths, before = (
-        [],
-        GenerationConfig(do_sample=True, temperature=0.5, num_beams=2, eos_token_id=list(range(99))),
-    )
+    lengths, before = ([], GenerationConfig(do_sample=True, temperature=0.5, num_beams=2, eos_token_id=list(range(99))))
     model.generation_config = before
     model.register_forward_pre_hook(
         lambda _, __, given: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
@@ -207,7 +193,7 @@ def test_speed_counts_its_tokens(build: Callable[[], PreTrainedModel]) -> None:
     assert model.training
 
 
-def test_times_come_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_come_from_the_clock(monkeypatch):
     ticks = iter(float(2**i) for i in range(1000))
     monkeypatch.setattr(sys.modules[speeds.__module__], "perf_counter", lambda: next(ticks))
     (result,) = speeds([llama()], prompt=4, new=2, repeats=1)
@@ -216,7 +202,7 @@ def test_times_come_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.decode_seconds == (96.0,)
 
 
-def test_models_take_turns() -> None:
+def test_models_take_turns():
     a, b, order = llama(), llama(num_hidden_layers=1), []
     for name, model in (("a", a), ("b", b)):
         model.register_forward_pre_hook(
@@ -241,12 +227,12 @@ def test_models_take_turns() -> None:
         ({"prompt": 60, "new": 5}, "prompt of 60 tokens and 5 new tokens exceed the model's 64 positions"),
     ],
 )
-def test_bad_sizes_are_named(sizes: dict[str, int], message: str) -> None:
+def test_bad_sizes_are_named(sizes, message):
     with pytest.raises(SecateurError, match=message):
         speeds([llama()], **sizes)
 
 
-def test_all_positions_may_be_used() -> None:
+def test_all_positions_may_be_used():
     assert speeds([gpt2()], prompt=60, new=4, repeats=1)[0].new == 4
 
 
@@ -257,7 +243,7 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_model_is_scored_as_transformers_loads_it(checkpoint_folder: CheckpointFolder, text: str) -> None:
+def test_a_model_is_scored_as_transformers_loads_it(checkpoint_folder, text):
     folder = checkpoint_folder("llama")
     (score,) = evaluate(str(folder), texts=[text], length=20, tokens=100).models
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -274,19 +260,10 @@ def test_a_model_is_scored_as_transformers_loads_it(checkpoint_folder: Checkpoin
     ("change", "message"),
     [
         (lambda tensor: {}, "tensors missing from the weights: model.layers.1.mlp.down_proj.weight"),
-        (
-            lambda tensor: {DOWN: tensor[:, 1:].contiguous()},
-            "is [48, 71], but config.json makes it [48, 72]; find the",
-        ),
+        (lambda tensor: {DOWN: tensor[:, 1:].contiguous()}, "is [48, 71], but config.json makes it [48, 72]; find the"),
     ],
 )
-def test_weights_are_never_drawn_at_random(
-    checkpoint_folder: CheckpointFolder,
-    text: str,
-    tmp_path: Path,
-    change: Callable[[Any], dict[str, Any]],
-    message: str,
-) -> None:
+def test_weights_are_never_drawn_at_random(checkpoint_folder, text, tmp_path, change, message):
     folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensor = tensors.pop(DOWN)
@@ -295,7 +272,7 @@ def test_weights_are_never_drawn_at_random(
         evaluate(str(folder), texts=[text], length=20, tokens=100)
 
 
-def test_two_models_are_compared(checkpoint_folder: CheckpointFolder, text: str) -> None:
+def test_two_models_are_compared(checkpoint_folder, text):
     small, dense = str(checkpoint_folder("llama tied")), str(checkpoint_folder("llama biased"))
     result = evaluate(small, against=dense, texts=[text, text], length=20, speed=True)
     figures = {figure.label: figure for figure in result.figures()}
@@ -316,7 +293,7 @@ def test_two_models_are_compared(checkpoint_folder: CheckpointFolder, text: str)
     assert json.loads(json.dumps(result.as_dict()))["models"][1]["texts"][text]["tokens"] == second.texts[text].tokens
 
 
-def test_different_tokenizers_get_a_note(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
+def test_different_tokenizers_get_a_note(checkpoint_folder, text, tmp_path):
     """Perplexities per token of different tokenizers do not compare; with one tokenizer there is no note."""
 
     class Notes(Silent):
@@ -336,9 +313,7 @@ def test_different_tokenizers_get_a_note(checkpoint_folder: CheckpointFolder, te
     ]
 
 
-def test_only_one_model_is_in_memory_unless_two_take_turns(
-    checkpoint_folder: CheckpointFolder, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_one_model_is_in_memory_unless_two_take_turns(checkpoint_folder, text, monkeypatch):
     alive: list[weakref.ref[Any]] = []
 
     def load(*given: Any, **named: Any) -> Any:
@@ -355,7 +330,7 @@ def test_only_one_model_is_in_memory_unless_two_take_turns(
     assert [figure.ratio for figure in result.figures()] == [1.0, 1.0, 1.0, 1.0]
 
 
-def test_names_of_a_table_are_short(checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path) -> None:
+def test_names_of_a_table_are_short(checkpoint_folder, text, tmp_path):
     from secateur.report.eval_table import eval_table
 
     folder = checkpoint_folder("llama")
@@ -376,9 +351,7 @@ def test_names_of_a_table_are_short(checkpoint_folder: CheckpointFolder, text: s
 
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_that_does_not_fit_is_read_as_it_runs(
-    checkpoint_folder: CheckpointFolder, text: str, tmp_path: Path, pruned: bool, dtype: str
-) -> None:
+def test_a_model_that_does_not_fit_is_read_as_it_runs(checkpoint_folder, text, tmp_path, pruned, dtype):
     folder = checkpoint_folder("llama biased")
     if pruned:
         prune(folder, tmp_path / "pruned", calibration="random", samples=4, length=16, effort="quick")

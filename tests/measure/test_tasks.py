@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CheckpointFolder
 from models import BOS, POSITIONS, ROWS, blocks_of, build, make_tokenizer, wide
 from secateur import cli
 from secateur.base.errors import SecateurError
@@ -99,13 +98,13 @@ def close(found: list[tuple[float, bool]], expected: list[tuple[float, bool]], t
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("name", list(ROWS))
-def test_likelihoods_are_those_of_a_plain_computation(name: str, bos: bool) -> None:
+def test_likelihoods_are_those_of_a_plain_computation(name, bos):
     model = build(name)
     first, second = likelihoods(model, make_tokenizer(bos=bos), PAIRS[:3], PAIRS[3:])
     assert close([*first, *second], [plain(model, *ids_of(*pair, bos)) for pair in PAIRS])
 
 
-def test_a_model_with_layers_of_different_widths_is_scored() -> None:
+def test_a_model_with_layers_of_different_widths_is_scored():
     config = build("llama").config
     stored = per_layer_config(
         config.to_dict(),
@@ -123,7 +122,7 @@ def test_a_model_with_layers_of_different_widths_is_scored() -> None:
     assert close(found, [plain(model, *ids_of(*pair, False)) for pair in PAIRS])
 
 
-def test_likelihoods_of_bfloat16_are_not_rounded_to_it() -> None:
+def test_likelihoods_of_bfloat16_are_not_rounded_to_it():
     model = build("llama").to(torch.bfloat16)
     (found,) = likelihoods(model, make_tokenizer(), PAIRS)
     expected = [plain(build("llama"), *ids_of(*pair, False))[0] for pair in PAIRS]
@@ -133,7 +132,7 @@ def test_likelihoods_of_bfloat16_are_not_rounded_to_it() -> None:
 
 
 @pytest.mark.parametrize(("logits", "items"), [(1, 64), (128 * 40 * 3, 64), (1 << 27, 1)])
-def test_batches_change_nothing(logits: int, items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_change_nothing(logits, items, monkeypatch):
     monkeypatch.setattr(sys.modules[zero_shot.__module__], "_LOGITS", logits)
     monkeypatch.setattr(sys.modules[zero_shot.__module__], "_ITEMS_PER_STEP", items)
     model = build("llama")
@@ -141,7 +140,7 @@ def test_batches_change_nothing(logits: int, items: int, monkeypatch: pytest.Mon
     assert close([one for (one,) in found], [plain(model, *ids_of(*pair, False)) for pair in PAIRS])
 
 
-def test_a_greedy_answer_is_known() -> None:
+def test_a_greedy_answer_is_known():
     model, ids = build("llama"), [5, 6, 7]
     with torch.no_grad():
         for _ in range(3):
@@ -157,7 +156,7 @@ def test_a_greedy_answer_is_known() -> None:
     assert two < one
 
 
-def test_a_question_too_long_loses_its_beginning() -> None:
+def test_a_question_too_long_loses_its_beginning():
     model = build("llama")
     words = [f"w{i % 100}" for i in range(POSITIONS + 10)]
     question, whole = " ".join(words), " " + " ".join(words[:POSITIONS])
@@ -171,7 +170,7 @@ def test_a_question_too_long_loses_its_beginning() -> None:
         likelihoods(model, make_tokenizer(), [("w1", whole + " w1")])
 
 
-def test_model_and_tokenizer_are_not_changed_and_progress_ends(capfd: pytest.CaptureFixture[str]) -> None:
+def test_model_and_tokenizer_are_not_changed_and_progress_ends(capfd):
     model, tokenizer, seen = build("llama").train(), make_tokenizer(), []
     model.config.tie_word_embeddings = True
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -192,7 +191,7 @@ def test_model_and_tokenizer_are_not_changed_and_progress_ends(capfd: pytest.Cap
     assert zero_shot(model, None, []) == []
 
 
-def test_bad_models_and_texts_are_named() -> None:
+def test_bad_models_and_texts_are_named():
     model, tokenizer = build("llama"), make_tokenizer()
     for pair, lengths in ((("w1", ""), "1 and 0"), ((" ", "w1"), "0 and 1")):
         with pytest.raises(SecateurError, match=f"have {lengths} tokens, but only 1 to {POSITIONS}"):
@@ -209,7 +208,7 @@ def test_bad_models_and_texts_are_named() -> None:
         likelihoods(model, tokenizer, PAIRS)
 
 
-def test_the_ratio_counts_only_items_on_which_models_differ() -> None:
+def test_the_ratio_counts_only_items_on_which_models_differ():
     same = Accuracy.of([1, 0, 1, 1])
     assert accuracy_ratio(same, same) == AccuracyRatio(1.0, (1.0, 1.0))
     assert same.value == 0.75
@@ -219,7 +218,7 @@ def test_the_ratio_counts_only_items_on_which_models_differ() -> None:
     assert accuracy_ratio(Accuracy.of([0, 1]), Accuracy.of([0, 0])) is None
 
 
-def test_the_interval_is_that_of_a_bootstrap_over_items() -> None:
+def test_the_interval_is_that_of_a_bootstrap_over_items():
     draw = np.random.default_rng(0)
     dense = (draw.random(800) < 0.7).astype(int)
     pruned = np.where(draw.random(800) < 0.2, 1 - dense, dense)
@@ -259,7 +258,7 @@ def expected_outcomes(model: Any, items: list[dict[str, Any]]) -> tuple[list[int
     return acc, norm
 
 
-def test_a_task_is_scored_as_computed_by_hand(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_task_is_scored_as_computed_by_hand(folder, capfd):
     model = build("llama")
     mine, other = zero_shot(model, make_tokenizer(), open_tasks(["mine", "other"], task_path=folder))
     acc, norm = expected_outcomes(model, ITEMS)
@@ -274,7 +273,7 @@ def test_a_task_is_scored_as_computed_by_hand(folder: Path, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_same_beginning_may_be_the_choice(tmp_path: Path) -> None:
+def test_the_same_beginning_may_be_the_choice(tmp_path):
     items = [{"contexts": ["w1 w2", "w1 w3 w5"], "ending": f"w{i} w7", "gold": i % 2} for i in range(8)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     text = YAML.format(name="two", output="multiple_choice", file=tmp_path / "items.jsonl")
@@ -299,9 +298,7 @@ def test_the_same_beginning_may_be_the_choice(tmp_path: Path) -> None:
         ("piqa", "task piqa needs its data set .*piqa from the hub, which is not reachable .*--task-path"),
     ],
 )
-def test_tasks_that_cannot_be_scored_are_named(
-    folder: Path, name: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_that_cannot_be_scored_are_named(folder, name, message, monkeypatch):
     monkeypatch.setattr(tasks, "out_of_reach", lambda: "it is a test")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     with pytest.raises(SecateurError, match=message) as error:
@@ -309,21 +306,21 @@ def test_tasks_that_cannot_be_scored_are_named(
     assert "\n" not in str(error.value)
 
 
-def test_the_papers_tasks_are_lm_evals_and_a_typo_is_not() -> None:
+def test_the_papers_tasks_are_lm_evals_and_a_typo_is_not():
     names = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     # The first name that is missing is the one complained about.
     with pytest.raises(SecateurError, match=r"task 'piqaa' does not exist in lm-eval; near it: .*piqa"):
         open_tasks([*names, "piqaa"])
 
 
-def test_bad_limits_and_folders_are_named(tmp_path: Path) -> None:
+def test_bad_limits_and_folders_are_named(tmp_path):
     with pytest.raises(SecateurError, match="the limit is 0"):
         open_tasks(["mine"], limit=0)
     with pytest.raises(SecateurError, match="nowhere: no such folder"):
         open_tasks(["mine"], task_path=tmp_path / "nowhere")
 
 
-def test_two_models_are_compared_by_item(checkpoint_folder: CheckpointFolder, folder: Path) -> None:
+def test_two_models_are_compared_by_item(checkpoint_folder, folder):
     from secateur.report.eval_table import eval_table
 
     first, second = str(checkpoint_folder("llama")), str(checkpoint_folder("llama tied"))
@@ -353,9 +350,7 @@ def test_two_models_are_compared_by_item(checkpoint_folder: CheckpointFolder, fo
     assert all(figure.ratio is None for figure in alone.figures())
 
 
-def test_tasks_are_opened_before_a_model_is_loaded(
-    checkpoint_folder: CheckpointFolder, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_are_opened_before_a_model_is_loaded(checkpoint_folder, folder, monkeypatch):
     from secateur.measure import evaluation
 
     monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
@@ -363,12 +358,7 @@ def test_tasks_are_opened_before_a_model_is_loaded(
         evaluate(str(checkpoint_folder("llama")), texts=[], tasks=["mine", "gone"], task_path=folder)
 
 
-def test_the_command_writes_tasks_and_refuses_typos_in_one_line(
-    checkpoint_folder: CheckpointFolder,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command_writes_tasks_and_refuses_typos_in_one_line(checkpoint_folder, folder, monkeypatch, capsys):
     def run(*arguments: str) -> tuple[Any, str, str]:
         before = signal.getsignal(signal.SIGTERM)
         monkeypatch.setattr(sys, "argv", ["secateur", "eval", str(checkpoint_folder("llama")), *arguments])

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import TEXT, Run, listing, refused
+from command_line import TEXT, listing, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_tasks import ITEMS, NORM, YAML
 
-from conftest import CheckpointFolder
 from models import build, layers_of, token_rows
 from secateur.base.errors import SecateurError
 from secateur.commands import draw_rows, survey_model
@@ -83,13 +82,13 @@ def tables(out: Path) -> tuple[str, str, Any, bytes]:
 
 
 @given(st.floats(1e-3, 1e12), st.integers(1, 12))
-def test_a_mean_lies_within_its_spread(value: float, count: int) -> None:
+def test_a_mean_lies_within_its_spread(value, count):
     spread = Spread((value,) * count)
     assert spread.least == spread.mean == spread.most
     assert Spread((1.0, 2.0, 6.0)).mean == 3.0
 
 
-def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:
+def test_figures_are_those_of_prune_and_eval(grid, run):
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
     # A table tells the name of the text, and not where it lay.
     text = str(grid / "text.txt")
@@ -130,7 +129,7 @@ def test_figures_are_those_of_prune_and_eval(grid: Path, run: Run) -> None:
     }
 
 
-def test_tasks_are_scored_in_percent(grid: Path, run: Run) -> None:
+def test_tasks_are_scored_in_percent(grid, run):
     (grid / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     write = {"output": "multiple_choice", "file": grid / "items.jsonl"}
     (grid / "mine.yaml").write_text(YAML.format(name="mine", **write) + NORM)
@@ -146,11 +145,7 @@ def test_tasks_are_scored_in_percent(grid: Path, run: Run) -> None:
     assert figures["average"]["mean"] == pytest.approx((figures["piqa"]["mean"] + figures["other"]["mean"]) / 2)
 
 
-def test_shared_work_is_done_once(
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_shared_work_is_done_once(grid, run, monkeypatch):
     surveys, reads = [], []
     survey, read = survey_model.survey, calibration.read_documents
     monkeypatch.setattr(
@@ -163,7 +158,7 @@ def test_shared_work_is_done_once(
     assert sorted(reads) == ["held.txt", "text.txt"]
 
 
-def test_only_missing_runs_are_executed(grid: Path, run: Run, prunings: list[Any]) -> None:
+def test_only_missing_runs_are_executed(grid, run, prunings):
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
     before = tables(grid / "out")
     assert len(prunings) == 8
@@ -188,11 +183,7 @@ def test_only_missing_runs_are_executed(grid: Path, run: Run, prunings: list[Any
     assert len(prunings) == 16 + 12
 
 
-def test_an_interrupt_leaves_what_is_finished(
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_interrupt_leaves_what_is_finished(grid, run, monkeypatch):
     assert run("compare", "model", "grid.yaml", "--out", "whole").code == 0
     with monkeypatch.context() as patch:
         prune_run, made = compare_step.prune_run, []
@@ -214,11 +205,7 @@ def test_an_interrupt_leaves_what_is_finished(
     assert tables(grid / "out") == tables(grid / "whole")
 
 
-def test_a_run_that_fails_stops_no_other(
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_run_that_fails_stops_no_other(grid, run, monkeypatch):
     prune_run = compare_step.prune_run
 
     def refuse(opened: Any, *given: Any, **more: Any) -> Any:
@@ -236,7 +223,7 @@ def test_a_run_that_fails_stops_no_other(
     assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
 
 
-def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:
+def test_a_killed_comparison_goes_on(grid, run):
     # A fork of this process, which has imported everything.
     if not (child := os.fork()):
         try:
@@ -259,7 +246,7 @@ def test_a_killed_comparison_goes_on(grid: Path, run: Run) -> None:
     assert not (grid / "out" / ".scratch").exists()
 
 
-def test_two_at_once_are_refused(grid: Path, run: Run) -> None:
+def test_two_at_once_are_refused(grid, run):
     with RunStore(grid / "out"):
         before = listing(grid)
         refused(run("compare", "model", "grid.yaml", "--out", "out"), "out: in use by another secateur compare; wait")
@@ -285,14 +272,7 @@ def part_heads(folder: Path) -> None:
         *((name, "gpt2", "GPT-2") for name in ("figure5", "table3")),
     ],
 )
-def test_every_recipe_runs(
-    name: str,
-    row: str,
-    paper: str,
-    grid: Path,
-    run: Run,
-    checkpoint_folder: CheckpointFolder,
-) -> None:
+def test_every_recipe_runs(name, row, paper, grid, run, checkpoint_folder):
     folder = {"LLaMA-7B": "llama-7b", "GPT-2": "gpt2"}[paper]
     shutil.copytree(checkpoint_folder(row), grid / folder)
     if name == "table3":
@@ -351,12 +331,7 @@ def score(folder: str) -> float:
         {"recovery": "paper", "refit_calibration": "self"},
     ],
 )
-def test_generated_rows_are_shared_by_all_runs(
-    own: dict[str, Any],
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_generated_rows_are_shared_by_all_runs(own, grid, run, monkeypatch):
     written = []
     self_rows = draw.self_rows
     monkeypatch.setattr(draw, "self_rows", lambda *a, **k: written.append(k["seed"]) or self_rows(*a, **k))
@@ -380,11 +355,7 @@ def test_generated_rows_are_shared_by_all_runs(
     assert all(summary.sparsity > 0 for summary in summaries)
 
 
-def test_resampled_rows_are_shared(
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_resampled_rows_are_shared(grid, run, monkeypatch):
     drawn: list[tuple[int, int]] = []
 
     def counted(*given: Any, **more: Any) -> Any:
@@ -412,11 +383,7 @@ def test_resampled_rows_are_shared(
     assert len({tuple(figures) for figures in before.values()}) == 5
 
 
-def test_gradients_are_taken_once_for_all_sizes(
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gradients_are_taken_once_for_all_sizes(grid, run, monkeypatch):
     taken: list[str] = []
     scores = open_step.gradient_scores
     monkeypatch.setattr(open_step, "gradient_scores", lambda *a, **k: taken.append(a[2]) or scores(*a, **k))
@@ -431,7 +398,7 @@ def test_gradients_are_taken_once_for_all_sizes(
         assert values(f"{name}, sparsity 0.4") == [score(name)]
 
 
-def test_a_row_can_be_retrained(grid: Path, run: Run) -> None:
+def test_a_row_can_be_retrained(grid, run):
     training = {"samples": 6, "epochs": 1, "batch": 3, "learning_rate": 0.01}
     runs = {"L2": {"criterion": "l2"}, "LoRA": {"criterion": "l2"}}
     command = small(grid, runs=runs, retrain={"LoRA": training})
@@ -451,11 +418,7 @@ def test_a_row_can_be_retrained(grid: Path, run: Run) -> None:
     assert values("LoRA") != [score("more0"), score("more1")]
 
 
-def test_retraining_without_peft_is_named_early(
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_retraining_without_peft_is_named_early(grid, run, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
     command = small(grid, retrain={"L2": {"samples": 6}})
@@ -464,11 +427,7 @@ def test_retraining_without_peft_is_named_early(
     assert listing(grid) == before
 
 
-def test_graphs_join_similar_heads(
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_graphs_join_similar_heads(grid, run, monkeypatch):
     shutil.copytree(grid / "model", grid / "other")
     figures: list[Any] = []
     monkeypatch.setattr(comparison_plots, "_save", lambda figure, path: figures.append((figure, path)))
@@ -516,10 +475,7 @@ WRONG = [
     ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: samples is 0; it must be at least 1"),
     ("compare model lora.yaml --out out --refit-samples 99", "text.txt: too short, it has 1,500"),
     ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),
-    (
-        "compare model grid.yaml --out out --perplexity self",
-        "rows that a model generates cannot be scored; name a",
-    ),
+    ("compare model grid.yaml --out out --perplexity self", "rows that a model generates cannot be scored; name a"),
     ("compare model grid.yaml --out out --samples 999", "text.txt: too short, it has 1,500 tok"),
     ("compare model grid.yaml --out out --length 65", "length is 65, but the model has 64 positions: choose a smaller"),
     ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
@@ -528,10 +484,7 @@ WRONG = [
         "compare model grid.yaml --out out --perplexity a=text.txt --perplexity a=text.txt",
         "two texts are called a; give them different names, NAME=TEXT",
     ),
-    (
-        "compare model grid.yaml --out out --tasks a=piqa,a=boolq",
-        "two tasks are called a; give them different names",
-    ),
+    ("compare model grid.yaml --out out --tasks a=piqa,a=boolq", "two tasks are called a; give them different names"),
     ("compare model grid.yaml --out out --perplexity gone.txt", "gone.txt does not exist: check the path of the text"),
     ("compare model grid.yaml --out out --perplexity random", "random token ids cannot be scored; name a text file or"),
     ("compare model grid.yaml --out out --tokens 15", "tokens is 15, which does not fill one row of length 16"),
@@ -544,13 +497,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[arguments for arguments, _ in WRONG])
-def test_mistakes_come_before_work(
-    arguments: str,
-    message: str,
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_mistakes_come_before_work(arguments, message, grid, run, monkeypatch):
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("a mistake was found after long work")
 
@@ -564,11 +511,7 @@ def test_mistakes_come_before_work(
     assert listing(grid) == before
 
 
-def test_a_task_out_of_reach_is_named_early(
-    grid: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_task_out_of_reach_is_named_early(grid, run, monkeypatch):
     from secateur.measure import tasks
 
     monkeypatch.setattr(tasks, "out_of_reach", lambda: "it is a test")
@@ -582,7 +525,7 @@ def test_a_task_out_of_reach_is_named_early(
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "gemma2"])
-def test_magnitudes_are_those_of_the_whole_model(name: str, checkpoint_folder: CheckpointFolder) -> None:
+def test_magnitudes_are_those_of_the_whole_model(name, checkpoint_folder):
     model, ids = build(name), token_rows(5)
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     expected: list[dict[str, float]] = [{} for _ in stream.blocks]

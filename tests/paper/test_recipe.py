@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ def small(**fields: Any) -> Recipe:
     return Recipe.model_validate(SMALL | fields)
 
 
-def test_runs_are_every_entry_at_every_point() -> None:
+def test_runs_are_every_entry_at_every_point():
     found = expand(small(), None)
     assert [(run.row, run.place("seed")) for run in found] == [
         (f"{label}, length {length}", seed) for label in "ab" for length in (8, 16) for seed in (0, 1)
@@ -38,7 +37,7 @@ def test_runs_are_every_entry_at_every_point() -> None:
     assert found[0].options == Options(sparsity=0.25, ridge=0.5, samples=4, criterion="wanda", length=8, seed=0)
 
 
-def test_a_run_wins_over_the_model_and_the_model_over_all() -> None:
+def test_a_run_wins_over_the_model_and_the_model_over_all():
     on_paper, on_other = expand(small(), "Big"), expand(small(), None)
     assert [on_paper[0].options.ridge, on_paper[-1].options.ridge] == [1, 0.1]
     assert [on_other[0].options.ridge, on_other[-1].options.ridge] == [0.5, 0.1]
@@ -49,11 +48,11 @@ def test_a_run_wins_over_the_model_and_the_model_over_all() -> None:
     ("source", "known"),
     [("owner/Big-7B", True), ("somewhere/big-7b", True), ("./BIG/", True), ("big-70b", False), ("owner", False)],
 )
-def test_the_papers_model_is_known_by_the_last_part_of_its_name(source: str, known: bool) -> None:
+def test_the_papers_model_is_known_by_the_last_part_of_its_name(source, known):
     assert (small().model_of(source) is not None) == known
 
 
-def test_changes_replace_an_option_wherever_it_stands() -> None:
+def test_changes_replace_an_option_wherever_it_stands():
     wanted: dict[str, Any] = {"calibration": "mine.txt", "samples": (2,), "length": 12, "blocks": "0:2"}
     for model in (None, "Big"):
         found = expand(changed(small(), seeds=(7, 8, 9), **wanted), model)
@@ -66,7 +65,7 @@ def test_changes_replace_an_option_wherever_it_stands() -> None:
     assert changed(small()) == small()
 
 
-def test_refit_samples_change_only_runs_that_have_the_option() -> None:
+def test_refit_samples_change_only_runs_that_have_the_option():
     runs = {"a": {"recovery": "paper", "refit_samples": 1024}, "b": {"recovery": "none"}, "c": {"calibration": "self"}}
     retrain: dict[str, dict[str, Any]] = {"b": {"samples": 512, "calibration": "other.txt"}}
     recipe = small(runs=runs, retrain={}, grid={})
@@ -85,7 +84,7 @@ def test_refit_samples_change_only_runs_that_have_the_option() -> None:
     ]
 
 
-def test_a_retraining_is_about_the_runs_own_text_and_seed() -> None:
+def test_a_retraining_is_about_the_runs_own_text_and_seed():
     recipe = small(retrain={"a": {"rank": 4}}, options={"calibration": "ptb"})
     found = expand(recipe, None)
     assert [run.training for run in found if run.label == "b"] == [None] * 4
@@ -93,7 +92,7 @@ def test_a_retraining_is_about_the_runs_own_text_and_seed() -> None:
     assert [run.training for run in found if run.label == "a"] == wanted
 
 
-def test_changes_of_an_axis_and_of_the_evaluation() -> None:
+def test_changes_of_an_axis_and_of_the_evaluation():
     recipe = small(grid={"samples": [8, 16], "calibration": ["wikitext2", "random"]})
     found = expand(changed(recipe.model_copy(update={"runs": {}}), samples=(2, 3), calibration="x.txt"), None)
     assert [(run.options.samples, run.options.calibration) for run in found] == [
@@ -108,7 +107,7 @@ def test_changes_of_an_axis_and_of_the_evaluation() -> None:
         changed(small(), samples=(2, 3))
 
 
-def test_a_column_may_have_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_column_may_have_a_name_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert named("ptb=data/a.txt", "x") == ("ptb", "data/a.txt")
     assert named("data/a.txt", "a.txt") == ("a.txt", "data/a.txt")
@@ -118,7 +117,7 @@ def test_a_column_may_have_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_recipes_of_the_package_are_valid(name: str) -> None:
+def test_recipes_of_the_package_are_valid(name):
     recipe = read_recipe(name)
     judged = {*recipe.evaluation.perplexity, *recipe.evaluation.tasks, AVERAGE}
     for label, model in recipe.models.items():
@@ -131,7 +130,7 @@ def test_recipes_of_the_package_are_valid(name: str) -> None:
             assert set(rows) & set(model.published)
 
 
-def test_the_papers_tables_and_figures_are_there() -> None:
+def test_the_papers_tables_and_figures_are_there():
     wanted = {"table1", "table2", "table3", "table4", "table5", "table6", "figure3", "figure4a", "figure4b", "figure5"}
     assert wanted <= set(recipe_names())
 
@@ -180,7 +179,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_a_wrong_recipe(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_wrong_recipe(fields, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(SMALL | fields, sort_keys=False))
     with pytest.raises(SecateurError, match=re.escape(f"{path}: {message}")) as error:
@@ -200,7 +199,7 @@ def test_a_wrong_recipe(fields: dict[str, Any], message: str, tmp_path: Path) ->
         (b"? [a]\n: b\n", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe(text: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_recipe(text, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text)
     with pytest.raises(SecateurError, match=re.escape(message)) as error:
@@ -208,6 +207,6 @@ def test_a_file_that_is_no_recipe(text: bytes, message: str, tmp_path: Path) -> 
     assert "\n" not in str(error.value)
 
 
-def test_a_recipe_that_does_not_exist() -> None:
+def test_a_recipe_that_does_not_exist():
     with pytest.raises(SecateurError, match=r"recipe 'table9' does not exist; name a \.yaml file or one of figure3"):
         read_recipe("table9")

@@ -11,7 +11,6 @@ import torch
 from test_criteria import assert_scores, scores_of, seen, statistics
 from torch import Tensor
 
-from conftest import CheckpointFolder
 from models import build, layers_of, token_rows, wide
 from secateur import prune
 from secateur.base.errors import SecateurError
@@ -63,7 +62,7 @@ def values_of(stats: Statistics) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", [*MODELS, "deepseek_v3"])
-def test_identity_of_attention(name: str) -> None:
+def test_identity_of_attention(name):
     stats, _, _, _ = statistics(name, "heads")
     rows, bias = values_of(stats)
     module, wanted = stats.module, []
@@ -78,7 +77,7 @@ def test_identity_of_attention(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_identity_of_channels_is_what_standard_normal_inputs_give(name: str) -> None:
+def test_identity_of_channels_is_what_standard_normal_inputs_give(name):
     """Against the criterion itself, on inputs whose second moments are exactly those of the identity."""
     stats, _, _, _ = statistics(name, "channels")
     basis = torch.linalg.qr(torch.randn(96, 48, generator=torch.Generator().manual_seed(0)).double())[0]
@@ -89,7 +88,7 @@ def test_identity_of_channels_is_what_standard_normal_inputs_give(name: str) -> 
     assert_scores(identity(stats), scores_of("second-moment", stats))
 
 
-def test_identity_sees_no_data() -> None:
+def test_identity_sees_no_data():
     for kind in ("heads", "channels"):
         one, other = (statistics("llama biased", kind)[0] for _ in range(2))
         other.inputs, other.moments = None, Moments(other.moments.gram().shape[0])
@@ -122,7 +121,7 @@ def first_keeps(folder: Path, name: str, rows: Tensor | Rows, criterion: str, **
 
 
 @pytest.mark.parametrize("name", list(WIDTHS))
-def test_random_ids_choose_the_units(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_random_ids_choose_the_units(checkpoint_folder, name):
     """Of the first attention, which sees the dense model's activations."""
     stats = stats_on(name, "heads", IDS)
     axis: str = KV_GROUPS if WIDTHS[name].groups < stats.module.groups else HEADS_PER_GROUP
@@ -133,7 +132,7 @@ def test_random_ids_choose_the_units(checkpoint_folder: CheckpointFolder, name: 
 
 
 @pytest.mark.parametrize("name", list(WIDTHS))
-def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder, name):
     """With all heads kept and nothing refitted, the first feed-forward sees what the dense one does."""
     stats = stats_on(name, "channels", IDS)
     whole = stats_on(name, "heads", IDS).module
@@ -150,7 +149,7 @@ def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder: Checkpoint
 
 
 @pytest.mark.parametrize("name", list(WIDTHS))
-def test_a_survey_orders_by_the_ids_and_measures_on_the_text(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_a_survey_orders_by_the_ids_and_measures_on_the_text(checkpoint_folder, name):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     rows = Rows.of(TEXT).with_scoring_rows(Rows.of(IDS))
     found = survey(stream, rows, probe_rows=token_rows(2, 20, seed=1), criterion="second-moment", kinds=("channels",))
@@ -181,7 +180,7 @@ def text_file(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_each_sigma_chooses_other_units(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
+def test_each_sigma_chooses_other_units(checkpoint_folder, tmp_path, name):
     text, kept = text_file(tmp_path), {}
     for sigma in (None, "data", "identity", "random"):
         prune(checkpoint_folder(name), tmp_path / f"{sigma}", widths="uniform", format="hf", sigma=sigma,
@@ -193,7 +192,7 @@ def test_each_sigma_chooses_other_units(checkpoint_folder: CheckpointFolder, tmp
     assert kept["data"] != kept["identity"] != kept["random"] != kept["data"]
 
 
-def test_random_ids_decide_alone(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_random_ids_decide_alone(checkpoint_folder, tmp_path):
     options: dict[str, Any] = {"sigma": "random", "calibration": text_file(tmp_path), "refit_samples": 3, **SMALL}
     rows = draw_rows(open_model(checkpoint_folder("llama"), device="cpu", **options), resample=False)
     scores = rows.grouped.scores
@@ -203,7 +202,7 @@ def test_random_ids_decide_alone(checkpoint_folder: CheckpointFolder, tmp_path: 
     assert torch.equal(rows.grouped.groups[scores.index(1.0)], rows.random)
 
 
-def test_a_survey_belongs_to_its_sigma(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_a_survey_belongs_to_its_sigma(checkpoint_folder, tmp_path):
     model, how = checkpoint_folder("llama"), {"calibration": text_file(tmp_path), **SMALL}
     file = tmp_path / "survey.json"
     prune(model, tmp_path / "a", sigma="random", survey=file, **how)
@@ -213,7 +212,7 @@ def test_a_survey_belongs_to_its_sigma(checkpoint_folder: CheckpointFolder, tmp_
             prune(model, tmp_path / "c", sigma=other, survey=file, **how)
 
 
-def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder, tmp_path):
     """A text of one row is the same for every seed, and still units leave in another order."""
     model, text, file = checkpoint_folder("llama"), tmp_path / "text.txt", tmp_path / "survey.json"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 16)[0].tolist()))

@@ -78,7 +78,7 @@ def distance_tables(draw: st.DrawFn) -> Tensor:
 
 @settings(deadline=None)
 @given(distance_tables(), st.sampled_from([0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5]))
-def test_algorithm_2(distances: Tensor, tau: float) -> None:
+def test_algorithm_2(distances, tau):
     found = candidates(distances, tau)
     assert list(found) == algorithm2(distances, tau)
     free = [head for head in range(len(distances)) if head not in found]
@@ -87,7 +87,7 @@ def test_algorithm_2(distances: Tensor, tau: float) -> None:
     assert free
 
 
-def test_the_lower_head_of_a_pair_is_removed_and_the_last_of_a_group_stays() -> None:
+def test_the_lower_head_of_a_pair_is_removed_and_the_last_of_a_group_stays():
     assert candidates(table(5, {(1, 3): 0.1}), 0.2) == (1,)
     group = dict.fromkeys(itertools.combinations((0, 2, 4), 2), 0.1)
     assert candidates(table(5, group), 0.2) == (0, 2)
@@ -126,14 +126,12 @@ LOADABLE: list[tuple[str, tuple[int, ...], tuple[int, ...], Width]] = [
 
 
 @pytest.mark.parametrize(("name", "similar", "gone", "width"), LOADABLE)
-def test_heads_that_can_be_removed_together(
-    checkpoint_folder: CheckpointFolder, name: str, similar: tuple[int, ...], gone: tuple[int, ...], width: Width
-) -> None:
+def test_heads_that_can_be_removed_together(checkpoint_folder, name, similar, gone, width):
     assert loadable(wish_of(checkpoint_folder, name), 1, similar) == (gone, width)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "llama one group"])
-def test_no_larger_set_can_be_removed(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_no_larger_set_can_be_removed(checkpoint_folder, name):
     """Against every subset of the candidates that leaves whole groups or equal ones."""
     wish = wish_of(checkpoint_folder, name)
     module = wish.blocks[0].attention
@@ -154,7 +152,7 @@ def test_no_larger_set_can_be_removed(checkpoint_folder: CheckpointFolder, name:
         assert set(gone) <= set(similar)
 
 
-def test_a_format_that_allows_fewer_widths(checkpoint_folder: CheckpointFolder) -> None:
+def test_a_format_that_allows_fewer_widths(checkpoint_folder):
     odd = replace(
         wish_of(checkpoint_folder, "gpt2"), unsupported_reason=lambda width: "no" if width.heads % 2 else None
     )
@@ -172,7 +170,7 @@ def some_distances(seed: int = 0, blocks: int = 3) -> dict[int, Tensor]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("tau", [0.1, 0.2, 0.3])
-def test_a_plan_of_similar_heads_is_exact(checkpoint_folder: CheckpointFolder, name: str, tau: float) -> None:
+def test_a_plan_of_similar_heads_is_exact(checkpoint_folder, name, tau):
     """The plan lists the kept heads, which match its widths, and names the share removed."""
     wish, distances = wish_of(checkpoint_folder, name), some_distances(1)
     plan = similar_plan(wish, distances, tau)
@@ -197,7 +195,7 @@ def raised(call: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFolder) -> None:
+def test_thresholds_that_remove_nothing_or_all(checkpoint_folder):
     wish, distances = (
         wish_of(checkpoint_folder, "llama"),
         {0: table(6, {(0, 2): 0.11, (0, 1): 0.2, (1, 3): 0.3}, far=0.5)},
@@ -230,7 +228,7 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder: CheckpointFold
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-def test_similar_heads_are_removed_first_then_by_score(name: str, criterion: str) -> None:
+def test_similar_heads_are_removed_first_then_by_score(name, criterion):
     plain = statistics(name, "heads")[0]
     module, similar = plain.module, {1, 2, 3}
     for axis in [one.name for one in module.cut_axes]:
@@ -285,7 +283,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", UNGROUPED)
-def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path: Path, name: str) -> None:
+def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path, name):
     folder = copied(name, tmp_path / "model", [(1, 4), (3, 2)])
     dense, ids = load(folder), token_rows(4, seed=5)
     wanted = logits_of(dense, ids)
@@ -305,7 +303,7 @@ def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("olmo2")])
-def test_every_family(tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_every_family(tmp_path, checkpoint_folder, name):
     """A share of the attention goes, by heads that Algorithm 2 finds in the dense model; what comes out loads."""
     folder = checkpoint_folder(name)
     summary = prune(folder, tmp_path / "out", criterion="similarity", tau=some_tau(folder), **SMALL)
@@ -348,7 +346,7 @@ def calibration(stream: BlockStream) -> Tensor:
     return calibration_rows(tokenizer, "random", samples=30, length=24, seed=0, vocab_size=vocabulary)
 
 
-def test_a_record_gives_the_same_bytes(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_record_gives_the_same_bytes(tmp_path, checkpoint_folder):
     folder = checkpoint_folder("llama every head")
     prune(folder, tmp_path / "given", criterion="similarity", tau=some_tau(folder), **SMALL)
     prune(folder, tmp_path / "planned", plan=str(tmp_path / "given" / "secateur.json"), **SMALL)
@@ -356,7 +354,7 @@ def test_a_record_gives_the_same_bytes(tmp_path: Path, checkpoint_folder: Checkp
     assert weights[0] == weights[1]
 
 
-def test_only_the_chosen_blocks_are_pruned(tmp_path: Path) -> None:
+def test_only_the_chosen_blocks_are_pruned(tmp_path):
     folder = copied("gpt2", tmp_path / "model", [(0, 5)])
     prune(folder, tmp_path / "out", criterion="similarity", tau=1e-4, blocks="1:3", **SMALL)
     assert [(b["block"], b["heads"]) for b in record(tmp_path / "out")["blocks"]] == [
@@ -365,7 +363,7 @@ def test_only_the_chosen_blocks_are_pruned(tmp_path: Path) -> None:
     ]
 
 
-def test_a_plan_holds_the_heads(tmp_path: Path) -> None:
+def test_a_plan_holds_the_heads(tmp_path):
     folder = copied("gpt2", tmp_path / "model", [(2, 5)])
     found = propose(folder, Options(criterion="similarity", tau=1e-4, **SMALL), watcher=Silent()).as_dict()
     assert [block["heads"] for block in found["blocks"]] == [[0, 1, 3, 4, 5]] * 3
@@ -379,7 +377,7 @@ def test_a_plan_holds_the_heads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("criterion", ["similarity+second-moment", "similarity+surgeon"])
 @pytest.mark.parametrize("widths", ["uniform", "adaptive"])
-def test_similar_heads_then_the_lowest_scores(tmp_path: Path, criterion: str, widths: str) -> None:
+def test_similar_heads_then_the_lowest_scores(tmp_path, criterion, widths):
     """Heads go within a sparsity; the copies before all others, though their scores are the highest."""
     folder = copied("gpt2", tmp_path / "model", [(0, 1), (2, 3)])
     how = {"widths": widths, "sparsity": 0.4, "format": "hf", **SMALL}
@@ -396,7 +394,7 @@ def test_similar_heads_then_the_lowest_scores(tmp_path: Path, criterion: str, wi
     assert cut
 
 
-def test_a_pair_is_each_criterion_on_its_own_module(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_pair_is_each_criterion_on_its_own_module(tmp_path, checkpoint_folder):
     """Weights alone decide here, so that no module sees what another one lost."""
     folder = checkpoint_folder("qwen2")
     plan = {"blocks": [{"block": i, "width": {"kv_groups": 2, "heads_per_group": 2, "channels": 40}} for i in range(3)]}
@@ -413,7 +411,7 @@ def test_a_pair_is_each_criterion_on_its_own_module(tmp_path: Path, checkpoint_f
         assert [one[1] for one in mixed] == [one[1] for one in units[channels]]
 
 
-def test_a_pair_is_surveyed_as_it_is(checkpoint_folder: CheckpointFolder) -> None:
+def test_a_pair_is_surveyed_as_it_is(checkpoint_folder):
     stream, rows = BlockStream(open_checkpoint(checkpoint_folder("gpt2"))), token_rows(8)
 
     def curves(criterion: str) -> dict[Any, Any]:
@@ -425,7 +423,7 @@ def test_a_pair_is_surveyed_as_it_is(checkpoint_folder: CheckpointFolder) -> Non
     assert pair == {key: (first if key[1] == "heads" else second)[key] for key in pair}
 
 
-def test_a_survey_belongs_to_its_criterion(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_survey_belongs_to_its_criterion(tmp_path, checkpoint_folder):
     folder, file = checkpoint_folder("gpt2"), tmp_path / "survey.json"
 
     def run(**how: Any) -> Any:
@@ -443,7 +441,7 @@ def test_a_survey_belongs_to_its_criterion(tmp_path: Path, checkpoint_folder: Ch
 # What is written, and every mistake in it.
 
 
-def test_spellings() -> None:
+def test_spellings():
     assert parse_choice("l1") == Choice("l1", "l1", None)
     assert parse_choice("similarity") == Choice("similarity", None, "similarity")
     assert parse_choice("similarity+wanda") == Choice("wanda", "wanda", "similarity")
@@ -482,10 +480,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "similarity", "tau": 0.2, "plan": __file__}, "--tau and --plan both set how much to remove"),
     ({"criterion": "similarity", "tau": 0.2, "widths": __file__}, "--tau and --widths with a file both set how much"),
     ({"criterion": "similarity", "tau": 0.2, "modules": ("channels",)}, "similarity compares heads: add heads to"),
-    (
-        {"criterion": "similarity", "tau": 0.2, "widths": "uniform"},
-        "but the stock format and --widths",
-    ),
+    ({"criterion": "similarity", "tau": 0.2, "widths": "uniform"}, "but the stock format and --widths"),
     ({"criterion": "similarity", "tau": 0.2, "format": "stock"}, "the stock format"),
     (
         {"criterion": "heads=similarity,channels=l1", "tau": 0.2},
@@ -495,13 +490,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("how", "message"), WRONG, ids=[str(row[0]) for row in WRONG])
-def test_contradicting_options_are_refused(how: dict[str, Any], message: str) -> None:
+def test_contradicting_options_are_refused(how, message):
     assert message in raised(lambda: Options(**how))
 
 
-def test_models_and_formats_without_fewer_heads(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_and_formats_without_fewer_heads(tmp_path, checkpoint_folder, monkeypatch):
     """Found before anything is measured."""
     monkeypatch.setattr(similar_heads, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
     how = {"criterion": "similarity", "tau": 0.2, **SMALL}
@@ -522,9 +515,7 @@ def test_models_and_formats_without_fewer_heads(
 
 @pytest.mark.parametrize("tau", [1e-6, 0.69])
 @pytest.mark.parametrize("criterion", ["similarity", "similarity+l1"])
-def test_nothing_is_written_where_tau_is_wrong(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, tau: float, criterion: str
-) -> None:
+def test_nothing_is_written_where_tau_is_wrong(tmp_path, checkpoint_folder, tau, criterion):
     message = raised(lambda: prune(checkpoint_folder("gpt2"), tmp_path / "out", criterion=criterion, tau=tau, **SMALL))
     assert "the distances between heads go from" in message
     assert not list(tmp_path.iterdir())

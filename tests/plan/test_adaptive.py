@@ -93,9 +93,7 @@ def letters(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> Callable[[st
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("target", ["params=75%", "params=45K", "bytes=75%", "kv=67%"])
-def test_a_written_model_reaches_its_target(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, target: str, dtype: str, widths: str
-) -> None:
+def test_a_written_model_reaches_its_target(tmp_path, checkpoint_folder, target, dtype, widths):
     model = checkpoint_folder("llama")
     summary = prune(model, tmp_path / "out", target=target, dtype=dtype, widths=widths, **SMALL)
     name, _, amount = target.partition("=")
@@ -113,12 +111,12 @@ def test_a_written_model_reaches_its_target(
     assert record(tmp_path / "out")["options"]["target"] == target
 
 
-def test_bytes_between_parameters(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_bytes_between_parameters(tmp_path, checkpoint_folder):
     prune(checkpoint_folder("gpt2"), tmp_path / "out", target="bytes=200kB", **SMALL)
     assert 190_000 < taken(tmp_path / "out")["bytes"] <= 200_000
 
 
-def test_a_perplexity_target_limits_the_perplexity(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_perplexity_target_limits_the_perplexity(tmp_path, checkpoint_folder):
     model = checkpoint_folder("llama")
     notes, shares = {}, {}
     for ratio in ("1.02", "1.2"):
@@ -143,9 +141,7 @@ def test_a_perplexity_target_limits_the_perplexity(tmp_path: Path, checkpoint_fo
         ({"sparsity": 0.999}, "is out of reach"),
     ],
 )
-def test_an_impossible_target_writes_nothing(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, wishes: dict[str, Any], message: str
-) -> None:
+def test_an_impossible_target_writes_nothing(tmp_path, checkpoint_folder, wishes, message):
     with pytest.raises(SecateurError, match=message):
         prune(checkpoint_folder("llama"), tmp_path / "out", **{**SMALL, **wishes})
     assert list(tmp_path.iterdir()) == []
@@ -154,7 +150,7 @@ def test_an_impossible_target_writes_nothing(
 # The choice.
 
 
-def test_defaults_remove_a_quarter_with_adaptive_widths(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_defaults_remove_a_quarter_with_adaptive_widths(tmp_path, checkpoint_folder):
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL)
     found = record(tmp_path / "out")
     assert (summary.format, summary.uniform) == ("hf", False)
@@ -166,13 +162,13 @@ def test_defaults_remove_a_quarter_with_adaptive_widths(tmp_path: Path, checkpoi
     assert (tmp_path / "out" / "modeling_secateur.py").is_file()
 
 
-def test_uniform_widths_use_the_stock_format_by_default(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_uniform_widths_use_the_stock_format_by_default(tmp_path, checkpoint_folder):
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", widths="uniform", **SMALL)
     assert (summary.format, summary.uniform) == ("stock", True)
     assert not (tmp_path / "out" / "modeling_secateur.py").exists()
 
 
-def test_locked_heads_are_removed_all_or_none(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_locked_heads_are_removed_all_or_none(tmp_path, checkpoint_folder):
     prune(checkpoint_folder("olmo2"), tmp_path / "both", sparsity=0.5, **SMALL)
     summary = prune(checkpoint_folder("olmo2"), tmp_path / "heads", sparsity=0.2, modules=("heads",), **SMALL)
     assert {width.product(HEADS) for width in summary.widths.values()} == {0, 6}
@@ -180,7 +176,7 @@ def test_locked_heads_are_removed_all_or_none(tmp_path: Path, checkpoint_folder:
         assert {len(block["heads"]) for block in record(tmp_path / folder)["blocks"]} <= {0, 6}
 
 
-def test_widths_follow_a_ratio_file(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_widths_follow_a_ratio_file(tmp_path, checkpoint_folder):
     (tmp_path / "ratios.json").write_text('{"0:1": 0.5, "2:3": {"channels": 0.25}}')
     file = str(tmp_path / "ratios.json")
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", widths=file, **SMALL)
@@ -189,7 +185,7 @@ def test_widths_follow_a_ratio_file(tmp_path: Path, checkpoint_folder: Checkpoin
     assert summary.format == "hf"
 
 
-def test_a_survey_plan_costs_less_than_even_widths(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_survey_plan_costs_less_than_even_widths(tmp_path, checkpoint_folder):
     """The blocks of the model differ, so that a plan by the survey costs less than the same share in every block."""
     model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL, "samples": 24}
     losses = {}
@@ -204,7 +200,7 @@ def test_a_survey_plan_costs_less_than_even_widths(tmp_path: Path, checkpoint_fo
 # One survey, many sizes.
 
 
-def test_a_survey_file_is_reused(tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int]) -> None:
+def test_a_survey_file_is_reused(tmp_path, checkpoint_folder, surveys):
     model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
     shares = (0.1, 0.3, 0.6)
     for share in shares:
@@ -231,9 +227,7 @@ def test_a_survey_file_is_reused(tmp_path: Path, checkpoint_folder: CheckpointFo
         ({"samples": 40}, "a survey with calibration "),
     ],
 )
-def test_a_survey_of_another_model_is_refused(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int], change: dict[str, Any], message: str
-) -> None:
+def test_a_survey_of_another_model_is_refused(tmp_path, checkpoint_folder, surveys, change, message):
     model, file = checkpoint_folder("llama"), tmp_path / "survey.json"
     prune(model, tmp_path / "out", survey=file, **SMALL)
     with pytest.raises(SecateurError, match=message):
@@ -244,9 +238,7 @@ def test_a_survey_of_another_model_is_refused(
     assert len(surveys) == 1
 
 
-def test_sizes_uses_one_survey_for_all_sizes(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, surveys: list[int]
-) -> None:
+def test_sizes_uses_one_survey_for_all_sizes(tmp_path, checkpoint_folder, surveys):
     model, out = checkpoint_folder("llama"), tmp_path / "sizes"
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i * i % 116}" for i in range(400)))
@@ -281,9 +273,7 @@ def test_sizes_uses_one_survey_for_all_sizes(
 
 
 @pytest.mark.parametrize(("type", "wishes"), [("f16", {"sparsity": 0.3}), ("q8_0", {"target": "bytes=60%"})])
-def test_gguf_output_equals_the_export_of_a_folder(
-    tmp_path: Path, letters: Callable[[str], Path], type: str, wishes: dict[str, Any]
-) -> None:
+def test_gguf_output_equals_the_export_of_a_folder(tmp_path, letters, type, wishes):
     """Only the file is written, with the same bytes as an exported folder."""
     model = letters("llama")
     summary = prune(model, tmp_path / "out.gguf", format="gguf", type=type, **wishes, **SMALL)
@@ -303,7 +293,7 @@ def test_gguf_output_equals_the_export_of_a_folder(
     assert all((one.data == two.data).all() for one, two in zip(again, tensors, strict=True))
 
 
-def test_gguf_output_with_one_width(tmp_path: Path, letters: Callable[[str], Path]) -> None:
+def test_gguf_output_with_one_width(tmp_path, letters):
     model = letters("gpt2")
     with pytest.raises(
         SecateurError, match="gpt2 has one width for all blocks, so prune all of them with uniform widths"
@@ -319,7 +309,7 @@ def test_gguf_output_with_one_width(tmp_path: Path, letters: Callable[[str], Pat
     assert len(GGUFReader(tmp_path / "out.gguf").tensors) > 30
 
 
-def test_a_plan_that_gguf_cannot_hold_is_refused(tmp_path: Path, letters: Callable[[str], Path]) -> None:
+def test_a_plan_that_gguf_cannot_hold_is_refused(tmp_path, letters):
     model = letters("gpt2")
     prune(model, tmp_path / "folder", **SMALL)
     with pytest.raises(SecateurError, match="one width for all blocks"):
@@ -332,7 +322,7 @@ def test_a_plan_that_gguf_cannot_hold_is_refused(tmp_path: Path, letters: Callab
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_the_final_norm_is_scaled_as_recorded(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_the_final_norm_is_scaled_as_recorded(tmp_path, checkpoint_folder):
     """There is no scale if weights are only cut."""
     model = checkpoint_folder("llama")
     dense = load_file(model / "model.safetensors")["model.norm.weight"]
@@ -345,9 +335,7 @@ def test_the_final_norm_is_scaled_as_recorded(tmp_path: Path, checkpoint_folder:
 
 
 @pytest.mark.parametrize(("name", "said"), [("gemma3_text", 1), ("llama", 0)])
-def test_no_bias_is_fitted_before_a_norm(
-    name: str, said: int, tmp_path: Path, checkpoint_folder: CheckpointFolder
-) -> None:
+def test_no_bias_is_fitted_before_a_norm(name, said, tmp_path, checkpoint_folder):
     """A note says that no bias is fitted."""
     watcher = Notes()
     prune(
@@ -358,7 +346,7 @@ def test_no_bias_is_fitted_before_a_norm(
     assert any("down_proj.bias" in one for one in names) == (not said)
 
 
-def test_a_model_of_zeros_has_no_error(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_model_of_zeros_has_no_error(tmp_path, checkpoint_folder):
     """The modules of such a model compute nothing, so that nothing is lost."""
     model = tmp_path / "model"
     shutil.copytree(checkpoint_folder("llama"), model)

@@ -541,7 +541,7 @@ def test_each_target_has_its_meter(opened, monkeypatch):
 
 
 @given(st.integers(0, 10**12))
-def test_counts_above_a_million_have_two_decimals(value: int) -> None:
+def test_counts_above_a_million_have_two_decimals(value):
     """Counts below a million have all digits."""
     number, million, rest = format_count(value).replace(",", "").partition(" M")
     assert rest == ""

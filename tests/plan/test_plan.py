@@ -97,7 +97,7 @@ def every_plan(problem: PlanProblem) -> list[dict[int, Width]]:
 
 
 @pytest.mark.parametrize("target", [0.05, 0.25, 0.5, 0.9, "params=70%", "kv=50%", "bytes=0.18MB"])
-def test_adaptive_is_the_cheapest_of_all_plans(make_problem: MakeProblem, target: float | str) -> None:
+def test_adaptive_is_the_cheapest_of_all_plans(make_problem, target):
     problem = make_problem(target, multiple=24)
     survey = survey_of(problem.blocks, seed=3)
     found = plan(problem, "adaptive", survey)
@@ -120,7 +120,7 @@ def _widths(problem: PlanProblem, index: int) -> set[Width]:
     return {one[index] for one in every_plan(replace(problem, pruned_blocks=range(index, index + 1)))}
 
 
-def test_an_adaptive_plan_has_the_requested_sparsity(make_problem: MakeProblem) -> None:
+def test_an_adaptive_plan_has_the_requested_sparsity(make_problem):
     problem = make_problem(0.4)
     found = plan(problem, "adaptive", survey_of(problem.blocks))
     removed = problem.parameters.dense - problem.parameters.total(found.widths)
@@ -130,7 +130,7 @@ def test_an_adaptive_plan_has_the_requested_sparsity(make_problem: MakeProblem) 
     assert not found.uniform
 
 
-def test_widths_without_a_survey_are_even_and_on_target(make_problem: MakeProblem) -> None:
+def test_widths_without_a_survey_are_even_and_on_target(make_problem):
     problem = make_problem(0.4)
     found = plan(problem, "adaptive")
     assert found.cost is None
@@ -139,7 +139,7 @@ def test_widths_without_a_survey_are_even_and_on_target(make_problem: MakeProble
     assert max(channels) - min(channels) <= 2
 
 
-def test_a_target_requests_no_sparsity(make_problem: MakeProblem) -> None:
+def test_a_target_requests_no_sparsity(make_problem):
     problem = make_problem("params=70%")
     found = plan(problem, "adaptive", survey_of(problem.blocks))
     assert found.requested_sparsity == found.sparsity
@@ -148,7 +148,7 @@ def test_a_target_requests_no_sparsity(make_problem: MakeProblem) -> None:
 
 @pytest.mark.parametrize("multiple", [1, 7, 16, 72])
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])
-def test_channels_are_rounded_to_the_multiple(make_problem: MakeProblem, widths: str, multiple: int) -> None:
+def test_channels_are_rounded_to_the_multiple(make_problem, widths, multiple):
     problem = make_problem(0.2, multiple=multiple)
     found = plan(problem, widths, survey_of(problem.blocks))
     counts = {width[CHANNELS] for width in found.widths.values()}
@@ -158,7 +158,7 @@ def test_channels_are_rounded_to_the_multiple(make_problem: MakeProblem, widths:
 
 @pytest.mark.parametrize("channels", [1, 72, 255, 256, 257, 1536, 10_000])
 @pytest.mark.parametrize("multiple", [1, 8, 64])
-def test_wide_modules_have_a_limited_number_of_widths(channels: int, multiple: int) -> None:
+def test_wide_modules_have_a_limited_number_of_widths(channels, multiple):
     step = Axis("channels", channels, rounded=True).stride(multiple)
     assert step % multiple == 0
     assert channels / step <= LEVELS
@@ -166,7 +166,7 @@ def test_wide_modules_have_a_limited_number_of_widths(channels: int, multiple: i
     assert step == multiple or channels / (step / 2) > LEVELS
 
 
-def test_wide_modules_are_rounded_to_32_by_default() -> None:
+def test_wide_modules_are_rounded_to_32_by_default():
     def multiples(rounds_from: int, numbers: tuple[int, ...]) -> list[int]:
         axes = (Axis("channels", number, rounded=True, rounds_from=rounds_from) for number in numbers)
         return [default_multiple([axis]) for axis in axes]
@@ -175,7 +175,7 @@ def test_wide_modules_are_rounded_to_32_by_default() -> None:
     assert multiples(256, (255, 256, 1024)) == [1, 32, 32]
 
 
-def test_experts_keep_at_least_some_channels(make_problem: MakeProblem) -> None:
+def test_experts_keep_at_least_some_channels(make_problem):
     block = make_problem(0.2, "qwen2_moe").blocks[-1]
     found = module_widths(block, block.feed_forward, 1, lambda _: None, ("channels",))
     assert [width[EXPERTS] for width in found] == [block.feed_forward.units] * len(found)
@@ -184,7 +184,7 @@ def test_experts_keep_at_least_some_channels(make_problem: MakeProblem) -> None:
 
 
 @pytest.mark.parametrize("kinds", [("heads",), ("channels",)])
-def test_modules_that_were_not_requested_stay_dense(make_problem: MakeProblem, kinds: Any) -> None:
+def test_modules_that_were_not_requested_stay_dense(make_problem, kinds):
     problem = make_problem(0.1, kinds=kinds)
     for width in plan(problem, "adaptive", survey_of(problem.blocks)).widths.values():
         if kinds == ("heads",):
@@ -195,7 +195,7 @@ def test_modules_that_were_not_requested_stay_dense(make_problem: MakeProblem, k
 
 @pytest.mark.parametrize("target", [0.3, "params=95%"])
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])
-def test_blocks_outside_the_range_stay_dense(make_problem: MakeProblem, widths: str, target: float | str) -> None:
+def test_blocks_outside_the_range_stay_dense(make_problem, widths, target):
     problem = make_problem(target, pruned_blocks=range(1, 2))
     found = plan(problem, widths, survey_of(problem.blocks))
     assert found.widths.keys() == {1}
@@ -208,7 +208,7 @@ def test_blocks_outside_the_range_stay_dense(make_problem: MakeProblem, widths: 
         assert abs(found.sparsity - 0.3) <= 0.01
 
 
-def test_no_plan_has_a_width_that_the_format_cannot_hold(make_problem: MakeProblem) -> None:
+def test_no_plan_has_a_width_that_the_format_cannot_hold(make_problem):
     def held(width: Width) -> str | None:
         return "too narrow" if width[KV_GROUPS] < 2 or not width[CHANNELS] else None
 
@@ -229,9 +229,7 @@ def test_no_plan_has_a_width_that_the_format_cannot_hold(make_problem: MakeProbl
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_whole_modules_are_removed_only_if_the_format_can_hold_that(
-    checkpoint_folder: CheckpointFolder, name: str
-) -> None:
+def test_whole_modules_are_removed_only_if_the_format_can_hold_that(checkpoint_folder, name):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     block = stream.blocks[0]
     for format in ("hf", "stock"):
@@ -259,7 +257,7 @@ def _problem(stream: BlockStream) -> PlanProblem:
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.25, 0.5, 0.75])
-def test_a_uniform_plan_is_within_half_a_percentage_point(make_problem: MakeProblem, share: float) -> None:
+def test_a_uniform_plan_is_within_half_a_percentage_point(make_problem, share):
     problem = make_problem(share)
     plans = uniform_plans(problem)
     gaps = [abs(one.sparsity - share) for one in plans]
@@ -279,7 +277,7 @@ def test_a_uniform_plan_is_within_half_a_percentage_point(make_problem: MakeProb
 
 
 @pytest.mark.parametrize("target", ["params=80%", "params=40K", "bytes=170kB", "kv=67%"])
-def test_a_target_is_an_upper_bound(make_problem: MakeProblem, target: str) -> None:
+def test_a_target_is_an_upper_bound(make_problem, target):
     problem = make_problem(target)
     plans = uniform_plans(problem)
     for one in plans:
@@ -290,7 +288,7 @@ def test_a_target_is_an_upper_bound(make_problem: MakeProblem, target: str) -> N
     assert problem.meter.total(plans[0].widths) == max(problem.meter.total(one.widths) for one in plans)
 
 
-def test_a_plan_knows_whether_it_is_uniform_and_lists_units(make_problem: MakeProblem) -> None:
+def test_a_plan_knows_whether_it_is_uniform_and_lists_units(make_problem):
     problem = make_problem(0.2)
     dense = problem.blocks[0].width
     assert problem.plan(dict.fromkeys(range(3), dense)).uniform is True
@@ -302,7 +300,7 @@ def test_a_plan_knows_whether_it_is_uniform_and_lists_units(make_problem: MakePr
     assert replace(several, units={0: settled, 1: {"heads": (0,)}}).lists_units is False
 
 
-def test_the_cheapest_uniform_plan_is_chosen(make_problem: MakeProblem) -> None:
+def test_the_cheapest_uniform_plan_is_chosen(make_problem):
     problem = make_problem(0.3)
     plans, places = uniform_plans(problem), set()
     for seed in range(8):
@@ -313,21 +311,21 @@ def test_the_cheapest_uniform_plan_is_chosen(make_problem: MakeProblem) -> None:
     assert len(places) > 1
 
 
-def test_the_only_uniform_plan_has_its_cost(make_problem: MakeProblem) -> None:
+def test_the_only_uniform_plan_has_its_cost(make_problem):
     problem = make_problem(0.2, kinds=("heads",))
     (alone,) = uniform_plans(problem)
     survey = survey_of(problem.blocks, 0)
     assert plan(problem, "uniform", survey).cost == WidthCosts(survey).total(problem.blocks, alone.widths) > 0
 
 
-def test_a_plan_far_from_the_target_has_a_note(make_problem: MakeProblem) -> None:
+def test_a_plan_far_from_the_target_has_a_note(make_problem):
     found = plan(make_problem(0.2, kinds=("heads",)), "uniform")
     assert abs(found.sparsity - 0.2) > TOLERANCE
     assert found.note is not None
     assert f"sparsity is {found.sparsity:.1%} instead of 20.0%: this is the nearest among the widths" in found.note
 
 
-def test_units_that_contribute_nothing_are_removed_beyond_the_target(make_problem: MakeProblem) -> None:
+def test_units_that_contribute_nothing_are_removed_beyond_the_target(make_problem):
     problem = make_problem(0.1)
     found = problem.plan({index: block.width | {CHANNELS: 9} for index, block in enumerate(problem.blocks)}, 0.0)
     assert (
@@ -350,9 +348,7 @@ def test_units_that_contribute_nothing_are_removed_beyond_the_target(make_proble
         ("params=1G", {}, "the dense model has no more than .*; request less"),
     ],
 )
-def test_an_unreachable_target_is_an_error(
-    make_problem: MakeProblem, widths: str, target: float | str, more: dict[str, Any], message: str
-) -> None:
+def test_an_unreachable_target_is_an_error(make_problem, widths, target, more, message):
     problem = make_problem(target, **more)
     calls: list[Callable[[], Any]] = [lambda: plan(problem, widths, survey_of(problem.blocks))]
     if widths == "adaptive":
@@ -365,7 +361,7 @@ def test_an_unreachable_target_is_an_error(
         assert "\n" not in str(caught.value)
 
 
-def test_the_nearest_target_in_an_error_is_reachable(make_problem: MakeProblem) -> None:
+def test_the_nearest_target_in_an_error_is_reachable(make_problem):
     for target in ("params=100", "params=5%", "bytes=1kB", "bytes=3%"):
         with pytest.raises(SecateurError) as caught:
             check_reachable(make_problem(target))

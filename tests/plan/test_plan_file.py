@@ -12,7 +12,6 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from conftest import CheckpointFolder
 from models import blocks_of, build, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
@@ -48,7 +47,7 @@ def file(tmp_path: Path) -> Callable[[Any], Path]:
     return write
 
 
-def test_a_plan_file_lists_units(file: Callable[[Any], Path]) -> None:
+def test_a_plan_file_lists_units(file):
     path = file(
         {
             "blocks": [
@@ -68,11 +67,8 @@ def test_a_plan_file_lists_units(file: Callable[[Any], Path]) -> None:
     }
 
 
-def test_a_plan_file_gives_widths(file: Callable[[Any], Path]) -> None:
-    said = [
-        numbers(2, 2, 9),
-        numbers(0, 0, 0),
-    ]
+def test_a_plan_file_gives_widths(file):
+    said = [numbers(2, 2, 9), numbers(0, 0, 0)]
     path = file({"fingerprint": FINGERPRINT, "blocks": [{"block": i, "width": width} for i, width in enumerate(said)]})
     assert read_plan(path, blocks(), FINGERPRINT) == ({0: wide(2, 2, 9), 1: wide(0, 0, 0)}, {})
 
@@ -121,39 +117,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "heads: each KV group must keep the same number of heads, or none (group 0 keeps 2, group 1 keeps 1)",
     ),
     "lists in some blocks only": (
-        {
-            "blocks": [
-                {"block": 0, "heads": [0]},
-                {"block": 1, "width": numbers(3, 2, 9)},
-            ]
-        },
+        {"blocks": [{"block": 0, "heads": [0]}, {"block": 1, "width": numbers(3, 2, 9)}]},
         "block 1 has no heads and channels; list them in every block, or in no block",
     ),
-    "an empty entry": (
-        one(),
-        f"list the heads and channels to keep, {NAMES}",
-    ),
-    "part of a width": (
-        one(width={"kv_groups": 2, "channels": 9}),
-        NAMES,
-    ),
-    "more than a width": (
-        one(width={"kv_groups": 2, "heads_per_group": 2, "channels": 9, "depth": 1}),
-        NAMES,
-    ),
+    "an empty entry": (one(), f"list the heads and channels to keep, {NAMES}"),
+    "part of a width": (one(width={"kv_groups": 2, "channels": 9}), NAMES),
+    "more than a width": (one(width={"kv_groups": 2, "heads_per_group": 2, "channels": 9, "depth": 1}), NAMES),
     "half a channel": (one(width=numbers(2, 2, 9.5)), "or give a width with whole numbers"),
-    "too wide": (
-        one(width=numbers(3, 2, 73)),
-        "73 channels are not possible; use 1 to 72",
-    ),
-    "negative width": (
-        one(width=numbers(3, 2, -1)),
-        "-1 channels are not possible; use 1 to 72",
-    ),
-    "both fewer": (
-        one(width=numbers(2, 1, 72)),
-        "the width is narrower along kv_groups and heads_per_group",
-    ),
+    "too wide": (one(width=numbers(3, 2, 73)), "73 channels are not possible; use 1 to 72"),
+    "negative width": (one(width=numbers(3, 2, -1)), "-1 channels are not possible; use 1 to 72"),
+    "both fewer": (one(width=numbers(2, 1, 72)), "the width is narrower along kv_groups and heads_per_group"),
 }
 
 
@@ -166,13 +139,13 @@ def refused(call: Callable[[], Any], path: Path, message: str) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_an_error_names_what_is_wrong_with_a_plan_file(file: Callable[[Any], Path], case: str) -> None:
+def test_an_error_names_what_is_wrong_with_a_plan_file(file, case):
     contents, message = REFUSED[case]
     path = file(contents)
     refused(lambda: read_plan(path, blocks(), FINGERPRINT), path, message)
 
 
-def test_single_locked_heads_cannot_be_removed(file: Callable[[Any], Path]) -> None:
+def test_single_locked_heads_cannot_be_removed(file):
     path = file(one(heads=[0, 1, 2, 3]))
     refused(
         lambda: read_plan(path, blocks("olmo2"), FINGERPRINT), path, "block 0, heads: single heads cannot be removed"
@@ -186,7 +159,7 @@ def test_single_locked_heads_cannot_be_removed(file: Callable[[Any], Path]) -> N
 # Ratios.
 
 
-def test_a_ratio_file_gives_ratios_for_ranges_of_blocks(file: Callable[[Any], Path]) -> None:
+def test_a_ratio_file_gives_ratios_for_ranges_of_blocks(file):
     path = file({"0:1": 0.5, "1:3": {"channels": 0.25}})
     assert read_ratios(path, blocks(), 1) == {0: wide(3, 1, 36), 1: wide(3, 2, 54), 2: wide(3, 2, 54)}
     # The nearest multiple; the attention has its own steps.
@@ -221,9 +194,7 @@ def test_a_ratio_file_gives_ratios_for_ranges_of_blocks(file: Callable[[Any], Pa
         ({"0:3": 0.001}, "no unit is removed"),
     ],
 )
-def test_an_error_names_what_is_wrong_with_a_ratio_file(
-    file: Callable[[Any], Path], contents: Any, message: str
-) -> None:
+def test_an_error_names_what_is_wrong_with_a_ratio_file(file, contents, message):
     path = file(contents)
     refused(lambda: read_ratios(path, blocks(), 1), path, message)
 
@@ -235,17 +206,17 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_a_byte_order_mark_is_ignored(file: Callable[[Any], Path]) -> None:
+def test_a_byte_order_mark_is_ignored(file):
     path = file("\ufeff" + json.dumps({"0:1": 0.5}))
     assert read_ratios(path, blocks(), 1) == {0: wide(3, 1, 36)}
 
 
-def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(tmp_path):
     with pytest.raises(SecateurError, match="not readable as JSON"):
         read_plan(tmp_path, blocks(), "")
 
 
-def test_secateur_json_is_a_plan_file(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_secateur_json_is_a_plan_file(tmp_path, checkpoint_folder):
     """The same units and text give the same weights, up to the rounding of sums; another text refits the same units."""
     model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL}
     prune(model, tmp_path / "first", **wishes)
@@ -266,7 +237,7 @@ def test_secateur_json_is_a_plan_file(tmp_path: Path, checkpoint_folder: Checkpo
     assert [(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] == units[0]
 
 
-def test_the_output_of_secateur_plan_is_a_plan_file(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_the_output_of_secateur_plan_is_a_plan_file(tmp_path, checkpoint_folder):
     model, wishes = checkpoint_folder("mistral"), {"sparsity": 0.4, **SMALL}
     found = propose(model, Options(**wishes), watcher=Silent())
     assert found.fingerprint == open_checkpoint(model).fingerprint
@@ -283,7 +254,7 @@ def test_the_output_of_secateur_plan_is_a_plan_file(tmp_path: Path, checkpoint_f
     assert again.plan.widths == found.plan.widths
 
 
-def test_edited_units_are_kept(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_edited_units_are_kept(tmp_path, checkpoint_folder):
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 1, "heads": [2, 3], "channels": [0, 71]}]}))
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
     assert summary.widths == {1: wide(1, 2, 2)}
@@ -291,9 +262,7 @@ def test_edited_units_are_kept(tmp_path: Path, checkpoint_folder: CheckpointFold
     assert (block["heads"], block["channels"]) == ([2, 3], [0, 71])
 
 
-def test_units_may_have_a_width_that_secateur_plan_never_chooses(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder
-) -> None:
+def test_units_may_have_a_width_that_secateur_plan_never_chooses(tmp_path, checkpoint_folder):
     """Such a width is one of two heads of one KV group; the secateur.json of that run is a plan file, too."""
     asked = {"blocks": [{"block": 0, "heads": [3], "channels": [0]}]}
     (tmp_path / "plan.json").write_text(json.dumps(asked))
@@ -304,9 +273,7 @@ def test_units_may_have_a_width_that_secateur_plan_never_chooses(
     assert units == {0: {"heads": (3,), "channels": (0,)}}
 
 
-def test_models_with_different_weights_have_different_fingerprints(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder
-) -> None:
+def test_models_with_different_weights_have_different_fingerprints(tmp_path, checkpoint_folder):
     """A fingerprint depends on every weight, but not on the folder's name."""
     import shutil
 

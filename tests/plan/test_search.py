@@ -71,7 +71,7 @@ TRUE: dict[str, Callable[[float], float]] = {
 
 @pytest.mark.parametrize("ratio", [1.1, 1.5, 2.0])
 @pytest.mark.parametrize("case", TRUE)
-def test_the_search_approaches_the_ratio_from_below(problem: PlanProblem, case: str, ratio: float) -> None:
+def test_the_search_approaches_the_ratio_from_below(problem, case, ratio):
     loss = Loss(TRUE[case])
     found = smallest_within(problem, "adaptive", SURVEY, ratio, loss)
     assert len(loss.seen) <= ATTEMPTS
@@ -84,7 +84,7 @@ def test_the_search_approaches_the_ratio_from_below(problem: PlanProblem, case: 
     assert found.sparsity == max(plan.sparsity for plan in within)
 
 
-def test_the_search_can_use_uniform_widths(problem: PlanProblem) -> None:
+def test_the_search_can_use_uniform_widths(problem):
     loss = Loss(TRUE["half of it"])
     found = smallest_within(problem, "uniform", SURVEY, 1.5, loss)
     assert found.uniform
@@ -92,21 +92,21 @@ def test_the_search_can_use_uniform_widths(problem: PlanProblem) -> None:
     assert found.sparsity > 0.05
 
 
-def test_a_larger_ratio_gives_a_smaller_model(problem: PlanProblem) -> None:
+def test_a_larger_ratio_gives_a_smaller_model(problem):
     shares = [
         smallest_within(problem, "adaptive", SURVEY, r, Loss(TRUE["as expected"])).sparsity for r in (1.05, 1.3, 2)
     ]
     assert shares == sorted(set(shares))
 
 
-def test_the_search_respects_blocks_kinds_and_rounding(problem: PlanProblem) -> None:
+def test_the_search_respects_blocks_kinds_and_rounding(problem):
     part = replace(problem, pruned_blocks=range(1, 2), kinds=("channels",), multiple=8)
     found = smallest_within(part, "adaptive", SURVEY, 1.3, Loss(TRUE["as expected"]))
     assert found.widths.keys() == {1}
     assert (found.widths[1][KV_GROUPS], found.widths[1][CHANNELS] % 8) == (3, 0)
 
 
-def test_the_smallest_cut_is_tried_if_all_are_too_expensive(problem: PlanProblem) -> None:
+def test_the_smallest_cut_is_tried_if_all_are_too_expensive(problem):
     """All costs by the survey exceed the limit in this test."""
     dear = tuple(replace(one, divergence=1e6 * one.divergence) for one in SURVEY.probes)
     loss = Loss(lambda _: 1.1)
@@ -115,16 +115,15 @@ def test_the_smallest_cut_is_tried_if_all_are_too_expensive(problem: PlanProblem
     assert found.sparsity < 0.2
 
 
-def test_a_ratio_that_no_plan_reaches_is_an_error(problem: PlanProblem) -> None:
+def test_a_ratio_that_no_plan_reaches_is_an_error(problem):
     loss = Loss(lambda price: 4 + price)
     with pytest.raises(
-        SecateurError,
-        match=r"target ppl=1.2x: the best .* has 4\.\d+x the dense .*; allow more than that",
+        SecateurError, match=r"target ppl=1.2x: the best .* has 4\.\d+x the dense .*; allow more than that"
     ):
         smallest_within(problem, "adaptive", SURVEY, 1.2, loss)
     assert 1 <= len(loss.seen) <= MAX_ATTEMPTS
 
 
-def test_the_search_ends_with_the_smallest_model_if_nothing_is_lost(problem: PlanProblem) -> None:
+def test_the_search_ends_with_the_smallest_model_if_nothing_is_lost(problem):
     found = smallest_within(problem, "adaptive", SURVEY, 1.2, Loss(lambda _: 0.9))
     assert found.sparsity > 0.9

@@ -14,7 +14,6 @@ import torch
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from command_line import SMALL, Run, refused
-from playwright.sync_api import Browser
 from safetensors.torch import load_file, save_file
 
 from models import save
@@ -48,7 +47,7 @@ def text_of(page: str) -> str:
     return " ".join(" ".join(parts).split())
 
 
-def test_a_notebook_shows_a_plan(place: Path) -> None:
+def test_a_notebook_shows_a_plan(place):
     """A plan is shown as a table, and as a plot whose bars are the shares of units kept."""
     asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16}
     found = propose("model", Options(sparsity=0.4, **asked), RunOptions(device="cpu"))
@@ -66,7 +65,7 @@ def test_a_notebook_shows_a_plan(place: Path) -> None:
     assert len(done.plot().axes[0].patches) == 2 * len(blocks)
 
 
-def test_the_card_says_what_was_done(place: Path, run: Run) -> None:
+def test_the_card_says_what_was_done(place, run):
     (place / "model" / "README.md").write_text(
         "---\nlicense: other\nlicense_name: of-its-own\nlanguage: [en, de]\nmodel-index: {}\n---\n# The base model\n"
     )
@@ -111,7 +110,7 @@ def test_the_card_says_what_was_done(place: Path, run: Run) -> None:
         "---\n- a list\n---",
     ],
 )
-def test_a_base_card_without_readable_metadata(base: str | None) -> None:
+def test_a_base_card_without_readable_metadata(base):
     assert "license" not in front(card(made(), base_card=base))
 
 
@@ -143,13 +142,13 @@ def made(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("recovery", "words"), [("refit", "were fitted"), ("none", "are unchanged."), ("bias", "biases")]
 )
-def test_the_card_tells_a_fit_from_none(recovery: str, words: str) -> None:
+def test_the_card_tells_a_fit_from_none(recovery, words):
     text = card(made(options=made()["options"] | {"recovery": recovery}))
     assert words in text
     assert ("were fitted" in text) == (recovery == "refit")
 
 
-def test_the_share_names_the_blocks_that_it_counts(place: Path, run: Run) -> None:
+def test_the_share_names_the_blocks_that_it_counts(place, run):
     """The terminal, the card and the page; where another plan goes through all blocks, the share is of all."""
     result = run("prune", "model", "out", *SMALL, "--blocks", "1:", "--sparsity", "0.4")
     reached = json.loads((place / "out" / "secateur.json").read_text())["sparsity"]["reached"]
@@ -163,7 +162,7 @@ def test_the_share_names_the_blocks_that_it_counts(place: Path, run: Run) -> Non
     assert f"{whole:.1%} of the blocks' parameters were removed" in (place / "again" / "README.md").read_text()
 
 
-def test_a_model_without_a_cache_has_no_ratio(place: Path) -> None:
+def test_a_model_without_a_cache_has_no_ratio(place):
     """Such a model has only blocks with linear attention."""
     asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16, "effort": "quick"}
     found = replace(prune("model", "out", **asked), cache_bytes=(0, 0))
@@ -171,19 +170,19 @@ def test_a_model_without_a_cache_has_no_ratio(place: Path) -> None:
     assert [list(column.cells)[2] for column in table.columns] == ["KV cache per token", "0 B", "0 B", ""]
 
 
-def test_kept_units_are_counted_by_kind() -> None:
+def test_kept_units_are_counted_by_kind():
     kept = ("6 of 8 query heads", "3 of 4 KV groups", "5 of 10 feed-forward channels")
     assert units_kept(made()) == f"{' and '.join(kept)} and 15 of 20 expert channels and 3 of 4 experts are kept"
     assert units_kept(made(blocks=[])) == "all units are kept"
 
 
-def test_a_hub_model_is_named_as_the_base() -> None:
+def test_a_hub_model_is_named_as_the_base():
     assert front(card(made()))["base_model"] == "owner/name"
     assert "base_model" not in front(card(made(model="/home/me/models/name")))
     assert "/home/me" not in card(made(model="/home/me/models/name"))
 
 
-def test_names_are_escaped() -> None:
+def test_names_are_escaped():
     text = card(made(model=f"/x/{NASTY}"), measured=[(NASTY, "1", "2", "0.5")])
     assert "<script>" not in text.replace("`<script>", "")
     (row,) = [line for line in text.splitlines() if line.endswith("| 2 | 1 | 0.5 |")]
@@ -195,7 +194,7 @@ def test_names_are_escaped() -> None:
     assert text_of(page).count("window.broken") == 4
 
 
-def test_measurements_are_added_to_card_and_page(place: Path, run: Run) -> None:
+def test_measurements_are_added_to_card_and_page(place, run):
     pruned(place, run)
     before = {name: (place / "out" / name).read_text() for name in ("README.md", "report.html")}
     assert "has not been measured yet" in before["README.md"]
@@ -234,7 +233,7 @@ def test_measurements_are_added_to_card_and_page(place: Path, run: Run) -> None:
         (("out", "--prompt", "w1 " * 64), "a prompt has 64 tokens, but the model has only 64 positions; shorten it"),
     ],
 )
-def test_eval_refuses(place: Path, run: Run, words: tuple[str, ...], message: str) -> None:
+def test_eval_refuses(place, run, words, message):
     pruned(place, run)
     if "other" in words:
         save("mistral", place / "other")
@@ -247,7 +246,7 @@ def test_eval_refuses(place: Path, run: Run, words: tuple[str, ...], message: st
     assert (place / "out" / "README.md").read_text() == before
 
 
-def test_tensors_without_a_place_are_not_in_the_fingerprint(place: Path, run: Run) -> None:
+def test_tensors_without_a_place_are_not_in_the_fingerprint(place, run):
     """The model is still the base that the record names."""
     tensors = load_file(place / "model" / "model.safetensors")
     save_file(tensors | {"odd": torch.ones(3)}, place / "model" / "model.safetensors", metadata={"format": "pt"})
@@ -256,7 +255,7 @@ def test_tensors_without_a_place_are_not_in_the_fingerprint(place: Path, run: Ru
     assert result.code == 0, result.err
 
 
-def test_the_card_of_a_retrained_folder_names_the_retraining(place: Path, run: Run) -> None:
+def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     pruned(place, run)
     asked = ("--calibration", "text.txt", "--samples", "8", "--length", "16", "--epochs", "1")
     assert run("retrain", "out", "trained", *asked).code == 0
@@ -266,7 +265,7 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place: Path, run: R
     assert (place / "trained" / "report.html").exists()
 
 
-def test_errors_before_and_after_the_refit(place: Path, run: Run) -> None:
+def test_errors_before_and_after_the_refit(place, run):
     """The refit lowers the error; the error before it equals the error of a run without a refit in the first block."""
     refit = pruned(place, run, "--widths", "uniform", "--modules", "channels", "--effort", "quick")
     none = pruned(place, run, "--plan", "out/secateur.json", "--recovery", "none", out="none")
@@ -282,7 +281,7 @@ def test_errors_before_and_after_the_refit(place: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [380, 1280])
-def test_in_a_browser(tmp_path: Path, browser: Browser, scheme: Any, width: int) -> None:
+def test_in_a_browser(tmp_path, browser, scheme, width):
     """Nothing is fetched or complained of, all fits, every part is reached by the keyboard, and axe finds no fault."""
     file = tmp_path / "report.html"
     dense = made()["dense"][0]
@@ -304,10 +303,7 @@ def test_in_a_browser(tmp_path: Path, browser: Browser, scheme: Any, width: int)
         for _ in range(6):
             page.keyboard.press("Tab")
             reached.add(page.evaluate("document.activeElement.tagName + document.activeElement.ariaLabel"))
-        assert {
-            "SUMMARYnull",
-            "DIVShare removed from each block: attention, below it feed-forward",
-        } <= reached
+        assert {"SUMMARYnull", "DIVShare removed from each block: attention, below it feed-forward"} <= reached
         page.evaluate("document.querySelector('details').open = true")
         assert Axe().run(page).response["violations"] == []
     finally:

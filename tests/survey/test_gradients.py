@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import CheckpointFolder
 from models import ROWS, STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
@@ -90,7 +89,7 @@ def combined(rows: Rows, own: list[dict[str, Tensor]], name: str) -> tuple[Tenso
 
 @pytest.mark.parametrize("name", STREAMED)
 @pytest.mark.parametrize("squares", [False, True], ids=["", "squares"])
-def test_gradients_equal_the_whole_model(checkpoint_folder: CheckpointFolder, name: str, squares: bool) -> None:
+def test_gradients_equal_the_whole_model(checkpoint_folder, name, squares):
     model, rows, seen = build(name), some_rows(), []
     prefix = opened(checkpoint_folder(name)).family.blocks
     _, own = whole(model, rows)
@@ -110,7 +109,7 @@ def test_gradients_equal_the_whole_model(checkpoint_folder: CheckpointFolder, na
     assert seen == [*reversed(range(len(blocks_of(model))))]
 
 
-def test_gradients_of_a_range_of_blocks(checkpoint_folder: CheckpointFolder) -> None:
+def test_gradients_of_a_range_of_blocks(checkpoint_folder):
     """Earlier blocks only run forward; later blocks only pass the gradient on."""
     rows = some_rows()
     every = {b.index: b.gradient for b in gradients(opened(checkpoint_folder("llama")), rows)}
@@ -119,9 +118,7 @@ def test_gradients_of_a_range_of_blocks(checkpoint_folder: CheckpointFolder) -> 
     assert all(torch.equal(found, every[1][name]) for name, found in middle.gradient.items())
 
 
-def test_activations_in_files_give_the_same_gradients(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_in_files_give_the_same_gradients(checkpoint_folder, tmp_path, monkeypatch):
     rows, seen = some_rows(), []
     held = {b.index: b.gradient for b in gradients(opened(checkpoint_folder("gpt2")), rows)}
     arena = Arena(0, tmp_path)
@@ -134,7 +131,7 @@ def test_activations_in_files_give_the_same_gradients(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_are_freed_and_need_no_gradients_afterwards(checkpoint_folder: CheckpointFolder) -> None:
+def test_weights_are_freed_and_need_no_gradients_afterwards(checkpoint_folder):
     stream, before = opened(checkpoint_folder("llama biased")), []
     for block in gradients(stream, token_rows(2), squares=True):
         filled = {name.split(".")[2] for name, value in stream.model.named_parameters() if not value.is_meta}
@@ -148,13 +145,13 @@ def test_weights_are_freed_and_need_no_gradients_afterwards(checkpoint_folder: C
     assert all(value.is_meta and not value.requires_grad for value in stream.model.parameters())
 
 
-def test_rows_of_one_token_are_refused(checkpoint_folder: CheckpointFolder) -> None:
+def test_rows_of_one_token_are_refused(checkpoint_folder):
     for rows in (Rows.of(token_rows(3, 1)), Rows((token_rows(3),), (0.0,))):
         with pytest.raises(SecateurError, match="gradients need rows of at least two tokens"):
             next(gradients(opened(checkpoint_folder("llama")), rows))
 
 
-def test_infinite_gradients_are_an_error(checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinite_gradients_are_an_error(checkpoint_folder, monkeypatch):
     stream = opened(checkpoint_folder("llama"))
     run = stream.run
 
@@ -188,7 +185,7 @@ def columns(module: PrunableModule, unit: int) -> list[tuple[str, int, int, floa
 @pytest.mark.parametrize(
     "name", ["llama", "llama biased", "gpt2", "phi3", "gpt_neox", "opt", "gemma2", "gpt_oss", "qwen2_moe some"]
 )
-def test_scores_equal_their_formulas(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_scores_equal_their_formulas(checkpoint_folder, name):
     model, rows = build(name), some_rows()
     stream = opened(checkpoint_folder(name))
     _, own = whole(model, rows)
@@ -218,7 +215,7 @@ def test_scores_equal_their_formulas(checkpoint_folder: CheckpointFolder, name: 
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2"])
-def test_element1_equals_finite_differences(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_element1_equals_finite_differences(checkpoint_folder, name):
     """What the loss changes by where one weight shrinks a little, over the share by which it shrinks.
 
     In float64, which these families keep throughout; others compute their norms in float32.
@@ -250,7 +247,7 @@ def test_element1_equals_finite_differences(checkpoint_folder: CheckpointFolder,
 # The steps.
 
 
-def test_units_with_the_lowest_scores_are_removed(checkpoint_folder: CheckpointFolder) -> None:
+def test_units_with_the_lowest_scores_are_removed(checkpoint_folder):
     stream, rows = opened(checkpoint_folder("llama")), token_rows(6)
     plan = Plan({1: wide(3, 2, 40), 2: wide(2, 2, 72)}, 0.1, 0.1)
     for criterion in FROM_GRADIENTS:
@@ -277,9 +274,7 @@ class Bars(Silent):
 
 
 @pytest.mark.parametrize("criterion", sorted(FROM_GRADIENTS))
-def test_prune_keeps_the_units_with_the_highest_scores(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str
-) -> None:
+def test_prune_keeps_the_units_with_the_highest_scores(checkpoint_folder, tmp_path, criterion):
     """The test uses one width for all blocks and the scores on the calibration rows."""
     bars = Bars()
     model = checkpoint_folder("llama")
@@ -295,15 +290,13 @@ def test_prune_keeps_the_units_with_the_highest_scores(
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
 @pytest.mark.parametrize("criterion", sorted(FROM_GRADIENTS))
-def test_prune_with_adaptive_widths(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, criterion: str, name: str
-) -> None:
+def test_prune_with_adaptive_widths(checkpoint_folder, tmp_path, criterion, name):
     summary = prune(checkpoint_folder(name), tmp_path / "out", criterion=criterion, **SETTINGS)
     assert 0.3 <= summary.sparsity < 0.305
     assert not summary.uniform
 
 
-def test_a_search_computes_gradients_once(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_a_search_computes_gradients_once(checkpoint_folder, tmp_path):
     """There is one pass for the survey and one for all attempts."""
     bars, wishes = Bars(), SETTINGS | {"sparsity": None, "target": "ppl=1.5x", "samples": 24}
     prune(checkpoint_folder("llama"), tmp_path / "out", criterion="llm-pruner-element1", watcher=bars, **wishes)
@@ -311,7 +304,7 @@ def test_a_search_computes_gradients_once(checkpoint_folder: CheckpointFolder, t
     assert bars.drawn.count("Prune") > 1
 
 
-def test_a_plan_that_lists_units_needs_no_gradients(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_a_plan_that_lists_units_needs_no_gradients(checkpoint_folder, tmp_path):
     model, bars, wishes = checkpoint_folder("llama"), Bars(), SETTINGS | {"sparsity": None}
     prune(model, tmp_path / "out", criterion="l1", **SETTINGS)
     plan = str(tmp_path / "out" / "secateur.json")

@@ -58,7 +58,7 @@ def near(found: Tensor, wanted: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_distances_equal_scipys(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_distances_equal_scipys(checkpoint_folder, name):
     """The models have grouped queries, windows, softcaps, scales and query norms."""
     ids = token_rows(5)
     found = head_distances(opened(checkpoint_folder, name), ids)
@@ -71,7 +71,7 @@ def test_distances_equal_scipys(checkpoint_folder: CheckpointFolder, name: str) 
         near(found[index], wanted)
 
 
-def test_groups_of_rows_are_weighted(checkpoint_folder: CheckpointFolder) -> None:
+def test_groups_of_rows_are_weighted(checkpoint_folder):
     first, second, third = token_rows(3, 24), token_rows(4, 15, seed=1), token_rows(2, 9, seed=2)
     rows = Rows((first, second, third), (1.0, 0.25, 0.0))
     found = head_distances(opened(checkpoint_folder, "llama biased"), rows)
@@ -82,7 +82,7 @@ def test_groups_of_rows_are_weighted(checkpoint_folder: CheckpointFolder) -> Non
         near(found[index], wanted)
 
 
-def test_distances_of_some_blocks(checkpoint_folder: CheckpointFolder) -> None:
+def test_distances_of_some_blocks(checkpoint_folder):
     stream, ids = opened(checkpoint_folder, "qwen2"), token_rows(3)
     every = head_distances(stream, ids)
     some = head_distances(stream, ids, blocks=range(1, 2))
@@ -90,7 +90,7 @@ def test_distances_of_some_blocks(checkpoint_folder: CheckpointFolder) -> None:
     near(some[1], every[1].numpy())
 
 
-def test_a_custom_distance(checkpoint_folder: CheckpointFolder) -> None:
+def test_a_custom_distance(checkpoint_folder):
     """Every row is passed once, with all its probability; results are summed and averaged."""
     seen: list[Tensor] = []
 
@@ -110,7 +110,7 @@ def test_a_custom_distance(checkpoint_folder: CheckpointFolder) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_the_attention_function_is_restored(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_the_attention_function_is_restored(checkpoint_folder, name):
     """Neither the registered function nor its name in the config remains, and blocks run as before."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -130,9 +130,7 @@ def test_the_attention_function_is_restored(checkpoint_folder: CheckpointFolder,
     assert ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS
 
 
-def test_attention_that_cannot_be_observed_is_an_error(
-    checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_that_cannot_be_observed_is_an_error(checkpoint_folder, monkeypatch):
     from transformers.models.llama import modeling_llama
 
     monkeypatch.delattr(modeling_llama, "eager_attention_forward")
@@ -140,7 +138,7 @@ def test_attention_that_cannot_be_observed_is_an_error(
         head_distances(opened(checkpoint_folder, "llama"), token_rows(2))
 
 
-def test_no_tensor_of_all_positions_is_passed(checkpoint_folder: CheckpointFolder) -> None:
+def test_no_tensor_of_all_positions_is_passed(checkpoint_folder):
     """The distance function never gets all heads and all pairs of positions at once."""
     sizes: list[int] = []
 
@@ -168,7 +166,7 @@ def test_no_tensor_of_all_positions_is_passed(checkpoint_folder: CheckpointFolde
         )
     )
 )
-def test_divergences_are_between_zero_and_ln_2(rows: list[list[float]]) -> None:
+def test_divergences_are_between_zero_and_ln_2(rows):
     p = torch.tensor(rows, dtype=torch.float64)
     p = p / p.sum(1, keepdim=True)
     found = jensen_shannon(p[:, None])
@@ -178,7 +176,7 @@ def test_divergences_are_between_zero_and_ln_2(rows: list[list[float]]) -> None:
     assert float(found.max()) <= LARGEST + 1e-12
 
 
-def test_equal_rows_have_distance_zero_and_disjoint_rows_ln_2() -> None:
+def test_equal_rows_have_distance_zero_and_disjoint_rows_ln_2():
     """Both are exact up to rounding."""
     rows = torch.tensor([[[0.3, 0.7, 0.0, 0.0]], [[0.3, 0.7, 0.0, 0.0]], [[0.0, 0.0, 0.1, 0.9]]])
     found = jensen_shannon(rows)
@@ -187,5 +185,5 @@ def test_equal_rows_have_distance_zero_and_disjoint_rows_ln_2() -> None:
     assert torch.equal(found.diagonal(), torch.zeros(3, dtype=torch.float64))
 
 
-def test_heads_of_the_tiny_models() -> None:
+def test_heads_of_the_tiny_models():
     assert {block.attention.units for name in ROWS for block in blocks_of(build(name))} == {6}

@@ -26,7 +26,7 @@ def estimated(dense: Tensor, others: list[Tensor], seed: int = 0) -> Tensor:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**31), st.integers(1, LIKELY_TOKENS + DRAWN_TOKENS), st.floats(1e-3, 30), st.floats(1e-4, 20))
-def test_a_small_vocabulary_gives_exact_divergences(seed: int, size: int, spread: float, change: float) -> None:
+def test_a_small_vocabulary_gives_exact_divergences(seed, size, spread, change):
     dice = torch.Generator().manual_seed(seed)
     dense = spread * torch.randn(3, size, generator=dice)
     others = [dense + change * torch.randn(3, size, generator=dice) for _ in range(4)]
@@ -35,13 +35,13 @@ def test_a_small_vocabulary_gives_exact_divergences(seed: int, size: int, spread
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-9 + 1e-5 * change**2)
 
 
-def test_a_constant_added_to_all_logits_changes_nothing() -> None:
+def test_a_constant_added_to_all_logits_changes_nothing():
     dense = torch.randn(2, 4000, generator=torch.Generator().manual_seed(1))
     assert estimated(dense, [dense + 3.0]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0], ids=["flat", "peaked"])
-def test_a_large_vocabulary_gives_divergences_in_the_same_order(spread: float) -> None:
+def test_a_large_vocabulary_gives_divergences_in_the_same_order(spread):
     """Changes of the logits have all sizes, as those by cuts of modules."""
     dice = torch.Generator().manual_seed(0)
     states, matrix = torch.randn(64, 24, generator=dice), torch.randn(24, 20000, generator=dice) / 24**0.5
@@ -57,7 +57,7 @@ def test_a_large_vocabulary_gives_divergences_in_the_same_order(spread: float) -
     assert ((found / wanted)[near].log().abs() < 0.1).all()
 
 
-def test_weights_of_tokens_add_up_to_one() -> None:
+def test_weights_of_tokens_add_up_to_one():
     logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(2))
     tokens, weights = sampled_tokens(logits, torch.Generator().manual_seed(0))
     assert tokens.shape == weights.shape == (5, LIKELY_TOKENS + DRAWN_TOKENS)

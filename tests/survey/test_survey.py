@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading, selected, token_rows
 from secateur.base.errors import SecateurError
 from secateur.base.services import Services
@@ -136,7 +135,7 @@ def curve_of(found: Survey, kind: str, axis: str, index: int = INDEX) -> ErrorCu
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_curves_are_the_errors_of_refits(checkpoint_folder: CheckpointFolder, name: str, kind: str) -> None:
+def test_curves_are_the_errors_of_refits(checkpoint_folder, name, kind):
     found = survey(opened(checkpoint_folder(name)), FITTED, criterion="l1", ridge=RIDGE)
     plain = Plain(name, kind)
     assert found.tokens == 4 * 24 + 3 * 17
@@ -169,7 +168,7 @@ def without(name: str, index: int, kind: str) -> dict[int, KeptUnits]:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_every_module_is_probed_as_a_whole(checkpoint_folder, name):
     """Modules whose single units cannot be removed are probed as well."""
     found = survey(opened(checkpoint_folder(name)), token_rows(3), probe_rows=PROBES, criterion="l1")
     modules = {(index, kind) for index in range(3) for kind in SCORED_KINDS}
@@ -191,9 +190,7 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder: CheckpointFolder, 
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_partial_probe_is_the_refitted_model(
-    checkpoint_folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
-) -> None:
+def test_a_partial_probe_is_the_refitted_model(checkpoint_folder, monkeypatch, name, kind):
     """The test uses one and several probed shares."""
     monkeypatch.setattr(sys.modules["secateur.survey.curve_estimator"], "PROBED_SHARES", SHARES)
     found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
@@ -221,7 +218,7 @@ def test_a_partial_probe_is_the_refitted_model(
         assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.01 * wanted, "the refit does not show"
 
 
-def test_a_broken_last_norm_is_an_error(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_a_broken_last_norm_is_an_error(checkpoint_folder, tmp_path):
     folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
@@ -230,7 +227,7 @@ def test_a_broken_last_norm_is_an_error(checkpoint_folder: CheckpointFolder, tmp
         survey(opened(folder), FITTED, probe_rows=PROBES)
 
 
-def test_rows_without_weight_change_no_curve(checkpoint_folder: CheckpointFolder) -> None:
+def test_rows_without_weight_change_no_curve(checkpoint_folder):
     stream = opened(checkpoint_folder("llama"))
     plain = survey(stream, FITTED)
     beside = Rows((*FITTED.groups, token_rows(3, 20, seed=4)), (*FITTED.weights, 0.0))
@@ -239,7 +236,7 @@ def test_rows_without_weight_change_no_curve(checkpoint_folder: CheckpointFolder
     assert survey(stream, Rows(FITTED.groups, (1.0, 1.0))).curves != plain.curves
 
 
-def test_a_survey_of_some_blocks_and_one_kind(checkpoint_folder: CheckpointFolder) -> None:
+def test_a_survey_of_some_blocks_and_one_kind(checkpoint_folder):
     stream = opened(checkpoint_folder("llama"))
     whole = survey(stream, FITTED, probe_rows=PROBES)
     part = survey(stream, FITTED, probe_rows=PROBES, blocks=range(1, 2), kinds=("channels",))
@@ -255,7 +252,7 @@ def test_a_survey_of_some_blocks_and_one_kind(checkpoint_folder: CheckpointFolde
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_every_criterion_gives_curves_that_rise(checkpoint_folder: CheckpointFolder, criterion: str) -> None:
+def test_every_criterion_gives_curves_that_rise(checkpoint_folder, criterion):
     stream, rows, blocks = opened(checkpoint_folder("llama")), token_rows(6), range(1)
     gradients = gradient_scores(stream, rows, criterion, blocks=blocks) if "llm-pruner" in criterion else None
     found = survey(stream, rows, criterion=Criteria(criterion, gradients), blocks=blocks)
@@ -282,7 +279,7 @@ SURVEY = Survey(
 )
 
 
-def test_a_survey_survives_its_file(tmp_path: Path) -> None:
+def test_a_survey_survives_its_file(tmp_path):
     save_survey(SURVEY, tmp_path / "survey.json")
     assert load_survey(tmp_path / "survey.json", ASKED) == SURVEY
     assert load_survey(tmp_path / "survey.json", {}) == SURVEY
@@ -298,7 +295,7 @@ def test_a_survey_survives_its_file(tmp_path: Path) -> None:
         ({"calibration": "x"}, "a survey with calibration None instead of x"),
     ],
 )
-def test_a_survey_with_other_settings_is_refused(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+def test_a_survey_with_other_settings_is_refused(tmp_path, asked, message):
     save_survey(SURVEY, tmp_path / "survey.json")
     with pytest.raises(SecateurError) as caught:
         load_survey(tmp_path / "survey.json", ASKED | asked)
@@ -325,7 +322,7 @@ STORED = json.loads(json.dumps(SURVEY, default=lambda value: vars(value)))
         json.dumps({key: value for key, value in STORED.items() if key != "tokens"}),
     ],
 )
-def test_a_file_that_is_no_survey_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_survey_is_refused(tmp_path, text):
     (tmp_path / "survey.json").write_text(text)
     with pytest.raises(SecateurError, match="not a survey by secateur; name another file, or delete it"):
         load_survey(tmp_path / "survey.json", {})

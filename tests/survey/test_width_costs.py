@@ -44,7 +44,7 @@ PROBES = [
 ]
 
 
-def test_costs_are_interpolated_on_a_logarithmic_scale() -> None:
+def test_costs_are_interpolated_on_a_logarithmic_scale():
     found = WidthCosts(survey([CURVE], PROBES))
     assert cost(found, 0) == 0
     # Below the first probe in proportion; at a probe what it says.
@@ -58,12 +58,12 @@ def test_costs_are_interpolated_on_a_logarithmic_scale() -> None:
     assert cost(found, 72) == 0.5
 
 
-def test_the_order_of_probes_does_not_matter() -> None:
+def test_the_order_of_probes_does_not_matter():
     one, two = WidthCosts(survey([CURVE], PROBES)), WidthCosts(survey([CURVE], PROBES[::-1]))
     assert [cost(one, gone) for gone in range(6)] == [cost(two, gone) for gone in range(6)]
 
 
-def test_a_partial_cut_may_cost_more_than_the_removal() -> None:
+def test_a_partial_cut_may_cost_more_than_the_removal():
     """Wider cuts then cost at least as much as the partial cut; the removal costs what was measured."""
     found = WidthCosts(survey([CURVE], [*PROBES[:2], Probe(0, "channels", 1.0, True, 0.02)]))
     assert cost(found, 5) == pytest.approx(0.08, rel=1e-6)
@@ -74,12 +74,12 @@ def test_a_partial_cut_may_cost_more_than_the_removal() -> None:
     assert cost(found, 2) == pytest.approx(0.08, rel=1e-6)
 
 
-def test_without_probes_the_cost_is_the_lost_share_of_the_output() -> None:
+def test_without_probes_the_cost_is_the_lost_share_of_the_output():
     found = WidthCosts(survey([channels([0.0, 0.1, 0.4, 1.0], energy=2.0)]))
     assert [cost(found, gone) for gone in (0, 1, 2, 3, 72)] == pytest.approx([0, 0.05, 0.2, 0.5, 1.0])
 
 
-def test_each_axis_of_the_heads_has_its_curve() -> None:
+def test_each_axis_of_the_heads_has_its_curve():
     curves = [
         ErrorCurve(0, "heads", "kv_groups", (0.0, 0.2, 0.5), 1.0),
         ErrorCurve(0, "heads", "heads_per_group", (0.0, 0.3), 1.0),
@@ -91,7 +91,7 @@ def test_each_axis_of_the_heads_has_its_curve() -> None:
         assert found.module_cost(0, attention, wide(groups, heads, 72)) == pytest.approx(wanted), (groups, heads)
 
 
-def test_the_cost_of_a_plan_is_the_sum_over_modules() -> None:
+def test_the_cost_of_a_plan_is_the_sum_over_modules():
     modules = [
         ErrorCurve(i, kind, kind_, (0.0, 0.1 * (i + 1)), 1.0)
         for i in range(2)
@@ -117,9 +117,7 @@ small = st.floats(0, 2, allow_subnormal=False)
     energy=st.floats(1e-6, 10),
 )
 @settings(max_examples=150, deadline=None)
-def test_removing_more_never_costs_less(
-    steps: list[float], probes: list[tuple[float, float]], whole: float, energy: float
-) -> None:
+def test_removing_more_never_costs_less(steps, probes, whole, energy):
     curve = channels([0.0, *accumulate(steps)], energy)
     made = [Probe(0, "channels", error, False, divergence) for error, divergence in probes]
     found = WidthCosts(survey([curve], [*made, Probe(0, "channels", energy, True, whole)]))

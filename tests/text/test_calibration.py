@@ -46,19 +46,14 @@ def hundred(tmp_path: Path) -> str:
 
 
 def draw(
-    tokenizer: PreTrainedTokenizerFast | None,
-    source: str,
-    samples: int,
-    length: int,
-    seed: int = 0,
-    **more: Any,
+    tokenizer: PreTrainedTokenizerFast | None, source: str, samples: int, length: int, seed: int = 0, **more: Any
 ) -> torch.Tensor:
     return calibration_rows(
         tokenizer, source, samples=samples, length=length, seed=seed, **({"vocab_size": VOCAB} | more)
     )
 
 
-def test_bos_is_found_by_trying() -> None:
+def test_bos_is_found_by_trying():
     assert begins_with_bos(make_tokenizer(bos=True))
     assert not begins_with_bos(make_tokenizer(bos=False))
     without = make_tokenizer(bos=True)
@@ -67,9 +62,7 @@ def test_bos_is_found_by_trying() -> None:
 
 
 @pytest.mark.parametrize(("samples", "length"), [(3, 8), (10, 10), (1, 100)])
-def test_windows_are_runs_of_the_text_without_overlap(
-    tokenizer: PreTrainedTokenizerFast, hundred: str, samples: int, length: int
-) -> None:
+def test_windows_are_runs_of_the_text_without_overlap(tokenizer, hundred, samples, length):
     rows = draw(tokenizer, hundred, samples, length)
     assert rows.shape == (samples, length)
     assert rows.dtype == torch.int64
@@ -82,7 +75,7 @@ def test_windows_are_runs_of_the_text_without_overlap(
     assert body.max() < 104
 
 
-def test_seed_decides_the_windows(tokenizer: PreTrainedTokenizerFast, hundred: str) -> None:
+def test_seed_decides_the_windows(tokenizer, hundred):
     first = draw(tokenizer, hundred, 3, 8, seed=1)
     assert torch.equal(first, draw(tokenizer, hundred, 3, 8, seed=1))
     drawn = [draw(tokenizer, hundred, 3, 8, seed=seed)[:, 1:] for seed in range(60)]
@@ -94,7 +87,7 @@ def test_seed_decides_the_windows(tokenizer: PreTrainedTokenizerFast, hundred: s
     assert max(int(rows.max()) for rows in drawn) == 103
 
 
-def test_consecutive_rows_follow_the_text(tokenizer: PreTrainedTokenizerFast, hundred: str) -> None:
+def test_consecutive_rows_follow_the_text(tokenizer, hundred):
     rows = consecutive_rows(tokenizer, hundred, length=8, tokens=35, vocab_size=VOCAB)
     bos = int(begins_with_bos(tokenizer))
     assert rows.shape == (4, 8)
@@ -103,42 +96,38 @@ def test_consecutive_rows_follow_the_text(tokenizer: PreTrainedTokenizerFast, hu
 
 
 @pytest.mark.parametrize("tokens", [None, 10_000])
-def test_consecutive_rows_end_with_the_text(
-    tokenizer: PreTrainedTokenizerFast, hundred: str, tokens: int | None
-) -> None:
+def test_consecutive_rows_end_with_the_text(tokenizer, hundred, tokens):
     rows = consecutive_rows(tokenizer, hundred, length=8, tokens=tokens, vocab_size=VOCAB)
     assert len(rows) == 100 // (8 - begins_with_bos(tokenizer))
 
 
-def test_documents_are_joined_by_a_blank_line(tmp_path: Path) -> None:
+def test_documents_are_joined_by_a_blank_line(tmp_path):
     path = tmp_path / "two.jsonl"
     path.write_text('{"text": "w1 w2"}\n\n{"text": "w3", "messages": 5}\n')
     rows = consecutive_rows(make_tokenizer(), str(path), length=4, tokens=4, vocab_size=VOCAB)
     assert rows.tolist() == [[5, 6, BREAK, 7]]
 
 
-def test_a_long_text_gives_no_warning(
-    hundred: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_long_text_gives_no_warning(hundred, caplog, capfd):
     logging.getLogger("transformers").propagate = True
     draw(make_tokenizer(), hundred, 3, 8)  # the tokenizer's own limit is 16 tokens
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
 
 
-def test_text_files_keep_their_text(tmp_path: Path) -> None:
+def test_text_files_keep_their_text(tmp_path):
     path = tmp_path / "UPPER.TXT"
     path.write_bytes(b"\xef\xbb\xbfw1\r\nw2 \xc3\xa9")
     assert read_documents(str(path)) == ["w1\nw2 é"]
 
 
-def test_jsonl_lines_end_at_newlines_only(tmp_path: Path) -> None:
+def test_jsonl_lines_end_at_newlines_only(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text('{"text": "a\u2028b"}\r\n{"text": "c"}', encoding="utf-8")
     assert read_documents(str(path)) == ["a\u2028b", "c"]
 
 
-def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text_of(20).encode())))
     for _ in range(2):  # two models may be scored on it
         assert consecutive_rows(make_tokenizer(), "-", length=5, tokens=20, vocab_size=VOCAB).shape == (4, 5)
@@ -148,13 +137,13 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("bos", "rendered"), [(False, "<s>user w1\n"), (True, "user w1\n")])
-def test_messages_are_rendered_and_bos_is_not_doubled(tmp_path: Path, bos: bool, rendered: str) -> None:
+def test_messages_are_rendered_and_bos_is_not_doubled(tmp_path, bos, rendered):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "w1"}]}))
     assert read_documents(str(path), make_tokenizer(bos, TEMPLATE)) == [rendered]
 
 
-def test_random_ids_are_never_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_random_ids_are_never_special_tokens(tokenizer):
     rows = draw(tokenizer, "random", 40, 50)
     bos = int(begins_with_bos(tokenizer))
     assert (rows[:, 0] == BOS).all() == bool(bos)
@@ -164,7 +153,7 @@ def test_random_ids_are_never_special_tokens(tokenizer: PreTrainedTokenizerFast)
     assert not torch.equal(rows, draw(tokenizer, "random", 40, 50, seed=1))
 
 
-def test_random_ids_without_a_tokenizer() -> None:
+def test_random_ids_without_a_tokenizer():
     rows = draw(None, "random", 40, 50, vocab_size=7)
     assert rows.shape == (40, 50)
     assert rows.unique().tolist() == list(range(7))
@@ -188,16 +177,12 @@ BAD_FILES = [
     ("null.jsonl", b'{"text": null}', "null.jsonl line 1: text is not a string but NoneType"),
     ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl line 1 holds half of a surrogate pair"),
     ("flat.jsonl", b'{"messages": "hi"}', "flat.jsonl line 1: messages is not a list of objects"),
-    (
-        "chat.jsonl",
-        b'{"messages": [{"role": "user"}]}',
-        "chat.jsonl line 1: messages need a tokenizer with a chat",
-    ),
+    ("chat.jsonl", b'{"messages": [{"role": "user"}]}', "chat.jsonl line 1: messages need a tokenizer with a chat"),
 ]
 
 
 @pytest.mark.parametrize(("name", "data", "message"), BAD_FILES, ids=[row[0] for row in BAD_FILES])
-def test_bad_files_are_named(tmp_path: Path, name: str, data: bytes | None, message: str) -> None:
+def test_bad_files_are_named(tmp_path, name, data, message):
     path = tmp_path / name
     if data is not None:
         path.write_bytes(data)
@@ -207,7 +192,7 @@ def test_bad_files_are_named(tmp_path: Path, name: str, data: bytes | None, mess
     assert "\n" not in str(caught.value)
 
 
-def test_a_refusing_chat_template_is_named(tmp_path: Path) -> None:
+def test_a_refusing_chat_template_is_named(tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text('{"text": "a"}\n{"messages": [{"role": "tool", "content": "w1"}]}')
     template = "{{ raise_exception('no tools') }}"
@@ -215,7 +200,7 @@ def test_a_refusing_chat_template_is_named(tmp_path: Path) -> None:
         read_documents(str(path), make_tokenizer(template=template))
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(SecateurError, match=r"folder\.txt is a folder"):
         read_documents(str(tmp_path / "folder.txt"))
@@ -233,14 +218,14 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("change", "message"), SIZES, ids=[row[1] for row in SIZES])
-def test_sizes_out_of_range_are_named(hundred: str, change: dict[str, int], message: str) -> None:
+def test_sizes_out_of_range_are_named(hundred, change, message):
     arguments: dict[str, Any] = {"samples": 2, "length": 8} | change
     with pytest.raises(SecateurError) as caught:
         draw(make_tokenizer(), hundred, **arguments)
     assert message in str(caught.value)
 
 
-def test_advice_of_a_short_text_is_right(tokenizer: PreTrainedTokenizerFast, hundred: str) -> None:
+def test_advice_of_a_short_text_is_right(tokenizer, hundred):
     body = 8 - begins_with_bos(tokenizer)
     with pytest.raises(SecateurError) as caught:
         draw(tokenizer, hundred, 30, 8)
@@ -250,21 +235,21 @@ def test_advice_of_a_short_text_is_right(tokenizer: PreTrainedTokenizerFast, hun
     assert draw(tokenizer, hundred, 30, length).shape == (30, length)
 
 
-def test_evaluation_sizes_are_named(hundred: str) -> None:
+def test_evaluation_sizes_are_named(hundred):
     with pytest.raises(SecateurError, match="tokens is 7, which does not fill one row of length 8"):
         consecutive_rows(make_tokenizer(), hundred, length=8, tokens=7, vocab_size=VOCAB)
     with pytest.raises(SecateurError, match="100 tokens, but 1 row of 101 tokens needs 101"):
         consecutive_rows(make_tokenizer(), hundred, length=101, tokens=None, vocab_size=VOCAB)
 
 
-def test_text_needs_a_tokenizer_and_random_is_no_text(hundred: str) -> None:
+def test_text_needs_a_tokenizer_and_random_is_no_text(hundred):
     with pytest.raises(SecateurError, match="needs a tokenizer"):
         draw(None, hundred, 2, 8)
     with pytest.raises(SecateurError, match="random ids are not text"):
         consecutive_rows(make_tokenizer(), "random", length=8, tokens=8, vocab_size=VOCAB)
 
 
-def test_the_early_check_needs_no_tokenizer(hundred: str) -> None:
+def test_the_early_check_needs_no_tokenizer(hundred):
     check_calibration(hundred, samples=1000, length=8)
     check_calibration("random", length=2, max_positions=2)
     with pytest.raises(SecateurError, match="does not exist"):
@@ -283,14 +268,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4", "ptb", "bookcorpus", "some/set:config:column"])
-def test_an_unreachable_data_set_is_an_error_at_once(hub: Path, source: str) -> None:
+def test_an_unreachable_data_set_is_an_error_at_once(hub, source):
     start = time.perf_counter()
     with pytest.raises(SecateurError, match=f"data set {source} is not in the local cache, and it does not answer"):
         read_documents(source)
     assert time.perf_counter() - start < 10
 
 
-def test_a_host_that_stays_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_stays_silent_is_given_up(monkeypatch):
     """Looking up a name may take longer than any time limit of the client."""
     release = threading.Event()
 
@@ -319,7 +304,7 @@ def parquet_folder(folder: Path, **columns: list[str]) -> str:
     return str(folder)
 
 
-def test_data_set_splits_columns_and_limit(hub: Path, tmp_path: Path) -> None:
+def test_data_set_splits_columns_and_limit(hub, tmp_path):
     folder = parquet_folder(tmp_path / "set", text=["a", "b"], title=["c", "d"])
     assert read_documents(folder) == ["a train", "b train"]
     assert read_documents(folder, split="evaluation") == ["a held out", "b held out"]
@@ -329,7 +314,7 @@ def test_data_set_splits_columns_and_limit(hub: Path, tmp_path: Path) -> None:
         read_documents(f"{folder}::body")
 
 
-def test_data_set_with_unclear_column_or_split(hub: Path, tmp_path: Path) -> None:
+def test_data_set_with_unclear_column_or_split(hub, tmp_path):
     folder = parquet_folder(tmp_path / "set", left=["a"], right=["b"])
     with pytest.raises(SecateurError, match=r"no single text column: .* one of left, right"):
         read_documents(folder)
@@ -338,7 +323,7 @@ def test_data_set_with_unclear_column_or_split(hub: Path, tmp_path: Path) -> Non
         read_documents(folder)
 
 
-def test_local_copy_is_used_without_a_network(hub: Path, tmp_path: Path) -> None:
+def test_local_copy_is_used_without_a_network(hub, tmp_path):
     import datasets
 
     folder = parquet_folder(tmp_path / "set", sentence=["w1 w2"], other=["x"])
@@ -359,14 +344,14 @@ def test_local_copy_is_used_without_a_network(hub: Path, tmp_path: Path) -> None
     assert read_documents("ptb", split="evaluation") == ["w1 w2 train"]
 
 
-def test_too_many_parts_and_no_held_out_text(hub: Path) -> None:
+def test_too_many_parts_and_no_held_out_text(hub):
     with pytest.raises(SecateurError, match="write name, name:config or name:config:column"):
         read_documents("a:b:c:d")
     with pytest.raises(SecateurError, match="bookcorpus has no text held out"):
         read_documents("bookcorpus", split="evaluation")
 
 
-def test_importing_does_not_load_datasets() -> None:
+def test_importing_does_not_load_datasets():
     code = "import sys, secateur.text.calibration; print('datasets' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "False"

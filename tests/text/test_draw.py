@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import CheckpointFolder
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands import fit_blocks
@@ -28,7 +27,7 @@ def opened(folder: Path, **options: Any) -> OpenRun:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2"])
-def test_each_fit_gets_its_own_resampled_rows(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_each_fit_gets_its_own_resampled_rows(checkpoint_folder, name):
     run = opened(checkpoint_folder(name), effort="best", samples=3, length=12, seed=2)
     rows = draw_rows(run)
     assert rows.resampled is not None
@@ -45,7 +44,7 @@ def test_each_fit_gets_its_own_resampled_rows(checkpoint_folder: CheckpointFolde
     assert torch.equal(again, rows.resampled)
 
 
-def test_each_fit_uses_its_own_rows(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+def test_each_fit_uses_its_own_rows(checkpoint_folder, tmp_path, monkeypatch):
     given: list[Rows] = []
 
     def noted(stream: Any, plan: Any, rows: Rows, **how: Any) -> Any:
@@ -72,7 +71,7 @@ def test_each_fit_uses_its_own_rows(checkpoint_folder: CheckpointFolder, tmp_pat
 
 
 @pytest.mark.parametrize("effort", ["quick", "normal", "best"])
-def test_placeholders_have_the_shapes_of_resampled_rows(checkpoint_folder: CheckpointFolder, effort: str) -> None:
+def test_placeholders_have_the_shapes_of_resampled_rows(checkpoint_folder, effort):
     """A dry run draws no resampled rows."""
     rows = draw_rows(opened(checkpoint_folder("llama"), effort=effort))
     blank = draw_rows(opened(checkpoint_folder("llama"), effort=effort), dry=True)
@@ -82,19 +81,19 @@ def test_placeholders_have_the_shapes_of_resampled_rows(checkpoint_folder: Check
     assert (found.weights, found.scores, found.resampled) == (wanted.weights, wanted.scores, wanted.resampled)
 
 
-def test_an_unknown_effort_is_refused() -> None:
+def test_an_unknown_effort_is_refused():
     with pytest.raises(SecateurError, match="effort is 'fast'; it must be one of quick, normal, best"):
         Options(effort="fast")
 
 
 @pytest.mark.parametrize("recovery", ["none", "paper", "bias"])
-def test_only_the_refit_takes_resampled_rows(checkpoint_folder: CheckpointFolder, recovery: str) -> None:
+def test_only_the_refit_takes_resampled_rows(checkpoint_folder, recovery):
     """Only the refit uses the effort; other recoveries ignore it."""
     assert Options(effort="normal", recovery=recovery).resampled_fits == 0
     assert draw_rows(opened(checkpoint_folder("llama"), effort="normal", recovery=recovery)).resampled is None
 
 
-def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_model_that_does_not_fit(checkpoint_folder, tmp_path, monkeypatch):
     """The error comes before any text is read; a run without generated rows checks no memory."""
     monkeypatch.setattr(self_calibration, "free_memory", lambda _: 100_000)
     monkeypatch.setattr(draw, "calibration_rows", lambda *_, **__: pytest.fail("the text was read"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -45,14 +43,14 @@ def read(row: torch.Tensor) -> str:
 
 
 @given(st.integers(1, 5000))
-def test_rows_per_kind_add_up_to_the_samples(samples: int) -> None:
+def test_rows_per_kind_add_up_to_the_samples(samples):
     counts = rows_per_kind(samples)
     assert sum(counts.values()) == samples
     for kind, share in SHARES.items():
         assert abs(counts[kind] - samples * share / sum(SHARES.values())) < 1
 
 
-def test_repeated_rows_have_their_share() -> None:
+def test_repeated_rows_have_their_share():
     for length in (64, 65):
         rows = draw("general", 256, length)
         half = -(-length // 2)
@@ -63,23 +61,23 @@ def test_repeated_rows_have_their_share() -> None:
         assert all(part.any() for part in twice.split(32))
 
 
-def test_the_seed_decides_the_rows() -> None:
+def test_the_seed_decides_the_rows():
     assert torch.equal(draw("general", 20, 40), draw("general", 20, 40))
     assert not torch.equal(draw("general", 20, 40), draw("general", 20, 40, seed=1))
 
 
-def test_more_rows_than_text() -> None:
+def test_more_rows_than_text():
     """Long rows of a small kind are drawn once more, behind another offset."""
     assert draw("general", 64, 40_000).shape == (64, 40_000)
 
 
-def test_every_kind_of_text_occurs() -> None:
+def test_every_kind_of_text_occurs():
     text = "\n".join(map(read, draw("general", 600, 500)))
     for sign in ("def ", " @-@ ", "The answer is ", "self."):
         assert sign in text, sign
 
 
-def test_a_conversation_follows_the_chat_template() -> None:
+def test_a_conversation_follows_the_chat_template():
     class Chatting(Letters):
         chat_template = TEMPLATE
 
@@ -87,7 +85,7 @@ def test_a_conversation_follows_the_chat_template() -> None:
     assert "<assistant> " not in "\n".join(map(read, draw("general", 200, 300)))
 
 
-def test_general_plus_text_takes_half_of_the_rows_from_the_text(tmp_path: Path) -> None:
+def test_general_plus_text_takes_half_of_the_rows_from_the_text(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("æ" * 2000)
     rows = draw(f"general+{own}", 21, 50)
@@ -98,7 +96,7 @@ def test_general_plus_text_takes_half_of_the_rows_from_the_text(tmp_path: Path) 
     assert not (draw(f"general+{own}", 1, 50) == ord("æ")).any()
 
 
-def test_advice_for_general_plus_a_short_text(tmp_path: Path) -> None:
+def test_advice_for_general_plus_a_short_text(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("æ" * 130)
     with pytest.raises(SecateurError, match=r"own.txt: too short, .*; use samples 4 "):
@@ -106,13 +104,13 @@ def test_advice_for_general_plus_a_short_text(tmp_path: Path) -> None:
     assert draw(f"general+{own}", 4, 50).shape == (4, 50)
 
 
-def test_a_missing_text_is_named(tmp_path: Path) -> None:
+def test_a_missing_text_is_named(tmp_path):
     with pytest.raises(SecateurError, match=r"missing\.txt does not exist"):
         draw(f"general+{tmp_path / 'missing.txt'}", 4, 50)
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_a_tokenizer_that_knows_other_words(bos: bool) -> None:
+def test_a_tokenizer_that_knows_other_words(bos):
     """Whatever it makes of the text, rows are full, and open with BOS exactly if a text does."""
     tokenizer: PreTrainedTokenizerFast = make_tokenizer(bos)
     rows = calibration_rows(tokenizer, "general", samples=9, length=16, seed=0, vocab_size=VOCAB)
@@ -122,13 +120,13 @@ def test_a_tokenizer_that_knows_other_words(bos: bool) -> None:
         calibration_rows(None, "general", samples=9, length=16, seed=0, vocab_size=VOCAB)
 
 
-def test_words_and_marks_stand_apart() -> None:
+def test_words_and_marks_stand_apart():
     found = spaced("Title\nIt's 1,500 m (a well-known 2.5 %), isn't it?\nYes.")
     assert found == " = Title = \n\n It 's 1 @,@ 500 m ( a well @-@ known 2 @.@ 5 % ) , is n't it ? \n Yes . "
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
-def test_spread_keeps_rows_and_spaces_them(counts: list[int]) -> None:
+def test_spread_keeps_rows_and_spaces_them(counts):
     parts = [torch.full((count, 1), number) for number, count in enumerate(counts)]
     rows = spread(parts)[:, 0]
     for number, count in enumerate(counts):
@@ -139,7 +137,7 @@ def test_spread_keeps_rows_and_spaces_them(counts: list[int]) -> None:
 
 
 @given(st.integers(1, 60), st.integers(0, 20), st.integers(1, 90))
-def test_windows_are_runs(tokens: int, count: int, length: int) -> None:
+def test_windows_are_runs(tokens, count, length):
     ids = torch.arange(tokens)
     found = windows(ids, count, length, torch.Generator().manual_seed(3))
     assert found.shape == (count, length)
@@ -148,6 +146,6 @@ def test_windows_are_runs(tokens: int, count: int, length: int) -> None:
         assert len(found.unique()) == count * length
 
 
-def test_licences_are_named() -> None:
+def test_licences_are_named():
     said = (general.FILE.parent / "general.md").read_text(encoding="utf-8")
     assert all(word in said for word in ("CC BY-SA", "MIT", "Apache", "PSF"))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import CheckpointFolder
 from models import BOS, EOS, VOCAB, build, logits_of, make_tokenizer
 from secateur import prune
 from secateur.base.errors import SecateurError
@@ -45,7 +44,7 @@ def by_hand(name: str, known: int, samples: int, length: int, seed: int) -> Tens
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_are_drawn_from_the_models_own_distribution(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_rows_are_drawn_from_the_models_own_distribution(checkpoint_folder, name):
     rows = written(checkpoint_folder(name), BATCH_ROWS + 4, 12, seed=3)
     assert rows.dtype == torch.int64
     known = len(open_checkpoint(checkpoint_folder(name)).tokenizer())
@@ -54,7 +53,7 @@ def test_rows_are_drawn_from_the_models_own_distribution(checkpoint_folder: Chec
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_the_seed_decides_and_nothing_else_is_disturbed(checkpoint_folder: CheckpointFolder, name: str) -> None:
+def test_the_seed_decides_and_nothing_else_is_disturbed(checkpoint_folder, name):
     # The first test of a process that asks for a model makes it, with random weights.
     folder = checkpoint_folder(name)
     before = torch.get_rng_state()
@@ -65,7 +64,7 @@ def test_the_seed_decides_and_nothing_else_is_disturbed(checkpoint_folder: Check
     assert not torch.equal(written(folder, seed=1), first)
 
 
-def test_generation_settings_of_the_checkpoint_are_ignored(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_generation_settings_of_the_checkpoint_are_ignored(checkpoint_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint_folder("llama"), folder)
     wanted = written(folder)
@@ -75,7 +74,7 @@ def test_generation_settings_of_the_checkpoint_are_ignored(checkpoint_folder: Ch
 
 
 @pytest.mark.parametrize("length", [2, 64])
-def test_the_longest_and_the_shortest_row(checkpoint_folder: CheckpointFolder, length: int) -> None:
+def test_the_longest_and_the_shortest_row(checkpoint_folder, length):
     """Sixty-four positions are all that the model has."""
     for name in ("gpt2", "gpt2 scaled"):
         assert written(checkpoint_folder(name), 2, length).shape == (2, length)
@@ -86,7 +85,7 @@ def names(bos: int | None, eos: int | None, **config: Any) -> tuple[Any, Any]:
     return checkpoint, SimpleNamespace(bos_token_id=bos, eos_token_id=eos)
 
 
-def test_the_token_that_opens_a_text() -> None:
+def test_the_token_that_opens_a_text():
     assert opening_token(*names(5, 6)) == 5
     assert opening_token(*names(None, 6, bos_token_id=7)) == 7
     assert opening_token(*names(None, 6)) == 6
@@ -103,7 +102,7 @@ SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3}
 
 
 @pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "opt"])
-def test_one_seed_gives_one_model(checkpoint_folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
+def test_one_seed_gives_one_model(checkpoint_folder, tmp_path, name):
     model = checkpoint_folder(name)
     first = prune(model, tmp_path / "a", calibration="self", refit_samples=40, **SIZE)
     assert first.sparsity == pytest.approx(0.3, abs=0.01)
@@ -113,9 +112,7 @@ def test_one_seed_gives_one_model(checkpoint_folder: CheckpointFolder, tmp_path:
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_a_model_without_bos_and_eos_is_refused(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_model_without_bos_and_eos_is_refused(checkpoint_folder, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint_folder("gpt2"), folder)
     tokenizer = make_tokenizer()
@@ -128,14 +125,14 @@ def test_a_model_without_bos_and_eos_is_refused(
         prune(folder, tmp_path / "out", calibration="self", **SIZE)
 
 
-def test_a_model_that_does_not_fit(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_model_that_does_not_fit(checkpoint_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(self_calibration, "free_memory", lambda _: 200_000)
     monkeypatch.setattr(draw, "self_rows", lambda *_, **__: pytest.fail("the model was run"))
     with pytest.raises(SecateurError, match=r"the whole model must be in memory, .* GB are free; calibrate on a text"):
         prune(checkpoint_folder("llama"), tmp_path / "out", calibration="self", **SIZE)
 
 
-def test_damaged_weights_are_an_error(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_damaged_weights_are_an_error(checkpoint_folder, tmp_path):
     model = build("llama")
     model.lm_head.weight[0] = torch.nan
     model.save_pretrained(tmp_path / "model")
@@ -144,9 +141,7 @@ def test_damaged_weights_are_an_error(checkpoint_folder: CheckpointFolder, tmp_p
         written(tmp_path / "model")
 
 
-def test_a_survey_of_another_model_is_found_before_the_model_writes(
-    checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_survey_of_another_model_is_found_before_the_model_writes(checkpoint_folder, tmp_path, monkeypatch):
     survey = tmp_path / "survey.json"
     prune(checkpoint_folder("llama"), tmp_path / "a", calibration="self", survey=survey, **SIZE)
     prune(checkpoint_folder("llama"), tmp_path / "b", calibration="self", survey=survey, **SIZE)
