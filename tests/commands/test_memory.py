@@ -36,18 +36,14 @@ def test_the_bound_moves_activations_to_files(checkpoint_folder, tmp_path, monke
     assert len(made) > 20
     assert set(made) == {tmp_path / ".narrow.run"}
     assert bytes_of(tmp_path / "roomy") == bytes_of(tmp_path / "narrow")
-    with pytest.raises(
-        SecateurError, match=r"memory is .* GB, but the largest block of .* needs .* GB; allow that much"
-    ):
+    with pytest.raises(SecateurError, match=r"memory is .* GB, but the largest block of .* needs .* GB; allow that"):
         prune(checkpoint_folder("llama"), tmp_path / "less", **ASKED, memory=f"{least - 1} B")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["narrow", "roomy"]
 
 
 @pytest.mark.parametrize("wrong", ["", "lots", "8 parsecs", "-1GB", "8%GB"])
 def test_an_invalid_amount_of_memory_is_refused(wrong):
-    with pytest.raises(
-        SecateurError, match=r"memory is .*; write an amount such as 8GB, or 50% for half of the free memory"
-    ):
+    with pytest.raises(SecateurError, match=r"memory is .*; write an amount such as 8GB, or 50% for half of the free"):
         amounts.parse_memory(wrong)
 
 

@@ -146,10 +146,7 @@ WRONG = {
     "of another block": ({"block": 0, "experts": [0, 1, 2]}, "block 0 has no experts; list its heads and channels"),
     "a width too narrow": ({"block": 1, "width": numbers(2, 20)}, "2 experts are not possible; use 3 to 8"),
     "no channels": ({"block": 1, "width": numbers(8, 0)}, "0 channels in each are not possible; use 1 to 20"),
-    "channels of which no kernel is": (
-        {"block": 1, "width": numbers(8, 13)},
-        "kernels of experts need a number of channels that is a multiple of 8, not 13",
-    ),
+    "channels of which no kernel is": ({"block": 1, "width": numbers(8, 13)}, "a multiple of 8, not 13"),
     "channels of an expert that goes": (
         {"block": 1, "experts": [0, 1, 2], "channels": [*range(8), *range(20, 28), *range(60, 68)]},
         "channels: 60 belongs to expert 3, which is not kept; remove it",
@@ -178,9 +175,7 @@ def test_a_wrong_plan_is_refused(tmp_path, checkpoint_folder, case):
 def test_groups_of_experts_stay_equally_large(tmp_path, checkpoint_folder):
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"blocks": [{"block": 1, "experts": [0, 1, 2, 4]}]}))
-    with pytest.raises(
-        SecateurError, match=r"experts: each group of experts must keep the same number of experts \(group 0 keeps 3"
-    ):
+    with pytest.raises(SecateurError, match=r"must keep the same number of experts \(group 0 keeps 3"):
         prune(checkpoint_folder("glm4_moe groups"), tmp_path / "out", plan=str(file), **SMALL)
 
 

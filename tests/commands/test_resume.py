@@ -192,9 +192,7 @@ def test_a_resume_with_another_text_is_refused(tmp_path, checkpoint_folder, monk
     with pytest.raises(KeyboardInterrupt):
         prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=Stopping())
     text.write_text(" ".join(f"w{number % 39}" for number in range(2000)))
-    with pytest.raises(
-        SecateurError, match=r"text.txt: the rows of this text differ .* restore the text, or add --restart"
-    ):
+    with pytest.raises(SecateurError, match=r"text.txt: the rows of this text differ .*, or add --restart"):
         prune(checkpoint_folder("llama"), tmp_path / "out", **asked)
     prune(checkpoint_folder("llama"), tmp_path / "out", **asked, restart=True)
 
@@ -253,9 +251,7 @@ def test_a_full_disk_stops_the_run_in_one_line(tmp_path, checkpoint_folder, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(
-        SecateurError, match=r"\.out\.run: the disk is full and cannot hold the activations; free space"
-    ):
+    with pytest.raises(SecateurError, match=r"\.out\.run: the disk is full and cannot hold the activations; free"):
         prune(checkpoint_folder("llama"), tmp_path / "out", **ASKED)
     assert list(tmp_path.iterdir()) == []
 

@@ -91,9 +91,7 @@ def test_an_unknown_option_is_refused(tmp_path, checkpoint_folder):
     ("given", "beside"), [((Options(),), {"sparsity": 0.3}), ((None, RunOptions()), {"device": "cpu"})]
 )
 def test_settings_together_with_their_object_are_refused(given, beside, tmp_path, checkpoint_folder):
-    with pytest.raises(
-        TypeError, match=f"{next(iter(beside))} is given together with (Options|RunOptions); set it in that"
-    ):
+    with pytest.raises(TypeError, match=f"{next(iter(beside))} is given together with (Options|RunOptions); set it in"):
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", *given, **beside)
 
 

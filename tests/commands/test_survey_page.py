@@ -235,10 +235,7 @@ def test_the_page_omits_sparsities_out_of_reach(place, run):
         ("model --out missing/out", "missing does not exist; create it first"),
         ("model --out model", "model: this is the folder of MODEL"),
         ("model --out full", "full: exists and is not empty; choose another name or add --over"),
-        (
-            "model --out full --overwrite",
-            "full: not overwritten, because it contains other files (thesis.tex); choose another",
-        ),
+        ("model --out full --overwrite", "full: not overwritten, because it contains other files (thesis.tex); choose"),
         ("model --out other --overwrite", "other: not overwritten, because it contains other files (config.json,"),
         ("model --samples 0", "samples is 0; it must be at least 1"),
         ("model --modules nonsense", "modules is 'nonsense'; give one or more of heads, channels, experts"),

@@ -480,10 +480,7 @@ WRONG = [
     ("compare model grid.yaml --out out --length 65", "length is 65, but the model has 64 positions: choose a smaller"),
     ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
     ("compare model grid.yaml --out out --calibration gone.txt", "gone.txt does not exist: check the path of the text"),
-    (
-        "compare model grid.yaml --out out --perplexity a=text.txt --perplexity a=text.txt",
-        "two texts are called a; give them different names, NAME=TEXT",
-    ),
+    ("compare model grid.yaml --out out --perplexity a=text.txt --perplexity a=text.txt", "two texts are called a;"),
     ("compare model grid.yaml --out out --tasks a=piqa,a=boolq", "two tasks are called a; give them different names"),
     ("compare model grid.yaml --out out --perplexity gone.txt", "gone.txt does not exist: check the path of the text"),
     ("compare model grid.yaml --out out --perplexity random", "random token ids cannot be scored; name a text file or"),

@@ -148,10 +148,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"grid": {"seed": ["one"]}}, "grid.seed.0 is 'one': input should be a valid integer"),
     ({"grid": {"sparsity": [0.2, 2]}}, "runs.a: sparsity is 2.0; it must lie between 0 and 1"),
     ({"grid": {"criterion": ["l1"]}}, "runs.a.criterion: the grid gives it too; leave one of them out"),
-    (
-        {"runs": {"c": {"criterion": "best"}}},
-        "runs.c: criterion is 'best'; it must be one of surgeon, flap-wifv, flap-ifv, flap-wifn",
-    ),
+    ({"runs": {"c": {"criterion": "best"}}}, "runs.c: criterion is 'best'; it must be one of surgeon, flap-wifv,"),
     ({"runs": {}, "grid": {"criterion": ["l1", "best"]}}, "grid: criterion is 'best'; it must be one of surgeon"),
     ({"runs": {"c": {"critrion": "l1"}}}, "runs.c.critrion: no such option; there are sparsity, target, plan, widths"),
     ({"runs": {"c": {"format": "gguf"}}}, "runs.c: transformers scores the runs; use the format hf or stock"),
@@ -166,10 +163,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"retrain": {"a": {"rank": "4"}}}, "retrain.a.rank is '4': input should be a valid integer"),
     ({"retrain": {"a": {"rank": -1}}}, "retrain.a: rank is -1; it must be at least 0"),
     ({"retrain": {"b": {}}}, "retrain.b: calibration is 'random', but random"),
-    (
-        {"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}},
-        "retrain.c: calibration is 'self', but retraining",
-    ),
+    ({"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}}, "retrain.c: calibration is 'self', but"),
     ({"tau": 0.2}, "tau: only a recipe of the kind graph has it; to prune with it, set it in a run"),
     ({"kind": "graph", "runs": {}, "grid": {}}, "tau is None; a recipe of the kind graph needs one above 0"),
     ({"kind": "graph", "tau": 0.7, "runs": {}, "grid": {}}, "tau is 0.7; a recipe of the kind graph needs one above"),

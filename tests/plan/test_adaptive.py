@@ -295,9 +295,7 @@ def test_gguf_output_equals_the_export_of_a_folder(tmp_path, letters, type, wish
 
 def test_gguf_output_with_one_width(tmp_path, letters):
     model = letters("gpt2")
-    with pytest.raises(
-        SecateurError, match="gpt2 has one width for all blocks, so prune all of them with uniform widths"
-    ):
+    with pytest.raises(SecateurError, match="gpt2 has one width for all blocks, so prune all of them with uniform"):
         prune(model, tmp_path / "out.gguf", format="gguf", **SMALL)
     settings: dict[str, Any] = {"format": "gguf", "widths": "uniform", "modules": ("channels",)}
     summary = prune(model, tmp_path / "out.gguf", **settings, **SMALL)

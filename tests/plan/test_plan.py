@@ -218,9 +218,7 @@ def test_no_plan_has_a_width_that_the_format_cannot_hold(make_problem):
         assert all(held(width) is None for width in found.widths.values())
     free = plan(make_problem(0.5), "adaptive", survey_of(problem.blocks))
     assert any(held(width) for width in free.widths.values())
-    with pytest.raises(
-        SecateurError, match=r"is out of reach: at most \d\d\.\d% of the blocks' parameters can be removed; too narrow"
-    ):
+    with pytest.raises(SecateurError, match=r"is out of reach: at most \d\d\.\d% .* can be removed; too narrow"):
         check_reachable(replace(problem, target=0.9))
     refused = replace(problem, unsupported_reason=lambda _: "nothing fits")
     for check in (check_reachable, uniform_plans):

@@ -117,9 +117,7 @@ def test_the_smallest_cut_is_tried_if_all_are_too_expensive(problem):
 
 def test_a_ratio_that_no_plan_reaches_is_an_error(problem):
     loss = Loss(lambda price: 4 + price)
-    with pytest.raises(
-        SecateurError, match=r"target ppl=1.2x: the best .* has 4\.\d+x the dense .*; allow more than that"
-    ):
+    with pytest.raises(SecateurError, match=r"target ppl=1.2x: the best .* has 4\.\d+x the dense .*; allow more than"):
         smallest_within(problem, "adaptive", SURVEY, 1.2, loss)
     assert 1 <= len(loss.seen) <= MAX_ATTEMPTS
 
