@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from command_line import no_work, place, run  # noqa: F401
 
-from models import ROWS, save
+from models import ROWS, make_letters, save
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers share the cores, and so do the processes that tests start.
@@ -27,6 +28,7 @@ collect_ignore = ["serving", "older", "larger", "engines"]
 """Folders with Makefile targets of their own: `test-vllm`, `test-transformers4`, `test-larger`, `test-engines`."""
 
 CheckpointFolder = Callable[[str], Path]
+CallsOf = Callable[[Any, str], list[tuple[Any, ...]]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,12 +70,41 @@ def _more_rows(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFolder:
     """Return a function from the name of a row to its checkpoint folder, which tests must not change."""
-    saved: dict[str, Path] = {}
 
+    @cache
     def folder(name: str) -> Path:
-        if name not in saved:
-            saved[name] = save(name, tmp_path_factory.mktemp("dense") / name.replace(" ", "-"))
-        return saved[name]
+        return save(name, tmp_path_factory.mktemp("dense") / name.replace(" ", "-"))
+
+    return folder
+
+
+@pytest.fixture
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> CallsOf:
+    """Return a function that makes a function of a module note its calls, and returns the list of their arguments."""
+
+    def watched(owner: Any, name: str) -> list[tuple[Any, ...]]:
+        calls: list[tuple[Any, ...]] = []
+        function = getattr(owner, name)
+
+        def called(*given: Any, **named: Any) -> Any:
+            calls.append((*given, named))
+            return function(*given, **named)
+
+        monkeypatch.setattr(owner, name, called)
+        return calls
+
+    return watched
+
+
+@pytest.fixture(scope="session")
+def letters_folder(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> CheckpointFolder:
+    """Return a function like `checkpoint_folder`, whose models have a tokenizer that a GGUF file can hold."""
+
+    @cache
+    def folder(name: str) -> Path:
+        path = shutil.copytree(checkpoint_folder(name), tmp_path_factory.mktemp("letters") / name.replace(" ", "-"))
+        make_letters().save_pretrained(path)
+        return path
 
     return folder
 

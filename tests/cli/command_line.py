@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import sys
@@ -95,12 +94,6 @@ def refused(result: Result, message: str) -> None:
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1, result.err
     assert message in result.err
-
-
-def read_record(place: Path, name: str = "out") -> dict[str, Any]:
-    """Return the secateur.json of a pruned folder."""
-    record: dict[str, Any] = json.loads((place / name / "secateur.json").read_text())
-    return record
 
 
 def remove_tokenizer(folder: Path) -> None:

@@ -10,21 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import SMALL, TEXT, listing, read_record, refused
+from command_line import SMALL, TEXT, listing, refused
 
 from conftest import CheckpointFolder
+from outputs import record_of
 from secateur.commands import prune
 
 FILES: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", "empty.txt is empty: give some text"),
-    "blank.txt": (b"\n \n", "blank.txt holds no text: give some"),
     "short.txt": (b"w1 w2", "short.txt: too short, it has 2 tokens, but 4 rows of 16 tokens need 64"),
-    "binary.txt": (b"MZ\x90\0\3", "binary.txt is not text: a NUL at byte 3; give UTF-8 text"),
     "latin.txt": (b"caf\xe9 w1", "latin.txt is not UTF-8: invalid byte at 3; convert it to UTF-8"),
-    "bad.jsonl": (b'{"text": "w1"}\n\n{"text": ', "bad.jsonl line 3 is not JSON"),
-    "key.jsonl": (b'{"content": "w1"}', "key.jsonl line 1 has neither text nor messages: add one of these keys"),
     "chat.jsonl": (b'{"messages": [{"role": "user", "content": "w1"}]}', "line 1: messages need a tokenizer with a"),
-    "table.csv": (b"a,b", "table.csv has an unknown extension"),
 }
 
 
@@ -123,7 +119,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Checkpoint
         (place / f"{name}.json").write_text(json.dumps({**found, key: entries}))
     found["curves"][0]["energy"] = float("nan")
     (place / "energy.json").write_text(json.dumps(found))
-    plan = read_record(place, "uniform")
+    plan = record_of(place / "uniform")
     (place / "typo.json").write_text(json.dumps({"blocks": [{"block": 0, "head": [0, 1], "channels": [1]}]}))
     (place / "other.json").write_text(
         json.dumps({"blocks": [{**plan["blocks"][0], "width": {"kv_groups": 3, "heads_per_group": 2, "channels": 7}}]})

@@ -76,10 +76,6 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
     ),
     "nested config": (lambda f, _: (f / "config.json").write_text("[" * 10**6), "nested too deeply for a config"),
     "whole numbers": (whole_numbers, "up_proj.weight holds torch.int8: integers instead of weights; use an unq"),
-    "only .bin": (
-        lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "only pickled weights (.bin), which are not opened because they can run code; use a revision with safetensors",
-    ),
     "no tokenizer": (lambda f, _: remove_tokenizer(f), "model: no tokenizer files; copy the model's into the folder"),
     "broken tokenizer": (lambda f, _: (f / "tokenizer.json").write_text("{"), "model: the tokenizer does not load"),
     "unknown": (other_family("ctrl"), "model type 'ctrl' is not supported; secateur families prints those that are"),

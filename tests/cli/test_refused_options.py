@@ -40,7 +40,6 @@ OPTIONS: list[tuple[str, str]] = [
     ("--seed -1", "seed is -1; it must lie between 0 and"),
     ("--seed 99999999999", "it must lie between 0 and"),
     ("--ridge -1", "ridge is -1.0; it must lie between 0 and 1,000,000, for example 0.3"),
-    ("--effort most", "effort is 'most'; it must be one of quick, normal, best"),
     ("--ridge 1e39", "ridge is 1e+39; it must lie between 0 and 1,000,000, for example 0.3"),
     ("--round 96 --modules channels --widths uniform", "--round 96 leaves nothing to remove: the model has 72"),
     ("--criterion best", "must be one of surgeon, flap-wifv, flap-ifv, flap-wifn, l1, l2, llm-pruner-vector,"),
@@ -135,6 +134,13 @@ ARGUMENTS = [
     ("plan model --out model", "model: a folder with this name exists; choose another name"),
     ("plan model --out text.txt", "text.txt: exists; choose another name or add --overwrite"),
     ("survey model --out page --criterion similarity", "a survey needs a criterion that gives every unit a score"),
+    ("survey model --sparsity 0.5", "--sparsity"),
+    ("survey nowhere/at/all", "nowhere/at/all: does not exist; name a folder"),
+    ("survey model --out text.txt", "text.txt: a file with this name exists; choose another name"),
+    ("survey model --out missing/out", "missing does not exist; create it first"),
+    ("survey model --out model", "model: this is the folder of MODEL"),
+    ("survey model --out full", "full: exists and is not empty; choose another name or add --over"),
+    ("survey model --out full --overwrite", "full: not overwritten, because it contains other files (thesis.tex); "),
     ("sizes model", "Missing option '--out'; see secateur sizes --help"),
     ("sizes nowhere/at/all --out sizes", "nowhere/at/all: does not exist"),
     ("sizes model --out sizes --sparsities .1,x", "--sparsities is '.1,x'; write fractions separated by commas, for"),
@@ -183,6 +189,8 @@ def test_wrong_arguments_are_refused_before_any_work(arguments, message, place, 
     from secateur.measure import evaluation
 
     monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
+    (place / "full").mkdir()
+    (place / "full" / "thesis.tex").write_text("years of work")
     before = listing(place)
     refused(run(*arguments.split()), message)
     assert listing(place) == before

@@ -9,10 +9,11 @@ import sys
 
 import pytest
 import torch
-from command_line import SMALL, TEXT, listing, read_record, refused, remove_tokenizer
+from command_line import SMALL, TEXT, listing, refused, remove_tokenizer
 from safetensors.torch import load_file
 
 from models import make_letters, make_tokenizer
+from outputs import record_of, weights_of
 from secateur.cli import bars
 from secateur.families.registry import FAMILIES
 
@@ -57,15 +58,10 @@ def test_a_dry_run_writes_nothing(place, run, no_work):
     assert listing(place) == before
 
 
-def test_widths_are_rounded_to_the_multiple(place, run):
-    assert run("prune", "model", "rounded", *SMALL, "--round", "8").code == 0
-    assert read_record(place, "rounded")["blocks"][0]["width"]["channels"] % 8 == 0
-
-
 def test_a_sparsity_that_is_not_reached_is_noted(place, run):
     result = run("prune", "model", "out", *SMALL, "--modules", "heads", "--sparsity", "0.2")
     assert result.code == 0
-    record = read_record(place)["sparsity"]
+    record = record_of(place / "out")["sparsity"]
     assert abs(record["reached"] - record["wanted"]) > 0.005
     assert record["note"] in result.out
     assert "Note: " in result.out
@@ -85,9 +81,9 @@ def test_weights_are_written_in_the_dtype(place, run):
 def test_overwrite_replaces_a_model(place, run):
     assert run("prune", "model", "out", *SMALL, "--criterion", "l1").code == 0
     refused(run("prune", "model", "out", *SMALL), "exists and is not empty")
-    assert read_record(place)["options"]["criterion"] == "l1"
+    assert record_of(place / "out")["options"]["criterion"] == "l1"
     assert run("prune", "model", "out", *SMALL, "--criterion", "l2", "--overwrite").code == 0
-    assert read_record(place)["options"]["criterion"] == "l2"
+    assert record_of(place / "out")["options"]["criterion"] == "l2"
     assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out"}
 
 
@@ -95,14 +91,14 @@ def test_plan_and_prune_agree_on_similar_heads(place, run):
     arguments = [*SMALL, "--criterion", "similarity", "--tau"]
     result = run("prune", "model", "out", *arguments, "0.15")
     assert result.code == 0, result
-    found = read_record(place)["similarity"]
+    found = record_of(place / "out")["similarity"]
     assert found["tau"] == 0.15
     assert f"Note: tau {found['tau']:.4g} finds " in result.out
     assert "of the attention's parameters" in " ".join(result.out.split())
     result = run("plan", "model", *arguments, str(found["tau"]), "--out", "plan.json")
     assert result.code == 0, result
     written = json.loads((place / "plan.json").read_text())["blocks"]
-    assert [block["heads"] for block in written] == [block["heads"] for block in read_record(place)["blocks"]]
+    assert [block["heads"] for block in written] == [block["heads"] for block in record_of(place / "out")["blocks"]]
 
 
 def test_file_pipe_and_jsonl_of_one_text_give_one_model(place, run, monkeypatch):
@@ -112,7 +108,7 @@ def test_file_pipe_and_jsonl_of_one_text_give_one_model(place, run, monkeypatch)
     weights = []
     for name, source in (("a", "text.txt"), ("b", "text.jsonl"), ("c", "-"), ("d", "random")):
         assert run("prune", "model", name, *SMALL, "--calibration", source, "--modules", "channels").code == 0
-        weights.append((place / name / "model.safetensors").read_bytes())
+        weights.append(weights_of(place / name))
     assert weights[0] == weights[1] == weights[2] != weights[3]
 
 
@@ -126,7 +122,7 @@ def test_random_ids_need_no_tokenizer(place, run):
 def test_bos_in_calibration_rows_is_reported(place, run):
     make_tokenizer(bos=True).save_pretrained(place / "model")
     assert "rows begin with BOS." in run("prune", "model", "out", *SMALL, "--modules", "channels").out
-    assert read_record(place)["calibration"]["begins_with_bos"]
+    assert record_of(place / "out")["calibration"]["begins_with_bos"]
     assert "rows begin with BOS." in run("eval", "out", "--perplexity", "text.txt", "--length", "16").out
 
 
@@ -145,9 +141,9 @@ def test_plan_prints_the_widths_that_prune_gives(place, run):
     assert "Written to plan.json; prune with --plan plan.json" in result.out
     assert run("prune", "model", "planned", *SMALL, "--plan", "plan.json").code == 0
     assert run("prune", "model", "direct", *SMALL, "--sparsity", "0.4", "--survey", "survey.json").code == 0
-    written = [(place / name / "model.safetensors").read_bytes() for name in ("planned", "direct")]
+    written = [weights_of(place / name) for name in ("planned", "direct")]
     assert written[0] == written[1]
-    for row, block in zip(rows, read_record(place, "direct")["blocks"], strict=True):
+    for row, block in zip(rows, record_of(place / "direct")["blocks"], strict=True):
         groups, heads, channels = (int(cell.split("/")[0]) for cell in row[1:4])
         assert (groups * heads, channels) == (len(block["heads"]), len(block["channels"]))
         assert groups == block["width"]["kv_groups"]
@@ -169,7 +165,7 @@ def test_sizes_writes_models_a_table_and_a_plot_and_resumes(place, run, monkeypa
     names = {"sparsity-0.2", "sparsity-0.5", "sizes.json", "sizes.png", "survey.json"}
     assert {file.name for file in (place / "sizes").iterdir()} == names
     # The same again makes nothing; after a loss only what is missing, to the byte.
-    written = (place / "sizes" / "sparsity-0.2" / "model.safetensors").read_bytes()
+    written = weights_of(place / "sizes" / "sparsity-0.2")
     stamps = [(place / "sizes" / f"sparsity-{share}").stat().st_mtime_ns for share in ("0.2", "0.5")]
     shutil.rmtree(place / "sizes" / "sparsity-0.2")
     again = run(*arguments)
@@ -178,7 +174,7 @@ def test_sizes_writes_models_a_table_and_a_plot_and_resumes(place, run, monkeypa
     assert "sizes/sparsity-0.5: already finished" in again.err
     assert (place / "sizes" / "sparsity-0.5").stat().st_mtime_ns == stamps[1]
     assert (place / "sizes" / "sparsity-0.2").stat().st_mtime_ns > stamps[0]
-    assert (place / "sizes" / "sparsity-0.2" / "model.safetensors").read_bytes() == written
+    assert weights_of(place / "sizes" / "sparsity-0.2") == written
     said = "error: sizes/sparsity-0.2: made with other options, other weights or another text; add --overwrite"
     other = run(*arguments, "--seed", "1")
     assert (other.code, other.err.splitlines()[-1]) == (2, f"{said} to replace it")
@@ -201,7 +197,7 @@ def test_retrain_reports_perplexity_before_and_after(place, run):
     assert result.out.startswith("Perplexity on held-out rows: ")
     assert "Retrain" in result.err
     assert "Retrain 2 of 2" in result.err
-    assert read_record(place)["retrained"][0]["steps"] == 2
+    assert record_of(place / "out")["retrained"][0]["steps"] == 2
 
 
 def test_prune_to_gguf_equals_prune_and_export(place, run):
@@ -269,7 +265,7 @@ def test_json_holds_the_results(place, run):
     assert (result.code, result.err) == (0, "")
     found = json.loads(result.out)
     assert found["out"] == "out"
-    record = json.loads((place / "out" / "secateur.json").read_text())
+    record = record_of(place / "out")
     assert found["parameters"] == record["sizes"]["parameters"]
     assert list(found["widths"].values()) == [block["width"] for block in record["blocks"]]
     assert run("families", "--json", "families.json").out

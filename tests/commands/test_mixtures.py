@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from models import blocks_of, build, config_of
+from outputs import Notes, record_of
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
 from secateur.commands.options import Options, RunOptions
 from secateur.commands.plan import propose
@@ -43,7 +43,7 @@ def test_a_record_with_experts_is_a_plan(tmp_path, checkpoint_folder):
         prune(model, tmp_path / out, plan=str(given), **SMALL)
     first, second = (tmp_path / out / "model.safetensors" for out in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
-    blocks = json.loads((tmp_path / "first" / "secateur.json").read_text())["blocks"]
+    blocks = record_of(tmp_path / "first")["blocks"]
     assert ["experts" in block for block in blocks] == [False, True, True]
     assert all(len(block["experts"]) == block["width"]["experts"] < 8 for block in blocks[1:])
     assert all("channels" not in block and block["width"]["expert_channels"] == 20 for block in blocks[1:])
@@ -60,7 +60,7 @@ def test_a_record_with_expert_channels_is_a_plan(tmp_path, checkpoint_folder):
         assert [(width.experts, width.channels) for width in found.pruned_widths()] == [(0, 72), (6, 8), (8, 16)]
     first, second = (tmp_path / out / "model.safetensors" for out in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
-    blocks = json.loads((tmp_path / "first" / "secateur.json").read_text())["blocks"]
+    blocks = record_of(tmp_path / "first")["blocks"]
     for block, each in zip(blocks, (8, 16), strict=True):
         owners = [unit // 20 for unit in block["channels"]]
         assert {expert: owners.count(expert) for expert in block["experts"]} == dict.fromkeys(block["experts"], each)
@@ -117,7 +117,7 @@ def test_a_record_with_channels_of_a_shared_expert_is_a_plan(tmp_path, checkpoin
     entry = {"block": 1, "experts": [0, 1, 2, 3], "channels": each + beside}
     file.write_text(json.dumps({"blocks": [entry]}))
     prune(model, tmp_path / "out", plan=str(file), recovery="none", **SMALL)
-    blocks = json.loads((tmp_path / "out" / "secateur.json").read_text())["blocks"]
+    blocks = record_of(tmp_path / "out")["blocks"]
     assert blocks[0]["channels"] == each + beside
     dense, found = (load_file(folder / "model.safetensors") for folder in (Path(model), tmp_path / "out"))
     name = "model.layers.1.mlp.shared_mlp.up_proj.weight"
@@ -224,14 +224,6 @@ def test_active_parameters_leave_out_other_experts(tmp_path, checkpoint_folder):
     assert active.total(found.widths) <= 0.9 * active.dense
 
 
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-
 @pytest.mark.parametrize("alike", [True, False])
 def test_dissimilar_experts_give_a_warning(tmp_path, checkpoint_folder, alike):
     """Without a warning if all experts are copies of one."""
@@ -256,7 +248,7 @@ def test_experts_with_few_tokens_are_not_refitted(tmp_path, checkpoint_folder, s
     model, notes = checkpoint_folder("qwen3_moe"), Notes()
     how = {"calibration": "random", "sparsity": 0.1, "modules": ("experts",), "effort": "quick"}
     prune(model, tmp_path / "out", samples=samples, length=length, watcher=notes, **how)
-    blocks = json.loads((tmp_path / "out" / "secateur.json").read_text())["blocks"]
+    blocks = record_of(tmp_path / "out")["blocks"]
     kept = sum(len(block["experts"]) for block in blocks)
     few = [(block["block"], expert) for block in blocks for expert in block["modules"][1]["unfitted"]]
     assert 0 < len(few) <= kept

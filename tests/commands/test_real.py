@@ -1,7 +1,6 @@
 """A real pretrained model through the whole command: SmolLM2-135M-Instruct out of its package's GGUF file."""
 
 import importlib.util
-import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from outputs import record_of
 from secateur import consecutive_rows, open_checkpoint, perplexity, prune
 from secateur.measure.loading import load
 
@@ -66,7 +66,7 @@ def test_perplexity(model, text, pruned):
 
 
 def test_record_and_files(model, pruned):
-    record = json.loads((pruned["refit"] / "secateur.json").read_text())
+    record = record_of(pruned["refit"])
     assert abs(record["sparsity"]["reached"] - 0.25) < 0.005
     assert [block["block"] for block in record["blocks"]] == list(range(30))
     assert {len(block["channels"]) for block in record["blocks"]} == {1024}

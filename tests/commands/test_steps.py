@@ -1,18 +1,17 @@
-"""The six public steps, `prune` and the command line write the same bytes, for all kinds of options."""
+"""The six public steps and the command line, which calls `prune`, write the same bytes for all kinds of options."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from lives import bytes_of
 
 import secateur
 from models import token_rows
-from secateur import cli
+from outputs import record_of
 from secateur.base.options import option_specs
 from secateur.commands import options, prune
 from secateur.commands.options import EFFORTS, Options, RunOptions
@@ -28,33 +27,24 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return the contents of all files of a folder except the timings."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "timings.json"}
-
-
 @pytest.mark.parametrize("case", ASKED)
-def test_steps_function_and_command_write_the_same_bytes(case, tmp_path, checkpoint_folder, monkeypatch):
+def test_steps_and_command_write_the_same_bytes(case, tmp_path, checkpoint_folder, run):
     name, asked = ASKED[case]
     model, text = checkpoint_folder(name), tmp_path / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 2000)[0].tolist()))
     asked = {"calibration": str(text), "samples": 8, "length": 16} | asked
-    run = secateur.open_model(model, **asked)
-    rows = secateur.draw_rows(run)
-    findings = secateur.survey_model(run, rows)
-    plan = secateur.plan_widths(run, rows, findings)
-    blocks = secateur.fit_blocks(run, rows, plan)
-    summary = secateur.write_model(run, rows, plan, blocks, tmp_path / "steps")
-    assert secateur.prune(model, tmp_path / "function", **asked).widths == summary.widths
+    opened = secateur.open_model(model, **asked)
+    rows = secateur.draw_rows(opened)
+    findings = secateur.survey_model(opened, rows)
+    plan = secateur.plan_widths(opened, rows, findings)
+    blocks = secateur.fit_blocks(opened, rows, plan)
+    summary = secateur.write_model(opened, rows, plan, blocks, tmp_path / "steps")
     words = [f"--{key.replace('_', '-')}={value}" for key, value in asked.items()]
-    monkeypatch.setattr(sys, "argv", ["secateur", "prune", str(model), str(tmp_path / "command"), *words])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0
-    written = [contents(tmp_path / name) for name in ("steps", "function", "command")]
-    assert written[0] == written[1] == written[2]
+    done = run("prune", str(model), str(tmp_path / "command"), *words, "--json", "-", "--quiet")
+    assert list(json.loads(done.out)["widths"].values()) == [dict(width) for width in summary.widths.values()]
+    assert bytes_of(tmp_path / "steps") == bytes_of(tmp_path / "command")
     # What was asked for stands in the record by the names of the declaration.
-    assert json.loads(written[0]["secateur.json"])["options"].keys() == option_specs(Options).keys()
+    assert record_of(tmp_path / "steps")["options"].keys() == option_specs(Options).keys()
 
 
 def test_prune_calls_the_six_steps_in_order():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import CheckpointFolder
 from models import blocks_of, build, wide
+from outputs import record_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands import survey as survey_page
@@ -161,25 +161,12 @@ def test_nothing_in_the_data_ends_the_script(found):
 # The command.
 
 
-@pytest.fixture
-def surveyed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the surveys that are measured."""
-    calls: list[int] = []
-    measure = survey_model.survey
-
-    def counted(*args: Any, **kwargs: Any) -> Survey:
-        calls.append(1)
-        return measure(*args, **kwargs)
-
-    monkeypatch.setattr(survey_model, "survey", counted)
-    return calls
-
-
 @pytest.mark.parametrize(
     "options",
     [[], ["--modules", "channels", "--blocks", "1:3"], ["--criterion", "wanda", "--ridge", "0.5", "--seed", "3"]],
 )
-def test_prune_reads_the_survey_file(options, place, run, surveyed_once):
+def test_prune_reads_the_survey_file(options, place, run, calls_of):
+    surveys = calls_of(survey_model, "survey")
     result = run("survey", "model", *SMALL, *options)
     assert result.code == 0, result
     assert sorted(file.name for file in (place / "survey").iterdir()) == ["survey.html", "survey.json"]
@@ -191,8 +178,8 @@ def test_prune_reads_the_survey_file(options, place, run, surveyed_once):
     line = next(line for line in result.out.splitlines() if line.startswith("Prune from this survey: "))
     assert data["line"] == line.removeprefix("Prune from this survey: ")
     assert run(*data["line"].split()[1:]).code == 0
-    assert len(surveyed_once) == 1, "the survey was made again"
-    record = json.loads((place / "OUT" / "secateur.json").read_text())
+    assert len(surveys) == 1, "the survey was made again"
+    record = record_of(place / "OUT")
     shown = next(one for one in data["plans"] if one["share"] == 0.25)
     for block in record["blocks"]:
         width = block["width"]
@@ -225,34 +212,6 @@ def test_the_page_omits_sparsities_out_of_reach(place, run):
     refused(
         run("prune", "model", "OUT", *SMALL, "--modules", "heads", "--sparsity", f"{most + 0.05}"), "is out of reach"
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("nowhere/at/all", "nowhere/at/all: does not exist; name a folder"),
-        ("model --out text.txt", "text.txt: a file with this name exists; choose another name"),
-        ("model --out missing/out", "missing does not exist; create it first"),
-        ("model --out model", "model: this is the folder of MODEL"),
-        ("model --out full", "full: exists and is not empty; choose another name or add --over"),
-        ("model --out full --overwrite", "full: not overwritten, because it contains other files (thesis.tex); choose"),
-        ("model --out other --overwrite", "other: not overwritten, because it contains other files (config.json,"),
-        ("model --samples 0", "samples is 0; it must be at least 1"),
-        ("model --modules nonsense", "modules is 'nonsense'; give one or more of heads, channels, experts"),
-        ("model --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
-        ("model --criterion best", "criterion is 'best'; it must be one of"),
-        ("model --calibration missing.txt", "missing.txt does not exist: check the path of the text"),
-        ("model --sparsity 0.5", "--sparsity"),
-    ],
-)
-def test_a_wrong_argument_is_refused(options, message, place, run, monkeypatch):
-    monkeypatch.setattr(survey_page, "survey_model", lambda *_: pytest.fail("a mistake was found after long work"))
-    shutil.copytree(place / "model", place / "other")
-    (place / "full").mkdir()
-    (place / "full" / "thesis.tex").write_text("years of work")
-    before = listing(place)
-    refused(run("survey", *options.split()[:1], *SMALL, *options.split()[1:]), message)
-    assert listing(place) == before
 
 
 def test_overwrite_is_needed_to_replace_a_survey(place, run):

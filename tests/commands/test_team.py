@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from conftest import CheckpointFolder
 from models import token_rows
+from outputs import record_of
 from secateur import SecateurError
 from secateur.base.launcher import ProcessPlace, process_place
 from secateur.base.memory import available_bytes
@@ -66,7 +67,7 @@ def together() -> Iterator[Together]:
 
 def assert_alike(out: Path, other: Path) -> None:
     """Assert that two pruned models keep the same units and have the same weights up to rounding."""
-    records = [json.loads((path / "secateur.json").read_text()) for path in (out, other)]
+    records = [record_of(path) for path in (out, other)]
     kept = [[[block.get(kind) for kind in KINDS] for block in one["blocks"]] for one in records]
     assert kept[0] == kept[1]
     found, wanted = (load_file(path / "model.safetensors") for path in (out, other))

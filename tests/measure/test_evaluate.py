@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from models import make_letters
+from outputs import Notes
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
@@ -295,19 +296,14 @@ def test_two_models_are_compared(checkpoint_folder, text):
 
 def test_different_tokenizers_get_a_note(checkpoint_folder, text, tmp_path):
     """Perplexities per token of different tokenizers do not compare; with one tokenizer there is no note."""
-
-    class Notes(Silent):
-        def note(self, text: str) -> None:
-            said.append(text)
-
-    said: list[str] = []
+    notes = Notes()
     folder, other = str(checkpoint_folder("llama")), tmp_path / "other"
-    evaluate(folder, against=folder, texts=[text], length=20, watcher=Notes())
-    assert said == []
+    evaluate(folder, against=folder, texts=[text], length=20, watcher=notes)
+    assert notes.said == []
     shutil.copytree(folder, other)
     make_letters().save_pretrained(other)
-    evaluate(folder, against=str(other), texts=[text], length=20, watcher=Notes())
-    assert said == [
+    evaluate(folder, against=str(other), texts=[text], length=20, watcher=notes)
+    assert notes.said == [
         "The two models tokenise texts differently: their perplexities are per token, so they cannot be compared; "
         "their bits per byte can"
     ]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import TEXT, listing, refused
+from command_line import TEXT, Run, listing, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -39,7 +39,6 @@ from secateur.paper.run_store import RunStore
 from secateur.retraining.retrain import retrain
 from secateur.survey.head_distances import head_distances
 from secateur.text import calibration, draw
-from secateur.text.resample import resample_tokens
 
 GRID: dict[str, Any] = {
     "title": "Small",
@@ -58,18 +57,34 @@ def grid(place: Path) -> Path:
     return place
 
 
+COMPARE = ("compare", "model", "grid.yaml", "--out", "out")
+
+
+@pytest.fixture(scope="module")
+def place_of_whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole") / "out"
+
+
 @pytest.fixture
-def prunings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The options of each pruning."""
-    made: list[Any] = []
-    prune_run = compare_step.prune_run
+def whole(grid: Path, run: Run, place_of_whole: Path) -> Path:
+    """The output of the recipe, which is made once for all tests."""
+    if not place_of_whole.exists():
+        assert run(*COMPARE).code == 0
+        (grid / "out").rename(place_of_whole)
+    return place_of_whole
 
-    def counted(opened: Any, *given: Any, **more: Any) -> Any:
-        made.append(opened.options)
-        return prune_run(opened, *given, **more)
 
-    monkeypatch.setattr(compare_step, "prune_run", counted)
-    return made
+@pytest.fixture
+def out(grid: Path, whole: Path) -> Path:
+    """A copy of this output in the working folder."""
+    return shutil.copytree(whole, grid / "out")
+
+
+def forget(out: Path, option: str, value: Any) -> None:
+    """Delete the results of the runs that have a value of an option."""
+    for file in (out / "runs").iterdir():
+        if json.loads(file.read_text())["decided_by"].get("options", {}).get(option) == value:
+            file.unlink()
 
 
 def tables(out: Path) -> tuple[str, str, Any, bytes]:
@@ -88,22 +103,16 @@ def test_a_mean_lies_within_its_spread(value, count):
     assert Spread((1.0, 2.0, 6.0)).mean == 3.0
 
 
-def test_figures_are_those_of_prune_and_eval(grid, run):
-    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+def test_figures_are_those_of_prune_and_eval(grid, run, out):
     # A table tells the name of the text, and not where it lay.
     text = str(grid / "text.txt")
     assert run("compare", "model", "grid.yaml", "--out", "elsewhere", "--calibration", text, "--seeds", "0").code == 0
     said = (grid / "elsewhere" / "table.md").read_text()
     assert "calibration text.txt, samples 4" in said
     assert str(grid) not in said
-    found = json.loads((grid / "out" / "table.json").read_text())
+    found = json.loads((out / "table.json").read_text())
     rows = {row["row"]: row for row in found["rows"]}
     assert list(rows) == ["dense", *(f"{label}, sparsity {share}" for label in ("wanda", "L2") for share in (0.2, 0.4))]
-
-    def score(folder: str) -> float:
-        result = evaluate(folder, texts=["held.txt"], length=16, tokens=160)
-        return result.models[0].texts["held.txt"].perplexity
-
     assert rows["dense"]["figures"]["held.txt"]["values"] == [score("model")]
     for label, options in GRID["runs"].items():
         values = []
@@ -118,13 +127,13 @@ def test_figures_are_those_of_prune_and_eval(grid, run):
         assert figures["mean"] == pytest.approx(sum(values) / 2)
         assert row["sparsity"] == pytest.approx(summary.sparsity, abs=0.02)
         assert len(row["seconds"]) == 2
-    with (grid / "out" / "table.csv").open() as file:
+    with (out / "table.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["row"] for line in lines] == list(rows)
     assert float(lines[-1]["held.txt most"]) == rows["L2, sparsity 0.4"]["figures"]["held.txt"]["most"]
     assert "seconds" not in lines[0]
     # No weights stay, and nothing lies around.
-    assert {file.name for file in (grid / "out").iterdir()} == {
+    assert {file.name for file in out.iterdir()} == {
         *("table.md", "table.csv", "table.json", "sparsity.png", "runs", "surveys", ".lock")
     }
 
@@ -145,89 +154,69 @@ def test_tasks_are_scored_in_percent(grid, run):
     assert figures["average"]["mean"] == pytest.approx((figures["piqa"]["mean"] + figures["other"]["mean"]) / 2)
 
 
-def test_shared_work_is_done_once(grid, run, monkeypatch):
-    surveys, reads = [], []
-    survey, read = survey_model.survey, calibration.read_documents
-    monkeypatch.setattr(
-        survey_model, "survey", lambda *a, **k: surveys.append(k["criterion"].choice.text) or survey(*a, **k)
-    )
-    monkeypatch.setattr(calibration, "read_documents", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
-    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
-    # One for each criterion and seed, whatever the sparsity.
-    assert sorted(surveys) == ["l2", "l2", "wanda", "wanda"]
-    assert sorted(reads) == ["held.txt", "text.txt"]
+def test_shared_work_is_done_once(grid, run, calls_of):
+    surveys, reads = calls_of(survey_model, "survey"), calls_of(calibration, "read_documents")
+    assert run(*COMPARE, "--seeds", "0").code == 0
+    # One for each criterion, whatever the sparsity.
+    assert sorted(named["criterion"].choice.text for *_, named in surveys) == ["l2", "wanda"]
+    assert sorted(source for source, *_ in reads) == ["held.txt", "text.txt"]
 
 
-def test_only_missing_runs_are_executed(grid, run, prunings):
-    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
-    before = tables(grid / "out")
-    assert len(prunings) == 8
-    result = run("compare", "model", "grid.yaml", "--out", "out")
-    assert (result.code, len(prunings)) == (0, 8)
+def test_only_missing_runs_are_executed(grid, run, whole, out, calls_of):
+    prunings = calls_of(compare_step, "prune_run")
+    result = run(*COMPARE)
+    assert (result.code, len(prunings)) == (0, 0)
     assert "9 of 9 runs are in out already" in result.err
-    for file in (grid / "out" / "runs").iterdir():
-        if json.loads(file.read_text())["decided_by"].get("options", {}).get("sparsity") == 0.4:
-            file.unlink()
-    shutil.rmtree(grid / "out" / "surveys")
-    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
-    assert [options.sparsity for options in prunings[8:]] == [0.4] * 4
-    assert tables(grid / "out") == before
+    forget(out, "sparsity", 0.4)
+    shutil.rmtree(out / "surveys")
+    assert run(*COMPARE).code == 0
+    assert [opened.options.sparsity for opened, *_ in prunings] == [0.4] * 4
+    assert tables(out) == tables(whole)
     # One more point of the grid is all that is new; another text makes all runs others.
     (grid / "grid.yaml").write_text(
         yaml.safe_dump(GRID | {"grid": {"sparsity": [0.2, 0.4], "seed": [0, 1, 2]}}, sort_keys=False)
     )
-    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
-    assert [options.seed for options in prunings[12:]] == [2] * 4
+    assert run(*COMPARE).code == 0
+    assert [opened.options.seed for opened, *_ in prunings[4:]] == [2] * 4
     (grid / "text.txt").write_text(TEXT[::-1].replace("w", " w"))
-    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
-    assert len(prunings) == 16 + 12
+    assert run(*COMPARE, "--seeds", "0").code == 0
+    assert len(prunings) == 8 + 4
 
 
-def test_an_interrupt_leaves_what_is_finished(grid, run, monkeypatch):
-    assert run("compare", "model", "grid.yaml", "--out", "whole").code == 0
-    with monkeypatch.context() as patch:
-        prune_run, made = compare_step.prune_run, []
-
-        def until(*given: Any, **more: Any) -> Any:
-            if len(made) == 3:
-                raise KeyboardInterrupt
-            made.append(1)
-            return prune_run(*given, **more)
-
-        patch.setattr(compare_step, "prune_run", until)
-        result = run("compare", "model", "grid.yaml", "--out", "out")
-    assert result.code == 130
-    last = result.err.splitlines()[-1]
-    assert last == "interrupted: finished runs are in out; run the same command to resume"
-    assert "So far 4 of 9 runs." in (grid / "out" / "table.md").read_text()
-    assert not (grid / "out" / ".scratch").exists()
-    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
-    assert tables(grid / "out") == tables(grid / "whole")
-
-
-def test_a_run_that_fails_stops_no_other(grid, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "code", "said", "finished"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: finished runs are in out; run the same command to resume", 6),
+        (SecateurError("nothing goes"), 2, "error: 2 of 9 runs failed; the first: model L2, sparsity 0.2, seed 1: ", 7),
+    ],
+)
+def test_an_interrupt_ends_all_runs_and_a_failure_no_other(
+    error, code, said, finished, grid, run, whole, out, monkeypatch
+):
     prune_run = compare_step.prune_run
 
-    def refuse(opened: Any, *given: Any, **more: Any) -> Any:
-        if opened.options.criterion == "wanda" and opened.options.seed:
-            raise SecateurError("nothing goes")
+    def broken(opened: Any, *given: Any, **more: Any) -> Any:
+        if opened.options.criterion == "l2" and opened.options.seed:
+            raise error
         return prune_run(opened, *given, **more)
 
+    forget(out, "criterion", "l2")
     with monkeypatch.context() as patch:
-        patch.setattr(compare_step, "prune_run", refuse)
-        result = run("compare", "model", "grid.yaml", "--out", "out")
-    assert result.code == 2
-    last = result.err.splitlines()[-1]
-    assert last == "error: 2 of 9 runs failed; the first: model wanda, sparsity 0.2, seed 1: nothing goes"
-    assert "So far 7 of 9 runs." in (grid / "out" / "table.md").read_text()
-    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+        patch.setattr(compare_step, "prune_run", broken)
+        result = run(*COMPARE)
+    assert result.code == code
+    assert result.err.splitlines()[-1].startswith(said)
+    assert f"So far {finished} of 9 runs." in (out / "table.md").read_text()
+    assert not (out / ".scratch").exists()
+    assert run(*COMPARE).code == 0
+    assert tables(out) == tables(whole)
 
 
-def test_a_killed_comparison_goes_on(grid, run):
+def test_a_killed_comparison_goes_on(grid, run, whole):
     # A fork of this process, which has imported everything.
     if not (child := os.fork()):
         try:
-            run("compare", "model", "grid.yaml", "--out", "out")
+            run(*COMPARE)
         finally:
             os._exit(1)
     try:
@@ -239,17 +228,16 @@ def test_a_killed_comparison_goes_on(grid, run):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     kept = {file: file.read_bytes() for file in (grid / "out" / "runs").glob("*.json")}
     assert 2 <= len(kept) < 9
-    assert run("compare", "model", "grid.yaml", "--out", "out").code == 0
+    assert run(*COMPARE).code == 0
     assert {file: file.read_bytes() for file in kept} == kept
-    assert run("compare", "model", "grid.yaml", "--out", "whole").code == 0
-    assert tables(grid / "out") == tables(grid / "whole")
+    assert tables(grid / "out") == tables(whole)
     assert not (grid / "out" / ".scratch").exists()
 
 
 def test_two_at_once_are_refused(grid, run):
     with RunStore(grid / "out"):
         before = listing(grid)
-        refused(run("compare", "model", "grid.yaml", "--out", "out"), "out: in use by another secateur compare; wait")
+        refused(run(*COMPARE), "out: in use by another secateur compare; wait")
         assert listing(grid) == before
 
 
@@ -331,23 +319,21 @@ def score(folder: str) -> float:
         {"recovery": "paper", "refit_calibration": "self"},
     ],
 )
-def test_generated_rows_are_shared_by_all_runs(own, grid, run, monkeypatch):
-    written = []
-    self_rows = draw.self_rows
-    monkeypatch.setattr(draw, "self_rows", lambda *a, **k: written.append(k["seed"]) or self_rows(*a, **k))
+def test_generated_rows_are_shared_by_all_runs(own, grid, run, calls_of):
+    written = calls_of(draw, "self_rows")
     command = small(grid, runs={"a": {"criterion": "wanda", **own}, "b": {"criterion": "l2", **own}})
     assert run(*command).code == 0
     # Once for each seed, whatever the criterion.
-    assert written == [0, 1]
+    assert [named["seed"] for *_, named in written] == [0, 1]
     before = values("a")
     assert run(*command).code == 0
-    assert written == [0, 1]
+    assert len(written) == 2
     # A restart writes the same anew, for what is missing.
     for file in (grid / "out" / "runs").iterdir():
         if json.loads(file.read_text())["decided_by"].get("options", {}).get("criterion") == "wanda":
             file.unlink()
     assert run(*command).code == 0
-    assert (written, values("a")) == ([0, 1, 0, 1], before)
+    assert ([named["seed"] for *_, named in written], values("a")) == ([0, 1, 0, 1], before)
     summaries = [
         prune("model", f"hand{seed}", **GRID["options"] | own, criterion="wanda", seed=seed) for seed in (0, 1)
     ]
@@ -355,14 +341,8 @@ def test_generated_rows_are_shared_by_all_runs(own, grid, run, monkeypatch):
     assert all(summary.sparsity > 0 for summary in summaries)
 
 
-def test_resampled_rows_are_shared(grid, run, monkeypatch):
-    drawn: list[tuple[int, int]] = []
-
-    def counted(*given: Any, **more: Any) -> Any:
-        drawn.append((more["count"], more["seed"]))
-        return resample_tokens(*given, **more)
-
-    monkeypatch.setattr(draw_rows, "resample_tokens", counted)
+def test_resampled_rows_are_shared(grid, run, calls_of):
+    drawn = calls_of(draw_rows, "resample_tokens")
     refit = {"recovery": "refit"}
     runs = {
         "a": {"criterion": "wanda", **refit},
@@ -374,7 +354,8 @@ def test_resampled_rows_are_shared(grid, run, monkeypatch):
     command = small(grid, runs=runs)
     assert run(*command).code == 0
     # Once for what shares text, fits and seed.
-    assert sorted(drawn) == [*2 * [(1, 0)], *2 * [(1, 1)], (2, 0), (2, 1)]
+    wanted = [*2 * [(1, 0)], *2 * [(1, 1)], (2, 0), (2, 1)]
+    assert sorted((named["count"], named["seed"]) for *_, named in drawn) == wanted
     before = {name: values(name) for name in runs}
     for name, options in runs.items():
         for seed in (0, 1):
@@ -383,16 +364,14 @@ def test_resampled_rows_are_shared(grid, run, monkeypatch):
     assert len({tuple(figures) for figures in before.values()}) == 5
 
 
-def test_gradients_are_taken_once_for_all_sizes(grid, run, monkeypatch):
-    taken: list[str] = []
-    scores = open_step.gradient_scores
-    monkeypatch.setattr(open_step, "gradient_scores", lambda *a, **k: taken.append(a[2]) or scores(*a, **k))
+def test_gradients_are_taken_once_for_all_sizes(grid, run, calls_of):
+    taken = calls_of(open_step, "gradient_scores")
     names = ("llm-pruner-vector", "llm-pruner-element2")
     runs = {name: {"criterion": name, "widths": "uniform"} for name in names}
     sizes = {"sparsity": [0.2, 0.3, 0.4], "seed": [0]}
     assert run(*small(grid, runs=runs, grid=sizes)).code == 0
     # Once by the survey's rows and once by all of them.
-    assert sorted(taken) == sorted(2 * names)
+    assert sorted(criterion for _, _, criterion, *_ in taken) == sorted(2 * names)
     for name in names:
         prune("model", name, **GRID["options"] | runs[name], sparsity=0.4, seed=0)
         assert values(f"{name}, sparsity 0.4") == [score(name)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from test_criteria import assert_scores, scores_of, seen, statistics
 from torch import Tensor
 
 from models import build, layers_of, token_rows, wide
+from outputs import record_of
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands.draw_rows import draw_rows
@@ -185,7 +185,7 @@ def test_each_sigma_chooses_other_units(checkpoint_folder, tmp_path, name):
     for sigma in (None, "data", "identity", "random"):
         prune(checkpoint_folder(name), tmp_path / f"{sigma}", widths="uniform", format="hf", sigma=sigma,
               calibration=text, **SMALL)  # fmt: skip
-        record = json.loads((tmp_path / f"{sigma}" / "secateur.json").read_text())
+        record = record_of(tmp_path / f"{sigma}")
         assert record["options"]["sigma"] == sigma
         kept[sigma] = [(block["heads"], block["channels"]) for block in record["blocks"]]
     assert kept[None] == kept["data"]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer, relative, selected, token_rows, wide
+from outputs import record_of, weights_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
@@ -277,11 +278,6 @@ def load(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).float().eval()
 
 
-def record(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "secateur.json").read_text())
-    return found
-
-
 @pytest.mark.parametrize("name", UNGROUPED)
 def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path, name):
     folder = copied(name, tmp_path / "model", [(1, 4), (3, 2)])
@@ -292,7 +288,7 @@ def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path, name):
     more = {**SMALL, "samples": 64}
     summary = prune(folder, tmp_path / "out", criterion="similarity", tau=1e-4, ridge=0.0, **more)
     assert set(summary.widths.values()) == {wide(4, 1, stay)}
-    for block in record(tmp_path / "out")["blocks"]:
+    for block in record_of(tmp_path / "out")["blocks"]:
         # The lower index of each pair.
         assert block["heads"] == [0, 3, 4, 5]
         assert len(block["channels"]) == stay
@@ -302,17 +298,17 @@ def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path, name):
     assert relative(logits_of(load(tmp_path / "cut"), ids), wanted) > 0.05
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("olmo2")])
+@pytest.mark.parametrize("name", [name for name in ROWS if " " not in name and name != "olmo2"])
 def test_every_family(tmp_path, checkpoint_folder, name):
     """A share of the attention goes, by heads that Algorithm 2 finds in the dense model; what comes out loads."""
     folder = checkpoint_folder(name)
-    summary = prune(folder, tmp_path / "out", criterion="similarity", tau=some_tau(folder), **SMALL)
-    found = record(tmp_path / "out")["similarity"]
     stream = BlockStream(open_checkpoint(folder))
-    text = calibration(stream)
-    distances = head_distances(stream, text)
-    for entry, block in zip(found["blocks"], record(tmp_path / "out")["blocks"], strict=True):
-        assert entry["candidates"] == algorithm2(distances[entry["block"]], found["tau"])
+    distances = distances_of(stream)
+    tau = some_tau(stream, distances)
+    summary = prune(folder, tmp_path / "out", criterion="similarity", tau=tau, **SMALL)
+    found = record_of(tmp_path / "out")["similarity"]
+    for entry, block in zip(found["blocks"], record_of(tmp_path / "out")["blocks"], strict=True):
+        assert entry["candidates"] == algorithm2(distances[entry["block"]], tau)
         assert set(entry["removed"]) <= set(entry["candidates"])
         assert sorted([*block["heads"], *entry["removed"]]) == list(range(6))
         assert len(block["channels"]) == stream.blocks[0].feed_forward.units
@@ -325,12 +321,10 @@ def test_every_family(tmp_path, checkpoint_folder, name):
     assert relative(logits_of(small, token_rows(2)), logits_of(build(name), token_rows(2))) > 1e-4
 
 
-def some_tau(folder: Path) -> float:
+def some_tau(stream: BlockStream, distances: dict[int, Tensor]) -> float:
     """A threshold at which some heads can go."""
-    stream = BlockStream(open_checkpoint(folder))
     parameters = parameter_meter(stream)
     wish = PlanProblem(stream.blocks, range(len(stream)), parameters, 0.25, parameters)
-    distances = head_distances(stream, calibration(stream))
     pairs = torch.cat([table[torch.ones_like(table).triu(1) > 0] for table in distances.values()])
     for share in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9):
         with suppress(SecateurError):
@@ -340,49 +334,40 @@ def some_tau(folder: Path) -> float:
     raise AssertionError("no heads are alike")
 
 
-def calibration(stream: BlockStream) -> Tensor:
-    vocabulary = stream.checkpoint.config.vocab_size
-    tokenizer = stream.checkpoint.tokenizer()
-    return calibration_rows(tokenizer, "random", samples=30, length=24, seed=0, vocab_size=vocabulary)
+def distances_of(stream: BlockStream) -> dict[int, Tensor]:
+    """Distances on the calibration rows of a run with `SMALL`."""
+    how = {"samples": 30, "length": 24, "seed": 0, "vocab_size": stream.checkpoint.config.vocab_size}
+    return head_distances(stream, calibration_rows(stream.checkpoint.tokenizer(), "random", **how))
 
 
 def test_a_record_gives_the_same_bytes(tmp_path, checkpoint_folder):
     folder = checkpoint_folder("llama every head")
-    prune(folder, tmp_path / "given", criterion="similarity", tau=some_tau(folder), **SMALL)
+    prune(folder, tmp_path / "given", criterion="similarity", tau=0.16, **SMALL)
     prune(folder, tmp_path / "planned", plan=str(tmp_path / "given" / "secateur.json"), **SMALL)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("given", "planned")]
-    assert weights[0] == weights[1]
+    assert weights_of(tmp_path / "given") == weights_of(tmp_path / "planned")
 
 
 def test_only_the_chosen_blocks_are_pruned(tmp_path):
     folder = copied("gpt2", tmp_path / "model", [(0, 5)])
     prune(folder, tmp_path / "out", criterion="similarity", tau=1e-4, blocks="1:3", **SMALL)
-    assert [(b["block"], b["heads"]) for b in record(tmp_path / "out")["blocks"]] == [
+    assert [(b["block"], b["heads"]) for b in record_of(tmp_path / "out")["blocks"]] == [
         (1, [1, 2, 3, 4, 5]),
         (2, [1, 2, 3, 4, 5]),
     ]
 
 
-def test_a_plan_holds_the_heads(tmp_path):
-    folder = copied("gpt2", tmp_path / "model", [(2, 5)])
-    found = propose(folder, Options(criterion="similarity", tau=1e-4, **SMALL), watcher=Silent()).as_dict()
-    assert [block["heads"] for block in found["blocks"]] == [[0, 1, 3, 4, 5]] * 3
-    (tmp_path / "plan.json").write_text(json.dumps(found))
-    prune(folder, tmp_path / "out", plan=str(tmp_path / "plan.json"), **SMALL)
-    assert [block["heads"] for block in record(tmp_path / "out")["blocks"]] == [[0, 1, 3, 4, 5]] * 3
-
-
 # Combinations.
 
 
-@pytest.mark.parametrize("criterion", ["similarity+second-moment", "similarity+surgeon"])
-@pytest.mark.parametrize("widths", ["uniform", "adaptive"])
+@pytest.mark.parametrize(
+    ("criterion", "widths"), [("similarity+second-moment", "uniform"), ("similarity+surgeon", "adaptive")]
+)
 def test_similar_heads_then_the_lowest_scores(tmp_path, criterion, widths):
     """Heads go within a sparsity; the copies before all others, though their scores are the highest."""
     folder = copied("gpt2", tmp_path / "model", [(0, 1), (2, 3)])
     how = {"widths": widths, "sparsity": 0.4, "format": "hf", **SMALL}
     prune(folder, tmp_path / "out", criterion=criterion, tau=1e-4, **how)
-    found = record(tmp_path / "out")
+    found = record_of(tmp_path / "out")
     assert found["sparsity"]["reached"] == pytest.approx(0.4, abs=0.005)
     assert [entry["candidates"] for entry in found["similarity"]["blocks"]] == [[0, 2]] * 3
     cut = 0
@@ -403,7 +388,7 @@ def test_a_pair_is_each_criterion_on_its_own_module(tmp_path, checkpoint_folder)
     for name in ("l1", "random", "heads=l1,channels=random", "heads=random,channels=l1"):
         out = tmp_path / name
         prune(folder, out, plan=str(tmp_path / "plan.json"), criterion=name, recovery="none", **SMALL)
-        units[name] = [(block["heads"], block["channels"]) for block in record(out)["blocks"]]
+        units[name] = [(block["heads"], block["channels"]) for block in record_of(out)["blocks"]]
     assert units["l1"] != units["random"]
     for heads, channels in (("l1", "random"), ("random", "l1")):
         mixed = units[f"heads={heads},channels={channels}"]
@@ -510,8 +495,7 @@ def test_models_and_formats_without_fewer_heads(tmp_path, checkpoint_folder, mon
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("tau", [1e-6, 0.69])
-@pytest.mark.parametrize("criterion", ["similarity", "similarity+l1"])
+@pytest.mark.parametrize(("criterion", "tau"), [("similarity", 1e-6), ("similarity+l1", 0.69)])
 def test_nothing_is_written_where_tau_is_wrong(tmp_path, checkpoint_folder, tau, criterion):
     message = raised(lambda: prune(checkpoint_folder("gpt2"), tmp_path / "out", criterion=criterion, tau=tau, **SMALL))
     assert "the distances between heads go from" in message

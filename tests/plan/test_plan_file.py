@@ -13,10 +13,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from models import blocks_of, build, wide
+from outputs import record_of
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent
-from secateur.commands.options import Options
-from secateur.commands.plan import propose
 from secateur.commands.prune import prune
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.structure import Block
@@ -190,10 +188,6 @@ def test_an_error_names_what_is_wrong_with_a_ratio_file(file, contents, message)
 # Models pruned by a plan file.
 
 
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
-
-
 def test_a_byte_order_mark_is_ignored(file):
     path = file("\ufeff" + json.dumps({"0:1": 0.5}))
     assert read_ratios(path, blocks(), 1) == {0: wide(3, 1, 36)}
@@ -214,39 +208,22 @@ def test_secateur_json_is_a_plan_file(tmp_path, checkpoint_folder):
     assert_close(same, first, rtol=1e-4, atol=1e-5)
     config = [(tmp_path / name / "config.json").read_bytes() for name in ("first", "again")]
     assert config[0] == config[1]
-    records = [json.loads((tmp_path / name / "secateur.json").read_text()) for name in ("first", "again")]
+    records = [record_of(tmp_path / name) for name in ("first", "again")]
     assert again.sparsity == records[0]["sparsity"]["reached"] >= 0.4
     units = [[(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] for record in records]
     assert units[0] == units[1]
     prune(model, tmp_path / "other", **{**SMALL, "seed": 1}, **plan)
     other = load_file(tmp_path / "other" / "model.safetensors")
     assert max(float((other[name] - first[name]).abs().max()) for name in first) > 1e-3
-    record = json.loads((tmp_path / "other" / "secateur.json").read_text())
+    record = record_of(tmp_path / "other")
     assert [(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] == units[0]
-
-
-def test_the_output_of_secateur_plan_is_a_plan_file(tmp_path, checkpoint_folder):
-    model, wishes = checkpoint_folder("mistral"), {"sparsity": 0.4, **SMALL}
-    found = propose(model, Options(**wishes), watcher=Silent())
-    assert found.fingerprint == open_checkpoint(model).fingerprint
-    (tmp_path / "plan.json").write_text(json.dumps(found.as_dict()))
-    prune(model, tmp_path / "direct", **wishes)
-    prune(model, tmp_path / "planned", **SMALL, plan=str(tmp_path / "plan.json"))
-    assert weights(tmp_path / "planned") == weights(tmp_path / "direct")
-    # And once more through `plan` itself, with the units of the record.
-    given = Options(**SMALL, plan=str(tmp_path / "direct" / "secateur.json"))
-    again = propose(model, given, watcher=Silent())
-    assert again.plan.lists_units
-    (tmp_path / "units.json").write_text(json.dumps(again.as_dict()))
-    assert read_plan(tmp_path / "units.json", blocks("mistral"), found.fingerprint)[1] == again.plan.units
-    assert again.plan.widths == found.plan.widths
 
 
 def test_edited_units_are_kept(tmp_path, checkpoint_folder):
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 1, "heads": [2, 3], "channels": [0, 71]}]}))
     summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
     assert summary.widths == {1: wide(1, 2, 2)}
-    (block,) = json.loads((tmp_path / "out" / "secateur.json").read_text())["blocks"]
+    (block,) = record_of(tmp_path / "out")["blocks"]
     assert (block["heads"], block["channels"]) == ([2, 3], [0, 71])
 
 

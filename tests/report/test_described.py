@@ -17,6 +17,7 @@ from command_line import SMALL, Run, refused
 from safetensors.torch import load_file, save_file
 
 from models import save
+from outputs import record_of
 from secateur import Options, RunOptions, prune
 from secateur.commands.plan import propose
 from secateur.report.card import card
@@ -29,13 +30,11 @@ NASTY = '<script>window.broken = 1</script> "quoted" `code` | [link](x) é'
 
 def pruned(place: Path, run: Run, *more: str, out: str = "out") -> dict[str, Any]:
     assert run("prune", "model", out, *SMALL, *more).code == 0
-    found: dict[str, Any] = json.loads((place / out / "secateur.json").read_text())
-    return found
+    return record_of(place / out)
 
 
 def front(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
-    return found
+    return yaml.safe_load(text.split("---\n")[1])
 
 
 def text_of(page: str) -> str:
@@ -151,12 +150,12 @@ def test_the_card_tells_a_fit_from_none(recovery, words):
 def test_the_share_names_the_blocks_that_it_counts(place, run):
     """The terminal, the card and the page; where another plan goes through all blocks, the share is of all."""
     result = run("prune", "model", "out", *SMALL, "--blocks", "1:", "--sparsity", "0.4")
-    reached = json.loads((place / "out" / "secateur.json").read_text())["sparsity"]["reached"]
+    reached = record_of(place / "out")["sparsity"]["reached"]
     assert f"{reached:.2%} of the parameters of blocks 1: are removed" in result.out
     for text in ((place / "out" / "README.md").read_text(), text_of((place / "out" / "report.html").read_text())):
         assert f"{reached:.1%} of the parameters of blocks 1: were removed" in text
     result = run("prune", "model", "again", *SMALL, "--plan", "out/secateur.json")
-    whole = json.loads((place / "again" / "secateur.json").read_text())["sparsity"]["reached"]
+    whole = record_of(place / "again")["sparsity"]["reached"]
     assert whole == pytest.approx(reached * 2 / 3, rel=1e-3)
     assert f"{whole:.2%} of the blocks' parameters are removed" in result.out
     assert f"{whole:.1%} of the blocks' parameters were removed" in (place / "again" / "README.md").read_text()
@@ -260,7 +259,7 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     asked = ("--calibration", "text.txt", "--samples", "8", "--length", "16", "--epochs", "1")
     assert run("retrain", "out", "trained", *asked).code == 0
     text = (place / "trained" / "README.md").read_text()
-    (said,) = json.loads((place / "trained" / "secateur.json").read_text())["retrained"]
+    (said,) = record_of(place / "trained")["retrained"]
     assert f"from {said['perplexity']['before']:.2f} to {said['perplexity']['after']:.2f}." in text
     assert (place / "trained" / "report.html").exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ROWS, STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows, wide
+from outputs import record_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.services import Services
@@ -281,7 +281,7 @@ def test_prune_keeps_the_units_with_the_highest_scores(checkpoint_folder, tmp_pa
     prune(model, tmp_path / "out", criterion=criterion, widths="uniform", watcher=bars, **SETTINGS)
     rows = calibration_rows(make_tokenizer(), "random", samples=12, length=16, seed=0, vocab_size=VOCAB)
     scores = gradient_scores(opened(model), rows, criterion)
-    record = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    record = record_of(tmp_path / "out")
     for block in record["blocks"]:
         kept = scores[block["block"], "channels"].topk(block["width"]["channels"]).indices.tolist()
         assert block["channels"] == sorted(kept)

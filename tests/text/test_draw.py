@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from outputs import record_of, weights_of
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands import fit_blocks
 from secateur.commands.draw_rows import draw_rows, resample_rows
 from secateur.commands.open_model import OpenRun, open_model
-from secateur.commands.options import Options
 from secateur.model.rows import Rows
 from secateur.text import draw, self_calibration
 from secateur.text.resample import resample_tokens
@@ -63,10 +62,10 @@ def test_each_fit_uses_its_own_rows(checkpoint_folder, tmp_path, monkeypatch):
         assert len(own) == 1
         assert torch.equal(own[0], expected[one])
     prune(model, tmp_path / "b", **SIZE)
-    record = json.loads((tmp_path / "b" / "secateur.json").read_text())
+    record = record_of(tmp_path / "b")
     assert record["options"]["effort"] == "normal"
     prune(model, tmp_path / "c", effort="normal", **SIZE)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    weights = [weights_of(tmp_path / name) for name in "abc"]
     assert weights[0] != weights[1] == weights[2]
 
 
@@ -81,24 +80,13 @@ def test_placeholders_have_the_shapes_of_resampled_rows(checkpoint_folder, effor
     assert (found.weights, found.scores, found.resampled) == (wanted.weights, wanted.scores, wanted.resampled)
 
 
-def test_an_unknown_effort_is_refused():
-    with pytest.raises(SecateurError, match="effort is 'fast'; it must be one of quick, normal, best"):
-        Options(effort="fast")
-
-
-@pytest.mark.parametrize("recovery", ["none", "paper", "bias"])
-def test_only_the_refit_takes_resampled_rows(checkpoint_folder, recovery):
-    """Only the refit uses the effort; other recoveries ignore it."""
-    assert Options(effort="normal", recovery=recovery).resampled_fits == 0
-    assert draw_rows(opened(checkpoint_folder("llama"), effort="normal", recovery=recovery)).resampled is None
-
-
 def test_a_model_that_does_not_fit(checkpoint_folder, tmp_path, monkeypatch):
     """The error comes before any text is read; a run without generated rows checks no memory."""
     monkeypatch.setattr(self_calibration, "free_memory", lambda _: 100_000)
     monkeypatch.setattr(draw, "calibration_rows", lambda *_, **__: pytest.fail("the text was read"))
-    with pytest.raises(SecateurError, match=r"whole model must be in memory, .*; calibrate on a text, or on random"):
-        prune(checkpoint_folder("llama"), tmp_path / "out", refit_calibration="self", **SIZE)
+    for source in ("calibration", "refit_calibration"):
+        with pytest.raises(SecateurError, match=r"whole model must be in memory, .* GB are free; calibrate on a text"):
+            prune(checkpoint_folder("llama"), tmp_path / "out", **SIZE | {source: "self"})
     monkeypatch.undo()
     monkeypatch.setattr(self_calibration, "free_memory", lambda _: 100_000)
     prune(checkpoint_folder("llama"), tmp_path / "out", **SIZE)

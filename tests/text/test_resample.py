@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from models import build, token_rows
+from outputs import record_of
 from secateur.commands.prune import prune
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
@@ -67,11 +67,12 @@ def test_half_of_the_tokens_stay(stream):
         ({"effort": "quick"}, 0),
         ({"recovery": "none"}, 0),
         ({"recovery": "paper"}, 0),
+        ({"recovery": "bias", "format": "hf"}, 0),
     ],
 )
 def test_each_effort_adds_its_resampled_rows(checkpoint_folder, tmp_path, settings, copies):
     prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, **settings)
-    record = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    record = record_of(tmp_path / "out")
     found = [count for count, length in record["calibration"]["groups"] if length == 16]
     assert found == [6] * (1 + copies)
     assert record["calibration"]["resampled"] == list(range(2, 2 + copies))
