@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +22,6 @@ from secateur.base.quiet import quiet
 def config(folder: Path, **keys: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
-
-
-def replaced(name: str) -> Callable[[Path, CheckpointFolder], None]:
-    """Return a change that puts a row of `models.ROWS` in place of the Llama."""
-
-    def apply(folder: Path, rows: CheckpointFolder) -> None:
-        shutil.rmtree(folder)
-        shutil.copytree(rows(name), folder)
-
-    return apply
 
 
 def other_family(model_type: str, **keys: Any) -> Callable[[Path, CheckpointFolder], None]:

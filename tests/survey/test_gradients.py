@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import ROWS, STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows, wide
+from models import STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows, wide
 from outputs import record_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
@@ -34,7 +34,6 @@ from secateur.text.calibration import calibration_rows
 SMALL = Services(batch_tokens=50)
 """Tokens per batch, so few that there are several batches."""
 
-FAMILIES = list(ROWS)[:11]
 FROM_GRADIENTS = [name for name, one in all_criteria().items() if one.from_gradients is not None]
 TOLERANCE = 1e-4
 """Largest allowed deviation of a gradient, relative to the largest gradient of its matrix."""
