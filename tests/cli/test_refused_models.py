@@ -144,7 +144,6 @@ def test_heads_behind_a_shared_norm_and_missing_biases_are_refused(run, no_work,
 
 
 def test_a_hub_without_a_network_is_reported_at_once(place, run, no_work, monkeypatch):
-    """The error for a hub id or a data set comes at once, not after minutes of retries."""
     import datasets
 
     from secateur.model import hub_source

@@ -129,8 +129,6 @@ def test_a_disk_that_fills_leaves_no_partial_output(place, run, monkeypatch, cap
 
 
 def test_a_disk_that_is_full_when_json_is_written(place, run, monkeypatch):
-    """The disk is full when the JSON file is synchronised."""
-
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

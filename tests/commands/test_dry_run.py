@@ -67,7 +67,6 @@ def test_fits_take_the_counted_operations(checkpoint_folder, tmp_path, expected,
 
 
 def test_the_survey_takes_the_counted_operations(checkpoint_folder, tmp_path, expected):
-    """A run that reads a survey file takes so much less."""
     from secateur.commands.survey_file import split_survey_rows
     from secateur.survey.survey import survey
 

@@ -66,7 +66,6 @@ def test_a_control_group_limits_the_free_memory(tmp_path, monkeypatch):
 
 
 def test_the_default_takes_all_free_memory_if_half_is_too_little(checkpoint_folder, monkeypatch):
-    """By default a run takes half of the free memory, or all of it if it needs more than half."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     monkeypatch.setattr(memory, "rss_bytes", lambda: 1000)
     least = 1000 + resident_bytes(stream)

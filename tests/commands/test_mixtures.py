@@ -71,7 +71,6 @@ def test_a_record_with_expert_channels_is_a_plan(tmp_path, checkpoint_folder):
 
 
 def test_channels_of_experts_alone_are_removed(tmp_path, checkpoint_folder):
-    """No expert is removed, and the survey has no order of experts."""
     model, file = checkpoint_folder(NAME), tmp_path / "survey.json"
     found = prune(model, tmp_path / "out", sparsity=0.2, modules=("channels",), survey=file, **SMALL)
     assert {width.experts for width in found.pruned_widths()[1:]} == {8}
@@ -98,7 +97,6 @@ def test_the_stock_format_holds_one_number_of_expert_channels(tmp_path, checkpoi
 
 
 def test_the_stock_format_narrows_dense_blocks_on_their_own(tmp_path, checkpoint_folder):
-    """Dense blocks have a config key of their own."""
     entries = [{"block": 0, "channels": list(range(48))}]
     entries += [{"block": index, "experts": list(range(6))} for index in (1, 2)]
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": entries}))

@@ -125,7 +125,6 @@ def test_a_resumed_run_repeats_no_block(stopped, checkpoint_folder):
 
 
 def test_sizes_resume_within_a_size(tmp_path, checkpoint_folder, monkeypatch):
-    """The run is stopped before the third block of the second size, and repeats nothing before that."""
     monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     asked = {name: value for name, value in ASKED.items() if name != "device"}
     options = [Options(**asked, sparsity=share) for share in (0.2, 0.4)]

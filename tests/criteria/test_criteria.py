@@ -385,7 +385,6 @@ def test_choice_rows_decide_the_order_and_fit_rows_the_errors():
 
 
 def test_surgeon_has_lower_errors_than_random():
-    """The greedy order has a smaller error than a random one."""
     stats = statistics("llama", "channels")[0]
     surgeon, chance = (error_curve(all_criteria()[name], stats, "channels", 1) for name in ("surgeon", "random"))
     assert float(surgeon.errors[20]) < float(chance.errors[20])

@@ -78,7 +78,6 @@ def test_identity_of_attention(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_identity_of_channels_is_what_standard_normal_inputs_give(name):
-    """Against the criterion itself, on inputs whose second moments are exactly those of the identity."""
     stats, _, _, _ = statistics(name, "channels")
     basis = torch.linalg.qr(torch.randn(96, 48, generator=torch.Generator().manual_seed(0)).double())[0]
     x = torch.cat([basis, -basis]) * 96**0.5

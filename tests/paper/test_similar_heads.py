@@ -172,7 +172,6 @@ def some_distances(seed: int = 0, blocks: int = 3) -> dict[int, Tensor]:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("tau", [0.1, 0.2, 0.3])
 def test_a_plan_of_similar_heads_is_exact(checkpoint_folder, name, tau):
-    """The plan lists the kept heads, which match its widths, and names the share removed."""
     wish, distances = wish_of(checkpoint_folder, name), some_distances(1)
     plan = similar_plan(wish, distances, tau)
     assert plan.lists_units

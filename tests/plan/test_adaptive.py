@@ -122,7 +122,6 @@ def test_widths_follow_a_ratio_file(tmp_path, checkpoint_folder):
 
 
 def test_a_survey_plan_costs_less_than_even_widths(tmp_path, checkpoint_folder):
-    """The blocks of the model differ, so that a plan by the survey costs less than the same share in every block."""
     model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL, "samples": 24}
     losses = {}
     for widths in ("adaptive", "uniform"):
@@ -197,7 +196,6 @@ def test_sizes_uses_one_survey_for_all_sizes(tmp_path, checkpoint_folder, calls_
 
 @pytest.mark.parametrize(("type", "wishes"), [("f16", {"sparsity": 0.3}), ("q8_0", {"target": "bytes=60%"})])
 def test_gguf_output_equals_the_export_of_a_folder(tmp_path, letters_folder, type, wishes):
-    """Only the file is written, with the same bytes as an exported folder."""
     model = letters_folder("llama")
     summary = prune(model, tmp_path / "out.gguf", format="gguf", type=type, **wishes, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["out.gguf"]
@@ -224,7 +222,6 @@ def test_gguf_holds_one_width_from_a_ratio_file(tmp_path, letters_folder):
 
 
 def test_the_final_norm_is_scaled_as_recorded(tmp_path, checkpoint_folder):
-    """There is no scale if weights are only cut."""
     model = checkpoint_folder("llama")
     dense = load_file(model / "model.safetensors")["model.norm.weight"]
     for recovery in ("refit", "none"):
@@ -237,7 +234,6 @@ def test_the_final_norm_is_scaled_as_recorded(tmp_path, checkpoint_folder):
 
 @pytest.mark.parametrize(("name", "said"), [("gemma3_text", 1), ("llama", 0)])
 def test_no_bias_is_fitted_before_a_norm(name, said, tmp_path, checkpoint_folder):
-    """A note says that no bias is fitted."""
     watcher = Notes()
     prune(
         checkpoint_folder(name), tmp_path / "out", sparsity=0.3, **SMALL, recovery="bias", format="hf", watcher=watcher
@@ -248,7 +244,6 @@ def test_no_bias_is_fitted_before_a_norm(name, said, tmp_path, checkpoint_folder
 
 
 def test_a_model_of_zeros_has_no_error(tmp_path, checkpoint_folder):
-    """The modules of such a model compute nothing, so that nothing is lost."""
     model = tmp_path / "model"
     shutil.copytree(checkpoint_folder("llama"), model)
     weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(model / "model.safetensors").items()}

@@ -155,7 +155,6 @@ def dual_bound(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> flo
 
 
 def test_a_limit_on_partial_sums_gives_a_good_unproven_selection(monkeypatch):
-    """The selection is within the budget and is not marked as proven."""
     monkeypatch.setattr(knapsack, "MAX_STATES", 3)
     rng = np.random.default_rng(2)
     proven = 0

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,7 +194,6 @@ def test_the_parameter_meter_agrees_with_the_blocks(opened, data):
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_a_norm_after_a_module_excludes_added_biases_in_gguf(opened, name):
-    """Both meters are equal."""
     meters = [gguf_byte_meter(opened(name), "f16", biases) for biases in (False, True)]
     assert meters[0].dense == meters[1].dense
 
@@ -218,14 +218,15 @@ UNEVEN = ["llama", "llama biased", "llama 64", "llama tied", "qwen3 tied", "mist
 UNIFORM = ["gemma2", "phi3", "olmo2", "gpt2", "gpt_neox", "llama 64"]
 
 
-@pytest.mark.parametrize("type", ["f16", "q8_0", "q4_0"])
+PICKED = [
+    *((name, some_widths) for name in UNEVEN),
+    *((name, uniform_widths) for name in UNIFORM),
+    *((name, headless_widths) for name in ("llama", "llama biased", "mistral")),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "pick"),
-    [
-        *((name, some_widths) for name in UNEVEN),
-        *((name, uniform_widths) for name in UNIFORM),
-        *((name, headless_widths) for name in ("llama", "llama biased", "mistral")),
-    ],
+    ("name", "pick", "type"), [(*row, type) for row, type in zip(PICKED, cycle(["f16", "q8_0", "q4_0"]))]
 )
 def test_bytes_of_a_gguf_file_are_exact(tmp_path, opened, name, pick, type):
     stream = opened(name)
@@ -424,7 +425,6 @@ def test_measuring_does_not_change_the_random_state(opened):
 
 
 def test_medians_ignore_outliers_and_end_when_precise(monkeypatch):
-    """The first run and every fifth one are slow in this test."""
     runs: list[str] = []
 
     def timer(case: latency.Case) -> float:
@@ -542,7 +542,6 @@ def test_each_target_has_its_meter(opened, monkeypatch):
 
 @given(st.integers(0, 10**12))
 def test_counts_above_a_million_have_two_decimals(value):
-    """Counts below a million have all digits."""
     number, million, rest = format_count(value).replace(",", "").partition(" M")
     assert rest == ""
     assert bool(million) == (value >= 10**6)

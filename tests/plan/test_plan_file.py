@@ -239,7 +239,6 @@ def test_units_may_have_a_width_that_secateur_plan_never_chooses(tmp_path, check
 
 
 def test_models_with_different_weights_have_different_fingerprints(tmp_path, checkpoint_folder):
-    """A fingerprint depends on every weight, but not on the folder's name."""
     import shutil
 
     from safetensors.torch import load_file, save_file

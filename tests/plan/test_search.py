@@ -107,7 +107,6 @@ def test_the_search_respects_blocks_kinds_and_rounding(problem):
 
 
 def test_the_smallest_cut_is_tried_if_all_are_too_expensive(problem):
-    """All costs by the survey exceed the limit in this test."""
     dear = tuple(replace(one, divergence=1e6 * one.divergence) for one in SURVEY.probes)
     loss = Loss(lambda _: 1.1)
     found = smallest_within(problem, "adaptive", replace(SURVEY, probes=dear), 1.2, loss)

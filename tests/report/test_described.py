@@ -47,7 +47,6 @@ def text_of(page: str) -> str:
 
 
 def test_a_notebook_shows_a_plan(place):
-    """A plan is shown as a table, and as a plot whose bars are the shares of units kept."""
     asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16}
     found = propose("model", Options(sparsity=0.4, **asked), RunOptions(device="cpu"))
     table = found._repr_html_()

@@ -274,7 +274,6 @@ class Bars(Silent):
 
 @pytest.mark.parametrize("criterion", sorted(FROM_GRADIENTS))
 def test_prune_keeps_the_units_with_the_highest_scores(checkpoint_folder, tmp_path, criterion):
-    """The test uses one width for all blocks and the scores on the calibration rows."""
     bars = Bars()
     model = checkpoint_folder("llama")
     prune(model, tmp_path / "out", criterion=criterion, widths="uniform", watcher=bars, **SETTINGS)
@@ -296,7 +295,6 @@ def test_prune_with_adaptive_widths(checkpoint_folder, tmp_path, criterion, name
 
 
 def test_a_search_computes_gradients_once(checkpoint_folder, tmp_path):
-    """There is one pass for the survey and one for all attempts."""
     bars, wishes = Bars(), SETTINGS | {"sparsity": None, "target": "ppl=1.5x", "samples": 24}
     prune(checkpoint_folder("llama"), tmp_path / "out", criterion="llm-pruner-element1", watcher=bars, **wishes)
     assert bars.drawn.count("Gradients") == 2

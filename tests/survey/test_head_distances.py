@@ -139,7 +139,6 @@ def test_attention_that_cannot_be_observed_is_an_error(checkpoint_folder, monkey
 
 
 def test_no_tensor_of_all_positions_is_passed(checkpoint_folder):
-    """The distance function never gets all heads and all pairs of positions at once."""
     sizes: list[int] = []
 
     def count(p: Tensor) -> Tensor:
@@ -177,7 +176,6 @@ def test_divergences_are_between_zero_and_ln_2(rows):
 
 
 def test_equal_rows_have_distance_zero_and_disjoint_rows_ln_2():
-    """Both are exact up to rounding."""
     rows = torch.tensor([[[0.3, 0.7, 0.0, 0.0]], [[0.3, 0.7, 0.0, 0.0]], [[0.0, 0.0, 0.1, 0.9]]])
     found = jensen_shannon(rows)
     assert found[0, 1] == 0

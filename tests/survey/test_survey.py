@@ -191,7 +191,6 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder, name):
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_partial_probe_is_the_refitted_model(checkpoint_folder, monkeypatch, name, kind):
-    """The test uses one and several probed shares."""
     monkeypatch.setattr(sys.modules["secateur.survey.curve_estimator"], "PROBED_SHARES", SHARES)
     found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
     plain, full = Plain(name, kind), without(name, INDEX, "heads")[INDEX]

@@ -31,7 +31,6 @@ def stream(checkpoint_folder: Callable[[str], Path], name: str) -> BlockStream:
 
 
 def test_draws_follow_the_model(stream, name, monkeypatch):
-    """Tokens drawn at one position have the frequencies of the model's distribution."""
     monkeypatch.setattr(resample, "RESAMPLED_SHARE", 1.0)
     text, copies = token_rows(1, 6), 4000
     drawn = resample_tokens(stream, text, count=copies)
