@@ -446,7 +446,7 @@ WRONG = [
     ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),
     ("compare model grid.yaml --out out --perplexity self", "rows that a model generates cannot be scored; name a"),
     ("compare model grid.yaml --out out --samples 999", "text.txt: too short, it has 1,500 tok"),
-    ("compare model grid.yaml --out out --length 65", "length is 65, but the model has 64 positions: choose a smaller"),
+    ("compare model grid.yaml --out out --length 65", "length is 65, but the model has only 64 positions: choose a"),
     ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
     ("compare model grid.yaml --out out --calibration gone.txt", "gone.txt does not exist: check the path of the text"),
     ("compare model grid.yaml --out out --perplexity a=text.txt --perplexity a=text.txt", "two texts are called a;"),

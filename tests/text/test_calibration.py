@@ -209,7 +209,7 @@ def test_a_folder_is_no_file(tmp_path):
 SIZES = [
     ({"samples": 0}, "samples is 0"),
     ({"length": 1}, "length is 1"),
-    ({"length": 65, "max_positions": 64}, "length is 65, but the model has 64 positions"),
+    ({"length": 65, "max_positions": 64}, "length is 65, but the model has only 64 positions"),
     ({"samples": 30}, "it has 100 tokens, but 30 rows of 8 tokens need 240; use samples 12 or length 3"),
     ({"samples": 1, "length": 101}, "it has 100 tokens, but 1 row of 101 tokens needs 101; use length 100"),
     ({"samples": 200}, "it has 100 tokens, but 200 rows of 8 tokens need 1,600; use samples 12, or a longer text"),
