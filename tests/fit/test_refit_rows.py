@@ -53,7 +53,7 @@ def test_equal_rows_for_choice_and_fit_change_nothing(
 ) -> None:
     folder, how = checkpoint_folder(name), {"method": method, "when": when, "criterion": criterion}
     single = run(folder, name, MANY, **how)
-    separate = run(folder, name, Rows.of(MANY).with_scoring_rows(Rows.of(MANY)), **how)
+    separate = run(folder, name, Rows.of(MANY).with_choice_rows(Rows.of(MANY)), **how)
     for one, other in zip(single, separate, strict=True):
         assert one.keep == other.keep
         assert one.changed.keys() == other.changed.keys()
@@ -72,7 +72,7 @@ def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(
     folder = checkpoint_folder(name)
     few = FEW[:1, :6]
     chosen = run(folder, name, few, criterion)[0]
-    both = run(folder, name, Rows.of(MANY).with_scoring_rows(Rows.of(few)), criterion)[0]
+    both = run(folder, name, Rows.of(MANY).with_choice_rows(Rows.of(few)), criterion)[0]
     assert both.keep["heads"] == chosen.keep["heads"]
     model = build(name).double()
     module = blocks_of(model)[0].attention
@@ -177,7 +177,7 @@ def test_prune_uses_both_sets_of_rows(checkpoint_folder: CheckpointFolder, tmp_p
     summary = prune(checkpoint_folder(name), tmp_path / "out", **settings)
     assert summary.tokens == 62 * 16
     calibration = json.loads((tmp_path / "out" / "secateur.json").read_text())["calibration"]
-    shapes, weights, scores = calibration["groups"], calibration["weights"], calibration["scores"]
+    shapes, weights, scores = calibration["groups"], calibration["weights"], calibration["choice_weights"]
     openings = [] if " " in name else [0.01]
     # Rows to fit and their copy, two of them held out for the final-norm scale, and those that decide.
     assert shapes[0] == [62, 16]

@@ -49,11 +49,11 @@ def test_each_fit_has_its_resampled_rows_and_the_common_rows():
 
 
 def test_only_the_first_fit_runs_the_rows_that_choose_units():
-    rows = Rows.of(TEXT).with_resampled(ONE, OTHER).with_held_out(HELD_OUT).with_scoring_rows(Rows.of(HELD_OUT))
+    rows = Rows.of(TEXT).with_resampled(ONE, OTHER).with_held_out(HELD_OUT).with_choice_rows(Rows.of(HELD_OUT))
     assert rows.resampled == (1, 2)
     first, second = rows.fits()
-    assert (groups_of(first), first.scores) == ([9, 7, 0, 0, 3], (0.0, 0.0, 0.0, 0.0, 1.0))
-    assert (groups_of(second), second.scores) == ([9, 0, 8, 0, 0], None)
+    assert (groups_of(first), first.choice_weights) == ([9, 7, 0, 0, 3], (0.0, 0.0, 0.0, 0.0, 1.0))
+    assert (groups_of(second), second.choice_weights) == ([9, 0, 8, 0, 0], None)
     assert groups_of(rows.weighted(False)) == [0, 0, 0, 3, 0]
 
 

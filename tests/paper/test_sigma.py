@@ -125,7 +125,7 @@ def test_random_ids_choose_the_units(checkpoint_folder, name):
     stats = stats_on(name, "heads", IDS)
     axis: str = KV_GROUPS if WIDTHS[name].groups < stats.module.groups else HEADS_PER_GROUP
     order = removal_order(SECOND_MOMENT, stats, axis, WIDTHS[name][axis])
-    rows = Rows.of(TEXT).with_scoring_rows(Rows.of(IDS))
+    rows = Rows.of(TEXT).with_choice_rows(Rows.of(IDS))
     keep = first_keeps(checkpoint_folder(name), name, rows, "second-moment")
     assert keep["heads"] == remaining_units(stats.module, axis, order)
 
@@ -138,7 +138,7 @@ def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder, name):
     width = wide(whole.groups, whole.per_group, 50)
     plan = Plan({0: width}, 0.1, 0.1)
     method = Method("second-moment", recovery_of("none"))
-    rows = Rows.of(TEXT).with_scoring_rows(Rows.of(IDS))
+    rows = Rows.of(TEXT).with_choice_rows(Rows.of(IDS))
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     keep = next(iter(refit(stream, plan, rows, method=method))).keep
     order = removal_order(SECOND_MOMENT, stats, "channels", 50)
@@ -150,7 +150,7 @@ def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder, name):
 @pytest.mark.parametrize("name", list(WIDTHS))
 def test_a_survey_orders_by_the_ids_and_measures_on_the_text(checkpoint_folder, name):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
-    rows = Rows.of(TEXT).with_scoring_rows(Rows.of(IDS))
+    rows = Rows.of(TEXT).with_choice_rows(Rows.of(IDS))
     found = survey(stream, rows, probe_rows=token_rows(2, 20, seed=1), criterion="second-moment", kinds=("channels",))
     choice, model = stats_on(name, "channels", IDS), build(name)
     layer = layers_of(model)[0]
@@ -194,7 +194,7 @@ def test_each_sigma_chooses_other_units(checkpoint_folder, tmp_path, name):
 def test_random_ids_decide_alone(checkpoint_folder, tmp_path):
     options: dict[str, Any] = {"sigma": "random", "calibration": text_file(tmp_path), "refit_samples": 3, **SMALL}
     rows = draw_rows(open_model(checkpoint_folder("llama"), device="cpu", **options), resample=False)
-    scores = rows.grouped.scores
+    scores = rows.grouped.choice_weights
     assert scores is not None
     assert rows.random is not None
     assert [group.shape for group, score in zip(rows.grouped.groups, scores, strict=True) if score] == [(8, 16)]

@@ -77,7 +77,11 @@ def test_placeholders_have_the_shapes_of_resampled_rows(checkpoint_folder, effor
     assert blank.resampled is None
     found, wanted = blank.with_placeholders().grouped, rows.grouped
     assert [group.shape for group in found.groups] == [group.shape for group in wanted.groups]
-    assert (found.weights, found.scores, found.resampled) == (wanted.weights, wanted.scores, wanted.resampled)
+    assert (found.weights, found.choice_weights, found.resampled) == (
+        wanted.weights,
+        wanted.choice_weights,
+        wanted.resampled,
+    )
 
 
 def test_a_model_that_does_not_fit(checkpoint_folder, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input
             stream,
             input_steps=input_steps > 0
             and any(stream.blocks[index].feed_forward.units_at(width) for index, width in widths.items()),
-            separate_choice=rows.scores is not None,
+            separate_choice=rows.choice_weights is not None,
         ),
         activation_bytes=4 * activations + max(module.activation_bytes for module in modules),
     )

@@ -103,7 +103,7 @@ def make_record(
             "groups": [list(group.shape) for group in grouped.groups],
             "rows": [hash_rows(group) for group in grouped.groups],
             "weights": list(grouped.weights),
-            "scores": list(grouped.scores or grouped.weights),
+            "choice_weights": list(grouped.choice_weights or grouped.weights),
             "resampled": list(grouped.resampled),
             "begins_with_bos": rows.begins_with_bos,
         },

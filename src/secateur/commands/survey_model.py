@@ -69,7 +69,7 @@ def _measure(run: OpenRun, rows: CalibrationRows, first: FirstHeads | None) -> d
     curve_rows, probe_rows = split_survey_rows(rows.selection)
     fitted = Rows.of(curve_rows)
     if rows.random is not None:
-        fitted = fitted.with_scoring_rows(Rows.of(rows.random))
+        fitted = fitted.with_choice_rows(Rows.of(rows.random))
     blocks = run.request.block_range
     result = survey(
         run.stream,

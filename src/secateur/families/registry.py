@@ -37,10 +37,12 @@ def family_of(config: Any) -> Family:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        wanting = [what for what, keys in MECHANISMS.items() if any(getattr(config, key, None) for key in keys)]
+        mechanisms = [
+            mechanism for mechanism, keys in MECHANISMS.items() if any(getattr(config, key, None) for key in keys)
+        ]
         why = (
-            f"it has {' and '.join(wanting)}, for which there is no code yet"
-            if wanting
+            f"it has {' and '.join(mechanisms)}, for which there is no code yet"
+            if mechanisms
             else "if each block is an attention and a feed-forward, describe the family in a file and add --family "
             "FILE; see docs/extend.md"
         )

@@ -88,7 +88,7 @@ class BlockRegression(Regression):
             return Moments(len(entries), width, centre=self.target.fits_bias, device=device)
 
         fit, module_input = empty(), None
-        choice = empty() if for_choice and self.state.rows.scores is not None else fit
+        choice = empty() if for_choice and self.state.rows.choice_weights is not None else fit
         kind = self.module.kind
         if for_choice and kind == "channels" and self.state.method.criteria.of_kind(kind).input_moments:
             module_input = Moments(width, device=device)
@@ -104,13 +104,13 @@ class BlockRegression(Regression):
         batch = self.target.of(at)
         x = batch.scaled(x)
         # If the fit and the choice share their moments, the dict has one item, and rows are added once.
-        parts = {moments.choice: at.score, moments.fit: at.weight}
+        parts = {moments.choice: at.choice_weight, moments.fit: at.weight}
         with stream.rounded():
             for part, weight in parts.items():
                 if weight:
                     part.update(x, batch.target_nd, weight, batch.weights_n)
-            if at.score and moments.module_input is not None:
-                moments.module_input.update(seen[module.input_layer].reshape(-1, stream.width), weight=at.score)
+            if at.choice_weight and moments.module_input is not None:
+                moments.module_input.update(seen[module.input_layer].reshape(-1, stream.width), weight=at.choice_weight)
 
     @contextmanager
     def linearised(

@@ -66,9 +66,9 @@ class BlockState:
         for output in self.outputs.values():
             self.arena.release(output)
 
-    def run(self, hidden: Activations, at: Batch, **how: Any) -> Tensor:
-        """Return the block's output for a batch of rows; `how` holds options of `BlockStream.run_through`."""
-        return self.stream.run_through(self.index, self.layer, hidden[at], at.group, **how)
+    def run(self, hidden: Activations, at: Batch, **options: Any) -> Tensor:
+        """Return the block's output for a batch of rows; `options` are those of `BlockStream.run_through`."""
+        return self.stream.run_through(self.index, self.layer, hidden[at], at.group, **options)
 
     def layer_inputs(self, module: PrunableModule, pruned: Activations, at: Batch, *layers: str) -> dict[str, Tensor]:
         """Return the inputs of some layers of a module in the pruned stream; layers after the last one do not run."""

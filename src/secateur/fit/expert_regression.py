@@ -171,7 +171,7 @@ class ExpertRegression(Regression):
         fit = self._moments(tokens.weight_n)
         if keep is not None:
             return ModuleMoments(entries, fit, fit)
-        choice = fit if self.state.rows.scores is None else self._moments(tokens.choice_weight_n)
+        choice = fit if self.state.rows.choice_weights is None else self._moments(tokens.choice_weight_n)
         return ModuleMoments(entries, fit, choice, self._input_moments() if self.criterion().input_moments else None)
 
     def _moments(self, weight_n: Tensor) -> Moments:

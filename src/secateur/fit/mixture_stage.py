@@ -81,7 +81,7 @@ class MixtureStage:
             x = self.state.layer_inputs(self.module, pruned, at, layer)[layer].reshape(-1, width)
             batch = self.target.of(at)
             weights = batch.target_nd.new_ones(len(x)) if batch.weights_n is None else batch.weights_n
-            parts.append((x, batch.target_nd, at.weight * weights, at.score * weights, batch.scale_n1))
+            parts.append((x, batch.target_nd, at.weight * weights, at.choice_weight * weights, batch.scale_n1))
         xs, targets, fit_weights, choice_weights, scales = zip(*parts, strict=True)
         if not bool(torch.isfinite(torch.stack([part.sum() for part in (*xs, *targets)]).sum())):
             raise SecateurError(

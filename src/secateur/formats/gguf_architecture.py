@@ -6,7 +6,7 @@ An architecture is the code by which llama.cpp computes models of one kind. A fi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from secateur.formats.gguf_model import GgufModel
@@ -49,10 +49,8 @@ class Architecture:
     apart."""
     head_norms: bool = False
     """Whether queries and keys of every head are normalised."""
-    fused_qkv: bool = False
-    """Whether queries, keys and values are one tensor: first the rows of all queries, then keys, then values."""
-    fused_gate: bool = False
-    """Whether gate and up layer are one tensor: first the rows of the gate, then the rows of the up layer."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Layers that are one tensor in the file, in the order of their rows, by the name of that tensor."""
     scalings: frozenset[str] = SCALINGS
     """Kinds of rotary scaling."""
     partial: bool = False

@@ -48,12 +48,14 @@ OUTPUT_LAYERS = frozenset({"attn_output", "ffn_down"})
 """Output projections, by llama.cpp's names; a recovery may add biases to them."""
 _QKV = frozenset(QKV)
 _ALL = _QKV | OUTPUT_LAYERS | {"ffn_gate", "ffn_up"}
+_FUSED_QKV: dict[str, tuple[str, ...]] = {"attn_qkv": QKV}
+_FUSED_GATE: dict[str, tuple[str, ...]] = {"ffn_up": ("ffn_gate", "ffn_up")}
 
 _LLAMA = Architecture("llama", _ALL, interleaved_rope=True, scalings=SCALINGS | {"llama3", "longrope"})
 _GEMMA3 = Architecture(
     "gemma3", _QKV, head_norms=True, windows=regular_windows, scalings=SCALINGS - {"yarn"}, activation="gelu"
 )
-_PHI3 = Architecture("phi3", _QKV, square=True, fused_qkv=True, partial=True, scalings=SCALINGS | {"longrope"})
+_PHI3 = Architecture("phi3", _QKV, square=True, fused=_FUSED_QKV, partial=True, scalings=SCALINGS | {"longrope"})
 _QWEN3 = Architecture("qwen3", _QKV, head_norms=True)
 _OLMO2 = Architecture("olmo2", frozenset(), square=True, windows=regular_windows, output="stored")
 _GLM = replace(_QWEN3, name="glm4moe", partial=True, leading_dense=True)
@@ -79,7 +81,7 @@ _NEXT = replace(
 )
 _QWEN35 = replace(_NEXT, name="qwen35", linear="tiled", sections="interleaved")
 _GPT = Architecture(
-    "gpt2", _ALL - {"ffn_gate"}, square=True, fused_qkv=True, activation="gelu", epsilon="layer_norm_epsilon"
+    "gpt2", _ALL - {"ffn_gate"}, square=True, fused=_FUSED_QKV, activation="gelu", epsilon="layer_norm_epsilon"
 )
 _COHERE = Architecture(
     "command-r",
@@ -119,7 +121,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(_LLAMA, name="granitemoe"),
         _GLM,
         replace(_LLAMA, name="smollm3", biases=frozenset(), requirements=(SMOLLM3,)),
-        Architecture("glm4", _QKV, interleaved_rope=True, fused_gate=True, partial=True),
+        Architecture("glm4", _QKV, interleaved_rope=True, fused=_FUSED_GATE, partial=True),
         Architecture(
             "exaone4",
             frozenset(),
@@ -156,8 +158,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             requirements=(llama4,),
             metadata=(experts_in_every_block,),
         ),
-        Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused_qkv=True, output="tied"),
-        replace(_PHI3, fused_gate=True),
+        Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused=_FUSED_QKV, output="tied"),
+        replace(_PHI3, fused=_FUSED_QKV | _FUSED_GATE),
         replace(_OLMO2, requirements=(OLMO2,)),
         replace(
             _GEMMA3,
@@ -184,9 +186,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         replace(_GPT, needs_biases=True, score_ratio=gpt2_ratio),
         replace(_GPT, name="gptneox", needs_biases=True, partial=True, output="stored"),
-        replace(_GPT, name="phi2", fused_qkv=False, needs_biases=True, partial=True, output="stored"),
+        replace(_GPT, name="phi2", fused={}, needs_biases=True, partial=True, output="stored"),
         replace(_LLAMA, name="mistral3"),
-        Architecture("chatglm", _QKV, square=True, interleaved_rope=True, fused_gate=True, partial=True),
+        Architecture("chatglm", _QKV, square=True, interleaved_rope=True, fused=_FUSED_GATE, partial=True),
         replace(
             _GPT,
             name="falcon",

@@ -44,10 +44,8 @@ class FileBlock:
         if self.architecture.needs_biases:
             for layer in self.model.layers:
                 self.parts.setdefault(f"{layer}.bias", LazyTensor.full(self.parts[f"{layer}.weight"].shape[:1], 0.0))
-        if self.architecture.fused_qkv:
-            self._fuse(QKV, "attn_qkv")
-        if self.architecture.fused_gate:
-            self._fuse(("ffn_gate", "ffn_up"), "ffn_up")
+        for name, layers in self.architecture.fused.items():
+            self._fuse(layers, name)
         return self.parts
 
     def _collect(self) -> None:

@@ -105,23 +105,25 @@ def per_layer_config(
         # width that no layer has, it fails.
         stored[key] = numbers(first, keys)[key] + 1
     usual = [dict.fromkeys(BIASES, False) | numbers(width, keys) for width in dense]
-    everywhere = {key: count for own in reversed(usual) for key, count in own.items()}
+    everywhere = {key: count for layer in reversed(usual) for key, count in layer.items()}
     everywhere |= {} if key is None else {key: stored.get(key, everywhere[key])}
     layers = {}
     for index, before in enumerate(usual):
-        own = before | dict(zip(BIASES, biases.get(index, (False, False)), strict=True))
-        own |= numbers(widths.get(index, dense[index]), keys)
+        values = before | dict(zip(BIASES, biases.get(index, (False, False)), strict=True))
+        values |= numbers(widths.get(index, dense[index]), keys)
         # A block may have differed before (Gemma 4's last ones are twice as wide), and now have the usual number.
-        if differing := {key: value for key, value in own.items() if value != everywhere[key] or value != before[key]}:
+        if differing := {
+            key: value for key, value in values.items() if value != everywhere[key] or value != before[key]
+        }:
             layers[str(index)] = differing
     # A class that derives head sizes fails in a layer without heads: the values go under a key that it does not read.
-    apart = (
+    under_own_key = (
         family_of(config).stock.per_layer_by_type
         or derived
         or any(overrides(config, index) for index in range(len(dense)))
     )
-    stored[WIDTHS if apart else "per_layer_config"] = layers
-    used = {key for own in layers.values() for key in own}
+    stored[WIDTHS if under_own_key else "per_layer_config"] = layers
+    used = {key for values in layers.values() for key in values}
     stored[SIZES] = model_sizes(blocks, keys, stored_names, used)
     # A key that only some layers have must have a value for the others.
     stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES, *first) if key in used}
@@ -220,24 +222,26 @@ def widths_of(config: Any) -> list[Width]:
 
 def _layer_width(config: Any, index: int, everywhere: Width, keys: Keys) -> Width:
     """Return a layer's width: the one that the global values of a config give, but for the layer's own numbers."""
-    own = overrides(config, index)
-    if odd := next((name for name, value in own.items() if type(value) not in (int, bool) or value < 0), None):
+    values = overrides(config, index)
+    if odd := next((name for name, value in values.items() if type(value) not in (int, bool) or value < 0), None):
         raise SecateurError(
-            f"layer {index} of the config has {own[odd]!r} for {odd}, which is not a number; prune again"
+            f"layer {index} of the config has {values[odd]!r} for {odd}, which is not a number; prune again"
         )
     counts = dict(everywhere)
-    counts |= {axis: own[key] for (*outer, axis), key in keys.items() if not outer and axis in counts and key in own}
+    counts |= {
+        axis: values[key] for (*outer, axis), key in keys.items() if not outer and axis in counts and key in values
+    }
     for (*outer, axis), key in keys.items():
         if outer and axis in counts:
-            total = own.get(key, everywhere.product((*outer, axis)))
+            total = values.get(key, everywhere.product((*outer, axis)))
             # Without a key of its own, an outer axis has one inner unit each: every head is a KV group.
             counts |= {name: total for name in outer if (name,) not in keys}
             counts[axis] = total // max(1, math.prod(counts[name] for name in outer))
     width = Width(counts)
     for along, key in keys.items():
-        if key in own and along[0] in counts and width.product(along) != own[key]:
+        if key in values and along[0] in counts and width.product(along) != values[key]:
             raise SecateurError(
-                f"layer {index} of the config has {own[key]} for {key}, but its other numbers give "
+                f"layer {index} of the config has {values[key]} for {key}, but its other numbers give "
                 f"{width.product(along)}; prune again"
             )
     return width

@@ -58,8 +58,8 @@ def _heads_unsupported(config: Any, width: Width, dense: Width) -> str | None:
         if stock.fallback is None:
             return f"{refusal}, not {heads}; {instead}"
         if biases := [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]:
-            lacks = " or ".join(biases)
-            return f"{refusal} and {stock.fallback[0]}, which supports {heads}, has no {lacks}; {instead}"
+            missing = " or ".join(biases)
+            return f"{refusal} and {stock.fallback[0]}, which supports {heads}, has no {missing}; {instead}"
     return None
 
 

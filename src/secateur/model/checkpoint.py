@@ -156,24 +156,24 @@ class Checkpoint(Stored):
         """Auto class of transformers that opens the whole model."""
         return AutoModelForCausalLM if self.multimodal_config is None else AutoModelForImageTextToText
 
-    def load(self, auto: Any, dtype: torch.dtype, **how: Any) -> Any:
+    def load(self, auto: Any, dtype: torch.dtype, **options: Any) -> Any:
         """Load the checkpoint with a class of transformers; quantised weights are dequantised here.
 
         Raises:
             SecateurError: transformers cannot load the checkpoint.
         """
         config = load_config(self.path, read_config(self.path), trust_remote_code=self.trust_remote_code)
-        how |= {"config": config, "dtype": dtype}
+        options |= {"config": config, "dtype": dtype}
         try:
             if not self.quantised:
-                return auto.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **how)
+                return auto.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **options)
             del config.quantization_config
             values = {name: self.read(name).to(dtype) for name in self.weights}
             classes = (
                 MODEL_FOR_CAUSAL_LM_MAPPING if self.multimodal_config is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
             )
             stock = stock_class(classes, type(config))
-            return stock.from_pretrained(None, state_dict=values, **how)
+            return stock.from_pretrained(None, state_dict=values, **options)
         except (SecateurError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -358,13 +358,13 @@ def open_checkpoint(
     folder = _locate(source, revision, dtype)
     raw = read_config(folder)
     config, multimodal_config = load_config(folder, raw, trust_remote_code=trust_remote_code), None
-    how, raw = quantisation(raw), without_quantisation(raw)
+    settings, raw = quantisation(raw), without_quantisation(raw)
     if any(raw.get(key) for key in TOWER_CONFIGS):
         multimodal_config, raw, config = raw, raw.get(TEXT) or {}, decoder_config(config)
     check_generation(folder)
     tensors = list_tensors(folder)
-    if how is not None:
-        tensors = dequantised(tensors, how, folder)
+    if settings is not None:
+        tensors = dequantised(tensors, settings, folder)
     if (twin := twin_of(config)) and twin.inputs_first:
         tensors = {name: _upright(name, info, config.hidden_size) for name, info in tensors.items()}
     checkpoint = Checkpoint(
@@ -376,7 +376,7 @@ def open_checkpoint(
         tensors=tensors,
         trust_remote_code=trust_remote_code and type(config).__module__.startswith("transformers_modules"),
         multimodal_config=multimodal_config,
-        quantised=how is not None,
+        quantised=settings is not None,
     )
     if config.num_hidden_layers > len(tensors):
         raise SecateurError(

@@ -122,8 +122,8 @@ def _own_classes(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _check_readable(file: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:
     """Raise `SecateurError` for an unknown quantisation, and for a model_type without a class that may be used."""
-    kind, how = raw["model_type"], quantisation(raw)
-    if how is not None and (why := quantisation_unsupported(how)):
+    kind, settings = raw["model_type"], quantisation(raw)
+    if settings is not None and (why := quantisation_unsupported(settings)):
         raise SecateurError(f"{file}: {why}; use an unquantised checkpoint")
     if kind in CONFIG_MAPPING:
         return

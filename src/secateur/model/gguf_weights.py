@@ -144,8 +144,8 @@ class _Parameter:
         if (found := next(filter(None, names), None)) is None:
             raise SecateurError(f"GGUF has no place for {self.name}")
         self._check(found, self.file.shape(found), self.shape)
-        how = self.file.reading.input
-        changes = changes_of(self.name, found, self.config, permuted=how.permuted, order=how.linear)
+        entry = self.file.reading.input
+        changes = changes_of(self.name, found, self.config, permuted=entry.permuted, order=entry.linear)
 
         def read(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             tensor = self.file.read(found, torch.float32 if changes else dtype)

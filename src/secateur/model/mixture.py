@@ -47,7 +47,7 @@ class Mixture:
         norms = self.names.parallel_norms
         self.parent: Any = layer if norms else layer.get_submodule(module.output_layer)
         """Module that contains the experts and the router."""
-        self._norm: Any = layer.get_submodule(norms[0]) if norms else None
+        self._norm: Any = layer.get_submodule(norms[0]) if norms else nn.Identity()
         self.experts: Any = self.parent.get_submodule(self.names.experts)
         self.layout = layout_of(self.experts)
         self.router: Any = self.parent.get_submodule(self.names.router)
@@ -94,7 +94,7 @@ class Mixture:
         x_nd = x_btd.flatten(0, 1)
         routes, shared = self.route(x_nd, alive), self.shared_output(x_nd)
         with self.stream.multiplying():
-            y_nd = self.experts(x_nd if self._norm is None else self._norm(x_nd), *routes).float()
+            y_nd = self.experts(self._norm(x_nd), *routes).float()
         return (y_nd if shared is None else y_nd + shared).view_as(x_btd)
 
     def _routes(self, found: tuple[Tensor, ...]) -> Routes:
@@ -117,7 +117,7 @@ class Mixture:
         if self.names.scales_inputs:
             gates = torch.sigmoid(linear(x_nd, self.router.weight[expert : expert + 1]).float())
             return x_nd * gates.to(x_nd.dtype)
-        return x_nd if self._norm is None else self._norm(x_nd)
+        return self._norm(x_nd)
 
     def projection_input(self, expert: int, x_nd: Tensor) -> Tensor:
         """Return the inputs of an expert's output projection (n x f)."""

@@ -75,24 +75,24 @@ def without_quantisation(raw: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key not in _KEYS}
 
 
-def quantisation_unsupported(how: dict[str, Any]) -> str | None:
+def quantisation_unsupported(settings: dict[str, Any]) -> str | None:
     """Return why quantised weights cannot be read, as a clause; None if they can."""
-    method = how.get("quant_method", "unknown")
+    method = settings.get("quant_method", "unknown")
     if method not in METHODS:
         return f"quantised weights ({method}), which cannot be dequantised here; {', '.join(METHODS)} can"
-    formats = [how.get("format"), *(group.get("format") for group in _groups(how))]
+    formats = [settings.get("format"), *(group.get("format") for group in _groups(settings))]
     other = next((kind for kind in formats if kind not in (None, "mixed-precision", *FORMATS)), None)
     if method == "compressed-tensors" and other is not None:
         return f"quantised weights ({method}, {other}), which cannot be dequantised here; {', '.join(FORMATS)} can"
     return None
 
 
-def dequantised(tensors: dict[str, TensorInfo], how: dict[str, Any], folder: Path) -> dict[str, TensorInfo]:
+def dequantised(tensors: dict[str, TensorInfo], settings: dict[str, Any], folder: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a folder, with weights in place of their quantised parts.
 
     Args:
         tensors: Stored tensors by name.
-        how: Quantisation settings in config.json, from `quantisation`.
+        settings: Quantisation settings in config.json, from `quantisation`.
 
     Raises:
         SecateurError: A weight lacks a part, or its parts do not fit each other.
@@ -100,7 +100,7 @@ def dequantised(tensors: dict[str, TensorInfo], how: dict[str, Any], folder: Pat
     weights, used = dict[str, TensorInfo](), set[str]()
     for name, info in tensors.items():
         try:
-            found = _weight(name, info, tensors, how)
+            found = _weight(name, info, tensors, settings)
         except (KeyError, ValueError) as error:
             wrong = f"lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
             raise SecateurError(f"{folder}: the quantised weight {name} {wrong}; download it again") from error
@@ -112,13 +112,13 @@ def dequantised(tensors: dict[str, TensorInfo], how: dict[str, Any], folder: Pat
     return weights | others
 
 
-def _groups(how: dict[str, Any]) -> list[dict[str, Any]]:
+def _groups(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the settings of compressed-tensors for each group of layers."""
-    groups = how.get("config_groups")
+    groups = settings.get("config_groups")
     return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
 
 
-def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], how: dict[str, Any]) -> _Weight | None:
+def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], settings: dict[str, Any]) -> _Weight | None:
     """Return the weight whose main part is a tensor; None if the tensor is not the main part of a quantised weight."""
     if name.endswith("_blocks") and info.dtype == torch.uint8 and len(info.shape) == 4:
         return _four_bit_floats(name, info, tensors)
@@ -126,11 +126,11 @@ def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], how: di
         return _packed_integers(name, info, tensors)
     if info.dtype not in _NARROW or name.endswith("_zero_point"):
         return None
-    settings = (
-        how.get("weight_block_size"),
-        *((group.get("weights") or {}).get("block_structure") for group in _groups(how)),
+    block_shapes = (
+        settings.get("weight_block_size"),
+        *((group.get("weights") or {}).get("block_structure") for group in _groups(settings)),
     )
-    block = next(filter(None, settings), None)
+    block = next(filter(None, block_shapes), None)
     scale = f"{name}_scale_inv" if f"{name}_scale_inv" in tensors else f"{name}_scale"
     _check_scales(info.shape, tensors[scale].shape, block)
     parts = {"weight": name, "scale": scale} | _optional({"zero_point": f"{name}_zero_point"}, tensors)

@@ -27,7 +27,7 @@ class Batch:
     rows: slice
     weight: float
     """Weight of each token in fits."""
-    score: float
+    choice_weight: float
     """Weight of each token in the choice of units."""
 
 
@@ -38,7 +38,7 @@ class Rows:
     groups: tuple[Tensor, ...]
     weights: tuple[float, ...]
     """Weight of a token of each group in fits; zero for held-out rows, to which no weight is fitted."""
-    scores: tuple[float, ...] | None = None
+    choice_weights: tuple[float, ...] | None = None
     """Weight of a token of each group in the choice of units; None for the same weights as in fits."""
     resampled: tuple[int, ...] = ()
     """Groups of resampled rows. Each fit takes one of these groups; the fitted weights of all fits are averaged."""
@@ -68,11 +68,11 @@ class Rows:
         first = len(self.groups)
         return replace(self._extended(groups, 1.0), resampled=(*self.resampled, *range(first, first + len(groups))))
 
-    def with_scoring_rows(self, others: Rows) -> Rows:
+    def with_choice_rows(self, others: Rows) -> Rows:
         """Return these rows for fits only, and other rows for the choice of units only."""
         mine, theirs = (0.0,) * len(self.groups), (0.0,) * len(others.groups)
         groups, weights = (*self.groups, *others.groups), (*self.weights, *theirs)
-        return replace(self, groups=groups, weights=weights, scores=(*mine, *others.weights))
+        return replace(self, groups=groups, weights=weights, choice_weights=(*mine, *others.weights))
 
     def with_held_out(self, *groups: Tensor) -> Rows:
         """Return these rows and groups of held-out rows, which run through the model but are not used in fits."""
@@ -86,22 +86,28 @@ class Rows:
         result = []
         for number, own in enumerate(self.resampled or (-1,)):
             others = set(self.resampled) - {own}
-            counts = self.weights if number or self.scores is None else map(max, self.weights, self.scores)
+            counts = self.weights if number else map(max, self.weights, self._weights_of_choice)
             part = self._only([group for group, count in enumerate(counts) if count and group not in others])
-            result.append(replace(part, scores=None) if number else part)
+            result.append(replace(part, choice_weights=None) if number else part)
         return tuple(result)
 
     def weighted(self, wanted: bool = True) -> Rows:
         """Return the groups with a weight in fits or in the choice of units; or, unless `wanted`, the held-out groups.
         All other groups are empty."""
-        counts = map(max, self.weights, self.scores or self.weights)
+        counts = map(max, self.weights, self._weights_of_choice)
         return self._only([group for group, count in enumerate(counts) if bool(count) == wanted])
 
     def _extended(self, groups: tuple[Tensor, ...], weight: float) -> Rows:
         """Return these rows and more groups, with one weight for fits and for the choice of units."""
         more = (weight,) * len(groups)
-        scores = None if self.scores is None else (*self.scores, *more)
-        return replace(self, groups=(*self.groups, *groups), weights=(*self.weights, *more), scores=scores)
+        choice_weights = None if self.choice_weights is None else (*self.choice_weights, *more)
+        weights = (*self.weights, *more)
+        return replace(self, groups=(*self.groups, *groups), weights=weights, choice_weights=choice_weights)
+
+    @property
+    def _weights_of_choice(self) -> tuple[float, ...]:
+        """Weight of a token of each group in the choice of units."""
+        return self.weights if self.choice_weights is None else self.choice_weights
 
     def _only(self, wanted: Collection[int]) -> Rows:
         groups = (ids if group in wanted else ids[:0] for group, ids in enumerate(self.groups))
@@ -120,8 +126,8 @@ class Rows:
         """
         loads = [0] * size
         result = []
-        for group, weight, score in zip(self.groups, self.weights, self.scores or self.weights, strict=True):
-            step = self._rows_per_batch(group) if weight or score else 1
+        for group, *weights in zip(self.groups, self.weights, self._weights_of_choice, strict=True):
+            step = self._rows_per_batch(group) if any(weights) else 1
             each, over = divmod(-(-len(group) // step), size)
             more = sorted(range(size), key=loads.__getitem__)[:over]
             batches = [each + (other in more) for other in range(size)]
@@ -143,11 +149,11 @@ class Rows:
 
     def batches(self) -> Iterator[Batch]:
         """Yield batches of at most `batch_tokens` tokens, group by group."""
-        scores = self.weights if self.scores is None else self.scores
-        for index, (group, weight, score) in enumerate(zip(self.groups, self.weights, scores, strict=True)):
+        weights = zip(self.weights, self._weights_of_choice, strict=True)
+        for index, (group, (weight, choice_weight)) in enumerate(zip(self.groups, weights, strict=True)):
             step = self._rows_per_batch(group)
             for start in range(0, group.shape[0], step):
-                yield Batch(index, slice(start, min(start + step, group.shape[0])), weight, score)
+                yield Batch(index, slice(start, min(start + step, group.shape[0])), weight, choice_weight)
 
     def ids(self, at: Batch) -> Tensor:
         """Return the token ids of a batch (b x t)."""

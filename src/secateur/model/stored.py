@@ -16,12 +16,14 @@ from secateur.model.weights import TensorInfo
 _ALIASES = {"lm_head.": "embed_out."}
 """Checkpoints' names of tensors for which transformers 5 has another name (GPT-NeoX), by transformers' name."""
 
-_TOWERS = {
-    "model.": ("model.language_model.", "model.text_model.", "language_model.model."),
-    "lm_head.": ("language_model.lm_head.",),
-}
-"""Names of a language model's tensors in checkpoints of multimodal models, newer ones first, by the language model's
-name."""
+_OUTER_STARTS = (
+    ("model.", "model.language_model."),
+    ("model.", "model.text_model."),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+"""Beginnings of tensor names in a language model, each with a beginning that checkpoints of multimodal models have in
+its place; newer ones first."""
 
 _PLAIN = ("lm_head.", "model.layers.", "model.embed_tokens.", "model.norm.")
 """Beginnings of names in multimodal checkpoints that use the language model's own names (Qwen2-VL)."""
@@ -65,19 +67,19 @@ class Stored:
         if self._prefix:
             candidates += [name.removeprefix(self._prefix), self._prefix + name]
         if self.multimodal_config is not None:
-            places = ((own, place) for own, places in _TOWERS.items() for place in places if name.startswith(own))
-            candidates = [*(place + name.removeprefix(own) for own, place in places), *candidates]
+            starts = [(start, outer) for start, outer in _OUTER_STARTS if name.startswith(start)]
+            candidates = [*(outer + name.removeprefix(start) for start, outer in starts), *candidates]
         candidates += [old + name.removeprefix(new) for new, old in _ALIASES.items() if name.startswith(new)]
-        for own, stored in self._experts.renamed if self._experts else ():
-            candidates += [candidate.replace(own, stored, 1) for candidate in candidates if own in candidate]
+        for part, stored in self._experts.renamed if self._experts else ():
+            candidates += [candidate.replace(part, stored, 1) for candidate in candidates if part in candidate]
         return candidates
 
     def own_name(self, stored: str) -> str | None:
         """Return the language model's name of a stored tensor; None for a tensor of a tower or projector."""
         if self.multimodal_config is None or stored.startswith(_PLAIN):
             return stored
-        parts = ((own, place) for own, places in _TOWERS.items() for place in places if stored.startswith(place))
-        return next((own + stored.removeprefix(place) for own, place in parts), None)
+        names = (start + stored.removeprefix(outer) for start, outer in _OUTER_STARTS if stored.startswith(outer))
+        return next(names, None)
 
     @cached_property
     def _experts(self) -> Experts | None:
@@ -96,8 +98,8 @@ class Stored:
         from secateur.model.modeling_secateur import overrides  # which takes a second
 
         index = re.search(r"\.(\d+)\.", name)
-        own = overrides(self.config, int(index[1])) if index else {}
-        count = own.get(self._experts.number) or getattr(self.config, self._experts.number)
+        numbers = overrides(self.config, int(index[1])) if index else {}
+        count = numbers.get(self._experts.number) or getattr(self.config, self._experts.number)
         return self._matrices_of_experts(name, count)
 
     def _matrices_of_experts(self, name: str, count: int) -> tuple[str, ...]:
@@ -121,9 +123,9 @@ class Stored:
             return self.read(pieces[0])
         per_expert = self.matrices_per_expert(name)
         result = torch.empty(self._shape_of(name, pieces), dtype=self.tensors[pieces[0]].dtype)
-        for expert, whole in enumerate(result):
-            own = pieces[expert * per_expert : (expert + 1) * per_expert]
-            torch.cat([self.read(piece) for piece in own], out=whole)
+        for expert, joined in enumerate(result):
+            matrices = pieces[expert * per_expert : (expert + 1) * per_expert]
+            torch.cat([self.read(piece) for piece in matrices], out=joined)
         return result
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
@@ -143,7 +145,7 @@ class Stored:
         pieces = self.pieces(name)
         if len(pieces) == 1:
             return {pieces[0]: self.tensors[pieces[0]].as_stored(tensor)}
-        parts = (part for whole in tensor for part in whole.chunk(self.matrices_per_expert(name)))
+        parts = (part for joined in tensor for part in joined.chunk(self.matrices_per_expert(name)))
         return dict(zip(pieces, parts, strict=False))
 
     def matrices_per_expert(self, name: str) -> int:

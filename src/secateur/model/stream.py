@@ -388,13 +388,13 @@ class BlockStream:
         if self.blocks[index].feed_forward.outer_norm is not None:
             yield str(self.family.feed_forward)
 
-    def run_through(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int, **how: Any) -> Tensor:
+    def run_through(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int, **options: Any) -> Tensor:
         """Run a block to its end, and check that all values are finite (b x t x c).
 
         Raises:
             SecateurError: Some are not; the message names the block and the module.
         """
-        after = self.run(index, layer, hidden_btc, group, **how)
+        after = self.run(index, layer, hidden_btc, group, **options)
         assert after is not None
         if not _finite(after):
             raise self.trouble(index, layer, hidden_btc, group)

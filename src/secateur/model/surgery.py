@@ -56,8 +56,8 @@ def slice_module(
         if slab.along[0] == module.output_projection.along[0]:
             # A KV group stays while one of its heads does.
             each = module.units // slab.units
-            own = sorted({unit // each for unit in keep})
-            parts.setdefault((slab.name, slab.axis), []).append(entries(slab, own))
+            kept = sorted({unit // each for unit in keep})
+            parts.setdefault((slab.name, slab.axis), []).append(entries(slab, kept))
     found = {
         name: tensors[name].index_select(axis, torch.cat(index).sort().values.to(tensors[name].device))
         for (name, axis), index in parts.items()
@@ -69,8 +69,10 @@ def channels_by_expert(module: PrunableModule, experts: int, channels: Sequence[
     """Return the kept channels of each expert (experts x c) and of the shared expert, each counted from the expert's
     first channel."""
     indices = torch.tensor(channels)
-    own = len(indices) // (experts + module.shared_multiple) * experts
-    return indices[:own].view(experts, -1) % module.units_inside, indices[own:] - module.units * module.units_inside
+    routed = len(indices) // (experts + module.shared_multiple) * experts
+    return indices[:routed].view(experts, -1) % module.units_inside, indices[
+        routed:
+    ] - module.units * module.units_inside
 
 
 def _slice_experts(
@@ -85,12 +87,12 @@ def _slice_experts(
     places: dict[tuple[str, int], list[Tensor]] = {}
     for slab in sorted((*module.input_projections, module.output_projection), key=lambda slab: slab.offset):
         if slab.along == (EXPERT_CHANNELS,):
-            own = slab.offset + channels_ec[..., None] * slab.size + torch.arange(slab.size)
-            places.setdefault((slab.name, slab.axis), []).append(own.flatten(1))
+            positions = slab.offset + channels_ec[..., None] * slab.size + torch.arange(slab.size)
+            places.setdefault((slab.name, slab.axis), []).append(positions.flatten(1))
     for (name, axis), parts in places.items():
         # Experts are sliced one after the other: one index for all entries would be several times the weights' size.
         each = zip(tensors[name], torch.cat(parts, 1).to(tensors[name].device), strict=True)
-        result[name] = torch.stack([own.index_select(axis - 1, index) for own, index in each])
+        result[name] = torch.stack([matrix.index_select(axis - 1, index) for matrix, index in each])
     return result
 
 
@@ -166,9 +168,9 @@ def cut_down(layer: nn.Module, block: Block, width: Width, biases: Sequence[str]
         biases: Names of biases of output projections that the layer gets in addition.
     """
     dense = numbers(block.width)
-    own = {key: count for key, count in numbers(width).items() if count != dense[key]}
-    own |= {key: True for key, module in zip(BIASES, block.modules, strict=True) if module.bias_name in biases}
-    resize(layer, layer_sizes(block), own, SimpleNamespace(**dense))
+    changed = {key: count for key, count in numbers(width).items() if count != dense[key]}
+    changed |= {key: True for key, module in zip(BIASES, block.modules, strict=True) if module.bias_name in biases}
+    resize(layer, layer_sizes(block), changed, SimpleNamespace(**dense))
 
 
 def narrow(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor], width: Width) -> None:

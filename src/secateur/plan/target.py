@@ -22,7 +22,7 @@ class _Spelling:
     """Notation of one quantity in targets and in messages."""
 
     suffixes: dict[str, int]
-    """Factors of the units of absolute values, by suffix; empty for quantities that are ratios."""
+    """Factors of the units of absolute values, by suffix; empty for quantities that are ratios to the dense model."""
     example: str
     """Example for error messages."""
     relative: str
@@ -34,6 +34,11 @@ class _Spelling:
     def is_ratio(self) -> bool:
         """Whether values are ratios to the dense model, such as `1.5x`."""
         return not self.suffixes
+
+    @property
+    def relative_unit(self) -> tuple[str, int]:
+        """Unit of relative values, and the factor by which it multiplies them."""
+        return ("x", 1) if self.is_ratio else ("%", 100)
 
 
 _SPELLINGS: dict[Quantity, _Spelling] = {
@@ -106,12 +111,12 @@ class Target:
 
     def _format_value(self, space: str = "") -> str:
         """Return the value with its unit, with `space` between the two."""
-        suffixes = _SPELLINGS[self.quantity].suffixes
+        spelling, value = _SPELLINGS[self.quantity], Decimal(str(float(self.value)))
         if self.relative:
-            return _plain(Decimal(str(float(self.value))) * 100) + "%" if suffixes else f"{_plain(self.value)}x"
-        value = Decimal(str(float(self.value)))
+            unit, factor = spelling.relative_unit
+            return _plain(value * factor) + unit
         notations = []
-        for suffix, factor in suffixes.items():
+        for suffix, factor in spelling.suffixes.items():
             number = _plain(value / factor)
             if (factor == 1 or value >= factor) and float(Decimal(number) * factor) == self.value:
                 notations.append(number + (space if suffix else "") + suffix)
@@ -148,19 +153,14 @@ def parse_target(text: str) -> Target:
     if match is None:
         raise SecateurError(f"target '{text}': '{amount}' is not a number; {example}")
     number, unit = Decimal(match[1]), match[2].lower()
-    factors = {"x": None} if spelling.is_ratio else {"%": None, **_lower_case(spelling.suffixes)}
+    relative_unit, divisor = spelling.relative_unit
+    if unit == relative_unit:
+        return Target(quantity, float(number / divisor), True)
+    factors = {suffix.lower(): factor for suffix, factor in spelling.suffixes.items()}
     if unit not in factors:
-        units = "x" if spelling.is_ratio else ", ".join([*filter(None, spelling.suffixes), "%"])
+        units = ", ".join([*filter(None, spelling.suffixes), relative_unit])
         raise SecateurError(f"target '{text}': '{match[2]}' is not a unit of {quantity} (use {units}); {example}")
-    factor = factors[unit]
-    if factor is None:
-        return Target(quantity, float(number if spelling.is_ratio else number / 100), True)
-    return Target(quantity, float(number * factor), False)
-
-
-def _lower_case(suffixes: dict[str, int]) -> dict[str, int]:
-    """Return the factors of units by suffix in lower case."""
-    return {suffix.lower(): factor for suffix, factor in suffixes.items()}
+    return Target(quantity, float(number * factors[unit]), False)
 
 
 def _plain(value: float | Decimal) -> str:

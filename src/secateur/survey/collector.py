@@ -45,7 +45,7 @@ class Collector:
 
     def update(self, after: Tensor, batch: Batch) -> None:
         """Add the activations of the last run; `after` is the residual stream after the block (b x t x d)."""
-        if not (batch.weight or batch.score):
+        if not (batch.weight or batch.choice_weight):
             self._probe_inputs.append(self.estimator.probe_inputs(self._last).reshape(*after.shape[:-1], -1))
             return
         norm = self.estimator.norm

@@ -26,13 +26,13 @@ class GramEstimator(CurveEstimator):
     Each token is divided by the norm of its residual stream, to which errors are relative.
     """
 
-    def __init__(self, filled: FilledModule, criteria: Criteria, *, scores_separately: bool):
+    def __init__(self, filled: FilledModule, criteria: Criteria, *, separate_choice: bool):
         """Start with empty sums.
 
         Args:
             filled: The module of the dense model.
             criteria: Criteria that determine the order in which units are removed.
-            scores_separately: Whether the order is determined on other rows than those on which errors are measured.
+            separate_choice: Whether the order is determined on other rows than those on which errors are measured.
         """
         super().__init__(filled)
         stream, module = filled.stream, filled.module
@@ -41,7 +41,7 @@ class GramEstimator(CurveEstimator):
         self._tensors: Mapping[str, Tensor] = filled.layer.state_dict()
         inputs = module.units * module.size
         self._moments = Moments(inputs, device=stream.device)
-        self._score_moments = Moments(inputs, device=stream.device) if scores_separately else None
+        self._choice_moments = Moments(inputs, device=stream.device) if separate_choice else None
         self._input_moments = Moments(stream.width, device=stream.device) if self.needs_input else None
         self._statistics: tuple[Statistics, Statistics | None] | None = None
         """Statistics for errors; and those for the order of removal, if they are separate."""
@@ -54,10 +54,10 @@ class GramEstimator(CurveEstimator):
         x_na = (x_bta if inverse_rms_bt1 is None else x_bta * inverse_rms_bt1).reshape(len(norms_n1), -1) / norms_n1
         if batch.weight:
             self._moments.update(x_na, weight=batch.weight)
-        if batch.score and self._score_moments is not None:
-            self._score_moments.update(x_na, weight=batch.score)
-        if batch.score and self._input_moments is not None:
-            self._input_moments.update(activations.module_input.reshape(len(norms_n1), -1), weight=batch.score)
+        if batch.choice_weight and self._choice_moments is not None:
+            self._choice_moments.update(x_na, weight=batch.choice_weight)
+        if batch.choice_weight and self._input_moments is not None:
+            self._input_moments.update(activations.module_input.reshape(len(norms_n1), -1), weight=batch.choice_weight)
 
     def probe_inputs(self, activations: ModuleActivations) -> Tensor:
         """Return the inputs of the output projection."""
@@ -67,7 +67,7 @@ class GramEstimator(CurveEstimator):
         """Add up the sums of all processes on the owner rank of the module, which measures the curves."""
         inputs, processes = self.module.units * self.module.size, self.stream.processes
         self.owner = processes.assign_owner(inputs**3)
-        for sums in (self._moments, self._score_moments, self._input_moments):
+        for sums in (self._moments, self._choice_moments, self._input_moments):
             if sums is not None:
                 sums.reduce(processes, self.owner)
         if processes.rank != self.owner:
@@ -82,7 +82,7 @@ class GramEstimator(CurveEstimator):
             target_is_old_output=True,
             seed=module_seed(seed, self.index, self.module.role),
         )
-        scores = None if self._score_moments is None else replace(stats, moments=self._score_moments)
+        scores = None if self._choice_moments is None else replace(stats, moments=self._choice_moments)
         self._statistics = stats, scores
         return True
 

@@ -71,7 +71,7 @@ class MixtureEstimator(CurveEstimator):
         some = torch.arange(-self._token_count % self._stride, len(scale_n), self._stride, device=scale_n.device)
         self._token_count += len(scale_n)
         x_md, z_md = (values.reshape(-1, width)[some] for values in (activations.module_input, activations.output))
-        weight_m = torch.full_like(scale_n[some], batch.score or batch.weight)
+        weight_m = torch.full_like(scale_n[some], batch.choice_weight or batch.weight)
         self._samples.append((x_md, z_md, scale_n[some], weight_m))
 
     def probe_inputs(self, activations: ModuleActivations) -> Tensor:

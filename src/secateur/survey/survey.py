@@ -114,4 +114,4 @@ def _estimator(filled: FilledModule, criteria: Criteria, rows: Rows, kinds: tupl
     """Return the estimator of one module."""
     if filled.module.experts_per_token:
         return MixtureEstimator(filled, criteria.choice.experts, rows.tokens, kinds)
-    return GramEstimator(filled, criteria, scores_separately=rows.scores is not None)
+    return GramEstimator(filled, criteria, separate_choice=rows.choice_weights is not None)

@@ -98,9 +98,9 @@ class CalibrationRows:
         if len(self.norm_scale):
             rows = rows.with_held_out(self.norm_scale)
         if self.random is not None:
-            rows = rows.with_scoring_rows(Rows.of(self.random))
+            rows = rows.with_choice_rows(Rows.of(self.random))
         elif self.separate_refit is not None:
-            rows = rows.with_scoring_rows(self._with_openings(self.selection))
+            rows = rows.with_choice_rows(self._with_openings(self.selection))
         return rows if self.held_out is None else rows.with_held_out(self.held_out)
 
     def _with_openings(self, rows: Tensor) -> Rows:

@@ -79,7 +79,9 @@ def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     channels, inside = _channels(layer, prefix + names.experts, names.stored)
     prunes_shared = names.shared_expert_width is None and shared_expert(names, parent) is not None
     groups, least = _groups(config, names, per_token)
-    parallel, after = names.parallel_norms, family.norm_after_feed_forward
+    path, post_norm, outer_norm, input_reader = family.feed_forward, family.norm_after_feed_forward, None, None
+    if names.parallel_norms is not None:
+        path, post_norm, outer_norm, input_reader = names.experts, names.parallel_norms[1], post_norm, names.router
     return PrunableModule(
         "experts",
         (
@@ -89,15 +91,15 @@ def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
         (*(slab for slab in rows if slab is not output), *inside),
         output,
         None,
-        names.experts if parallel else family.feed_forward,
-        parallel[1] if parallel else after,
-        after if parallel else None,
+        path,
+        post_norm,
+        outer_norm,
         groups,
         returns_tuple=names.returns_scores,
         fixed=True,
         experts_per_token=per_token,
         shared=_shared(layer, f"{prefix}{names.shared_expert}", channels) if prunes_shared else (),
-        input_reader=names.router if parallel else None,
+        input_reader=input_reader,
     )
 
 
