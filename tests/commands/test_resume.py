@@ -207,7 +207,7 @@ def test_restart_starts_over(stopped, checkpoint_folder):
     assert watcher.seen["Survey"] == watcher.seen["Prune"] == [0, 1, 2]
 
 
-DAMAGED = ("asked.json", "survey.json", "resampled.json", "state.json", "*.activations", ".shard-00001.partial")
+DAMAGED = ("request.json", "survey.json", "resampled.json", "state.json", "*.activations", ".shard-00001.partial")
 
 
 @pytest.mark.parametrize("pattern", DAMAGED)

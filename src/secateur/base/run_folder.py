@@ -16,7 +16,7 @@ from typing import Any
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.json_files import read_hashed, write_hashed
 
-REQUEST, ROWS, LOCK = "asked", "rows", "lock"
+REQUEST, ROWS, LOCK = "request", "rows", "lock"
 """Names of the files with the request, with the hashes of the calibration rows, and with the lock."""
 PARTIAL_OUTPUT = "model"
 """Name of the subfolder in which the output is written."""

@@ -1,4 +1,4 @@
-"""`clean`: remove what stopped runs left beside an output."""
+"""`clean`: remove what stopped runs left next to an output."""
 
 from pathlib import Path
 

@@ -65,7 +65,7 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input
         for module in costs[index]
     ]
     inputs = max(module.stored_inputs for block in costs.values() for module in block)
-    # Fits that wait keep only their two streams.
+    # Fits that wait for their turn keep only their two streams.
     waiting = sum(others) + held_out
     activations = first * (4 * stream.width + 2 * stream.columns + inputs) + waiting * 2 * stream.columns
     activations += (first + waiting) * stream.side_inputs.token_entries
@@ -114,7 +114,7 @@ def resident_bytes(stream: BlockStream, *, input_steps: bool = False, separate_c
     solve = (2.3 + separate_choice) * a * a + (7 + separate_choice) * a * d
     steps = m * (2 * a * a + 6 * a * d) * input_steps
     batch = stream.batch_tokens * (3 * a + 4 * d)
-    # Weights of experts that get new values are there twice: all of them, or their output projections.
+    # Weights of experts that get new values are in memory twice: all weights, or the output projections only.
     expert_copies = (1.2 + (1 if input_steps else 1 / 3)) * experts * stream.expert_bytes / 4
     pruning = 1.2 * (block.parameters - experts) + expert_copies + max(solve, steps) + batch
     stored = sum(info.entries for info in stream.checkpoint.weights.values())

@@ -1,4 +1,4 @@
-"""`doctor`: find out which installed engines run a pruned model, each in a process of its own."""
+"""`doctor`: find out which installed engines run a pruned model, each in a separate process."""
 
 import importlib.metadata
 import importlib.util
@@ -48,7 +48,7 @@ class Engine(NamedTuple):
 
 
 def check_engines(out: str | Path, *, trust_remote_code: bool = False, watcher: Watcher | None = None) -> list[Engine]:
-    """Open a pruned model in every installed engine, each in a process of its own.
+    """Open a pruned model in every installed engine, each in a separate process.
 
     transformers, vLLM and llama.cpp generate some tokens, lm-eval scores a text, and peft adds LoRA to all layers.
 

@@ -26,14 +26,14 @@ from secateur.text.self_calibration import generation_bytes
 from secateur.text.sources import SELF
 
 SLACK = 1.5
-"""Expected seconds divided by those that the operations take at the measured speeds."""
+"""Expected seconds divided by the seconds that the operations take at the measured speeds."""
 
 
 def estimate(run: OpenRun) -> Summary:
     """Return the sizes of the pruned model, and the expected time and memory of the run.
 
     Raises:
-        SecateurError: Only a real run can tell how much is removed.
+        SecateurError: Only a real run can find out how much is removed.
     """
     options = run.options
     if options.targets_perplexity:

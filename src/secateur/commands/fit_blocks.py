@@ -21,7 +21,7 @@ Observer = Callable[[Activations, Activations], None]
 
 
 class FittedBlocks(Iterator[FittedBlock]):
-    """Iterator over the fitted blocks of a plan, which fits each block when it is asked for.
+    """Iterator over the fitted blocks of a plan, which fits each block when it is requested.
 
     Attributes:
         checkpoint: Saves the state of the fit after each block.

@@ -13,8 +13,8 @@ def memory_limit(
 
     Args:
         stream: The open model.
-        allowed: The value of `--memory`, such as `8GB` or `50%` of the free memory. None stands for half of the free
-            memory, or for all of it if the run needs more than half.
+        allowed: The value of `--memory`, such as `8GB` or `50%` of the free memory. By default half of the free memory,
+            or all of it if the run needs more than half.
         input_steps: Whether the up and gate projections are fitted too.
         separate_choice: Whether units are chosen on other rows than the weights are fitted to.
 

@@ -16,7 +16,7 @@ from secateur.model.structure import Block, PrunableModule
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 
 READS_PER_LOOKUP = 8
-"""Times that an expert's output for a token is read or written when it is looked up."""
+"""Number of times that an expert's output for a token is read or written for each lookup."""
 
 
 class ModuleCosts:
@@ -28,7 +28,7 @@ class ModuleCosts:
 
     @property
     def solved_inputs(self) -> int:
-        """Inputs of the output projection that one solve is for: a."""
+        """Number of inputs of an output projection in one solve: a."""
         return self.module.units * self.module.size
 
     @property
@@ -58,8 +58,8 @@ class FeedForwardCosts(ModuleCosts):
     def fit(self, tokens: int, width: Width, input_steps: int) -> Work:
         """Return the work of fitting the output projection and then the input projections.
 
-        The inputs for the second fit of the output projection take one more forward pass of the block. Activations are
-        the ones that the steps store in addition.
+        The inputs for the second fit of the output projection take one more forward pass of the block. The result
+        counts only activations that are stored in addition.
         """
         output, k = super().fit(tokens, width, input_steps), self.module.units_at(width)
         if not (input_steps and k):
@@ -92,8 +92,8 @@ class MixtureCosts(ModuleCosts):
     def survey(self, tokens: int) -> Work:
         """Return the work of the order of experts, of the error curve of their channels, and of the refit's effect.
 
-        The effect of the refit is measured with half of the experts, and with half of the channels of each; for either,
-        the experts run again and are solved for.
+        The effect of the refit is measured once with half of the experts, and once with half of the channels of each
+        expert. Each time, the experts run again and are refitted.
         """
         module, d = self.module, self.width
         n, solves = min(tokens, MAX_TOKENS), 0.0

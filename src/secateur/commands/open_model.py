@@ -55,7 +55,7 @@ class OpenRun:
     memory_bytes: int
     """Bytes of memory that the process may use."""
     gradients: dict[str, UnitScores] = field(default_factory=dict)
-    """Cache of scores from backward passes, by the purpose and the blocks that they were made for."""
+    """Cache of scores from backward passes, by purpose and blocks."""
 
     @property
     def services(self) -> Services:
@@ -101,7 +101,7 @@ class OpenRun:
         """Return a run of the same open model with other options, which are checked against the model.
 
         Args:
-            options: Options that ask for the same dtype.
+            options: Options with the same dtype.
 
         Raises:
             SecateurError: As `open_model` does for options that the model or the output format cannot meet.
@@ -137,7 +137,7 @@ class OpenRun:
         """Return the criterion of every module; a criterion that needs gradients takes one backward pass per purpose.
 
         Args:
-            purpose: Name of the step that asks, under which gradient scores are cached.
+            purpose: Name of the step that needs the criteria; gradient scores are cached under this name.
             rows: Rows of the backward pass.
             first: Heads that are removed before all others.
             exact: Whether the plan names the units to keep, so that no gradients are needed.
@@ -206,7 +206,7 @@ def open_model(
 
 
 def _check_options(options: Options, run_options: RunOptions, processes: Processes) -> torch.device:
-    """Check what needs neither the model nor the output, read the family file, and return the device."""
+    """Check the options that can be checked without the model, read the family file, and return the device."""
     target = options.size_target
     if isinstance(target, Target) and target.quantity in SPEEDUPS and not processes.is_single:
         raise SecateurError(

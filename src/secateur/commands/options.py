@@ -245,10 +245,11 @@ class Options:
             )
 
     def _check_output(self) -> None:
-        """Check that the format has types, and widths, such as are asked for.
+        """Check that the output format has tensor types if --type is given, and holds different widths if the run makes
+        them.
 
         Raises:
-            SecateurError: It does not.
+            SecateurError: The format does not.
         """
         if self.type != Options.type and not self.output_format.types:
             typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
@@ -464,8 +465,8 @@ def with_settings(
         raise TypeError(f"no option {unknown[0]!r}; the options are {', '.join([*names, *run_names])}")
     own = {name: value for name, value in settings.items() if name in names}
     others = {name: value for name, value in settings.items() if name not in own}
-    for given, fields_given in ((options, own), (run_options, others)):
-        if given is not None and fields_given:
-            kind = type(given).__name__
+    for object_given, fields_given in ((options, own), (run_options, others)):
+        if object_given is not None and fields_given:
+            kind = type(object_given).__name__
             raise TypeError(f"{next(iter(fields_given))} is given together with {kind}; set it in that object")
     return options or Options(**own), run_options or RunOptions(**others)

@@ -28,7 +28,7 @@ def propose(
 ) -> Proposal:
     """Make a plan, or check the plan of a file, without pruning.
 
-    A stopped run leaves its state beside `out`, or else beside the survey file; the same call resumes it.
+    A stopped run leaves its state next to `out`, or else next to the survey file; the same call resumes it.
 
     Args:
         model: A folder, a .gguf file or a Hugging Face Hub id.

@@ -28,7 +28,7 @@ def prune(
 ) -> Summary:
     """Prune a model in one shot, without training, and write the smaller model.
 
-    A stopped run leaves its state beside `out`; the same call resumes it. Processes that a launcher such as torchrun
+    A stopped run leaves its state next to `out`; the same call resumes it. Processes that a launcher such as torchrun
     starts share the work, and rank 0 writes.
 
     Args:

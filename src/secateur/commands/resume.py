@@ -20,12 +20,12 @@ from secateur.text.draw import CalibrationRows
 
 Result = TypeVar("Result")
 MIN_BATCH_TOKENS = 128
-"""Fewest tokens that run through a block at once."""
+"""Smallest number of tokens in a batch."""
 
 
 @contextmanager
 def resumable(run: OpenRun, out: Path, **more: Any) -> Iterator[OpenRun]:
-    """Yield the run with a run folder beside `out`, which holds the state of an earlier run if that was stopped.
+    """Yield the run with a run folder next to `out`, which holds the state of an earlier run if that was stopped.
 
     Args:
         run: The result of `open_model`.
@@ -36,15 +36,15 @@ def resumable(run: OpenRun, out: Path, **more: Any) -> Iterator[OpenRun]:
         SecateurError: Another run is at work on the same output; the state is of a run with other options; or the
             processes of this run have different options.
     """
-    asked = result_inputs(run) | more
+    inputs = result_inputs(run) | more
     if not run.processes.is_first:
-        run.processes.check_equal(asked)
+        run.processes.check_equal(inputs)
         yield run
         return
-    with RunFolder(local_path(out).resolve(), asked, restart=run.run_options.restart) as state:
+    with RunFolder(local_path(out).resolve(), inputs, restart=run.run_options.restart) as state:
         if state.has_results():
             run.watcher.note(f"Resuming a run that was stopped; its state is in {state.path}")
-        run.processes.check_equal(asked)
+        run.processes.check_equal(inputs)
         try:
             yield replace(run, stream=run.stream.using(run_folder=state))
         except BaseException as error:

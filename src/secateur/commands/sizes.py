@@ -45,7 +45,7 @@ def sizes(
 ) -> list[ModelSize]:
     """Prune a model to several sizes, and measure the perplexity of each.
 
-    A stopped run leaves its state beside `out`; the same call resumes it and keeps the models that it finished.
+    A stopped run leaves its state next to `out`; the same call resumes it and keeps the models that it finished.
 
     Args:
         model: A folder, a .gguf file or a Hugging Face Hub id.

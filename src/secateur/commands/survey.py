@@ -43,7 +43,7 @@ def survey_page(
 ) -> SurveySummary:
     """Survey a model, and write the survey as a file and as a page.
 
-    A stopped run leaves its state beside `out`; the same call resumes it. Processes that a launcher such as torchrun
+    A stopped run leaves its state next to `out`; the same call resumes it. Processes that a launcher such as torchrun
     starts share the work.
 
     Args:

@@ -43,7 +43,7 @@ def check_survey_file(run: OpenRun, rows: Tensor | None = None) -> None:
     """Check that an existing survey file is of this model, of these options and, if they are given, of these rows.
 
     Raises:
-        SecateurError: It is not.
+        SecateurError: The survey is of another model, other options or other rows.
     """
     file = run.run_options.survey
     if run.processes.is_first and file is not None and file.exists() and run.request.needs_survey:

@@ -22,16 +22,16 @@ class Findings:
     survey: Survey | None = None
     """Error curves and costs of all widths; None if only one plan meets the request."""
     first_heads: FirstHeads | None = None
-    """Heads that are removed before all others; None unless the criterion names such heads."""
+    """Heads that are removed before all others; None unless the criterion selects such heads."""
     plan: Plan | None = None
-    """Plan that removes exactly the heads in `first_heads`; None unless the criterion asks for nothing else."""
+    """Plan that removes exactly the heads in `first_heads`; None unless the criterion removes nothing else."""
 
 
 def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
     """Return the survey of the model, read from the survey file if there is one and measured otherwise.
 
-    A new survey is written to the survey file that the run names. Where the criterion names heads that are removed
-    before all others, these are found first.
+    A new survey is written to the survey file that the run names. If the criterion selects heads that are removed
+    before all others, they are found first.
 
     Raises:
         SecateurError: A threshold removes no head or too many; or the survey file is of another model, other rows or
@@ -42,7 +42,7 @@ def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
 
 
 def _first_heads(run: OpenRun, text: Tensor) -> Findings:
-    """Return the heads that are removed before all others, where the criterion names such heads."""
+    """Return the heads that are removed before all others, if the criterion selects such heads."""
     preselection, plan = run.options.preselection, run.request.plan_from_file
     if preselection is None or (plan is not None and plan.lists_units):
         return Findings()

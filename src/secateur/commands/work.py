@@ -16,7 +16,7 @@ class Work(NamedTuple):
     generated: float = 0.0
     """Operations in generating text token by token."""
     moved_bytes: float = 0.0
-    """Bytes read and written, in a step whose time they decide."""
+    """Bytes read and written, in steps whose time depends on them."""
     resident_bytes: int = 0
     """Bytes that must be in memory, in addition to Python and its libraries."""
     activation_bytes: int = 0

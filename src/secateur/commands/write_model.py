@@ -53,7 +53,7 @@ def write_model(run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedB
 def _write(
     run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedBlocks, done: BlockRecords, out: Path
 ) -> None:
-    """Write the output, upload it where that was asked for, and print notes."""
+    """Write the output, upload it if requested, and print notes."""
     stream, state = run.stream, run.services.run_folder
     # Both are closed before an error is shown, so that temporary files are gone and no progress bar follows it.
     with closing(_narrowed(run, plan, blocks, done)) as tensors, closing(blocks):

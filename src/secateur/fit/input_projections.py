@@ -138,7 +138,7 @@ class GaussNewtonStep:
             return total
 
         changes = _conjugate_gradients(curvature, precondition, self.gradient, iterations, processes)
-        # Processes that sum in another order would let their weights drift apart.
+        # If processes summed in different orders, their weights would differ more and more.
         tensors = {str(number): change for number, change in enumerate(changes)}
         return list(processes.broadcast_tensors(tensors, 0, self.weight_kd.device).values())
 
@@ -191,7 +191,7 @@ def _conjugate_gradients(
     slope = _dot(residual, direction)
     rounding = slope * torch.finfo(residual[0].dtype).eps ** 2
     for number in range(iterations):
-        # The remaining gain may be rounding. One process decides, so that none waits for another in vain.
+        # The remaining gain may be rounding. One process decides, so that all processes stop at the same step.
         if not processes.total(processes.is_first and slope > rounding):
             break
         curved = curvature(direction)

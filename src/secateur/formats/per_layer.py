@@ -234,7 +234,7 @@ def _layer_width(config: Any, index: int, everywhere: Width, keys: Keys) -> Widt
     for (*outer, axis), key in keys.items():
         if outer and axis in counts:
             total = values.get(key, everywhere.product((*outer, axis)))
-            # Without a key of its own, an outer axis has one inner unit each: every head is a KV group.
+            # If an outer axis has no key, each of its units has one nested unit: every head is a KV group.
             counts |= {name: total for name in outer if (name,) not in keys}
             counts[axis] = total // max(1, math.prod(counts[name] for name in outer))
     width = Width(counts)

@@ -61,12 +61,14 @@ def sources(recipe: Recipe, models: Sequence[str]) -> list[ModelRuns]:
         found.append(ModelRuns(short(source) if entry is None else entry, source, paper, expand(recipe, entry)))
     if not found:
         raise SecateurError("the recipe names no model; give one before the recipe")
-    if (again := first_duplicate([asked.name for asked in found])) is not None:
-        raise SecateurError(f"model {again} is given twice; leave one out, or rename its folder")
+    if (repeated := first_duplicate([model_runs.name for model_runs in found])) is not None:
+        raise SecateurError(f"model {repeated} is given twice; leave one out, or rename its folder")
     return found
 
 
-def open_compared_model(recipe: Recipe, asked: ModelRuns, run_options: RunOptions, watcher: Watcher) -> ComparedModel:
+def open_compared_model(
+    recipe: Recipe, model_runs: ModelRuns, run_options: RunOptions, watcher: Watcher
+) -> ComparedModel:
     """Open a model and check all runs on it.
 
     Raises:
@@ -74,45 +76,45 @@ def open_compared_model(recipe: Recipe, asked: ModelRuns, run_options: RunOption
     """
     columns = columns_of("texts", [named(text, short(text)) for text in recipe.evaluation.perplexity])
     # All runs are scored on rows of one length, even where the calibration length is an axis of the grid.
-    shared = recipe.options | (asked.paper.options if asked.paper else {})
+    shared = recipe.options | (model_runs.paper.options if model_runs.paper else {})
     length = recipe.evaluation.length or shared.get("length", Options.length)
     for text in columns.values():
         if text in (RANDOM, SELF):
             ids = "random token ids" if text == RANDOM else "rows that a model generates"
             raise SecateurError(f"{ids} cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
-    for run in asked.runs:
+    for run in model_runs.runs:
         for source in run.options.sources:
             check_calibration(source, samples=run.options.samples, length=run.options.length)
         if run.training is not None:
             check_retraining(run_options.device)
     opened: dict[str, tuple[OpenRun, CalibrationRows]] = {}
     found = []
-    with busy_reading(watcher, "Checking all runs on", asked.source):
-        for run in asked.runs:
+    with busy_reading(watcher, "Checking all runs on", model_runs.source):
+        for run in model_runs.runs:
             group = hash_json({k: v for k, v in asdict(run.options).items() if k not in _REQUESTED})
             try:
                 if group not in opened:
-                    first = open_model(asked.source, run.options, run_options)
+                    first = open_model(model_runs.source, run.options, run_options)
                     opened[group] = first, draw_rows(first, dry=True)
                 model, rows = opened[group]
                 model = model.with_options(run.options)
                 if run.training is not None:
                     training_rows(model.stream.checkpoint, run.training, Silent())
             except SecateurError as error:
-                raise SecateurError(f"{asked.name}, {run.row or 'run'}: {error}") from error
+                raise SecateurError(f"{model_runs.name}, {run.row or 'run'}: {error}") from error
             found.append((run, model, rows))
     checkpoint = found[0][1].stream.checkpoint
     tokenizer, texts = checkpoint.tokenizer(), {}
     for column, text in columns.items():
         with busy_reading(watcher, "Reading", text):
             texts[column] = scored_rows(checkpoint, tokenizer, text, length, recipe.evaluation.tokens).ids
-    return ComparedModel(asked.name, asked.paper, checkpoint, tokenizer, texts, found)
+    return ComparedModel(model_runs.name, model_runs.paper, checkpoint, tokenizer, texts, found)
 
 
 def columns_of(what: str, sources: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return texts or tasks by the name of their column; raise `SecateurError` where two have the same name."""
     names = [name for name, _ in sources]
-    if (again := first_duplicate(names)) is not None:
-        raise SecateurError(f"two {what} are called {again}; give them different names, NAME={what[:-1].upper()}")
+    if (repeated := first_duplicate(names)) is not None:
+        raise SecateurError(f"two {what} are called {repeated}; give them different names, NAME={what[:-1].upper()}")
     return dict(sources)

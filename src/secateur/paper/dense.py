@@ -58,9 +58,11 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
     store = RunStore(out)
     store.check()
     opened: dict[str, tuple[OpenRun, Tensor]] = {}
-    for asked in sources(recipe, models):
-        run = open_model(asked.source, asked.runs[0].options, RunOptions(**where), services=Services(watcher=watcher))
-        opened[asked.name] = run, draw_rows(run, resample=False).selection
+    for model_runs in sources(recipe, models):
+        run = open_model(
+            model_runs.source, model_runs.runs[0].options, RunOptions(**where), services=Services(watcher=watcher)
+        )
+        opened[model_runs.name] = run, draw_rows(run, resample=False).selection
     found: dict[str, dict[str, Any]] = {}
     with store:
         for name, (run, text) in opened.items():

@@ -55,7 +55,9 @@ def compare(
     store.check()
     scorer = Scorer(task_columns(recipe, task_path, watcher), device, watcher)
     with cached_token_ids():
-        compared = [open_compared_model(recipe, asked, run_options, watcher) for asked in sources(recipe, models)]
+        compared = [
+            open_compared_model(recipe, model_runs, run_options, watcher) for model_runs in sources(recipe, models)
+        ]
         for model in compared:
             first = model.runs[0][1]
             # Pruned models are written to the disk of the comparison.

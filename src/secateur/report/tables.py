@@ -87,7 +87,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     plan = proposal.plan
     axes = [axis_kinds()[name] for name in dict.fromkeys(name for width in proposal.dense for name in width)]
     table = Table(title="Plan", title_justify="left")
-    # Names of axes take two lines, so that bars fit beside them.
+    # Names of axes take two lines, so that bars fit next to them.
     for name in ("block", *(kind.label.replace(" ", "\n", 1) for kind in axes)):
         table.add_column(name, justify="right")
     table.add_column("kept")

@@ -17,7 +17,7 @@ from secateur.text.self_calibration import self_rows
 from secateur.text.sources import RANDOM, SELF
 
 HELD_OUT = 16
-"""Number of held-out rows on which a loss is measured, where a target asks for it."""
+"""Number of held-out rows on which a loss is measured, if the target is a perplexity."""
 NORM_SCALE_SHARE = 32
 """Number of refit rows of which one is held out to fit the final-norm scale."""
 

@@ -1,4 +1,4 @@
-"""Files beside the weights: JSON, text, and copies of files of the dense model."""
+"""Files next to the weights: JSON, text, and copies of files of the dense model."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The record of a run, secateur.json, which `prune` writes beside the model."""
+"""The record of a run, secateur.json, which `prune` writes next to the model."""
 
 from pathlib import Path
 from typing import Any
