@@ -17,7 +17,7 @@ from secateur.retraining.options import Training
 
 SMALL: dict[str, Any] = {
     "title": "small",
-    "models": {"Big": {"id": "owner/Big-7B", "also": ["big"], "options": {"blocks": "1:3", "ridge": 1}}},
+    "models": {"Big": {"id": "owner/Big-7B", "other_names": ["big"], "options": {"blocks": "1:3", "ridge": 1}}},
     "options": {"sparsity": 0.25, "ridge": 0.5, "samples": 4},
     "runs": {"a": {"criterion": "wanda"}, "b": {"criterion": "l2", "ridge": 0.1, "calibration": "random"}},
     "grid": {"length": [8, 16], "seed": [0, 1]},

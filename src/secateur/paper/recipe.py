@@ -1,13 +1,13 @@
 """Recipes of `secateur compare`, read from YAML and checked: runs, models and evaluation of a comparison.
 
 A recipe has one run for every entry of `runs` at every point of `grid`. Options of a run are fields of `Options` by
-name. Where several places give an option, the run has priority over the model, and the model over the shared options.
+name. If several places give an option, the run has priority over the model, and the model over the shared options.
 """
 
 import itertools
 import math
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -43,8 +43,8 @@ class PaperModel(_Strict):
 
     id: str
     """Hub id; the models of this list are the default of the recipe."""
-    also: list[str] = []
-    """Further names of folders and hub ids that hold the same model."""
+    other_names: list[str] = []
+    """Names of further folders and hub ids that hold the same model."""
     options: dict[str, Any] = {}
     """Options for this model, such as the blocks that the paper prunes."""
     published: dict[str, dict[str, float]] = {}
@@ -86,10 +86,11 @@ class Recipe(_Strict):
     """Distance in nats below which heads are joined, in a recipe of the kind `graph`."""
 
     def model_of(self, source: str) -> tuple[str, PaperModel] | None:
-        """Return name and entry of the model that a folder or hub id names, None if the paper did not measure it."""
+        """Return the name and the entry of the model that a folder or hub id names; None if the paper did not measure
+        it."""
         wanted = _last(source)
         for name, model in self.models.items():
-            if wanted in {_last(other) for other in (model.id, *model.also)}:
+            if wanted in {_last(other) for other in (model.id, *model.other_names)}:
                 return name, model
         return None
 
@@ -146,7 +147,7 @@ def read_recipe(name: str) -> Recipe:
 
 
 def expand(recipe: Recipe, model: str | None) -> list[Run]:
-    """Return every run of a recipe on one of its own models, or on any other model where `model` is None.
+    """Return every run of a recipe on one of its own models, or on any other model if `model` is None.
 
     Raises:
         SecateurError: An option does not exist or is wrong, the grid is empty, or there is nothing to run.
@@ -154,19 +155,31 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
     shared = recipe.options | (recipe.models[model].options if model is not None else {})
     _values(recipe.options, "options")
     _values(shared, f"models.{model}.options")
+    _check_kind(recipe)
+    if recipe.kind != "grid":
+        return [Run("", (), _options(shared, "options"))]
+    _check_grid(recipe)
+    return [run for label, values in (recipe.runs or {"": {}}).items() for run in _runs(recipe, shared, label, values)]
+
+
+def _check_kind(recipe: Recipe) -> None:
+    """Raise `SecateurError` if a recipe has fields that its kind does not have, or lacks the threshold of its kind."""
     if recipe.kind != "grid":
         for place in ("runs", "grid", "retrain"):
             if getattr(recipe, place):
                 raise SecateurError(f"{place}: a recipe of the kind {recipe.kind} prunes nothing; leave this out")
-    if recipe.kind == "graph":
-        if recipe.tau is None or not 0 < recipe.tau <= LARGEST:
-            raise SecateurError(
-                f"tau is {recipe.tau}; a recipe of the kind graph needs one above 0 and at most ln 2 = {LARGEST:.4f}"
-            )
-    elif recipe.tau is not None:
-        raise SecateurError("tau: only a recipe of the kind graph has it; to prune with it, set it in a run")
-    if recipe.kind != "grid":
-        return [Run("", (), _options(shared, "options"))]
+    if recipe.kind != "graph":
+        if recipe.tau is not None:
+            raise SecateurError("tau: only a recipe of the kind graph has it; to prune with it, set it in a run")
+    elif recipe.tau is None or not 0 < recipe.tau <= LARGEST:
+        raise SecateurError(
+            f"tau is {recipe.tau}; a recipe of the kind graph needs one above 0 and at most ln 2 = {LARGEST:.4f}"
+        )
+
+
+def _check_grid(recipe: Recipe) -> None:
+    """Raise `SecateurError` if a recipe of the kind `grid` has no runs or too many, measures nothing, or repeats a
+    value."""
     if not (recipe.runs or recipe.grid):
         raise SecateurError("no runs are given; add runs, a grid, or both")
     if not (recipe.evaluation.perplexity or recipe.evaluation.tasks):
@@ -184,20 +197,30 @@ def expand(recipe: Recipe, model: str | None) -> list[Run]:
     for label in recipe.retrain:
         if label not in recipe.runs:
             raise SecateurError(f"retrain.{label}: no such run; there are {_some(recipe.runs)}")
-    found = []
-    for label, own in (recipe.runs or {"": {}}).items():
-        both = sorted(set(own) & set(recipe.grid))
-        if both:
-            raise SecateurError(f"runs.{label}.{both[0]}: the grid gives it too; leave one of them out")
-        for point in itertools.product(*recipe.grid.values()):
-            axes = tuple(zip(recipe.grid, point, strict=True))
-            options = _options(shared | own | dict(axes), f"runs.{label}" if label else "grid")
-            training = None
-            if label in recipe.retrain:
-                own_text = {name: getattr(options, name) for name in ("calibration", "length", "seed")}
-                training = _made(Training, own_text | recipe.retrain[label], f"retrain.{label}")
-            found.append(Run(label, axes, options, training))
-    return found
+
+
+def _runs(recipe: Recipe, shared: Mapping[str, Any], label: str, values: Mapping[str, Any]) -> Iterator[Run]:
+    """Yield the runs of one row at every point of the grid.
+
+    Args:
+        recipe: The recipe.
+        shared: Options of all runs on the model.
+        label: Name of the row.
+        values: Options of the row.
+
+    Raises:
+        SecateurError: An option is wrong, or the row and the grid both have it.
+    """
+    if repeated := sorted(set(values) & set(recipe.grid)):
+        raise SecateurError(f"runs.{label}.{repeated[0]}: the grid gives it too; leave one of them out")
+    for point in itertools.product(*recipe.grid.values()):
+        axes = tuple(zip(recipe.grid, point, strict=True))
+        options = _options({**shared, **values, **dict(axes)}, f"runs.{label}" if label else "grid")
+        training = None
+        if label in recipe.retrain:
+            text = {name: getattr(options, name) for name in ("calibration", "length", "seed")}
+            training = _made(Training, text | recipe.retrain[label], f"retrain.{label}")
+        yield Run(label, axes, options, training)
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
