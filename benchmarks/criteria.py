@@ -63,12 +63,12 @@ def main() -> None:
     kept = json.loads(arguments.keep.read_text()) if arguments.keep and arguments.keep.exists() else {"runs": {}}
     decided = bench.plan(arguments.sparsity, kept.get("width"))
     width = decided.widths[0]
-    kept["width"] = [width.groups, width.per_group, width.channels]
+    kept["width"] = [width.kv_groups, width.heads_per_group, width.channels]
     names = [Path(source).stem for source in arguments.evaluate]
     said = (
         f"{Path(arguments.model).name}, {arguments.samples} x {arguments.length} tokens of "
         f"{Path(arguments.calibration).name}, {arguments.tokens:,} tokens of each text in rows of 128, ridge "
-        f"{arguments.ridge}; every block {width.heads} heads, {width.groups} key/value heads, {width.channels} "
+        f"{arguments.ridge}; every block {width.heads} heads, {width.kv_groups} key/value heads, {width.channels} "
         f"channels ({decided.sparsity:.1%} of the blocks); torch {torch.__version__}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads. Dense: "
         + ", ".join(f"{name} {value:.2f}" for name, value in zip(names, bench.dense, strict=True))

@@ -190,8 +190,8 @@ def uniform_width(block: Block, sparsity: float) -> Width:
     attention, dense = block.attention, block.width
     widths = [dense]
     if not attention.locked:
-        widths += [(dense | {HEADS_PER_GROUP: heads}) for heads in range(1, dense.per_group)]
-        widths += [(dense | {KV_GROUPS: groups}) for groups in range(1, dense.groups)]
+        widths += [(dense | {HEADS_PER_GROUP: heads}) for heads in range(1, dense.heads_per_group)]
+        widths += [(dense | {KV_GROUPS: groups}) for groups in range(1, dense.kv_groups)]
     held = block.parameters - block.parameters_at(dense | {KV_GROUPS: 0, HEADS_PER_GROUP: 0})
     return _with_channels(
         block,

@@ -28,7 +28,7 @@ def test_the_stock_class_has_one_number_of_heads(tmp_path, checkpoint_folder, na
     assert others[0] == others[1]
     assert others[0].heads < full.heads
     config = json.loads((out / "config.json").read_text())
-    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (others[0].heads, others[0].groups)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (others[0].heads, others[0].kv_groups)
     before, after = (load_file(path / "model.safetensors") for path in (folder, out))
     beside = [key for key in before if ".layers.0." in key]
     assert all(torch.equal(before[key], after[key]) for key in beside)
@@ -53,8 +53,8 @@ def test_token_mixers_have_no_keys_and_values(tmp_path, checkpoint_folder, name)
         blocks_of(build(name))[1],
     )
     each = 2 * 4 * block.attention.size
-    assert found.cache_bytes[0] == 2 * each * block.width.groups
-    assert found.cache_bytes[1] == each * (found.widths[1].groups + found.widths[2].groups)
+    assert found.cache_bytes[0] == 2 * each * block.width.kv_groups
+    assert found.cache_bytes[1] == each * (found.widths[1].kv_groups + found.widths[2].kv_groups)
     assert found.cache_bytes[1] <= 0.7 * found.cache_bytes[0]
 
 

@@ -230,7 +230,7 @@ def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
             prune(checkpoint_folder(name), tmp_path / "out", **settings())
     found, blocks = prune(checkpoint_folder(name), tmp_path / "out", **asked), blocks_of(dense(name))
     for index, width in found.widths.items():
-        assert (width.groups, width.per_group) == (block.attention.groups, block.attention.per_group)
+        assert (width.kv_groups, width.heads_per_group) == (block.attention.groups, block.attention.per_group)
         # Where others have experts, a block without them keeps its channels.
         assert (width.experts or width.channels) < blocks[index].feed_forward.units or (
             name in MIXTURES and not width.experts
@@ -279,9 +279,9 @@ def heads_share(name: str) -> float:
     """Return the sparsity that removing one group, or one head of every group, amounts to."""
     block, width = first_block(name), first_block(name).width
     if any(one.name == KV_GROUPS for one in block.attention.cut_axes):
-        smaller = width | {KV_GROUPS: width.groups - 1}
+        smaller = width | {KV_GROUPS: width.kv_groups - 1}
     else:
-        smaller = width | {HEADS_PER_GROUP: width.per_group - 1}
+        smaller = width | {HEADS_PER_GROUP: width.heads_per_group - 1}
     blocks = blocks_of(dense(name))
     gone = len(blocks) * (block.parameters - block.parameters_at(smaller))
     return gone / sum(block.parameters for block in blocks)

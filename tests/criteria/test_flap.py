@@ -278,13 +278,13 @@ def test_flap_widths_have_the_requested_size_and_whole_groups(checkpoint_folder,
     assert kept / dense_parameters(stream) == pytest.approx(0.7, abs=0.03)
     dense = stream.blocks[0].width
     for width in widths.values():
-        assert width.heads == 0 or dense.groups == width.groups or dense.per_group == width.per_group
+        assert width.heads == 0 or dense.kv_groups == width.kv_groups or dense.heads_per_group == width.heads_per_group
 
 
 def test_uniform_widths_cut_both_modules_by_the_same_share(peers):
     block = blocks_of(build("llama one group"))[0]
     width = peers.uniform_width(block, 0.4)
-    assert (width.groups, width.per_group) == (1, 3)
+    assert (width.kv_groups, width.heads_per_group) == (1, 3)
     assert block.parameters_at(width) / block.parameters == pytest.approx(0.6, abs=0.005)
     assert width.channels / 72 == pytest.approx(0.6, abs=0.1)
 

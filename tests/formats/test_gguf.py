@@ -311,7 +311,7 @@ def write_folder(name: str, keeps: dict[int, KeptUnits], folder: Path, tokenizer
     settings = {"head_dim": head_dim(config), "dtype": torch.float32}
     raw = json.loads(config.to_json_string(use_diff=False))
     derived = family_of(config).stock.derives_channels is not None
-    if alike(widths.values()) and min(widths[0].groups, widths[0].experts or widths[0].channels) and not derived:
+    if alike(widths.values()) and min(widths[0].kv_groups, widths[0].experts or widths[0].channels) and not derived:
         channels = {} if widths[0].experts else {"channels": widths[0].channels}
         stored = stock_config(raw, config, width=widths[len(widths) - 1], **channels, **settings)
     else:

@@ -116,16 +116,20 @@ def plan_of(name: str, case: str) -> dict[int, Width]:
     channels = full.channels
     widths = {
         "uneven": {
-            0: wide(max(1, full.groups - 1), full.per_group, channels // 2),
-            1: wide(full.groups, max(1, full.per_group - 1), channels - 5),
+            0: wide(max(1, full.kv_groups - 1), full.heads_per_group, channels // 2),
+            1: wide(full.kv_groups, max(1, full.heads_per_group - 1), channels - 5),
             2: wide(1, 1, 7),
         },
-        "gone": {0: wide(0, 0, channels // 3), 1: wide(full.groups, full.per_group, 0), 2: wide(1, 1, channels)},
+        "gone": {
+            0: wide(0, 0, channels // 3),
+            1: wide(full.kv_groups, full.heads_per_group, 0),
+            2: wide(1, 1, channels),
+        },
         "one block": {1: wide(0, 0, 0)},
         "one bias": {1: full},
     }[case]
     if block.attention.locked:
-        return {i: wide(full.groups, full.per_group, w.channels) if w.heads else w for i, w in widths.items()}
+        return {i: wide(full.kv_groups, full.heads_per_group, w.channels) if w.heads else w for i, w in widths.items()}
     return {i: own_axes(every_block(name)[i], width) for i, width in widths.items()}
 
 
@@ -138,8 +142,8 @@ def keep_of(block: Block, width: Width, seed: int) -> KeptUnits:
     attention, heads = block.attention, []
     if attention.fixed:
         return first_units(block, width) | {"channels": picked(block.feed_forward.units, width.channels, seed + 50)}
-    for group in picked(attention.groups, width.groups, seed) if width.heads else ():
-        kept = picked(attention.per_group, width.per_group, seed + group + 1)
+    for group in picked(attention.groups, width.kv_groups, seed) if width.heads else ():
+        kept = picked(attention.per_group, width.heads_per_group, seed + group + 1)
         heads += [group * attention.per_group + head for head in kept]
     return selected(tuple(heads), picked(block.feed_forward.units, width.channels, seed + 50))
 

@@ -200,7 +200,7 @@ def test_narrow_models_load(tmp_path, case):
     values, state = logits(narrow)
     assert values.isfinite().all()
     shapes = {name.split(".", 3)[-1]: tuple(value.shape) for name, value in state.items() if ".1." in name}
-    q, kv, f = width.heads * HEAD, width.groups * HEAD, width.channels
+    q, kv, f = width.heads * HEAD, width.kv_groups * HEAD, width.channels
     expected = {
         "gpt2": {"attn.c_attn.weight": (48, 144), "mlp.c_fc.weight": (48, f), "mlp.c_proj.weight": (f, 48)},
         "opt": {"1.self_attn.q_proj.weight": (48, 48), "1.fc1.weight": (f, 48)},

@@ -51,7 +51,11 @@ def test_a_notebook_shows_a_plan(place):
     found = propose("model", Options(sparsity=0.4, **asked), RunOptions(device="cpu"))
     table = found._repr_html_()
     first, dense = found.pruned_widths()[0], found.dense[0]
-    cells = (f"{first.heads}/{dense.heads}", f"{first.groups}/{dense.groups}", f"{first.channels}/{dense.channels}")
+    cells = (
+        f"{first.heads}/{dense.heads}",
+        f"{first.kv_groups}/{dense.kv_groups}",
+        f"{first.channels}/{dense.channels}",
+    )
     assert f"<tr><td>0</td><td>{'</td><td>'.join(cells)}</td></tr>" in table
     (axes,) = found.plot().axes
     bars = [bar.get_height() for bar in axes.patches]

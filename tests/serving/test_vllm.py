@@ -114,10 +114,10 @@ ROWS |= {
 }
 
 PLANS: dict[str, Callable[[Width], list[Width]]] = {
-    "channels": lambda full: [wide(full.groups, full.per_group, channels) for channels in (40, 66, 7)],
-    "groups": lambda full: [wide(groups, full.per_group, full.channels) for groups in (full.groups - 1, 1)],
-    "heads": lambda full: [wide(full.groups, full.per_group - 1, full.channels)],
-    "gone": lambda full: [wide(0, 0, 24), wide(full.groups, full.per_group, 0), wide(1, 1, 66)],
+    "channels": lambda full: [wide(full.kv_groups, full.heads_per_group, channels) for channels in (40, 66, 7)],
+    "groups": lambda full: [wide(groups, full.heads_per_group, full.channels) for groups in (full.kv_groups - 1, 1)],
+    "heads": lambda full: [wide(full.kv_groups, full.heads_per_group - 1, full.channels)],
+    "gone": lambda full: [wide(0, 0, 24), wide(full.kv_groups, full.heads_per_group, 0), wide(1, 1, 66)],
     "empty": lambda full: [wide(0, 0, 0)],
     "experts": lambda full: [full | {EXPERTS: 5}],
     "experts' channels": lambda full: [full | {EXPERT_CHANNELS: full.channels // 2}],
@@ -137,7 +137,7 @@ class Case:
     options: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        width = self.plan if isinstance(self.plan, str) else f"stock {self.plan.groups}x{self.plan.per_group}"
+        width = self.plan if isinstance(self.plan, str) else f"stock {self.plan.kv_groups}x{self.plan.heads_per_group}"
         more = ["intercept"] * self.intercept + [self.dtype] * (self.dtype != "float32") + [v for _, v in self.options]
         return " ".join([self.row, width, *more])
 
@@ -192,7 +192,7 @@ def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
     plan = dict.fromkeys(range(len(blocks)), case.plan) if isinstance(case.plan, Width) else PLANS[case.plan](full)
     widths = plan if isinstance(plan, dict) else dict(enumerate(plan))
     if reference.attention.locked:
-        own = {"kv_groups": full.groups, "heads_per_group": full.per_group}
+        own = {"kv_groups": full.kv_groups, "heads_per_group": full.heads_per_group}
         return {i: w | own if w.heads else w for i, w in widths.items()}
     return {i: own_axes(blocks[i], width) if blocks[i].attention.fixed else width for i, width in widths.items()}
 
@@ -202,8 +202,8 @@ def last_units(block: Block, width: Width) -> KeptUnits:
     if block.attention.fixed:
         return first_units(block, width)
     full = block.width
-    groups = range(full.groups - width.groups, full.groups)
-    heads = [full.per_group * (group + 1) - 1 - head for group in groups for head in range(width.per_group)]
+    groups = range(full.kv_groups - width.kv_groups, full.kv_groups)
+    heads = [full.heads_per_group * (group + 1) - 1 - head for group in groups for head in range(width.heads_per_group)]
     fed, some = (
         block.feed_forward.kind,
         range(block.feed_forward.units - block.feed_forward.units_at(width), block.feed_forward.units),

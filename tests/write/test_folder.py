@@ -66,7 +66,7 @@ def test_a_folder_that_the_stock_class_refuses_never_appears(
     asked = SMALL | {"widths": "uniform", "target": "kv=75%", "modules": ("heads",)}
     model = checkpoint_folder("arcee 8 heads")
     found = prune(model, tmp_path / "right", **asked)
-    assert {width.groups for width in found.widths.values()} == {2}
+    assert {width.kv_groups for width in found.widths.values()} == {2}
     shutil.rmtree(tmp_path / "right")
     monkeypatch.setitem(FAMILIES, "arcee", replace(FAMILIES["arcee"], stock=Stock()))
     said = r"out: transformers cannot open the written model, so it was deleted \(config.json: .*heads \(6\).*; use"

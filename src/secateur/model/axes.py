@@ -196,19 +196,19 @@ class Width(Mapping[str, int]):
 
     # For people who read a summary; code loops over axes.
     @property
-    def groups(self) -> int:
+    def kv_groups(self) -> int:
         """Number of KV groups; zero in a block without query heads."""
         return self.get("kv_groups", 0)
 
     @property
-    def per_group(self) -> int:
+    def heads_per_group(self) -> int:
         """Number of query heads per KV group; zero in a block without query heads."""
         return self.get("heads_per_group", 0)
 
     @property
     def heads(self) -> int:
         """Number of query heads."""
-        return self.groups * self.per_group
+        return self.kv_groups * self.heads_per_group
 
     @property
     def experts(self) -> int:
