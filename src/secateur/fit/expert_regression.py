@@ -32,7 +32,8 @@ from secateur.model.post_norm import PostNorm
 from secateur.numerics.moments import Moments
 
 MIN_TOKENS, MIN_TOKENS_FOR_INPUTS = 8, 64
-"""Fewest tokens of an expert whose output projection is refitted, and of one whose input projections are."""
+"""Smallest numbers of tokens with which an expert's output projection is refitted, and with which its input projections
+are."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
 Errors of a pruned model add to the spread of the logits, and a refit follows its calibration rows more closely than
 other text. On other text the logits are therefore too large for how often the model is right. The scale that brings the
 pruned distribution closest to the dense one costs one pass of the output layer over few tokens, and nothing when the
-model runs. The scale that makes the text itself likeliest would be another one: it would also correct where the dense
-model is too sure, and so make the pruned model differ from it.
+model runs. The scale that makes the text itself most likely would be another one. It would also correct the
+overconfidence of the dense model, and so make the pruned model differ from the dense one.
 
 Shapes: n tokens, v vocabulary size.
 """

@@ -98,7 +98,7 @@ def per_layer_config(
             classes[auto] = stock_class(others, config_class).__name__
     stored["architectures"] = [PREFIX + causal]
     stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
-    # Key of the feed-forward's units: experts where there are some.
+    # Key of the number of the feed-forward's units: of experts, if there are some.
     key = _feed_forward_key(first, keys)
     if key is not None and not any(_changes_shapes(blocks[index], width) for index, width in widths.items()):
         # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones; at a

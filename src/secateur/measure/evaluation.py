@@ -27,7 +27,7 @@ from secateur.text.calibration import ScoredRows, check_calibration
 from secateur.text.sources import RANDOM
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 32
-"""Tokens read and generated when speed is measured, where the model has positions for them."""
+"""Number of tokens read and generated when speed is measured, if the model has enough positions."""
 
 
 class _Opened(NamedTuple):
@@ -59,7 +59,7 @@ def evaluate(
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
 ) -> Evaluation:
-    """Evaluate a model, alone or beside another one.
+    """Evaluate a model, alone or together with another one.
 
     Args:
         model: A folder, a .gguf file or a hub id.
@@ -75,14 +75,15 @@ def evaluate(
             share of answers that loop. They are left out, with a note, for a model that does not fit into memory.
         prompts: Texts after which each model generates text.
         device: Device to compute on.
-        memory: Most memory that the process may take: `8GB`, or `50%` of the free memory; half of it by default.
+        memory: Limit on the memory of the process: `8GB`, or `50%` of the free memory; by default half of the free
+            memory.
         dtype: Dtype to compute in.
         revision: Revision of `model` on the hub.
         trust_remote_code: Whether code that ships with the checkpoints may run.
         watcher: Progress output.
 
     Raises:
-        SecateurError: Something cannot be read or measured; found before any model is loaded where possible.
+        SecateurError: Something cannot be read or measured. Most such errors are found before any model is loaded.
     """
     watcher = watcher or Silent()
     if dtype not in DTYPES:
@@ -120,7 +121,7 @@ def evaluate(
         with watcher.busy(f"Loading {one.checkpoint.source}"):
             network = load(one.checkpoint, getattr(torch, dtype), where, memory=memory, whole=speed, watcher=watcher)
         scores.insert(0, _score(one, network, opened_tasks, test, prompts, checkpoints[0].dtype, watcher))
-        # Both models stay in memory only where they are run in turns.
+        # Both models stay in memory only if they are run in turns.
         networks[:0] = [network] if speed else []
         del network
     if not speed:

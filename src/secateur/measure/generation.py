@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 80
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise `SecateurError` where a prompt is empty."""
+    """Raise `SecateurError` if a prompt is empty."""
     if any(not prompt.strip() for prompt in prompts):
         raise SecateurError("a prompt is empty; give some words for the models to continue")
 

@@ -26,13 +26,13 @@ def load(
 ) -> Any:
     """Load a model through transformers.
 
-    Where the model takes more memory than the process may use, its layers stay on disk and are read at every forward.
+    If the model takes more memory than the process may use, its layers stay on disk and are read at every forward.
 
     Args:
         checkpoint: The model.
         dtype: Dtype to compute in.
         device: Device to compute on.
-        memory: Most memory that the process may take; see `parse_memory`.
+        memory: Limit on the memory of the process; see `parse_memory`.
         whole: Whether the whole model is loaded into memory, however large it is.
         watcher: Progress output.
 
@@ -66,7 +66,7 @@ def load(
 
 
 def _check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    """Raise `SecateurError` where transformers found weights missing, or of another shape than the model's."""
+    """Raise `SecateurError` if transformers found weights missing, or of another shape than the model's."""
     if info["missing_keys"]:
         raise checkpoint.missing_weights_error(sorted(info["missing_keys"]))
     if info["mismatched_keys"]:

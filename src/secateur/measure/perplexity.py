@@ -20,9 +20,9 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 
 _FORWARD_LOGITS = 1 << 28
-"""Most logits that one forward may return, in the model's dtype; batches are made smaller to stay below."""
+"""Largest number of logits that one forward pass may return, in the model's dtype; batches are chosen accordingly."""
 _LOSS_LOGITS = 1 << 24
-"""Most logits that are in float32 at a time: 64 MiB, and about as much again inside the loss."""
+"""Largest number of logits in float32 at a time: 64 MiB, and about as much again inside the loss."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def rows_per_forward(model: PreTrainedModel, length: int, most: int) -> int:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Return the device on which a model computes, which is the CPU where its weights stay on disk."""
+    """Return the device on which a model computes, which is the CPU if its weights stay on disk."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 

@@ -70,7 +70,7 @@ def open_tasks(
 
 
 def _managers(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
-    """Return the index that has each name: the folder's index where it has the name, else lm-eval's own."""
+    """Return the index in which each name is found: the folder's if it has the name, else lm-eval's own."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -108,7 +108,7 @@ def _load(manager: Any, name: str) -> list[Any]:
     config = manager.task_index[name].cfg or {}
     path = config.get("dataset_path")
     local = "custom_dataset" in config or path in _FILES or (path is not None and Path(path).exists())
-    # Whether the hub answers is asked first: its client would retry for half a minute before it looked at its cache.
+    # Check first whether the hub answers, because its client would retry for half a minute before it reads its cache.
     reason = None if local else out_of_reach()
     try:
         with silence(), _offline() if reason else nullcontext():
@@ -147,7 +147,8 @@ def _check_multiple_choice(task: Any, item: Sequence[Any]) -> None:
     """Check on the requests of one item that a task chooses between answers, and counts the right ones."""
     if any(request.request_type != "loglikelihood" for request in item):
         raise SecateurError(f"task {task.task_name} is not multiple-choice; only multiple-choice tasks can be scored")
-    # Made-up scores of the answers, since some tasks call a share of the probability an accuracy.
+    # Invented scores of the answers show whether the task's accuracy is 0 or 1: some tasks call a share of the
+    # probability an accuracy.
     scores = [(-1.0 - rank, False) for rank in range(len(item))]
     if task.process_results(item[0].doc, scores).get("acc") not in (0, 1):
         raise SecateurError(f"task {task.task_name} does not measure accuracy (acc); only tasks that do can be scored")

@@ -22,7 +22,7 @@ _QUANTILE = 1.959964
 _ITEMS_PER_STEP = 64
 """Items between two steps of the progress bar; lm-eval batches items of about equal length among them."""
 _LOGITS = 1 << 27
-"""Most logits of one forward, unless a single question with its answer has more."""
+"""Largest number of logits of one forward pass, unless a single question with its answer has more."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _scorer(network: Any, tokenizer: Any) -> Callable[[list[tuple[str, str]]], l
 
 
 def _check_request(texts: Any, question: list[int], answer: list[int], vocabulary: int, positions: int) -> None:
-    """Raise `SecateurError` where a model cannot score an answer to a question (token ids)."""
+    """Raise `SecateurError` if a model cannot score an answer to a question (token ids)."""
     if not question or not 0 < len(answer) <= positions:
         lengths = f"{len(question)} and {len(answer)} tokens, but only 1 to {positions} are possible"
         raise SecateurError(f"question and answer {texts!r:.60} have {lengths}")

@@ -1,7 +1,7 @@
 """Matrices of experts in memory, in their stored dtype.
 
 They are nearly all of a block's memory and are multiplied one after the other. So each expert's matrix becomes float32
-only when it is used, or stays as stored where torch converts it to a narrower dtype anyway.
+only when it is used, or stays as stored if torch converts it to a narrower dtype anyway.
 """
 
 from collections.abc import Callable, Sequence

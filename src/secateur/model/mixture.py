@@ -100,7 +100,7 @@ class Mixture:
     def _routes(self, found: tuple[Tensor, ...]) -> Routes:
         """Return the routes in the output of a router.
 
-        Logits come first, and have the shape of gates where tokens are routed to all experts that are left.
+        Logits come first, and have the shape of gates if tokens are routed to all remaining experts.
         """
         if self.names.scales_inputs:
             # Logits come last, and gates are in the inputs of experts.

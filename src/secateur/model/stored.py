@@ -56,8 +56,8 @@ class Stored:
     def resolve(self, name: str) -> str | None:
         """Return the stored name of a transformers parameter; None if it is not stored.
 
-        The stored name may lack the prefix of the base model (GPT-2's own checkpoints) or have one where the given name
-        has none.
+        The stored name may lack the prefix of the base model (GPT-2's own checkpoints), or have a prefix that the given
+        name lacks.
         """
         return next((candidate for candidate in self.candidate_names(name) if candidate in self.tensors), None)
 

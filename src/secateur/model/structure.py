@@ -15,7 +15,7 @@ from secateur.model.axes import Axis, Width, axis_kinds
 KeptUnits = Mapping[str, tuple[int, ...]]
 """Sorted indices of the units that a block keeps, by kind of units.
 
-Channels of experts are listed only where some are removed. They have one numbering for the whole block: channel c of
+Channels of experts are listed only if some are removed. They have one numbering for the whole block: channel c of
 expert e is e * channels + c, and the channels of the shared expert come last."""
 
 

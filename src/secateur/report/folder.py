@@ -37,12 +37,12 @@ def read_text(path: Path) -> str | None:
 
 
 def check_record(folder: Path) -> None:
-    """Raise `SecateurError` where a folder has no record from which card and page can be made."""
+    """Raise `SecateurError` if a folder has no record from which card and page can be made."""
     _from_record(folder, lambda record: (card(record), model_page(record)))
 
 
 def check_base(folder: Path, base: str, *, trust_remote_code: bool = False) -> None:
-    """Raise `SecateurError` where a folder was pruned from another model than `base`."""
+    """Raise `SecateurError` if a folder was pruned from another model than `base`."""
 
     def read(record: Mapping[str, Any]) -> tuple[str, str, torch.dtype]:
         return model_name(record), record["fingerprint"], getattr(torch, record["options"]["dtype"] or "bfloat16")

@@ -21,9 +21,9 @@ TEMPLATE = Path(__file__).with_name("survey_page.html")
 PLACE = "{{DATA}}"
 """Placeholder for the data in the template."""
 POINTS = 100
-"""Most points of a curve: more than a screen shows."""
+"""Largest number of points of a curve: more than a screen shows."""
 UNITS = 80
-"""Most units of a module that are listed: half of them are the first to be removed, half the last."""
+"""Largest number of units of a module that are listed: half of them are the first to be removed, half the last."""
 
 Distances = Mapping[int, Sequence[Sequence[float]]]
 """Distances between the query heads of each block, in nats (heads x heads, symmetric)."""

@@ -1,8 +1,7 @@
 """Rows of token ids: random windows of a text for calibration, consecutive rows for evaluation.
 
-Statistics and perplexities are comparable only when rows are built alike. So this file decides all that shapes a row:
-how documents are joined, where a window may begin, and whether BOS opens a row. Sources of text are in
-`secateur.text.documents`.
+Statistics and perplexities are comparable only if rows are built in the same way. This file decides how documents are
+joined, where a window may begin, and whether a row begins with BOS. Sources of text are in `secateur.text.documents`.
 """
 
 from collections.abc import Iterator
@@ -25,9 +24,9 @@ from secateur.text.windows import checked_ids, windows
 
 _JOIN = "\n\n"
 _CHARACTERS_PER_TOKEN = 16
-"""Characters read for each token that evaluation needs: ample in every script."""
+"""Number of characters read for each token that evaluation needs; this is enough in every script."""
 _MIN_CHARACTERS = 1_000_000
-"""Least number of characters read for evaluation, for texts of unusual words."""
+"""Smallest number of characters read for evaluation, for texts with unusual words."""
 _cache: ContextVar[dict[Any, Tensor] | None] = ContextVar("_cache", default=None)
 """Token ids of sources that were read inside `cached_token_ids`."""
 
@@ -61,7 +60,7 @@ def check_calibration(source: str, *, samples: int = 1, length: int, max_positio
         max_positions: The longest row that the model's positions allow; None for no limit.
 
     Raises:
-        SecateurError: One of these conditions does not hold.
+        SecateurError: The source or a number is wrong.
     """
     if samples < 1:
         raise SecateurError(f"samples is {samples}; it must be at least 1")
@@ -89,13 +88,13 @@ def calibration_rows(
 ) -> Tensor:
     """Draw random rows from a source; the same seed gives the same rows.
 
-    The text is cut into windows from a random offset on, and windows are drawn without repetition, so that no token
-    is used twice. A row opens with BOS exactly if the tokenizer would add it.
+    The text is cut into windows from a random offset on, and windows are drawn without repetition, so that no token is
+    used twice. A row begins with BOS exactly if the tokenizer would add it.
 
     Args:
         tokenizer: The model's tokenizer; may be None for `random`.
         source: A source as in `read_documents`; `general` for the package's own text of several kinds; `general+TEXT`
-            for half of each; or `random` for token ids drawn uniformly. Where there is a tokenizer, `random` leaves
+            for half of each; or `random` for token ids drawn uniformly. If there is a tokenizer, `random` leaves
             special tokens out.
         samples: Number of rows.
         length: Tokens in a row, BOS included.
@@ -156,7 +155,7 @@ def consecutive_rows(
     Args:
         tokenizer: The model's tokenizer.
         source: A source as in `read_documents`.
-        length: Tokens in a row, BOS included where the tokenizer would add it.
+        length: Tokens in a row, BOS included if the tokenizer would add it.
         tokens: Number of tokens in all rows together; None takes the whole text. A shorter text gives fewer rows, and
             an incomplete last row is dropped.
         vocab_size: Number of rows of the model's embedding; every id is below it.
@@ -277,7 +276,8 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Te
 
 
 def _check_enough(source: str, ids: Tensor, rows: int, length: int, bos: int, option: SampleOption) -> None:
-    """Raise `SecateurError` where a text has too few tokens for its rows, and say which sizes it has enough for.
+    """Raise `SecateurError` if a text has too few tokens for its rows; the message names sizes for which the text is
+    long enough.
 
     Args:
         ids: Token ids of the text.

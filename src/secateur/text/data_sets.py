@@ -30,9 +30,9 @@ class _DataSet:
     revision: str | None = None
     data_files: dict[str, str] | None = None
     stream: bool = True
-    """Whether rows are read as they arrive, without a copy in the cache; off where the whole data set is small."""
+    """Whether rows are streamed, without a copy in the cache; false for small data sets."""
     join: str | None = None
-    """Separator that joins all rows into one document, where rows are pieces of running text."""
+    """Separator that joins all rows into one document, if rows are pieces of running text."""
 
     @classmethod
     def of(cls, source: str) -> "_DataSet":
@@ -117,7 +117,7 @@ def _open(data_set: _DataSet, source: str) -> dict[str, Any]:
 
     folder = local_path(data_set.name)
     if not os.path.isdir(folder):
-        # The cache is asked first: the hub's client would retry for minutes before it looked there.
+        # The cache is read first, because the hub's client would retry for minutes before it reads the cache.
         if (cached := _cached(data_set)) is not None:
             return cached
         if (reason := out_of_reach()) is not None:

@@ -104,7 +104,7 @@ class CalibrationRows:
         return rows if self.held_out is None else rows.with_held_out(self.held_out)
 
     def _with_openings(self, rows: Tensor) -> Rows:
-        # One-token rows are of use to fits only; means and scores alone are computed on the text as it is.
+        # Rows of one token are used in fits only; means and scores are computed on the text as it is.
         plain = self.begins_with_bos or not self.request.fits_weights
         return Rows.of(rows) if plain else Rows.of(rows).with_openings()
 
@@ -201,7 +201,7 @@ def _read(
 
 
 def _check_memory(request: RowRequest) -> None:
-    """Raise `SecateurError` where the ids of all rows alone take more than the free memory."""
+    """Raise `SecateurError` if the ids of all rows alone take more than the free memory."""
     rows = request.samples + request.held_out + (request.refit_samples or 0)
     needed, free = 8 * rows * request.length, available_bytes()
     if needed > free:

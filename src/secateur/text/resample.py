@@ -18,9 +18,10 @@ from secateur.model.stream import BlockStream
 SEED_STRIDE = 0x9E3779B1
 """Distance between the seeds of successive sets, far from the small seeds that people choose."""
 POSITIONS_AT_ONCE = 128
-"""Positions whose logits are in memory at a time, since a position has as many logits as the vocabulary has tokens."""
+"""Number of positions whose logits are in memory at a time; a position has as many logits as the vocabulary has
+tokens."""
 RESAMPLED_SHARE = 0.5
-"""Expected share of tokens drawn anew; with a larger share neighbouring tokens have less to do with each other."""
+"""Expected share of tokens drawn anew; with a larger share, neighbouring tokens would depend less on each other."""
 
 
 def resample_tokens(
@@ -36,7 +37,7 @@ def resample_tokens(
     Args:
         stream: The dense model.
         text: Token ids (rows x length).
-        count: Number of sets of resampled rows. Each set has draws of its own, which do not depend on the number.
+        count: Number of sets of resampled rows. The draws of a set do not depend on the number of sets.
         seed: Seed of the draws.
         checkpoint: Saves the stream after each block; a resumed run continues after the last block saved.
 
@@ -52,7 +53,7 @@ def resample_tokens(
     (mine,) = stream.spans(all_rows)
     generators = [torch.Generator().manual_seed((seed + SEED_STRIDE * index) % 2**32) for index in range(count)]
     result = text.repeat(count, 1, 1)
-    # The sum over all processes is the result, so each one leaves the others' rows at zero.
+    # The result is the sum over all processes, so the rows of other processes are zero here.
     result[:, : mine.start], result[:, mine.stop :] = 0, 0
     with stream.arena() as arena, stream.quick():
         hidden = stream.embed(rows, arena)
@@ -61,7 +62,7 @@ def resample_tokens(
                 stream.advance(index, layer, rows, hidden)
         with stream.head() as head:
             for row in stream.services.watcher.track(range(len(text)), "Draw tokens"):
-                # Every process draws the random numbers of every row, so that all have the same sequence.
+                # Every process draws the random numbers of every row, so that all processes have the same sequence.
                 draws = torch.stack([torch.rand(2, text.shape[1] - 1, generator=generator) for generator in generators])
                 if mine.start <= row < mine.stop:
                     _resample_row(stream, head, hidden.parts[0][row - mine.start], draws, result[:, row])

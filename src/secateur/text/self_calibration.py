@@ -1,7 +1,7 @@
 """Rows of the source `self`: text that the model generates, sampled from its own distribution.
 
-Generation is the one step that holds a whole model in memory, in its stored dtype: block by block from disk, it would
-read the model once for every token. It is done before pruning starts.
+Generation is the only step that holds a whole model in memory, in its stored dtype. Block by block, it would read the
+model from disk once for every token. It is done before pruning starts.
 
 Every row begins with the token that opens a text: BOS, or EOS for a model without BOS, which was trained on texts with
 EOS between them. The opening token stays in the row exactly if the tokenizer would put BOS in front of a text, so that
@@ -24,9 +24,9 @@ from secateur.text.calibration import check_calibration
 from secateur.text.sources import SELF
 
 BATCH_ROWS = 32
-"""Most rows that are generated together."""
+"""Largest number of rows that are generated together."""
 BATCH_TOKENS = 4096
-"""Most tokens of all rows that are generated together, which bounds the key/value cache."""
+"""Largest number of tokens in rows that are generated together, which limits the KV cache."""
 ALTERNATIVE = "calibrate on a text, or on random"
 SPARE = 1.1
 """Free memory needed over weights and cache, for the libraries and the activations of one layer."""
@@ -100,7 +100,7 @@ def self_rows(
         checkpoint: The dense model.
         tokenizer: Its tokenizer.
         samples: Number of rows.
-        length: Tokens in a row, BOS included where the tokenizer would add it.
+        length: Tokens in a row, BOS included if the tokenizer would add it.
         seed: Seed of the sampling.
         device: The device on which the model generates.
         watcher: Progress output.
