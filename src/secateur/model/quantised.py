@@ -60,8 +60,6 @@ class _Weight(NamedTuple):
     parts: dict[str, str]
     """Stored names of the parts, by the argument of `unpack` that they become; the main part first."""
     unpack: Callable[..., Tensor]
-    used: tuple[str, ...] = ()
-    """Stored names of further tensors that describe the weight."""
 
 
 def quantisation(raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -107,7 +105,7 @@ def dequantised(tensors: dict[str, TensorInfo], settings: dict[str, Any], folder
         if found is not None:
             parts = {part: tensors[stored] for part, stored in found.parts.items()}
             weights[found.name] = Packed(info.file, found.shape, torch.bfloat16, info.offset, parts, found.unpack)
-            used.update(found.parts.values(), found.used)
+            used.update(found.parts.values())
     others = {name: info for name, info in tensors.items() if name not in used and not name.endswith(_ACTIVATIONS)}
     return weights | others
 
@@ -170,8 +168,7 @@ def _packed_integers(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]
     _check_scales(shape, tensors[f"{weight}_scale"].shape, None)
     parts = {"words": name, "scale": f"{weight}_scale"}
     parts |= _optional({"zero_point": f"{weight}_zero_point", "group": f"{weight}_g_idx"}, tensors)
-    unpack = partial(_unpacked_integers, bits=bits, rows=shape[0], columns=shape[1])
-    return _Weight(weight, shape, parts, unpack, (f"{weight}_shape",))
+    return _Weight(weight, shape, parts | {"shape": f"{weight}_shape"}, partial(_unpacked_integers, bits=bits))
 
 
 def _unpacked_integers(
@@ -180,9 +177,8 @@ def _unpacked_integers(
     zero_point: Tensor | None = None,
     group: Tensor | None = None,
     *,
+    shape: Tensor,
     bits: int,
-    rows: int,
-    columns: int,
 ) -> Tensor:
     """Return the weight of packed integers.
 
@@ -191,10 +187,10 @@ def _unpacked_integers(
         scale: Factors.
         zero_point: Zero points, packed or not; None for zeros.
         group: Index of each column's group, which has one factor and zero point; None if groups are consecutive.
+        shape: Numbers of rows and columns of the weight.
         bits: Number of bits of an integer.
-        rows: Number of rows of the weight.
-        columns: Number of columns of the weight.
     """
+    rows, columns = shape.tolist()
     if zero_point is not None and zero_point.dtype == torch.int32:
         # Zero points are packed along columns, not along rows.
         zero_point = _integers_of(zero_point.T.contiguous(), bits).T[:rows]
