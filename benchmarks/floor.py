@@ -48,17 +48,18 @@ def main() -> None:
     works = work_by_effort(run, rows, plan(run.request.problem, run.options.widths))
     lines = [
         "| effort | TFLOP of forwards | of other products | of exact products | GFLOP/s, float32 | "
-        f"{str(run.stream.quick_dtype).removeprefix('torch.')} | floor, s | CPU s | over floor | over float32 floor |",
+        f"{str(run.stream.fast_products_dtype).removeprefix('torch.')} | floor, s | CPU s | over floor | "
+        "over float32 floor |",
         "|" + "---|" * 10,
     ]
     for effort in arguments.efforts:
         work, profile = works[effort], cProfile.Profile()
-        before = rates(run.stream.quick_dtype)
+        before = rates(run.stream.fast_products_dtype)
         with tempfile.TemporaryDirectory() as folder:
             start = time.process_time()
             profile.runcall(prune, arguments.model, f"{folder}/out", effort=effort, **shared)
             seconds = time.process_time() - start
-        exact, quick = map(max, zip(before, rates(run.stream.quick_dtype), strict=True))
+        exact, quick = map(max, zip(before, rates(run.stream.fast_products_dtype), strict=True))
         floor = Speeds(forward=quick, rounded=quick, float32=exact, generated=exact).seconds(work)
         counts = " | ".join(f"{count / 1e12:.2f}" for count in (work.forward, work.rounded, work.float32))
         speeds = f"{exact / 1e9:.0f} | {quick / 1e9:.0f}"

@@ -78,10 +78,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         make(shape, 1, Path(folder))
         stream = BlockStream(open_checkpoint(folder))
-        with stream.filled(0) as layer, stream.quick():
+        with stream.filled(0) as layer, stream.fast_products():
             mixture = Mixture(stream, layer, stream.blocks[0].feed_forward)
             x, every = torch.randn(given.tokens, shape.width), mixture.all_routed
-            routes, products = mixture.route(x, every), stream.products
+            routes, products = mixture.route(x, every), stream.products_dtype
             pairs = given.tokens * shape.chosen
             floors = {}
             for dtype in {torch.float32, products}:

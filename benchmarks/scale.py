@@ -174,14 +174,14 @@ def carried_out(case: Case, effort: str, limit: str | None, group: Path | None, 
         asked = {"calibration": "random", "samples": case.samples, "effort": effort}
         run = open_model(model, **asked)
         work = work_by_effort(run, draw_rows(run, dry=True), plan(run.request.problem, run.options.widths))
-        before = rates(run.stream.quick_dtype)
+        before = rates(run.stream.fast_products_dtype)
         processes, threads = case.team
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
         command = [sys.executable, *launcher, "-m", "secateur", "prune", str(model), str(out), "--device", "cpu"]
         command += [f"--{name}={value}" for name, value in asked.items()]
         command += ["--memory", limit] if limit else []
         found = measured(command, group, threads)
-        exact, quick = map(max, zip(before, rates(run.stream.quick_dtype), strict=True))
+        exact, quick = map(max, zip(before, rates(run.stream.fast_products_dtype), strict=True))
         floor = Speeds(quick, quick, exact, exact).seconds(work[effort])
         return found, floor, json.loads((out / "timings.json").read_text()).get("moved_bytes", 0)
 

@@ -106,7 +106,7 @@ def test_experts_stay_in_the_stored_dtype(tmp_path: Path, name: str) -> None:
 
         def outputs() -> list[Tensor]:
             found = []
-            for stream.products in (torch.bfloat16, torch.float32):
+            for stream.products_dtype in (torch.bfloat16, torch.float32):
                 found.append(mixture.output(x[None], mixture.all_routed))
             return found
 

@@ -410,14 +410,14 @@ def test_quick_products_are_in_bfloat16(name, tmp_path, monkeypatch):
             with Arena() as arena:
                 hidden, seen = stream.embed(rows, arena), []
                 watch = {stream.blocks[1].feed_forward.output_layer: lambda x, _, seen=seen: seen.append(x.dtype)}
-                with stream.quick():
+                with stream.fast_products():
                     for index in range(2):
                         with stream.filled(index) as layer:
                             stream.advance(index, layer, rows, hidden)
                             if index == 1:
                                 at = next(rows.batches())
                                 stream.run(index, layer, hidden[at], at.group, watch=watch)
-                assert stream.products == torch.float32, "only inside"
+                assert stream.products_dtype == torch.float32, "only inside"
                 found[dtype, fast] = hidden.parts[0].clone(), seen[0]
     exact, half = torch.float32, torch.bfloat16
     assert torch.equal(found[exact, exact][0], found[exact, half][0])

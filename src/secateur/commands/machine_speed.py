@@ -44,7 +44,7 @@ def measure_speeds(run: OpenRun, rows: Tensor) -> Speeds:
         rows: Token ids to run through the first block (rows x length).
     """
     stream, batch = run.stream, min(rows_at_once(rows.shape[1]), len(rows))
-    with stream.quick(), stream.rounded():
+    with stream.fast_products(), stream.rounded_sums():
         rounded = product_rate(stream.device)
     generated = float("inf")
     if SELF in run.options.sources:
@@ -70,7 +70,7 @@ def forward_rate(stream: BlockStream, rows: Tensor, repeats: int = 3) -> float:
     """Return the operations per second of the first block on one batch of rows (rows x length)."""
     few = rows[: max(1, stream.batch_tokens // rows.shape[1])]
     batch = Rows((few,), (1.0,), batch_tokens=stream.batch_tokens)
-    with stream.arena() as arena, stream.quick():
+    with stream.arena() as arena, stream.fast_products():
         hidden = stream.embed(batch, arena)
         with stream.filled(0) as layer:
 

@@ -67,7 +67,7 @@ class BlockRegression(Regression):
         self._release()
         units = tuple(range(self.module.units)) if keep is None else keep
         entries = kept_inputs(self.module, units).to(stream.device)
-        self._stored = state.arena.empty(state.rows, len(entries), stream.products)
+        self._stored = state.arena.empty(state.rows, len(entries), stream.products_dtype)
         moments = self._empty_moments(entries, for_choice=keep is None)
         for at in state.rows.batches():
             self._collect_batch(moments, at, self._stored, all_entries=keep is None)
@@ -105,7 +105,7 @@ class BlockRegression(Regression):
         x = batch.scaled(x)
         # If the fit and the choice share their moments, the dict has one item, and rows are added once.
         parts = {moments.choice: at.choice_weight, moments.fit: at.weight}
-        with stream.rounded():
+        with stream.rounded_sums():
             for part, weight in parts.items():
                 if weight:
                     part.update(x, batch.target_nd, weight, batch.weights_n)
@@ -126,7 +126,7 @@ class BlockRegression(Regression):
             inputs[at] = rows.input_nd
             for stored, factor in zip(factors, rows.factors_nk, strict=True):
                 stored[at] = factor
-            with self.stream.rounded():
+            with self.stream.rounded_sums():
                 add(rows.to(dtype), residual.to(dtype), root)
 
         def parts() -> Iterator[TangentRows]:
@@ -149,7 +149,7 @@ class BlockRegression(Regression):
         roots = torch.ones(len(x), device=stream.device) if batch.weights_n is None else batch.weights_n.sqrt()
         root_n1 = at.weight**0.5 * roots[:, None]
         scale = batch.scaled(root_n1)
-        with stream.rounded():
+        with stream.rounded_sums():
             y, projected = outputs_of(at).reshape(len(x), -1), projection_outputs(module, state.tensors, x, kept)
         target = batch.target_nd if output.bias_d is None else batch.target_nd - output.bias_d
         residual = target * root_n1 - y * scale
@@ -176,7 +176,7 @@ class BlockRegression(Regression):
         output = state.outputs[module.kind] = state.arena.empty(state.rows, self.stream.width)
         for at in state.rows.batches():
             # Inputs and weights are rounded already; the massive activations of a few tokens must not be.
-            with self.stream.rounded():
+            with self.stream.rounded_sums():
                 y = outputs_of(at)
             output[at] = y if bias is None else y + bias
         self._release()

@@ -54,7 +54,7 @@ def final_norm_scale(stream: BlockStream, rows: Rows, group: int, dense: Activat
     totals = [0.0] * len(SCALES)
     positions = slice(POSITION_STRIDE - 1, None, POSITION_STRIDE)
     with stream.head() as head:
-        for row in range(len(stream.own(rows).groups[group])):
+        for row in range(len(stream.local_rows(rows).groups[group])):
             dense_nd, pruned_nd = (hidden.parts[group][row][positions] for hidden in (dense, pruned))
             log_nv = head(dense_nd).log_softmax(-1)
             probability_nv = log_nv.exp()

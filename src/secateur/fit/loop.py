@@ -63,8 +63,8 @@ def refit(
     method = method or Method()
     dtype = dtype or stream.checkpoint.dtype
     checkpoint = checkpoint or PassCheckpoint(stream.services)
-    rows = stream.own(Rows.of(rows))
-    with stream.arena() as arena, stream.quick():
+    rows = stream.local_rows(Rows.of(rows))
+    with stream.arena() as arena, stream.fast_products():
         streams = _Streams.start(stream, rows, arena, held_out=compare is not None)
         stop = max(plan.widths) + 1 if compare is None else len(stream)
         for index in checkpoint.blocks(stop, "Prune", lambda: streams.all):

@@ -49,7 +49,7 @@ class MixtureStage:
         keep = kept[module.kind] if module.kind in kept else self._choose_experts(width[EXPERTS])
         alive, cut = torch.tensor(keep, device=self.stream.device), width[EXPERT_CHANNELS] < module.units_inside
         channels, unfitted = self._channels_by_expert(keep, kept.get("channels", ()) if cut else ()), list[int]()
-        with self.stream.rounded():
+        with self.stream.rounded_sums():
             residual = tokens.target_nd - tokens.to_error_units(self.mixture.output(tokens.x_nd[None], alive)[0])
             old_error = tokens.squared_error(residual)
             if self.recovery.fits or cut:

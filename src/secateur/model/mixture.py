@@ -79,7 +79,7 @@ class Mixture:
 
     def route(self, x_nd: Tensor, alive: Tensor) -> Routes:
         """Return the routes of tokens if only some experts exist."""
-        with self._only(alive, self.parent, *self.router.modules()), self.stream.multiplying():
+        with self._only(alive, self.parent, *self.router.modules()), self.stream.layer_products():
             bias = [] if self.names.router_bias is None else [getattr(self.parent, self.names.router_bias)]
             found = self._routes(self.router(x_nd, *bias))
         return Routes(alive[found.experts], found.gates.float())
@@ -88,12 +88,12 @@ class Mixture:
         """Return the output of the whole mixture if only some experts exist."""
         if self.names.scales_inputs:
             # The class runs all experts on all tokens at once.
-            with self.only(alive), self.stream.multiplying():
+            with self.only(alive), self.stream.layer_products():
                 return self.parent(x_btd)[0].float().view_as(x_btd)
         # Experts keep their numbers in the dense block, so that no matrices are copied.
         x_nd = x_btd.flatten(0, 1)
         routes, shared = self.route(x_nd, alive), self.shared_output(x_nd)
-        with self.stream.multiplying():
+        with self.stream.layer_products():
             y_nd = self.experts(self._norm(x_nd), *routes).float()
         return (y_nd if shared is None else y_nd + shared).view_as(x_btd)
 
@@ -123,7 +123,7 @@ class Mixture:
         """Return the inputs of an expert's output projection (n x f)."""
         if expert == self._shared_number:
             return self._shared_projection_input(x_nd)
-        with self.stream.multiplying():
+        with self.stream.layer_products():
             return self._activated(self._input_projections(expert, x_nd)).float()
 
     def slopes(self, expert: int, x_nd: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ class Mixture:
 
     def ungated_output(self, expert: int, x_nd: Tensor) -> Tensor:
         """Return an expert's output with a gate of one (n x d)."""
-        with self.stream.multiplying():
+        with self.stream.layer_products():
             y = self.projection_input(expert, x_nd) @ self.weight(expert)
         bias = self.bias(expert)
         return y.float() if bias is None else y.float() + bias
@@ -211,7 +211,7 @@ class Mixture:
         """Return the shared expert's output (n x d), where there is one."""
         if self.shared is None:
             return None
-        with self.stream.multiplying():
+        with self.stream.layer_products():
             return self.shared(x_nd[None])[0].float() * self._shared_gates(x_nd)[:, None]
 
     def _shared_projection_input(self, x_nd: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class Mixture:
         seen: list[Tensor] = []
         handle = self.shared.down_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
         try:
-            with self.stream.multiplying():
+            with self.stream.layer_products():
                 self.shared(x_nd[None])
         finally:
             handle.remove()
@@ -229,7 +229,7 @@ class Mixture:
         """Return the shared expert's gate for each token (n)."""
         if self.names.shared_expert_gate is None:
             return x_nd.new_ones(len(x_nd))
-        with self.stream.multiplying():
+        with self.stream.layer_products():
             return torch.sigmoid(self.parent.get_submodule(self.names.shared_expert_gate)(x_nd)).float()[:, 0]
 
     def bias(self, expert: int) -> Tensor | None:

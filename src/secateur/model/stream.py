@@ -80,8 +80,8 @@ class BlockStream:
         self.width: int = checkpoint.config.hidden_size
         """Residual width d."""
         self.side_inputs = SideInputs(checkpoint.config, self.family, [*self.layers.children()], self.width)
-        self.products = torch.float32
-        """Dtype of matrix products in blocks; see `quick`."""
+        self.products_dtype = torch.float32
+        """Dtype of matrix products in blocks; see `fast_products`."""
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
     def __len__(self) -> int:
@@ -180,46 +180,47 @@ class BlockStream:
             for name in set(dict(layer.named_parameters())) - set(self.blocks[index].shapes):
                 assign(layer, name, None)
             if self._kept_as_stored:
-                # Thousands of matrices have come and gone; one block left two gigabytes of holes to the next.
+                # Thousands of matrices were allocated and freed, which left two gigabytes of holes in the heap.
                 release_freed_memory()
 
     @contextmanager
-    def quick(self) -> Iterator[None]:
-        """Let blocks of a bfloat16 checkpoint multiply in bfloat16 where this device is faster with it.
+    def fast_products(self) -> Iterator[None]:
+        """Compute matrix products of a bfloat16 checkpoint's blocks in bfloat16 if this device is faster with it.
 
-        What flows between modules, norms included, stays float32.
+        Activations between modules stay float32, and norms compute in float32.
         """
-        before, self.products = self.products, self.quick_dtype
+        before, self.products_dtype = self.products_dtype, self.fast_products_dtype
         try:
             yield
         finally:
-            self.products = before
+            self.products_dtype = before
 
     @property
-    def quick_dtype(self) -> torch.dtype:
-        """Dtype of matrix products inside `quick`."""
+    def fast_products_dtype(self) -> torch.dtype:
+        """Dtype of matrix products inside `fast_products`."""
         return fast_dtype(self.device) if self.checkpoint.dtype == torch.bfloat16 else torch.float32
 
-    def multiplying(self) -> AbstractContextManager[Any]:
-        """Compute the matrix products of layers in the dtype that `quick` sets."""
-        quick = self.products != torch.float32
-        return torch.autocast(self.device.type, self.products) if quick else nullcontext()
+    def layer_products(self) -> AbstractContextManager[Any]:
+        """Compute the matrix products of layers in the dtype that `fast_products` sets."""
+        if self.products_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.products_dtype)
 
-    def rounded(self) -> AbstractContextManager[None]:
-        """Compute products of float32 matrices, such as sums over tokens, in the precision that `quick` sets."""
-        return reduced_precision_matmul(self.device, self.products)
+    def rounded_sums(self) -> AbstractContextManager[None]:
+        """Compute float32 matrix products, such as sums over tokens, with factors rounded as in `fast_products`."""
+        return reduced_precision_matmul(self.device, self.products_dtype)
 
     def arena(self) -> Arena:
         """Return room for activations, within the memory that the run may take."""
         folder = self.services.run_folder
         return Arena(self.services.activation_bytes, None if folder is None else folder.path)
 
-    def own(self, rows: Rows) -> Rows:
+    def local_rows(self, rows: Rows) -> Rows:
         """Return this process's share of some rows, in batches of `batch_tokens`."""
         return replace(rows, batch_tokens=self.batch_tokens).share(self.processes.rank, self.processes.size)
 
-    def spans(self, rows: Rows) -> list[slice]:
-        """Return which rows of each group `own` returns."""
+    def local_spans(self, rows: Rows) -> list[slice]:
+        """Return the range of rows in each group that `local_rows` returns."""
         return replace(rows, batch_tokens=self.batch_tokens).spans(self.processes.rank, self.processes.size)
 
     def embed(self, rows: Rows, arena: Arena) -> Activations:
@@ -236,7 +237,7 @@ class BlockStream:
             for group in rows.groups:
                 # The arguments that the model prepares for one row broadcast over batches of any size.
                 one = group[:1] if len(group) else group.new_zeros(1, group.shape[1])
-                with self._understood():
+                with self._config_errors():
                     base(one.to(self.device), use_cache=False)
                 self._calls.append([recorder.call for recorder in recorders])
             for at in rows.batches():
@@ -269,7 +270,7 @@ class BlockStream:
             def logits(hidden_kc: Tensor) -> Tensor:
                 recorders[-1].replacement = self.residual(hidden_kc.to(self.device))[:, None]
                 ids = torch.zeros(len(hidden_kc), 1, dtype=torch.long, device=self.device)
-                with self._understood():
+                with self._config_errors():
                     return self.model(ids, use_cache=False).logits[:, 0]
 
             yield logits
@@ -351,11 +352,11 @@ class BlockStream:
                 provides_keys = module.role == ATTENTION and self.side_inputs.stores(index)
                 stack.enter_context(replayed(layer, module, hidden_btd, value, provides_keys))
             if modules_only:
-                for path in self._aside(index):
+                for path in self._other_layers(index):
                     stack.enter_context(zeroed(layer.get_submodule(path), hidden_btd))
             for path, see in (watch or {}).items():
                 stack.enter_context(watched(layer.get_submodule(path), see, stop=path == until))
-            stack.enter_context(self.multiplying())
+            stack.enter_context(self.layer_products())
             try:
                 output = layer(hidden_btd, *args, **kwargs)
                 after = output[0] if self.family.returns_tuple else output
@@ -367,12 +368,12 @@ class BlockStream:
             except Exception:
                 stack.close()
                 # If the block fails without our hooks too, the config is at fault and this raises SecateurError.
-                with self._understood():
+                with self._config_errors():
                     layer(hidden_btd, *args, **kwargs)
                 raise
 
     @contextmanager
-    def _understood(self) -> Iterator[None]:
+    def _config_errors(self) -> Iterator[None]:
         """Raise errors of transformers' classes about an impossible config as `SecateurError`."""
         try:
             yield
@@ -381,7 +382,7 @@ class BlockStream:
         except Exception as error:
             raise self.checkpoint.no_model_error(error) from error
 
-    def _aside(self, index: int) -> Iterator[str]:
+    def _other_layers(self, index: int) -> Iterator[str]:
         """Yield the layers that add to the residual stream but belong to neither of the block's two modules."""
         if self.side_inputs.has_token_inputs:
             yield self.family.per_layer_output
@@ -397,7 +398,7 @@ class BlockStream:
         after = self.run(index, layer, hidden_btc, group, **options)
         assert after is not None
         if not _finite(after):
-            raise self.trouble(index, layer, hidden_btc, group)
+            raise self.activation_error(index, layer, hidden_btc, group)
         return after
 
     def advance(self, index: int, layer: nn.Module, rows: Rows, hidden: Activations) -> None:
@@ -405,7 +406,7 @@ class BlockStream:
         for at in rows.batches():
             hidden[at] = self.run_through(index, layer, hidden[at], at.group)
 
-    def trouble(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int) -> SecateurError:
+    def activation_error(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int) -> SecateurError:
         """Return the error for a batch on which a loaded block gives NaN or infinite values, with the first module that
         does."""
         block = self.blocks[index]

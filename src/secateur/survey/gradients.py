@@ -89,7 +89,7 @@ def gradients(
         SecateurError: No row has a token to predict, or activations or gradients are NaN or infinite.
     """
     blocks = blocks if blocks is not None else range(len(stream))
-    rows = stream.own(_predicting(Rows.of(rows)))
+    rows = stream.local_rows(_predicting(Rows.of(rows)))
     count = len(stream)
     with stream.arena() as arena:
         hidden = stream.embed(rows, arena)

@@ -81,7 +81,7 @@ def head_distances(
     blocks = blocks if blocks is not None else range(len(stream))
     watcher, rows = watcher or Silent(), Rows.of(rows)
     tokens = sum(weight * group.numel() for group, weight in zip(rows.groups, rows.weights, strict=True))
-    rows = stream.own(rows)
+    rows = stream.local_rows(rows)
     result: dict[int, Tensor] = {}
     any_free = any(not block.attention.locked for block in stream.blocks)
     with stream.arena() as arena, _implementation(stream.model.config) as use:

@@ -34,7 +34,7 @@ def mean_loss(
         hidden: Output of the last block for this process's rows.
         norm: Values that replace parameters of the final norm, by their names in the model.
     """
-    ids = stream.own(rows).groups[group]
+    ids = stream.local_rows(rows).groups[group]
     total, count = 0.0, 0
     with stream.head() as head, stream.replaced(norm or {}):
         for place, row in enumerate(ids):

@@ -61,10 +61,10 @@ class ProbeStreams:
             checkpoint: Checkpoint of the survey.
         """
         self.stream, self.group, self.arena = stream, group, arena
-        own_rows = (stream.own(rows).groups[group],)
+        own_rows = (stream.local_rows(rows).groups[group],)
         self.rows = Rows(own_rows, (1.0,), batch_tokens=stream.services.batch_tokens)
         self._count = len(rows.groups[group])
-        self._first = stream.spans(rows)[group].start
+        self._first = stream.local_spans(rows)[group].start
         saved = checkpoint.value("probes", lambda: [asdict(probe) for probe in self.begun], [])
         self.begun = [Probe(**one) for one in saved]
         """Probe of each stream, whose divergence is not known yet."""

@@ -63,8 +63,8 @@ def survey(
     curves += [ErrorCurve.of(one) for one in checkpoint.value("curves", lambda: [asdict(one) for one in curves], [])]
     calibration = Rows.of(rows)
     all_rows = calibration if probe_rows is None else calibration.with_held_out(probe_rows)
-    rows, probe_group = stream.own(all_rows), len(calibration.groups)
-    with stream.arena() as arena, stream.quick():
+    rows, probe_group = stream.local_rows(all_rows), len(calibration.groups)
+    with stream.arena() as arena, stream.fast_products():
         hidden = stream.embed(rows, arena)
         probes = None if probe_rows is None else ProbeStreams(stream, all_rows, probe_group, arena, checkpoint)
         stop = blocks.stop if probes is None else len(stream)
@@ -105,7 +105,7 @@ def _run_block(
     for batch in rows.batches():
         watch = {path: record for collector in collectors for path, record in collector.watches().items()}
         hidden[batch] = after = stream.run_through(index, layer, hidden[batch], batch.group, watch=watch)
-        with stream.rounded():
+        with stream.rounded_sums():
             for collector in collectors:
                 collector.update(stream.residual(after), batch)
 

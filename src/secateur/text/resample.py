@@ -49,13 +49,13 @@ def resample_tokens(
     """
     checkpoint = checkpoint or PassCheckpoint(stream.services)
     all_rows = Rows.of(text)
-    rows = stream.own(all_rows)
-    (mine,) = stream.spans(all_rows)
+    rows = stream.local_rows(all_rows)
+    (mine,) = stream.local_spans(all_rows)
     generators = [torch.Generator().manual_seed((seed + SEED_STRIDE * index) % 2**32) for index in range(count)]
     result = text.repeat(count, 1, 1)
     # The result is the sum over all processes, so the rows of other processes are zero here.
     result[:, : mine.start], result[:, mine.stop :] = 0, 0
-    with stream.arena() as arena, stream.quick():
+    with stream.arena() as arena, stream.fast_products():
         hidden = stream.embed(rows, arena)
         for index in checkpoint.blocks(len(stream), "Resample", lambda: [hidden]):
             with stream.filled(index) as layer:
@@ -83,7 +83,7 @@ def _resample_row(
     """
     replaced, levels = draws[:, 0] < RESAMPLED_SHARE, draws[:, 1]
     for places in replaced.any(0).nonzero()[:, 0].split(POSITIONS_AT_ONCE):
-        with stream.rounded():
+        with stream.rounded_sums():
             logits = head(hidden[places])
         cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
         if not torch.isfinite(cumulative[:, -1]).all():
