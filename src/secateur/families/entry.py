@@ -38,17 +38,16 @@ class Experts:
     """Config keys of the number of groups of experts, and of the number of groups that a token may choose from. All
     groups keep the same number of experts."""
     parallel_norms: tuple[str, str] | None = None
-    """Norms before and after the experts, where experts and router are children of the block itself, parallel to a
+    """Norms before and after the experts, if experts and router are children of the block itself, parallel to a
     feed-forward that is never pruned. The norm after the feed-forward is then applied to the sum of their outputs."""
     returns_scores: bool = False
     """Whether the feed-forward returns a tuple: its output, then the router's scores."""
     scales_inputs: bool = False
     """Whether gates multiply the inputs of experts, not their outputs."""
     gating: Literal["softmax", "sigmoid"] = "sigmoid"
-    """Function from a router's logits to gates; read where a GGUF file is read or written."""
+    """Function from a router's logits to gates; only reading and writing of GGUF files needs it."""
     gates_sum_to_one: bool | None = None
-    """Whether the class divides the gates of a token by their sum: always, never, or (None) if the config's
-    `norm_topk_prob` is true."""
+    """Whether the class divides the gates of a token by their sum; None if the config decides (`norm_topk_prob`)."""
     stored: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("gate_up_proj", ("gate_proj", "up_proj")),
         ("down_proj", ("down_proj",)),
@@ -239,11 +238,15 @@ class Family:
     """Entry of one model_type: all that secateur knows about the family. The defaults describe Llama."""
 
     blocks: str = "model.layers"
+    """List of blocks, by its name in the whole model."""
     attention: str = "self_attn"
+    """Attention submodule."""
     queries: str = "q_proj"
     keys: str = "k_proj"
     values: str = "v_proj"
+    """Layers of queries, keys and values inside the attention."""
     output: str = "o_proj"
+    """Output projection of the attention."""
     fused: str | None = None
     """Fused layer of queries, keys and values; None for three layers."""
     interleaved: bool = False
@@ -258,13 +261,16 @@ class Family:
     computes keys and values from it. Queries may be computed from a latent vector too, by the layer
     `latent_queries`."""
     latent_queries: str = "q_b_proj"
+    """Layer that computes queries from a latent vector; blocks without this layer have the layer `queries`."""
     sinks: str | None = None
     """Parameter of the attention with one entry for each query head."""
     feed_forward: str | None = "mlp"
     """Feed-forward submodule; None if its layers are children of the block itself."""
     up: str = "up_proj"
     gate: str | None = "gate_proj"
+    """Input projections of the feed-forward. `gate` is None if there is no gate."""
     down: str = "down_proj"
+    """Output projection of the feed-forward."""
     fused_gate: str | None = None
     """Fused layer with the rows of the gate, then the rows of the up layer; None for two layers."""
     activation: str | None = None
