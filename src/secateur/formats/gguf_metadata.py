@@ -99,8 +99,7 @@ def _channels(model: GgufModel, sizes: BlockSizes) -> int:
     have."""
     if sizes.channels is not None:
         return sizes.channels
-    assert model.family.experts is not None
-    is_own_key = model.family.experts.expert_width != "intermediate_size"
+    is_own_key = model.experts.expert_width != "intermediate_size"
     return is_own_key * getattr(model.config, "intermediate_size", 0) or sizes.expert_channels
 
 
@@ -114,8 +113,7 @@ def _expert_metadata(model: GgufModel, architecture: Architecture) -> Values:
             "expert_shared_count": 0,
         }
         return dense if architecture.leading_dense else {}
-    config, names, sizes = model.config, model.family.experts, model.blocks[first]
-    assert names is not None
+    config, names, sizes = model.config, model.experts, model.blocks[first]
     per_token = getattr(config, names.experts_per_token)
     states_routing = architecture.name not in GATES_SUM_TO_ONE or architecture.states_routing
     return {
@@ -130,8 +128,7 @@ def _expert_metadata(model: GgufModel, architecture: Architecture) -> Values:
 
 
 def _shared_expert_metadata(model: GgufModel, first: int) -> Values:
-    assert model.family.experts is not None
-    if (shared := model.family.experts.shared_expert) is None:
+    if (shared := model.experts.shared_expert) is None:
         return {}
     stored = model.inside[first][f"{model.family.feed_forward}.{shared}.down_proj.weight"]
     return {
@@ -142,14 +139,13 @@ def _shared_expert_metadata(model: GgufModel, first: int) -> Values:
 
 def _routing_metadata(model: GgufModel) -> Values:
     """Return how the router's logits become gates, and from how many groups of experts a token chooses."""
-    assert model.family.experts is not None
     groups, used = (getattr(model.config, key, None) or 1 for key in ("n_group", "topk_group"))
     # If a token may choose from all groups, the file states one group.
     groups, used = (groups, used) if used < groups else (1, 1)
     return {
         "expert_weights_norm": model.gates_sum_to_one,
         "expert_weights_scale": float(getattr(model.config, "routed_scaling_factor", 1.0)),
-        "expert_gating_func": int(ExpertGatingFuncType[model.family.experts.gating.upper()]),
+        "expert_gating_func": int(ExpertGatingFuncType[model.experts.gating.upper()]),
         "expert_group_count": groups,
         "expert_group_used_count": used,
     }

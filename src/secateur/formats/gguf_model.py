@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.families.entry import Family, Gguf
+from secateur.families.entry import Experts, Family, Gguf
 from secateur.families.registry import family_of, gguf_of
 from secateur.formats.gguf_sizes import BlockSizes
 from secateur.model.axes import Width, model_width
@@ -186,13 +186,18 @@ class GgufModel:
     @property
     def gates_sum_to_one(self) -> bool:
         """Whether the model divides the gates of a token's experts by their sum."""
-        always = None if self.family.experts is None else self.family.experts.gates_sum_to_one
+        always = self.experts.gates_sum_to_one
         return bool(self.config.norm_topk_prob) if always is None else always
+
+    @property
+    def experts(self) -> Experts:
+        """Entry of the family's mixtures of experts, for a model that has some."""
+        assert self.family.experts is not None
+        return self.family.experts
 
     def expert_parameter(self, index: int, leaf: str) -> str:
         """Return transformers' name of one of the parameters of a block's experts."""
-        assert self.family.experts is not None
-        return f"{self.family.blocks}.{index}.{self.family.mixture}{self.family.experts.experts}.{leaf}"
+        return f"{self.family.blocks}.{index}.{self.family.mixture}{self.experts.experts}.{leaf}"
 
     @property
     def biases(self) -> frozenset[str]:
