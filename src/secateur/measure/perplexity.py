@@ -71,7 +71,7 @@ def perplexity(
         model: Any causal language model of transformers.
         rows: Token ids on any device (rows x length), length at least 2.
         text_bytes: Number of bytes of text that the scored tokens stand for, if bits per byte are wanted.
-        batch: Most rows in a forward; fewer where the logits would grow too large.
+        batch: Largest number of rows in a forward pass; fewer if there would be too many logits.
         watcher: Progress output.
         what: Label of the progress bar.
 
