@@ -135,6 +135,26 @@ def test_generation_settings_of_the_checkpoint_are_not_used() -> None:
     assert model.training
 
 
+def test_a_failure_is_one_line_that_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("this class cannot generate\nmore")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", fail)
+    folder = saved(model_of_next_tokens(COUNTING), tmp_path / "model")
+    message = r"^model: the answers failed \(this class cannot generate\); --no-answers leaves them out$"
+    with pytest.raises(SecateurError, match=message):
+        evaluate(folder, against=folder, texts=[], answers=True)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_earlier_tokens_are_not_read_again(use_cache: bool) -> None:
+    model = model_of_next_tokens(SAYING, use_cache=use_cache)
+    lengths: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    greedy_tokens(model, [[5, 6, 7]], ends=[EOS], new_tokens=4)
+    assert lengths == [3, 1, 1, 1]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     model = model_of_next_tokens(COUNTING)

@@ -101,6 +101,7 @@ def greedy_tokens(
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     settings = GenerationConfig(
         do_sample=False,
+        use_cache=True,
         max_new_tokens=min(new_tokens, positions - longest),
         eos_token_id=list(ends) or None,
         pad_token_id=filler,
