@@ -118,9 +118,9 @@ TWO_STEPS = {
     "recipe": ("compare dense/llama files/recipe.yaml --out out",),
     "retrain": (
         f"prune dense/llama pruned --effort quick {TEXT}",
-        "retrain pruned adapters --calibration files/text.txt --samples 16 --length 16 --batch 4 --rank 2",
-        "retrain pruned weights --calibration files/text.txt --samples 16 --length 16 --batch 4 --rank 0 "
-        "--teacher dense/llama",
+        "retrain pruned adapters --calibration files/text.txt --tokens 512 --length 16 --batch 4 --rank 2 "
+        "--teacher none",
+        "retrain pruned weights --calibration files/text.txt --tokens 512 --length 16 --batch 4 --teacher dense/llama",
     ),
     "export": (
         f"prune dense/llama pruned --widths uniform --modules channels --round 32 --effort quick {RANDOM}",

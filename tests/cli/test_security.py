@@ -23,7 +23,7 @@ COMMANDS = [
     f"plan model --out plan.json {TINY}",
     "eval out --against model --perplexity text.txt --length 16 --speed --prompt a",
     "export out exported.gguf",
-    "retrain out retrained --calibration text.txt --samples 8 --length 16",
+    "retrain out retrained --calibration text.txt --tokens 128 --length 16",
     "compare model grid.yaml --out table",
     "families",
     "clean out",

@@ -38,6 +38,8 @@ from secateur.model.axes import axis_kinds
 from secateur.model.units.registry import _DESCRIBERS
 from secateur.paper import recipe
 from secateur.plan.target import parse_target
+from secateur.retraining import options as retraining_options
+from secateur.retraining import retrain
 from secateur.retraining.options import Training
 from secateur.text import documents
 
@@ -172,12 +174,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make default sizes and recipes small."""
+    monkeypatch.setattr(retraining_options, "DEFAULT_TOKENS", str(SMALL["tokens"]))
+    monkeypatch.setattr(retrain, "tokens_in_time", lambda *_, **__: SMALL["tokens"])
     for owner in (Options, RunOptions, Training):
         names = inspect.signature(owner).parameters
-        defaults = tuple(SMALL.get(name, parameter.default) for name, parameter in names.items())
+        # --tokens of retrain has a default in words, which --time replaces.
+        sizes = {name: size for name, size in SMALL.items() if owner is not Training or name != "tokens"}
+        defaults = tuple(sizes.get(name, parameter.default) for name, parameter in names.items())
         monkeypatch.setattr(owner.__init__, "__defaults__", defaults)
-        for name in set(names) & set(SMALL):
-            monkeypatch.setattr(owner, name, SMALL[name])
+        for name in set(names) & set(sizes):
+            monkeypatch.setattr(owner, name, sizes[name])
     for one in app.registered_commands:
         taken = inspect.signature(one.callback)
         parameters = [

@@ -308,7 +308,7 @@ def exported(bench: Bench, rng: random.Random, at: Path) -> None:
 def retrained(bench: Bench, rng: random.Random, at: Path) -> None:
     """Retrain a damaged pruned folder."""
     folder = _folder(bench, rng, at)
-    how: dict[str, Any] = {"samples": 2, "length": 8, "epochs": 1, "batch": 2, "rank": rng.choice([0, 2])}
+    how: dict[str, Any] = {"tokens": "16", "length": 8, "batch": 2, "rank": rng.choice([0, 2]), "teacher": "none"}
     retrain(folder, at / "out", Training(calibration=str(bench.text), **how), device="cpu")
     loaded(at / "out")
 

@@ -372,7 +372,7 @@ def test_gradients_are_taken_once_for_all_sizes(grid, run, calls_of):
 
 
 def test_a_row_can_be_retrained(grid, run):
-    training = {"samples": 6, "epochs": 1, "batch": 3, "learning_rate": 0.01}
+    training = {"teacher": "none", "rank": 8, "tokens": "96", "batch": 3, "learning_rate": 0.01}
     runs = {"L2": {"criterion": "l2"}, "LoRA": {"criterion": "l2"}}
     seeds = {"seed": [3]}
     assert run(*small(grid, runs=runs, retrain={"LoRA": training}, grid=seeds)).code == 0
@@ -380,7 +380,8 @@ def test_a_row_can_be_retrained(grid, run):
     retrain("hand", "more", calibration="text.txt", length=16, seed=3, device="cpu", **training)
     assert values("L2") == [score("hand")]
     assert values("LoRA") == [score("more")]
-    assert "LoRA: LoRA on 6 rows of 16 tokens of text.txt, 1 epochs." in (grid / "out" / "table.md").read_text()
+    table = (grid / "out" / "table.md").read_text()
+    assert "LoRA: trained adapters of rank 8 on 96 tokens of text.txt, in rows of 16, to predict the text." in table
     # Another training makes another result, and of that row alone.
     result = run(*small(grid, runs=runs, retrain={"LoRA": training | {"batch": 2}}, grid=seeds))
     assert "2 of 3 runs are in out already" in result.err
@@ -390,7 +391,7 @@ def test_a_row_can_be_retrained(grid, run):
 def test_retraining_without_peft_is_named_early(grid, run, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
-    command = small(grid, retrain={"L2": {"samples": 6}})
+    command = small(grid, retrain={"L2": {"rank": 8, "tokens": "128"}})
     before = listing(grid)
     refused(run(*command), 'LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
     assert listing(grid) == before
@@ -441,8 +442,10 @@ WRONG = [
     ("compare model grid.yaml --out out --samples 2,4", "samples is 2, 4, but the recipe has no axis for it; give one"),
     ("compare model grid.yaml --out out --refit-samples 2,4", "refit-samples is 2, 4, but the recipe has no axis for"),
     ("compare model grid.yaml --out out --refit-samples x", "--refit-samples is 'x'; write whole numbers separated by"),
-    ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: samples is 0; it must be at least 1"),
-    ("compare model lora.yaml --out out --refit-samples 99", "text.txt: too short, it has 1,500"),
+    (
+        "compare model lora.yaml --out out --refit-samples 0",
+        "retrain.wanda: tokens is 0, but one step takes 1 rows of 16",
+    ),
     ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),
     ("compare model grid.yaml --out out --perplexity self", "rows that a model generates cannot be scored; name a"),
     ("compare model grid.yaml --out out --samples 999", "text.txt: too short, it has 1,500 tok"),

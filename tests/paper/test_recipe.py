@@ -67,7 +67,7 @@ def test_changes_replace_an_option_wherever_it_stands():
 
 def test_refit_samples_change_only_runs_that_have_the_option():
     runs = {"a": {"recovery": "paper", "refit_samples": 1024}, "b": {"recovery": "none"}, "c": {"calibration": "self"}}
-    retrain: dict[str, dict[str, Any]] = {"b": {"samples": 512, "calibration": "other.txt"}}
+    retrain: dict[str, dict[str, Any]] = {"b": {"tokens": "64k", "calibration": "other.txt"}}
     recipe = small(runs=runs, retrain={}, grid={})
     found = expand(changed(recipe, refit_samples=(3,), calibration="random"), None)
     assert [run.options.refit_samples for run in found] == [3, None, None]
@@ -75,7 +75,7 @@ def test_refit_samples_change_only_runs_that_have_the_option():
     recipe = recipe.model_copy(update={"retrain": retrain})
     wanted: dict[str, Any] = {"refit_samples": (3,), "calibration": "ptb", "length": 9}
     training = expand(changed(recipe, **wanted), None)[1].training
-    assert training == Training(calibration="ptb", samples=3, length=9)
+    assert training == Training(calibration="ptb", tokens="27", length=9, batch=3)
     axis = recipe.model_copy(update={"runs": {"c": {}}, "retrain": {}, "grid": {"refit_samples": [8, 16]}})
     found = expand(changed(axis, refit_samples=(2, 3)), None)
     assert [(run.row, run.options.refit_samples) for run in found] == [
@@ -159,11 +159,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"models": {"Big": {}}}, "models.Big.id: missing; a recipe needs it"),
     ({"models": {"Big": {"id": "x", "published": {"a": {"ptb": "low"}}}}}, "models.Big.published.a.ptb: input should"),
     ({"retrain": {"c": {}}}, "retrain.c: no such run; there are a, b"),
-    ({"retrain": {"a": {"rnk": 4}}}, "retrain.a.rnk: no such option; there are calibration, samples, length, seed"),
+    ({"retrain": {"a": {"rnk": 4}}}, "retrain.a.rnk: no such option; there are calibration, length, seed, tokens"),
     ({"retrain": {"a": {"rank": "4"}}}, "retrain.a.rank is '4': input should be a valid integer"),
     ({"retrain": {"a": {"rank": -1}}}, "retrain.a: rank is -1; it must be at least 0"),
     ({"retrain": {"b": {}}}, "retrain.b: calibration is 'random', but random"),
     ({"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}}, "retrain.c: calibration is 'self', but"),
+    ({"retrain": {"a": {"time": "1h"}}}, "retrain.a.time: is another training on every machine; give tokens"),
     ({"tau": 0.2}, "tau: only a recipe of the kind graph has it; to prune with it, set it in a run"),
     ({"kind": "graph", "runs": {}, "grid": {}}, "tau is None; a recipe of the kind graph needs one above 0"),
     ({"kind": "graph", "tau": 0.7, "runs": {}, "grid": {}}, "tau is 0.7; a recipe of the kind graph needs one above"),

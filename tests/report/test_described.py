@@ -259,7 +259,7 @@ def test_tensors_without_a_place_are_not_in_the_fingerprint(place, run):
 
 def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     pruned(place, run)
-    asked = ("--calibration", "text.txt", "--samples", "8", "--length", "16", "--epochs", "1")
+    asked = ("--calibration", "text.txt", "--tokens", "128", "--length", "16")
     assert run("retrain", "out", "trained", *asked).code == 0
     text = (place / "trained" / "README.md").read_text()
     (said,) = record_of(place / "trained")["retrained"]

@@ -50,7 +50,7 @@ for name, command in {
 }.items():
     app.command(name=name)(command)
 
-DISTRIBUTED = ("prune", "survey")
+DISTRIBUTED = ("prune", "survey", "retrain")
 """Commands that several processes can run together."""
 
 # Some versions of typer bring their own copy of click. `BadParameter` is public in both; this is its base class.

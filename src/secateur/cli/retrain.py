@@ -1,4 +1,4 @@
-"""`secateur retrain`: retrain a pruned folder with LoRA."""
+"""`secateur retrain`: train a pruned folder further."""
 
 from typing import Annotated
 
@@ -15,11 +15,13 @@ def retrain(
     folder: PrunedFolder,
     out: OutFolder,
     training: Training,
-    run_options: Annotated[RunOptions, Only(("device", "overwrite", "restart"))],
+    run_options: Annotated[RunOptions, Only(("device", "memory", "overwrite", "restart"))],
 ) -> None:
-    """Retrain a pruned model with LoRA, and merge the adapters into the weights. Needs secateur\\[lora].
+    """Train a pruned model for a while, so that it regains what pruning took.
 
-    Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-retrained --calibration text.txt
+    It learns to predict the same next tokens as the model that was pruned. --rank needs secateur\\[lora].
+
+    Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-healed --time 30m
     """
     bars = Bars()
     with bars.loading():
@@ -30,10 +32,12 @@ def retrain(
         out,
         training,
         device=run_options.device,
+        memory=run_options.memory,
         overwrite=run_options.overwrite,
         restart=run_options.restart,
         watcher=bars,
     )
     before, after = done.perplexity
-    line = f"Perplexity on held-out rows: {before:.3f} before, {after:.3f} after. Written to {done.path}"
+    dense = "" if done.curve.dense is None else f" (dense: {done.curve.dense:.3f})"
+    line = f"Perplexity on held-out rows: {before:.3f} before, {after:.3f} after{dense}. Written to {done.path}"
     print_result(done, None, [line])

@@ -189,7 +189,13 @@ class BlockStream:
 
         Activations between modules stay float32, and norms compute in float32.
         """
-        before, self.products_dtype = self.products_dtype, self.fast_products_dtype
+        with self.multiplying_in(self.fast_products_dtype):
+            yield
+
+    @contextmanager
+    def multiplying_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Compute matrix products of blocks in a dtype. Activations between modules stay float32."""
+        before, self.products_dtype = self.products_dtype, dtype
         try:
             yield
         finally:
@@ -221,7 +227,11 @@ class BlockStream:
 
     def local_spans(self, rows: Rows) -> list[slice]:
         """Return the range of rows in each group that `local_rows` returns."""
-        return replace(rows, batch_tokens=self.batch_tokens).spans(self.processes.rank, self.processes.size)
+        return self.spans_of(rows, self.processes.rank)
+
+    def spans_of(self, rows: Rows, rank: int) -> list[slice]:
+        """Return the range of rows in each group that `local_rows` returns in another process."""
+        return replace(rows, batch_tokens=self.batch_tokens).spans(rank, self.processes.size)
 
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Return the input of the first block for rows of tokens.

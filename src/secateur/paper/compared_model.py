@@ -17,7 +17,8 @@ from secateur.measure.evaluation import scored_rows
 from secateur.measure.figures import short
 from secateur.model.checkpoint import Checkpoint
 from secateur.paper.recipe import PaperModel, Recipe, Run, expand, named
-from secateur.retraining.retrain import check_retraining, training_rows
+from secateur.retraining.retrain import check_retraining
+from secateur.retraining.rows import training_rows
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import CalibrationRows, RowRequest
 from secateur.text.sources import RANDOM, SELF
@@ -87,7 +88,7 @@ def open_compared_model(
         for source in run.options.sources:
             check_calibration(source, samples=run.options.samples, length=run.options.length)
         if run.training is not None:
-            check_retraining(run_options.device)
+            check_retraining(run_options.device, run.training.rank)
     opened: dict[str, tuple[OpenRun, CalibrationRows]] = {}
     found = []
     with busy_reading(watcher, "Checking all runs on", model_runs.source):
@@ -100,7 +101,7 @@ def open_compared_model(
                 model, rows = opened[group]
                 model = model.with_options(run.options)
                 if run.training is not None:
-                    training_rows(model.stream.checkpoint, run.training, Silent())
+                    training_rows(model.stream.checkpoint, run.training, run.training.token_count, Silent())
             except SecateurError as error:
                 raise SecateurError(f"{model_runs.name}, {run.row or 'run'}: {error}") from error
             found.append((run, model, rows))

@@ -9,6 +9,7 @@ from secateur.paper.comparison import AVERAGE, Column, Comparison, Row
 from secateur.paper.recipe import Recipe
 from secateur.paper.runs import DENSE, PlannedRun
 from secateur.paper.scorer import Scorer
+from secateur.retraining.options import NO_TEACHER
 
 
 def gather_comparison(
@@ -70,8 +71,10 @@ def _protocol(recipe: Recipe, models: Sequence[ComparedModel], scorer: Scorer) -
         lines.append(f"Zero-shot accuracy in %, by length-normalised likelihood where a task has it; items: {counts}.")
     trained = {run.label: run.training for model in models for run, *_ in model.runs if run.training is not None}
     for label, one in trained.items():
-        which = f"{one.samples:,} rows of {one.length} tokens of {short(one.calibration)}"
-        lines.append(f"{label}: LoRA on {which}, {one.epochs} epochs.")
+        how = f"adapters of rank {one.rank}" if one.rank else "all weights of the blocks"
+        goal = "the text" if one.teacher == NO_TEACHER else "the dense model's distributions"
+        which = f"{one.token_count:,} tokens of {short(one.calibration)}, in rows of {one.length}"
+        lines.append(f"{label}: trained {how} on {which}, to predict {goal}.")
     if seeds := recipe.grid.get("seed"):
         several = f"Mean over the seeds {', '.join(map(str, seeds))}, with the smallest and the largest value."
         lines.append(several if len(seeds) > 1 else f"Seed {seeds[0]}.")

@@ -220,6 +220,8 @@ def _runs(recipe: Recipe, shared: Mapping[str, Any], label: str, values: Mapping
         if label in recipe.retrain:
             text = {name: getattr(options, name) for name in ("calibration", "length", "seed")}
             training = _made(Training, text | recipe.retrain[label], f"retrain.{label}")
+            if training.time is not None:
+                raise SecateurError(f"retrain.{label}.time: is another training on every machine; give tokens")
         yield Run(label, axes, options, training)
 
 
@@ -249,7 +251,12 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
             raise SecateurError(f"{name} is {_some(values[field])}, but the recipe has no axis for it; give one")
     if "refit_samples" in values:
         for training in raw["retrain"].values():
-            training["samples"] = values["refit_samples"][0]
+            length = changes.get("length") or training.get("length") or raw["options"].get("length", Options.length)
+            rows = values["refit_samples"][0]
+            training |= {
+                "tokens": str(rows * length),
+                "batch": max(1, min(rows, training.get("batch", Training.batch))),
+            }
     values |= {field: [changes[field]] for field in ("calibration", "length", "blocks") if field in changes}
     for field, new in values.items():
         if field in raw["grid"]:

@@ -27,7 +27,8 @@ from secateur.paper.run_store import RunStore
 from secateur.paper.scorer import Scorer
 from secateur.plan.meters import parameter_meter
 from secateur.report.summary import Summary
-from secateur.retraining.retrain import retrain, training_rows
+from secateur.retraining.retrain import retrain
+from secateur.retraining.rows import training_rows
 
 DENSE = "dense"
 """Name of the row of a model before pruning."""
@@ -103,8 +104,9 @@ def planned_runs(model: ComparedModel, scorer: Scorer) -> Iterator[PlannedRun]:
     dense = scorer.decided_by(model)
     yield PlannedRun(model, None, model.runs[0][1], dense)
     for run, opened, rows in model.runs:
-        training = run.training
-        trained = None if training is None else training_rows(model.checkpoint, training, Silent())
+        training, trained = run.training, None
+        if training is not None:
+            trained = training_rows(model.checkpoint, training, training.token_count, Silent())
         own = {
             "options": asdict(opened.options),
             # Random ids that stand in for generated rows decide these together with the options.
@@ -112,6 +114,6 @@ def planned_runs(model: ComparedModel, scorer: Scorer) -> Iterator[PlannedRun]:
             # Contents of a file with a plan or with shares.
             "given": repr(opened.request.plan_from_file),
             "training": training and asdict(training),
-            "training rows": None if trained is None else hash_rows(trained),
+            "training rows": None if trained is None else hash_rows(trained.train),
         }
         yield PlannedRun(model, run, replace(opened, stream=opened.stream.using(watcher=scorer.watcher)), dense | own)

@@ -3,6 +3,7 @@
 W' = W + SCALE * B A        A: rank x inputs, B: outputs x rank
 """
 
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -12,8 +13,6 @@ from secateur.families.registry import experts_of, family_of
 
 SCALE = 2
 """Factor of the adapters' product, alpha / rank, as in LLM-Pruner."""
-DROPOUT = 0.05
-"""Share of an adapter's inputs that a training step drops, as in LLM-Pruner; zero in mixtures of experts."""
 
 
 def adapted_layers(network: Any) -> tuple[str, ...]:
@@ -47,6 +46,15 @@ def trained_parameters(network: Any, rank: int) -> tuple[str, ...]:
     return tuple(name for name, _ in network.named_parameters() if name.startswith(prefix))
 
 
+def entries_trained(network: Any, rank: int) -> int:
+    """Return the number of parameters that a training changes: of the adapters, or of the blocks."""
+    shapes = [network.get_parameter(name).shape for name in trained_parameters(network, rank)]
+    if rank == 0:
+        return sum(map(prod, shapes))
+    # Each expert's matrix has an adapter of its own.
+    return sum(rank * prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)
+
+
 def with_adapters(network: Any, rank: int) -> Any:
     """Return the network with adapters; with rank 0 the network itself, with gradients for its blocks only."""
     if rank == 0:
@@ -60,11 +68,22 @@ def with_adapters(network: Any, rank: int) -> Any:
     config = LoraConfig(
         r=rank,
         lora_alpha=SCALE * rank,
-        # peft has no dropout for the matrices of experts.
-        lora_dropout=0.0 if experts else DROPOUT,
         target_modules=list(layers),
         target_parameters=list(experts) or None,
         fan_in_fan_out=isinstance(network.get_submodule(layers[0]), Conv1D),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(network, config)
+
+
+def adapters_of(network: Any) -> dict[str, Any]:
+    """Return the adapter of each adapted matrix, by the name that the matrix has without adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for path, module in network.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            # Adapters of several matrices of one module are wrapped around each other.
+            layer = path.replace(".base_layer", "")
+            found[f"{layer}.{getattr(module, 'parameter_name', 'weight')}"] = module
+    return found

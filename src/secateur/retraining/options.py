@@ -1,5 +1,6 @@
 """Options of `retrain`, with their defaults; mistakes are found before anything slow starts."""
 
+import re
 from dataclasses import dataclass
 
 from secateur.base.errors import SecateurError
@@ -8,6 +9,12 @@ from secateur.commands.options import CALIBRATION
 from secateur.text.sources import GENERAL, RANDOM, SELF
 
 TRAINING = "Training"
+NO_TEACHER = "none"
+"""Value of `--teacher` with which the model learns the text itself."""
+DEFAULT_TOKENS = "128k"
+"""Number of tokens to train on, where neither `--tokens` nor `--time` is given."""
+_THOUSANDS = {"": 1, "k": 1024, "m": 1024**2, "b": 1024**3}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
@@ -18,28 +25,44 @@ class Training:
         GENERAL,
         CALIBRATION,
         "Text to train on: general, general+TEXT or TEXT, as for secateur prune. TEXT is a file, - for standard "
-        "input, or a data set.",
+        "input, or a data set. A text with fewer tokens than --tokens is used several times, cut into other rows.",
     )
-    samples: int = option(1024, CALIBRATION, "Number of rows to train on, drawn from the text at random.")
     length: int = option(128, CALIBRATION, "Tokens in each row.")
     seed: int = option(0, CALIBRATION, "Random seed for the rows, their order and the initial adapters.")
+    tokens: str | None = option(
+        None,
+        TRAINING,
+        "Number of tokens to train on, such as 128k or 1M (k is 1,024 and M is 1,024 k).",
+        default_text=DEFAULT_TOKENS,
+    )
+    time: str | None = option(
+        None,
+        TRAINING,
+        "Time for the whole command, such as 30m or 2h, used instead of --tokens. The number of tokens follows from "
+        "the speed of the first steps, which are measured on this machine.",
+        default_text="none",
+    )
     teacher: str | None = option(
         None,
         TRAINING,
-        "The model before pruning. The pruned model then learns to match the output distribution and residual stream "
-        "of this model, not the tokens of the text.",
-        default_text="none",
+        "The model whose next-token distributions are learned: a folder, a hub id or a .gguf file. none: learn the "
+        "tokens of the text.",
+        default_text="the model that was pruned",
     )
-    epochs: int = option(2, TRAINING, "Number of passes over the rows.")
-    batch: int = option(16, TRAINING, "Rows in each training step.")
-    rank: int = option(8, TRAINING, "Rank of the LoRA adapters; 0 trains all weights of the blocks instead.")
-    learning_rate: float = option(1e-4, TRAINING, "Learning rate of the first step; it decreases to zero.")
+    rank: int = option(0, TRAINING, "Rank of the LoRA adapters to train; 0 trains all weights of the blocks.")
+    batch: int = option(8, TRAINING, "Rows in each training step.")
+    learning_rate: float | None = option(
+        None,
+        TRAINING,
+        "Highest learning rate. It rises to this value in the first steps, then falls to zero as a cosine.",
+        default_text="1e-4, or 1e-3 for adapters",
+    )
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch", 1), ("rank", 0)):
+        for name, least in (("batch", 1), ("rank", 0)):
             if getattr(self, name) < least:
                 raise SecateurError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if not 0 < self.learning_rate < 1:
+        if not 0 < self.highest_rate < 1:
             raise SecateurError(f"learning rate is {self.learning_rate}; it must lie between 0 and 1, such as 1e-4")
         if not 0 <= self.seed < 2**32:
             raise SecateurError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
@@ -47,7 +70,77 @@ class Training:
             raise SecateurError("calibration is 'random', but random token ids teach nothing; name a text or data set")
         if self.calibration == SELF:
             raise SecateurError("calibration is 'self', but retraining needs text; name a text or data set")
+        if self.tokens is not None and self.time is not None:
+            raise SecateurError("both --tokens and --time are given; leave one of them out")
         # Imported here, so that `secateur retrain --help` does not wait for torch.
         from secateur.text.calibration import check_calibration
 
-        check_calibration(self.calibration, samples=self.samples, length=self.length)
+        check_calibration(self.calibration, length=self.length)
+        self.steps_of(self.token_count)
+
+    @property
+    def token_count(self) -> int:
+        """Number of tokens that `--tokens` asks for."""
+        return parse_tokens(self.tokens or DEFAULT_TOKENS)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that `--time` allows; None where the number of tokens is given."""
+        return None if self.time is None else parse_time(self.time)
+
+    @property
+    def highest_rate(self) -> float:
+        """Learning rate after the first steps."""
+        return (1e-3 if self.rank else 1e-4) if self.learning_rate is None else self.learning_rate
+
+    def steps_of(self, tokens: int) -> int:
+        """Return the number of training steps on a number of tokens.
+
+        Raises:
+            SecateurError: The tokens do not fill one step.
+        """
+        steps = tokens // (self.batch * self.length)
+        if steps < 1:
+            raise SecateurError(
+                f"tokens is {tokens:,}, but one step takes {self.batch} rows of {self.length} tokens; use at least "
+                f"{self.batch * self.length:,} tokens, or a smaller --batch"
+            )
+        return steps
+
+
+def parse_tokens(text: str) -> int:
+    """Return a number of tokens.
+
+    Args:
+        text: A whole number, or a number with k (1,024), M (1,024 k) or B (1,024 M).
+
+    Raises:
+        SecateurError: The text is neither.
+
+    Example:
+        >>> parse_tokens("128k")
+        131072
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmb]?)", text.strip().replace(",", "").lower())
+    if match is None:
+        raise SecateurError(f"tokens is '{text}'; write a number such as 131072, 128k or 1M")
+    return round(float(match[1]) * _THOUSANDS[match[2]])
+
+
+def parse_time(text: str) -> float:
+    """Return a time in seconds.
+
+    Args:
+        text: A number with s, m, h or d (seconds, minutes, hours or days).
+
+    Raises:
+        SecateurError: The text is not one.
+
+    Example:
+        >>> parse_time("1.5h")
+        5400.0
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([smhd])", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise SecateurError(f"time is '{text}'; write a time such as 90s, 30m or 2h")
+    return float(match[1]) * _SECONDS[match[2]]

@@ -1,42 +1,51 @@
-"""`retrain`: train a pruned folder further, with merged low-rank adapters (LoRA) or in all weights of its blocks.
+"""`retrain`: train a pruned folder further, in all weights of its blocks or with merged low-rank adapters (LoRA).
 
-Without a teacher, the model learns to predict a text. This is the step after pruning in LLM-Pruner (Ma et al., 2023),
-whose rank, scale, dropout and learning rate are the defaults. With a teacher, the model learns the outputs of the dense
-model on that text (`secateur.retraining.teacher`). Unlike all other steps, this one holds the whole model in memory.
+By default the model learns the next-token distributions of the model that was pruned, the teacher; without a teacher it
+learns to predict a text. Unlike all other steps, this one holds the whole pruned model in memory, but never the
+teacher, which runs block by block from disk before the training starts.
 """
 
 import importlib.util
-from dataclasses import asdict, dataclass
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import set_seed
 
 import secateur
-from secateur.base.device import pick_device
+from secateur.base.device import fast_dtype, pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.hashes import hash_rows
 from secateur.base.output import Output
-from secateur.base.progress import Silent, Watcher, busy_reading
-from secateur.base.run_folder import RunFolder
+from secateur.base.progress import Silent, Watcher
+from secateur.base.run_folder import RunFolder, run_folder_path
+from secateur.base.services import Services
+from secateur.base.words import format_count
 from secateur.formats.folder import open_folder
-from secateur.measure import loading, perplexity
+from secateur.formats.per_layer import model_class
+from secateur.measure import loading
+from secateur.model.arena import Arena
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.stream import BlockStream
 from secateur.report.folder import check_record
-from secateur.retraining.adapters import adapted_layers, trained_parameters
+from secateur.retraining.adapters import adapted_layers, entries_trained
+from secateur.retraining.curve import Curve
+from secateur.retraining.memory import MemoryPlan, plan_memory
 from secateur.retraining.options import Training
+from secateur.retraining.rows import TrainingRows, random_rows, training_rows
+from secateur.retraining.schedule import describe_end, tokens_in_time
+from secateur.retraining.student import Student
+from secateur.retraining.targets import TextTargets, teacher_targets
 from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import train
+from secateur.retraining.trained_weights import TrainedWeights
 from secateur.retraining.write import write_retrained
-from secateur.text.calibration import SampleOption, calibration_rows
 from secateur.write.record import read_record
-
-HELD_OUT = 16
-"""Number of held-out rows of the same text, on which perplexity is measured before and after the training."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,22 @@ class Retrained:
     """Result of a retraining."""
 
     path: Path
-    perplexity: tuple[float, float]
-    """Perplexity on held-out rows before and after the training, with weights in the stored dtype."""
-    losses: tuple[float, ...]
-    """Loss of every training step, in nats per token."""
+    tokens: int
+    """Number of tokens that were trained on."""
     adapted: int
     """Number of trained parameters: of the adapters before they were merged, or of all weights of the blocks."""
+    curve: Curve
+    """Loss of every step, and perplexity on held-out rows before, during and after the training."""
+
+    @property
+    def perplexity(self) -> tuple[float, float]:
+        """Perplexity on held-out rows before and after the training."""
+        return self.curve.perplexities[0][1], self.curve.perplexities[-1][1]
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Loss of every training step, in nats per token."""
+        return tuple(self.curve.losses)
 
 
 def retrain(
@@ -58,6 +77,7 @@ def retrain(
     training: Training | None = None,
     *,
     device: str = "auto",
+    memory: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
     watcher: Watcher | None = None,
@@ -65,80 +85,68 @@ def retrain(
 ) -> Retrained:
     """Train a folder that `prune` wrote, and write the result in the same format.
 
-    A training that was stopped is resumed by the same call; until then its checkpoint is kept beside `out`.
+    A training that was stopped is resumed by the same call; until then its state is kept beside `out`.
 
     Args:
-        folder: folder with config.json, weights and tokenizer.
-        out: the new folder; it appears complete or not at all.
-        training: options of the training; alternatively, give its fields by name (`epochs=1`, ...).
+        folder: Folder with config.json, weights and tokenizer.
+        out: The new folder; it appears complete or not at all.
+        training: Options of the training; alternatively, give its fields by name (`tokens="1M"`, ...).
         device: `auto` for the first GPU if there is one, or `cpu`.
-        overwrite: whether to replace a model folder at `out`.
-        restart: whether to discard the checkpoint of an earlier, stopped training.
-        watcher: receives progress.
+        memory: Most memory that the process may take; see `secateur.base.memory.parse_memory`.
+        overwrite: Whether to replace a model folder at `out`.
+        restart: Whether to discard the state of an earlier, stopped training.
+        watcher: Receives progress.
 
     Raises:
-        SecateurError: peft is missing, the folder holds no model, the teacher has other sizes, the text is too short,
-            another training has its checkpoint there, the training diverges, or the output cannot be written.
+        SecateurError: The folder holds no model, the teacher cannot be found or has other sizes, the text, the time
+            or the memory is too small, the training diverges, or the output cannot be written.
     """
-    training, watcher = training or Training(**settings), watcher or Silent()
+    start, training, services = time.perf_counter(), training or Training(**settings), Services.join(watcher)
     check_retraining(device, training.rank)
     where = pick_device(device)
-    checkpoint, target = _open_folder(folder, out, overwrite, watcher)
-    teacher = None if training.teacher is None else open_teacher(checkpoint, training.teacher, watcher)
-    rows = training_rows(checkpoint, training, watcher)
-    fitted, held_out = rows[: training.samples], rows[training.samples :]
-    network = _load(checkpoint, str(folder), where, watcher)
-    if not adapted_layers(network):
-        raise SecateurError("no block has heads or channels left, so there is nothing to retrain; prune less")
-    dense = None if teacher is None else _load(teacher, str(training.teacher), where, watcher)
-    before = perplexity(network, held_out).perplexity
-    with RunFolder(target.path, _inputs_of(checkpoint, teacher, training, rows), restart=restart) as state:
-        with torch.random.fork_rng():
-            set_seed(training.seed)
-            losses, adapted = train(network, dense, fitted, training, where, state.folder("training"), watcher)
-        del dense
-        changed = _round_weights(network, training.rank, checkpoint.dtype)
-        after = perplexity(network, held_out).perplexity
-        entry = {
-            "secateur": secateur.__version__,
-            **({"peft": version("peft")} if training.rank else {}),
-            "options": asdict(training),
-            "steps": len(losses),
-            "perplexity": {"before": before, "after": after},
-        }
-        write_retrained(checkpoint, target, changed, entry)
-    return Retrained(target.path, (before, after), losses, adapted)
+    checkpoint, target = _open_folder(folder, out, overwrite, services.watcher)
+    teacher = open_teacher(checkpoint, training.teacher, services.watcher)
+    with ExitStack() as stack:
+        if services.processes.is_first:
+            state = RunFolder(target.path, _inputs_of(checkpoint, teacher, training), restart=restart)
+            services = replace(services, run_folder=stack.enter_context(state))
+        stack.enter_context(torch.random.fork_rng())
+        set_seed(training.seed)
+        plan, trained = _plan_memory(checkpoint, training, where, services, memory)
+        services = replace(services, activation_bytes=plan.spare_bytes)
+        student = _load(checkpoint, training, where, plan, services.watcher)
+        dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
+        rows = _draw(checkpoint, student, dense, training, plan, services, start)
+        arena = stack.enter_context(Arena(plan.spare_bytes, run_folder_path(target.path)))
+        targets = None if dense is None else teacher_targets(dense, rows, arena)
+        student.rows, student.targets = rows.train, targets or TextTargets(rows.train)
+        history = train(
+            student,
+            training,
+            run_folder_path(target.path) / "training",
+            held_out=rows.held_out,
+            micro_batch=plan.micro_batch,
+            services=services,
+            device=where,
+        )
+        weights = TrainedWeights(checkpoint, student, training.rank)
+        dense_loss = None if targets is None else targets.held_out_loss
+        curve = Curve.of(history, student.perplexity(rows.held_out), dense_loss)
+        if services.processes.is_first:
+            write_retrained(checkpoint, target, weights, _record_of(training, curve, rows))
+    return Retrained(target.path, rows.train.numel(), trained, curve)
 
 
 def check_retraining(device: str, rank: int = 1) -> None:
     """Check the device and the installation, without a model.
 
     Raises:
-        SecateurError: peft is missing, or the Trainer cannot use the device.
+        SecateurError: Peft is missing, or the Trainer cannot use the device.
     """
     if rank and importlib.util.find_spec("peft") is None:
         raise SecateurError('LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
     if device not in ("auto", "cpu"):
         raise SecateurError(f"device is '{device}', but the Trainer always takes the first GPU; use auto or cpu")
-
-
-def training_rows(checkpoint: Checkpoint, training: Training, watcher: Watcher) -> Tensor:
-    """Return token ids of the rows (rows x length); the last `HELD_OUT` rows are held out.
-
-    Raises:
-        SecateurError: the text cannot be read or is too short.
-    """
-    with busy_reading(watcher, "Reading", training.calibration):
-        return calibration_rows(
-            checkpoint.tokenizer(),
-            training.calibration,
-            samples=training.samples + HELD_OUT,
-            length=training.length,
-            seed=training.seed,
-            vocab_size=checkpoint.config.vocab_size,
-            max_positions=checkpoint.max_positions,
-            option=SampleOption(extra_rows=HELD_OUT),
-        )
 
 
 def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watcher) -> tuple[Checkpoint, Output]:
@@ -157,30 +165,85 @@ def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: 
     return checkpoint, target
 
 
-def _load(checkpoint: Checkpoint, name: str, device: torch.device, watcher: Watcher) -> Any:
-    """Return the whole model in float32."""
-    with watcher.busy(f"Loading {name}"):
-        return loading.load(checkpoint, torch.float32, device, whole=True)
+def _plan_memory(
+    checkpoint: Checkpoint, training: Training, device: torch.device, services: Services, memory: str | None
+) -> tuple[MemoryPlan, int]:
+    """Return how a step is run, and the number of trained parameters."""
+    processes = services.processes.size
+    if training.batch % processes:
+        raise SecateurError(f"batch is {training.batch}, which {processes} processes cannot share; use a multiple")
+    network = checkpoint.empty(model_class(checkpoint.config))
+    if not adapted_layers(network):
+        raise SecateurError("no block has heads or channels left, so there is nothing to retrain; prune less")
+    share, products = training.batch // processes, fast_dtype(device)
+    plan = plan_memory(checkpoint, network, training, products=products, share=share, memory=memory)
+    trained = entries_trained(network, training.rank)
+    services.watcher.note(
+        f"Training {format_count(trained)} parameters in about {plan.bytes / 1e9:,.1f} GB of memory"
+        + (", which recomputes activations of blocks" if plan.recompute else "")
+    )
+    return plan, trained
 
 
-def _inputs_of(checkpoint: Checkpoint, teacher: Checkpoint | None, training: Training, rows: Tensor) -> dict[str, Any]:
-    """Return all inputs of the training, by which its checkpoint is recognised."""
+def _load(
+    checkpoint: Checkpoint, training: Training, device: torch.device, plan: MemoryPlan, watcher: Watcher
+) -> Student:
+    """Return the pruned model, ready to be trained."""
+    products = fast_dtype(device)
+    with watcher.busy(f"Loading {checkpoint.source}"):
+        network = loading.load(checkpoint, products if training.rank else torch.float32, device, whole=True)
+    student = Student(network, rank=training.rank, products=products)
+    if plan.recompute:
+        student.recompute()
+    return student
+
+
+def _draw(
+    checkpoint: Checkpoint,
+    student: Student,
+    teacher: BlockStream | None,
+    training: Training,
+    plan: MemoryPlan,
+    services: Services,
+    start: float,
+) -> TrainingRows:
+    """Return the rows of the training, as many as are asked for or as there is time for."""
+
+    def tokens_in_time_left() -> int:
+        student.rows = random_rows(checkpoint, training)
+        student.targets = TextTargets(student.rows)
+        size = {"micro_batch": plan.micro_batch, "processes": services.processes.size}
+        return tokens_in_time(training, student, teacher, start=start, **size)
+
+    tokens = training.token_count
+    if training.time is not None:
+        tokens = services.saved_result("tokens", tokens_in_time_left)
+        services.watcher.note(describe_end(training, tokens))
+    rows = training_rows(checkpoint, training, tokens, services.watcher)
+    if rows.passes > 1:
+        services.watcher.note(
+            f"The text is shorter than the {rows.train.numel():,} tokens of the training, which uses it "
+            f"{rows.passes:,.1f} times, cut into other rows each time"
+        )
+    return rows
+
+
+def _inputs_of(checkpoint: Checkpoint, teacher: Checkpoint | None, training: Training) -> dict[str, Any]:
+    """Return all inputs of the training, by which its state is recognised."""
     options = {name: value for name, value in asdict(training).items() if name != "teacher"}
-    inputs = {"model": checkpoint.fingerprint, "text": hash_rows(rows), "version": secateur.__version__}
+    text = training_rows(checkpoint, training, training.batch * training.length, Silent())
+    inputs = {"model": checkpoint.fingerprint, "text": hash_rows(text.held_out), "version": secateur.__version__}
     return options | inputs | {"teacher": None if teacher is None else teacher.fingerprint}
 
 
-def _round_weights(network: Any, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Round the trained weights to the stored dtype in place, and return them by name.
-
-    Raises:
-        SecateurError: a weight is NaN or infinite.
-    """
-    changed: dict[str, Tensor] = {}
-    for name in trained_parameters(network, rank):
-        weight = network.get_parameter(name).data
-        # In place, so that perplexity is measured with the weights that are written.
-        changed[name] = weight.copy_(weight.to(dtype))
-        if not torch.isfinite(weight.sum()):
-            raise SecateurError(f"{name}: NaN or infinite after the training; use a smaller --learning-rate")
-    return changed
+def _record_of(training: Training, curve: Curve, rows: TrainingRows) -> dict[str, Any]:
+    """Return the entry for the list `retrained` of the record secateur.json."""
+    return {
+        "secateur": secateur.__version__,
+        **({"peft": version("peft")} if training.rank else {}),
+        "options": asdict(training),
+        "tokens": rows.train.numel(),
+        "passes": round(rows.passes, 3),
+        "perplexity": {"dense": curve.dense, "before": curve.perplexities[0][1], "after": curve.perplexities[-1][1]},
+        **curve.as_json(),
+    }

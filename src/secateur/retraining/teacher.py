@@ -1,31 +1,46 @@
-"""Dense model as a teacher: check that it fits the pruned one, and compute the distillation loss.
+"""The teacher of a training: by default the model that was pruned, which the record of the folder names."""
 
-    loss = KL(dense || pruned) + mean over blocks of ||h - h_dense||^2 / ||h_dense||^2
-
-per token. KL is between next-token distributions, and h is the residual stream after a block.
-
-Shapes: b rows, t positions, v vocabulary size, d residual width.
-"""
-
-from typing import Any
-
-import torch
-from torch import Tensor
+from pathlib import Path
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.retraining.options import NO_TEACHER
+from secateur.write.record import RECORD, read_record
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+"""Keys of config.json that pruned model and teacher must have in common."""
 
 
-def open_teacher(checkpoint: Checkpoint, source: str, watcher: Watcher) -> Checkpoint:
-    """Open the dense model that `--teacher` names.
+def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -> Checkpoint | None:
+    """Open the dense model whose distributions the pruned model learns.
+
+    Args:
+        checkpoint: The pruned folder.
+        wanted: The value of `--teacher`; None for the model that the record names.
+        watcher: Progress output.
+
+    Returns:
+        The teacher; None where the text itself is to be learned.
 
     Raises:
-        SecateurError: its vocabulary size, hidden size or number of layers differs from the pruned model's.
+        SecateurError: There is no record that names the model, the model cannot be opened, or its vocabulary size,
+            hidden size or number of layers differs from the pruned model's.
     """
-    with watcher.busy(f"Opening {source}"):
-        teacher = open_checkpoint(source)
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+    if wanted == NO_TEACHER:
+        return None
+    source = wanted or _recorded(checkpoint.path)
+    try:
+        with watcher.busy(f"Opening {source}"):
+            teacher = open_checkpoint(source)
+    except SecateurError as error:
+        if wanted:
+            raise
+        raise SecateurError(
+            f"{error}; {checkpoint.source} was pruned from this model, which is the teacher: give its new place with "
+            "--teacher, or --teacher none"
+        ) from error
+    for key in SIZES:
         pruned, dense = (getattr(one.config, key, None) for one in (checkpoint, teacher))
         if pruned != dense:
             raise SecateurError(
@@ -35,13 +50,12 @@ def open_teacher(checkpoint: Checkpoint, source: str, watcher: Watcher) -> Check
     return teacher
 
 
-def distillation_loss(pruned: Any, dense: Any) -> Tensor:
-    """Return the mean loss per token, from model outputs with logits (b x t x v) and hidden states (b x t x d)."""
-    log_btv = dense.logits.float().log_softmax(-1)
-    divergence = (log_btv.exp() * (log_btv - pruned.logits.float().log_softmax(-1))).sum(-1).mean()
-    # The first hidden states are the embeddings, which are not trained.
-    gaps = [
-        (h - h_dense).square().sum(-1).div(h_dense.square().sum(-1)).mean()
-        for h, h_dense in zip(pruned.hidden_states[1:], dense.hidden_states[1:], strict=True)
-    ]
-    return divergence + torch.stack(gaps).mean()
+def _recorded(folder: Path) -> str:
+    """Return the model from which a folder was pruned, according to its record."""
+    source = read_record(folder).get("model")
+    if not isinstance(source, str):
+        raise SecateurError(
+            f"{folder}: no {RECORD} that names the model that was pruned; give it with --teacher, or --teacher none "
+            "to learn the text"
+        )
+    return source

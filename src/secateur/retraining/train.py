@@ -9,63 +9,104 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from secateur.base.progress import Watcher
+from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.retraining.adapters import with_adapters
+from secateur.base.services import Services
 from secateur.retraining.options import Training
-from secateur.retraining.teacher import distillation_loss
+from secateur.retraining.student import Student
 
 SAVES = 10
 """Number of checkpoints that a training writes."""
 LAST_FILE = "trainer_state.json"
 """Last file that the Trainer writes of a checkpoint."""
+WARM_UP = 0.1
+"""Share of the steps in which the learning rate rises."""
 
 
 def train(
-    network: Any,
-    teacher: Any | None,
-    rows: Tensor,
+    student: Student,
     training: Training,
-    device: torch.device,
     folder: Path,
-    watcher: Watcher,
-) -> tuple[tuple[float, ...], int]:
+    *,
+    held_out: Tensor,
+    micro_batch: int,
+    services: Services,
+    device: torch.device,
+) -> list[dict[str, Any]]:
     """Train a network in place.
 
     Args:
-        network: the pruned model, in float32.
-        teacher: the dense model, on the same device; None to learn the text.
-        rows: token ids to train on (rows x length).
-        training: epochs, batch, rank, learning rate and seed.
-        device: device of the training.
-        folder: folder of the checkpoints; the last one there is resumed.
-        watcher: receives progress.
+        student: The network with its rows and targets.
+        training: Batch, learning rate and seed.
+        folder: Folder of the checkpoints, the same for all processes; the last one there is resumed.
+        held_out: Rows on which perplexity is measured before the first step and with every checkpoint (rows x length).
+        micro_batch: Rows that run through the network together.
+        services: Processes that share each batch, and progress output.
+        device: Device of the training.
 
     Returns:
-        The loss of every step, in nats per token, and the number of trained parameters.
+        Entries with `step`, and `loss` (nats per token) or `held_out` (perplexity).
+
+    Raises:
+        SecateurError: The loss of a step is NaN or infinite.
     """
-    steps = training.epochs * -(-len(rows) // training.batch)
-    bar = cast("Generator[int, None, None]", watcher.track(range(steps), "Retrain"))
+    steps = len(student.rows) // training.batch
+    every = -(-steps // SAVES)
+    bar = cast("Generator[int, None, None]", services.watcher.track(range(steps), "Retrain"))
     # If the training fails, the bar is closed at once, so that it is not drawn after the error.
     with closing(bar), quiet():
-        model = with_adapters(network, training.rank)
-        count = sum(value.numel() for value in model.parameters() if value.requires_grad)
-        data: Any = [{"input_ids": row, "labels": row} for row in rows]
-        arguments = _arguments(training, steps, device, folder)
-        trainer = _Distiller(model=model, args=arguments, train_dataset=data, callbacks=[_Progress(bar)])
-        trainer.teacher = teacher
+        numbers: Any = [{"at": torch.tensor(row)} for row in range(steps * training.batch)]
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=1,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=training.batch // (micro_batch * services.processes.size),
+            learning_rate=training.highest_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(WARM_UP * steps),
+            optim="adamw_torch_fused",
+            seed=training.seed,
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=1,
+            label_names=[],
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=False,
+        )
+        measure = _Measurement(student, held_out, every)
+        trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=[_Progress(bar), measure])
         # This callback prints the loss of every step.
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         next(bar, None)
-        if model is not network:
-            model.merge_and_unload()
-    network.eval().requires_grad_(True).to(device)
-    return tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry), count
+    return list(trainer.state.log_history)
+
+
+class _Measurement(TrainerCallback):
+    """Callback that measures perplexity on held-out rows, before the first step and then in equal distances."""
+
+    def __init__(self, student: Student, held_out: Tensor, every: int):
+        self._student, self._held_out, self._every = student, held_out, every
+
+    def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step == 0:
+            self._measure(state)
+
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
+            self._measure(state)
+
+    def _measure(self, state: Any) -> None:
+        state.log_history.append({"step": state.global_step, "held_out": self._student.perplexity(self._held_out)})
 
 
 class _Progress(TrainerCallback):
-    """Callback that advances a progress bar with the Trainer's steps."""
+    """Callback that advances a progress bar with the Trainer's steps, and stops a training that diverges."""
 
     def __init__(self, bar: Generator[int, None, None]):
         self._bar = bar
@@ -77,39 +118,10 @@ class _Progress(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         next(self._bar, None)
 
-
-class _Distiller(Trainer):
-    """Trainer whose loss is the distillation loss, or without a teacher the loss of the text."""
-
-    teacher: Any | None = None
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **how: Any) -> Any:
-        if self.teacher is None:
-            return super().compute_loss(model, inputs, return_outputs, **how)
-        ids, how = inputs["input_ids"], {"use_cache": False, "output_hidden_states": True}
-        with torch.no_grad():
-            dense = self.teacher(input_ids=ids, **how)
-        pruned = model(input_ids=ids, **how)
-        loss = distillation_loss(pruned, dense)
-        return (loss, pruned) if return_outputs else loss
-
-
-def _arguments(training: Training, steps: int, device: torch.device, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.batch,
-        learning_rate=training.learning_rate,
-        seed=training.seed,
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=-(-steps // SAVES),
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type != "cpu",
-    )
+    def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, Any] | None = None, **___: Any) -> None:
+        loss = float((logs or {}).get("loss", 0.0))
+        if not abs(loss) < float("inf"):
+            raise SecateurError(f"the loss of step {state.global_step} is {loss}; use a smaller --learning-rate")
 
 
 def _last_checkpoint(folder: Path) -> str | None:

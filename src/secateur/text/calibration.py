@@ -18,7 +18,7 @@ from secateur.base.errors import SecateurError
 from secateur.model.tokens import EncodedText, begins_with_bos, encode
 from secateur.text.data_sets import MAX_CHARACTERS, Split
 from secateur.text.documents import is_file, read_documents
-from secateur.text.general import general_rows, spread
+from secateur.text.general import general_ids, general_rows, spread
 from secateur.text.sources import GENERAL, RANDOM, STDIN, text_beside_general
 from secateur.text.windows import checked_ids, windows
 
@@ -48,6 +48,21 @@ class SampleOption:
 
 SAMPLES = SampleOption()
 """The option `--samples`, which counts all rows."""
+
+
+class Portion(NamedTuple):
+    """Part of a text, as shares of its tokens."""
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def of(self, ids: Tensor) -> Tensor:
+        """Return this part of a text (tokens)."""
+        return ids[round(self.start * len(ids)) : round(self.end * len(ids))]
+
+
+WHOLE = Portion()
+"""All of a text."""
 
 
 def check_calibration(source: str, *, samples: int = 1, length: int, max_positions: int | None = None) -> None:
@@ -85,6 +100,8 @@ def calibration_rows(
     max_positions: int | None = None,
     split: Split = "calibration",
     option: SampleOption = SAMPLES,
+    portion: Portion = WHOLE,
+    repeats: bool = False,
 ) -> Tensor:
     """Draw random rows from a source; the same seed gives the same rows.
 
@@ -102,6 +119,8 @@ def calibration_rows(
         max_positions: The longest row that the model's positions allow; None for no limit.
         split: The part of a data set that is read.
         option: The option that sets the number of rows, for error messages.
+        portion: The part of the text from which rows are drawn.
+        repeats: Whether a text with too few tokens is drawn from several times, cut into other rows each time.
 
     Returns:
         Token ids, int64 (samples x length).
@@ -127,9 +146,10 @@ def calibration_rows(
             return allowed[torch.randint(len(allowed), (count, body), generator=generator)]
         required = _require(tokenizer, source)
         if source == GENERAL:
-            return general_rows(required, samples=count, body=body, vocab_size=vocab_size, generator=generator)
-        ids = _text_ids(required, source, split, MAX_CHARACTERS, vocab_size)
-        _check_enough(source, ids, count, length, len(bos), option)
+            ids_of_kinds = {kind: portion.of(ids) for kind, ids in general_ids(required, vocab_size).items()}
+            return general_rows(ids_of_kinds, samples=count, body=body, generator=generator)
+        ids = portion.of(_text_ids(required, source, split, MAX_CHARACTERS, vocab_size))
+        _check_enough(source, ids, 1 if repeats else count, length, len(bos), option)
         return windows(ids, count, body, generator)
 
     text = text_beside_general(source)
@@ -228,6 +248,18 @@ def _bos(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
 
 def _with_bos(bos: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([bos.expand(len(rows), -1), rows], dim=1)
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int) -> int:
+    """Return the number of tokens of a source of text, without `random` and `self`."""
+    parts = [GENERAL, text] if (text := text_beside_general(source)) else [source]
+    counts = [
+        sum(map(len, general_ids(tokenizer, vocab_size).values()))
+        if part == GENERAL
+        else len(_text_ids(tokenizer, part, "calibration", MAX_CHARACTERS, vocab_size))
+        for part in parts
+    ]
+    return sum(counts)
 
 
 @contextmanager

@@ -29,22 +29,30 @@ FILE = Path(__file__).with_name("general.jsonl.xz")
 """Documents, one JSON object a line: `kind`, and `text` or `messages`."""
 
 
-def general_rows(tokenizer: Any, *, samples: int, body: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """Draw rows of all kinds, spread evenly: every stretch of rows holds about the same mixture.
+def general_ids(tokenizer: Any, vocab_size: int) -> dict[str, Tensor]:
+    """Return the token ids of all documents of each kind of text, int64 (tokens).
 
     Args:
         tokenizer: The model's tokenizer.
+        vocab_size: Number of rows of the model's embedding.
+    """
+    texts = {kind: "\n\n".join(_documents(kind, tokenizer)) for kind in TEXT_SHARES}
+    return {kind: checked_ids(encode(tokenizer, text), vocab_size) for kind, text in texts.items()}
+
+
+def general_rows(ids: dict[str, Tensor], *, samples: int, body: int, generator: torch.Generator) -> Tensor:
+    """Draw rows of all kinds, spread evenly: every stretch of rows holds about the same mixture.
+
+    Args:
+        ids: Token ids of each kind of text, from `general_ids`.
         samples: Number of rows.
         body: Tokens in a row.
-        vocab_size: Number of rows of the model's embedding.
         generator: Source of randomness.
 
     Returns:
         Token ids, int64 (samples x body).
     """
     counts = rows_per_kind(samples)
-    texts = {kind: "\n\n".join(_documents(kind, tokenizer)) for kind in TEXT_SHARES}
-    ids = {kind: checked_ids(encode(tokenizer, text), vocab_size) for kind, text in texts.items()}
     rows = [windows(text, counts[kind], body, generator) for kind, text in ids.items()]
     passage = -(-body // 2)
     per_kind = -(-counts[REPEATED] // len(ids))

@@ -34,7 +34,8 @@ def windows(ids: Tensor, count: int, length: int, generator: torch.Generator) ->
     while missing := count - sum(map(len, drawn)):
         if len(ids) < length:
             ids = ids.repeat(-(-length // len(ids)))
-        spare = max(0, len(ids) - missing * length)
+        # The first time, an offset costs no window that is needed; later it gives windows that were not drawn yet.
+        spare = len(ids) if drawn else max(0, len(ids) - missing * length)
         offset = int(torch.randint(min(length, len(ids) - length + 1, spare + 1), (1,), generator=generator))
         available = ids[offset : offset + (len(ids) - offset) // length * length].view(-1, length)
         drawn.append(available[torch.randperm(len(available), generator=generator)[:missing]])

@@ -1,0 +1,95 @@
+"""Memory of a training: how many rows run together, and whether the insides of blocks are computed again."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from secateur.base.errors import SecateurError
+from secateur.base.memory import available_bytes, parse_memory, rss_bytes
+from secateur.families.registry import family_of
+from secateur.model.checkpoint import Checkpoint
+from secateur.retraining.adapters import entries_trained
+from secateur.retraining.loss import LOGITS_AT_ONCE
+from secateur.retraining.options import Training
+
+STATES = 16
+"""Bytes per trained parameter: the weight in float32, its gradient and two moments of AdamW."""
+LOSS_BYTES = 12
+"""Bytes per logit of the part of the loss that is computed at once."""
+KEPT = 1.5
+"""Values kept for the backward pass, over inputs and outputs of the matrices: activations and attention add to them."""
+
+
+class MemoryPlan(NamedTuple):
+    """Way to run a step so that it fits into the memory."""
+
+    micro_batch: int
+    """Rows that run through the network together."""
+    recompute: bool
+    """Whether only the inputs of blocks are kept for the backward pass; it takes one forward pass more."""
+    bytes: float
+    """Bytes that the process is expected to need."""
+    spare_bytes: int = 0
+    """Bytes that it may take beyond them, for activations and targets of the teacher."""
+
+
+def plan_memory(
+    checkpoint: Checkpoint, network: Any, training: Training, *, products: torch.dtype, share: int, memory: str | None
+) -> MemoryPlan:
+    """Return the fastest way to run a step that fits.
+
+    Args:
+        checkpoint: The pruned model.
+        network: The same model without weights.
+        training: Batch, length and rank.
+        products: Dtype of matrix products.
+        share: Rows of a batch that this process runs.
+        memory: Most memory that the process may take; see `parse_memory`. By default half of the free memory, or all of
+            it if the training needs more than half.
+
+    Raises:
+        SecateurError: One row at a time needs more than that.
+    """
+    limit = parse_memory(memory)
+    fixed = rss_bytes() + _fixed_bytes(network, training.rank, products)
+    whole, outside = _row_bytes(network, training.length, products)
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    # Keeping everything is faster than larger products; recomputing is the last resort.
+    plans = [MemoryPlan(size, False, fixed + size * whole) for size in sizes]
+    plans += [MemoryPlan(size, True, fixed + size * outside) for size in sizes]
+    least = plans[-1].bytes
+    if memory is None:
+        limit = max(limit, min(round(least), available_bytes()))
+    found = next((plan for plan in plans if plan.bytes <= limit), None)
+    if found is None:
+        advice = "" if training.rank else ", or train adapters with --rank 16, which need less"
+        raise SecateurError(
+            f"training {checkpoint.source} needs at least {least / 1e9:,.2f} GB, but {limit / 1e9:,.2f} GB are "
+            f"allowed; raise --memory{advice}"
+        )
+    return found._replace(spare_bytes=round(limit - found.bytes))
+
+
+def _fixed_bytes(network: Any, rank: int, products: torch.dtype) -> float:
+    """Return the bytes of weights, their states and the loss."""
+    trained = entries_trained(network, rank)
+    frozen = sum(value.numel() for value in network.parameters()) - (0 if rank else trained)
+    vocabulary = network.get_output_embeddings().weight.shape[0]
+    return frozen * products.itemsize + trained * STATES + max(LOGITS_AT_ONCE, vocabulary) * LOSS_BYTES
+
+
+def _row_bytes(network: Any, length: int, products: torch.dtype) -> tuple[float, float]:
+    """Return the bytes that one row takes: with all insides of blocks, and with the inputs of blocks and one block."""
+    width = network.config.hidden_size
+    layers = [*network.get_submodule(family_of(network.config).blocks).children()]
+    stream, inside = 4 * width, [_inside_bytes(layer, width, products) for layer in layers]
+    return length * (len(layers) * stream + sum(inside)), length * (len(layers) * stream + max(inside))
+
+
+def _inside_bytes(layer: nn.Module, width: int, products: torch.dtype) -> float:
+    """Return the bytes per token that a block keeps for the backward pass."""
+    # Matrices of experts have three dimensions, of which the first counts experts.
+    matrices = [value.shape[-2:] for value in layer.parameters() if value.dim() >= 2]
+    norms = 4 * 4 * width
+    return KEPT * products.itemsize * sum(map(sum, matrices)) + norms

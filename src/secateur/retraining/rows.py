@@ -1,0 +1,65 @@
+"""Rows of token ids for a training, and held-out rows of the same text."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from secateur.base.progress import Watcher, busy_reading
+from secateur.model.checkpoint import Checkpoint
+from secateur.retraining.options import Training
+from secateur.text.calibration import Portion, cached_token_ids, calibration_rows, text_tokens
+
+HELD_OUT = 16
+"""Number of held-out rows, on which perplexity is measured before and after the training."""
+TRAINED_SHARE = 0.95
+"""Share of the text's tokens that the training may use; held-out rows come from the rest."""
+
+
+class TrainingRows(NamedTuple):
+    """Token ids of a training (each rows x length)."""
+
+    train: Tensor
+    held_out: Tensor
+    passes: float
+    """Number of times that the text is used, on average."""
+
+
+def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, watcher: Watcher) -> TrainingRows:
+    """Return the rows of a training.
+
+    Args:
+        checkpoint: The pruned model.
+        training: Text, length, batch and seed.
+        tokens: Number of tokens to train on; rows that do not fill a step are left out.
+        watcher: Progress output.
+
+    Raises:
+        SecateurError: The text cannot be read or does not fill a row, or the tokens do not fill a step.
+    """
+    count, vocabulary = training.steps_of(tokens) * training.batch, checkpoint.config.vocab_size
+    tokenizer = checkpoint.tokenizer()
+
+    def draw(samples: int, portion: Portion) -> Tensor:
+        return calibration_rows(
+            tokenizer,
+            training.calibration,
+            samples=samples,
+            length=training.length,
+            seed=training.seed,
+            vocab_size=vocabulary,
+            max_positions=checkpoint.max_positions,
+            portion=portion,
+            repeats=True,
+        )
+
+    with busy_reading(watcher, "Reading", training.calibration), cached_token_ids():
+        train, held_out = draw(count, Portion(0.0, TRAINED_SHARE)), draw(HELD_OUT, Portion(TRAINED_SHARE, 1.0))
+        available = TRAINED_SHARE * text_tokens(tokenizer, training.calibration, vocabulary)
+    return TrainingRows(train, held_out, count * training.length / available)
+
+
+def random_rows(checkpoint: Checkpoint, training: Training) -> Tensor:
+    """Return rows of random token ids for one step, with which its time is measured (batch x length)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(checkpoint.config.vocab_size, (training.batch, training.length), generator=generator)

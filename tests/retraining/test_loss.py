@@ -1,0 +1,99 @@
+"""The loss of a training equals its formula, and so does its gradient; the head equals the model's own logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from conftest import CheckpointFolder
+from models import ROWS, token_rows
+from secateur.measure.loading import load
+from secateur.model.checkpoint import open_checkpoint
+from secateur.retraining import loss as losses
+from secateur.retraining.loss import distribution_loss
+from secateur.retraining.student import Student
+from secateur.retraining.targets import TextTargets
+
+TOKENS, WIDTH, VOCABULARY = 12, 8, 30
+
+
+@pytest.fixture
+def head() -> torch.nn.Linear:
+    """Output layer with a bias, in float64."""
+    torch.manual_seed(0)
+    return torch.nn.Linear(WIDTH, VOCABULARY).double().requires_grad_(False)
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    """Hidden states of all tokens."""
+    return torch.randn(TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kept", [1, 5, VOCABULARY])
+@pytest.mark.parametrize("at_once", [VOCABULARY, 5 * VOCABULARY, 10**6])
+def test_the_loss_and_its_gradient_equal_the_formula(
+    monkeypatch: pytest.MonkeyPatch, head: torch.nn.Linear, hidden: torch.Tensor, kept: int, at_once: int
+) -> None:
+    """With some of the teacher's tokens or all of them, and for any number of tokens at a time."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    full = torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(2)).double().log_softmax(-1)
+    log_p, ids = full.topk(kept)
+    inputs = [hidden.clone().requires_grad_() for _ in range(2)]
+    found = distribution_loss(inputs[0], head, ids, log_p, VOCABULARY)
+    log_q = head(inputs[1]).log_softmax(-1)
+    wanted = (log_p.exp() * (log_p - log_q.gather(-1, ids))).sum(-1)
+    if kept < VOCABULARY:
+        p, q = (1 - one.gather(-1, ids).exp().sum(-1) for one in (full, log_q))
+        wanted = wanted + p * (p / q).log()
+    (3 * found).backward()
+    (3 * wanted.mean()).backward()
+    torch.testing.assert_close(found.double(), wanted.mean(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, atol=1e-6, rtol=1e-5)
+
+
+def test_with_one_certain_target_it_is_the_cross_entropy(head: torch.nn.Linear, hidden: torch.Tensor) -> None:
+    ids = torch.randint(VOCABULARY, (TOKENS, 1), generator=torch.Generator().manual_seed(3))
+    found = distribution_loss(hidden, head, ids, torch.zeros(TOKENS, 1), VOCABULARY)
+    torch.testing.assert_close(found.double(), cross_entropy(head(hidden), ids[:, 0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "qwen2"])
+def test_the_loss_of_rows_is_that_of_the_models_own_logits(
+    checkpoint_folder: CheckpointFolder, name: str, recompute: bool
+) -> None:
+    """In every family, with the gradient of every trained weight, whether or not blocks are computed again."""
+    ids = token_rows(3)
+
+    def student() -> Student:
+        torch.manual_seed(0)
+        network: Any = load(open_checkpoint(checkpoint_folder(name)), torch.float32, torch.device("cpu"))
+        return Student(network, rank=0, products=torch.float32)
+
+    one, other = student(), student()
+    one.rows, one.targets = ids, TextTargets(ids)
+    if recompute:
+        one.recompute()
+    found = one(torch.arange(len(ids)))["loss"]
+    logits = other.network(input_ids=ids, use_cache=False).logits
+    wanted = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    found.backward()
+    wanted.backward()
+    for (path, value), reference in zip(one.trained().items(), other.trained().values(), strict=True):
+        if reference.grad is not None:
+            # The exact gradient of a key's bias is zero.
+            room = 1e-3 * float(reference.grad.abs().max()) + 1e-6
+            assert float((value.grad - reference.grad).abs().max()) < room, path
+
+
+def test_only_what_is_trained_is_saved(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
+    network: Any = load(open_checkpoint(checkpoint_folder("llama")), torch.float32, torch.device("cpu"))
+    student = Student(network, rank=4, products=torch.float32)
+    assert all("lora_" in name for name in student.state_dict())
+    assert student.state_dict().keys() == student.trained().keys()
