@@ -88,9 +88,9 @@ def test_an_output_that_cannot_be_written_is_refused(place, run, no_work, monkey
         patch.setattr(Path, "is_mount", lambda self: self.name == "out")
         refused(run("prune", "model", "out", *SMALL), "out: this is a mount point, which cannot be")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
-    refused(run("prune", "model", "out", *SMALL), "MB of disk space, but 0.0 MB are free; free some")
+    refused(run("prune", "model", "out", *SMALL), "MB of disk space, but 0.00 MB are free; free some")
     refused(
-        run("prune", "model", "o.gguf", *SMALL, "--format", "gguf"), "MB of disk space, but 0.0 MB are free; free some"
+        run("prune", "model", "o.gguf", *SMALL, "--format", "gguf"), "MB of disk space, but 0.00 MB are free; free some"
     )
     assert listing(place) == before
 

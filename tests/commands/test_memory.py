@@ -41,9 +41,9 @@ def test_the_bound_moves_activations_to_files(checkpoint_folder, tmp_path, monke
     assert sorted(file.name for file in tmp_path.iterdir()) == ["narrow", "roomy"]
 
 
-@pytest.mark.parametrize("wrong", ["", "lots", "8 parsecs", "-1GB", "8%GB"])
+@pytest.mark.parametrize("wrong", ["", "8", "lots", "8 parsecs", "-1GB", "8%GB"])
 def test_an_invalid_amount_of_memory_is_refused(wrong):
-    with pytest.raises(SecateurError, match=r"memory is .*; write an amount such as 8GB, or 50% for half of the free"):
+    with pytest.raises(SecateurError, match=r"memory is .*; write an amount with a unit such as 8GB, or 50%"):
         amounts.parse_memory(wrong)
 
 

@@ -154,8 +154,8 @@ def test_a_survey_with_other_settings_is_refused(tmp_path, checkpoint_folder, ca
         ({"ridge": 1.0}, "a survey with ridge 0.3 instead of 1.0"),
         ({"modules": ("heads",), "sparsity": 0.1}, "a survey with modules heads,channels instead of heads"),
         ({"blocks": "1:"}, "a survey with blocks 0:3 instead of 1:3"),
-        ({"seed": 1}, "a survey with calibration "),
-        ({"samples": 40}, "a survey with calibration "),
+        ({"seed": 1}, "a survey of other calibration rows; use the same --calibration, --samples"),
+        ({"samples": 40}, "a survey of other calibration rows; "),
     ):
         with pytest.raises(SecateurError, match=message):
             prune(model, tmp_path / "other", survey=file, **SMALL | change)

@@ -291,7 +291,7 @@ def test_a_survey_survives_its_file(tmp_path):
         ({"ridge": 0.5}, "a survey with ridge 0.3 instead of 0.5; use the same value, or name another file"),
         ({"criterion": "l2"}, "a survey with criterion l1 instead of l2"),
         ({"blocks": "1:2"}, "a survey with blocks 0:2 instead of 1:2"),
-        ({"calibration": "x"}, "a survey with calibration None instead of x"),
+        ({"calibration": "x"}, "a survey of other calibration rows; use the same"),
     ],
 )
 def test_a_survey_with_other_settings_is_refused(tmp_path, asked, message):

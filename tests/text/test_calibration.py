@@ -167,7 +167,7 @@ BAD_FILES = [
     ("empty.txt", b"", "empty.txt is empty"),
     ("blank.txt", b" \n\n", "blank.txt holds no text"),
     ("empty.jsonl", b"\n\n", "empty.jsonl holds no text"),
-    ("nul.txt", b"abc\0def", "nul.txt is not text: a NUL at byte 3"),
+    ("nul.txt", b"abc\0def", "nul.txt is not text: byte 3 is NUL"),
     ("latin.txt", b"caf\xe9 au lait", "latin.txt is not UTF-8: invalid byte at 3"),
     ("marked.txt", b"\xef\xbb\xbfcaf\xe9", "marked.txt is not UTF-8: invalid byte at 6"),
     ("broken.jsonl", b'{"text": "a"}\n{"text": ', "broken.jsonl line 2 is not JSON"),

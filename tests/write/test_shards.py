@@ -113,7 +113,7 @@ REFUSALS = {
     "no room": (
         {"expected_bytes": 10**18},
         lambda at: None,
-        r"needs 1,000,000,000,016.8 MB of disk space, but [\d.,]+ MB are free",
+        r"needs 1,000,000,000,016.78 MB of disk space, but [\d.,]+ MB are free",
     ),
 }
 

@@ -38,8 +38,10 @@ def parse_memory(amount: str | None) -> int:
         return round(DEFAULT_SHARE * available_bytes())
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     match = re.fullmatch(r"(\d+\.?\d*) *([a-z%]*)", amount.strip().lower())
-    if match is None or match[2] not in (*units, "%"):
-        raise SecateurError(f"memory is '{amount}'; write an amount such as 8GB, or 50% for half of the free memory")
+    if match is None or match[2] not in (*units, "%") or not match[2]:
+        raise SecateurError(
+            f"memory is '{amount}'; write an amount with a unit such as 8GB, or 50% for half of the free memory"
+        )
     return round(float(match[1]) * (units[match[2]] if match[2] != "%" else available_bytes() / 100))
 
 

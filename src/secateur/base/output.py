@@ -97,7 +97,7 @@ class Output:
         needed, free = self.expected_bytes + spare - written, shutil.disk_usage(self.path.parent).free
         if free < needed:
             raise SecateurError(
-                f"{self.path}: needs {needed / 1e6:,.1f} MB of disk space, but {free / 1e6:,.1f} MB are free; "
+                f"{self.path}: needs {needed / 1e6:,.2f} MB of disk space, but {free / 1e6:,.2f} MB are free; "
                 "free some space or choose another path"
             )
 

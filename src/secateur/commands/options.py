@@ -195,7 +195,7 @@ class Options:
         """
         share = self.sparsity
         if share is not None and not 0 < share < 1:
-            raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25")
+            raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25 for 25 %")
         for name, one in option_specs(Options).items():
             value = getattr(self, name)
             if value is not None and one.choices and value not in one.choices:

@@ -185,7 +185,7 @@ def open_folder(folder: Path) -> Checkpoint:
         SecateurError: The folder has no model, or a broken one.
     """
     if not (folder / "config.json").is_file():
-        raise SecateurError(f"{folder}: no folder with a config.json; name one that secateur prune wrote")
+        raise SecateurError(f"{folder}: not a folder with a config.json; name a folder that secateur prune wrote")
     return open_checkpoint(folder)
 
 

@@ -50,7 +50,9 @@ class Declaration:
         if self.suffix is not None:
             return Output(out, suffix=self.suffix, overwrite=overwrite)
         if other := next((one for one in FORMATS.values() if one.suffix and out.name.endswith(one.suffix)), None):
-            raise SecateurError(f"{out}: a folder is to be written; add --format {other.name}, or name a folder")
+            raise SecateurError(
+                f"{out}: the format {self.name} writes a folder; add --format {other.name}, or leave out {other.suffix}"
+            )
         return Output(out, overwrite=overwrite, source=source)
 
 

@@ -98,6 +98,13 @@ def save_survey(survey: Survey, path: Path) -> None:
     write_atomically(path, json.dumps(asdict(survey)) + "\n")
 
 
+_HASHED = {
+    "fingerprint": "of other weights;",
+    "calibration": "of other calibration rows; use the same --calibration, --samples, --length and --seed, or",
+}
+"""Messages about settings that the file has as hashes only."""
+
+
 def load_survey(path: Path, settings: dict[str, Any]) -> Survey:
     """Read a survey file.
 
@@ -121,7 +128,6 @@ def load_survey(path: Path, settings: dict[str, Any]) -> Survey:
     for name, value in settings.items():
         if made_with.get(name) != value:
             difference = f"with {name} {made_with.get(name)} instead of {value}; use the same value, or"
-            if name == "fingerprint":
-                difference = "of other weights;"
+            difference = _HASHED.get(name, difference)
             raise SecateurError(f"{path}: a survey {difference} name another file to make a new survey")
     return survey

@@ -127,7 +127,7 @@ def _decode(data: bytes, source: str) -> str:
         raise SecateurError(f"{source} is empty: give some text")
     position = data.find(b"\0")
     if position >= 0:
-        raise SecateurError(f"{source} is not text: a NUL at byte {position}; give UTF-8 text")
+        raise SecateurError(f"{source} is not text: byte {position} is NUL; give a text in UTF-8")
     mark = len(BOM_UTF8) if data.startswith(BOM_UTF8) else 0
     try:
         text = data[mark:].decode("utf-8")
