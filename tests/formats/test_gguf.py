@@ -978,7 +978,7 @@ def test_refused_requests(tmp_path):
     assert out.read_text() == "mine"
     export(folder, out, overwrite=True)
     (folder / "config.json").unlink()
-    with pytest.raises(SecateurError, match=r"no folder with a config\.json; name one that secateur prune wrote"):
+    with pytest.raises(SecateurError, match=r"not a folder with a config\.json; name a folder that secateur prune"):
         export(folder, tmp_path / "n.gguf")
 
 

@@ -449,7 +449,7 @@ def test_wrong_options_raise_an_error_and_leave_no_files(
 
 def test_wrong_folders_raise_an_error(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
     settings = {**SMALL, "calibration": str(text)}
-    with pytest.raises(SecateurError, match=r"no folder with a config\.json; name one that secateur prune wrote"):
+    with pytest.raises(SecateurError, match=r"not a folder with a config\.json; name a folder that secateur prune"):
         retrain(tmp_path, tmp_path / "out", **settings)
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
     with pytest.raises(SecateurError, match="this is the folder of MODEL"):
