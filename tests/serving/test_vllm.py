@@ -241,9 +241,11 @@ class Expected:
     """Prompts with their continuations by transformers."""
     scores: Tensor
     """Log-likelihoods of all tokens but the first."""
+    unsupported: str | None
+    """Reason for which secateur says that vLLM cannot run the folder."""
 
 
-def expect(folder: Path) -> Expected:
+def expect(case: Case, folder: Path) -> Expected:
     """Compute continuations and scores with transformers; only eager attention caps Gemma 2's attention logits."""
     with quiet(), torch.no_grad():
         config = open_checkpoint(folder).config
@@ -251,7 +253,8 @@ def expect(folder: Path) -> Expected:
         how = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 2}
         ids = model.generate(token_rows(2, PROMPT), do_sample=False, **how)
         scores = model(ids, use_cache=False).logits.log_softmax(-1)
-    return Expected(folder, ids, scores[:, :-1].gather(-1, ids[:, 1:, None])[..., 0])
+    reason = vllm_unsupported(config, widths_of(config), per_layer=isinstance(case.plan, str))
+    return Expected(folder, ids, scores[:, :-1].gather(-1, ids[:, 1:, None])[..., 0], reason)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +264,7 @@ def expected(checkpoint_folder: Any, tmp_path_factory: pytest.TempPathFactory) -
     for index, case in enumerate((*SERVED, *REFUSED, *WRONG)):
         folder = place / f"model{index}"
         write_case(case, checkpoint_folder(case.row), folder)
-        found[case] = expect(folder)
+        found[case] = expect(case, folder)
     return found
 
 
@@ -297,15 +300,10 @@ def sampling(tokens: int) -> Any:
     return SamplingParams(temperature=0, max_tokens=tokens, prompt_logprobs=0, ignore_eos=True)
 
 
-def unsupported_reason_of(case: Case, folder: Path) -> str | None:
-    config = open_checkpoint(folder).config
-    return vllm_unsupported(config, widths_of(config), per_layer=isinstance(case.plan, str))
-
-
 @pytest.mark.parametrize("case", SERVED, ids=str)
 def test_vllm_computes_what_transformers_computes(expected: dict[Case, Expected], case: Case) -> None:
     meant = expected[case]
-    assert unsupported_reason_of(case, meant.folder) is None or case.options
+    assert meant.unsupported is None or case.options
     with opened(case, meant.folder) as model:
         assert relative(scored(model, meant.ids), meant.scores) < TOLERANCE[case.dtype]
         if case.dtype == "float32":
@@ -325,7 +323,7 @@ def test_the_doctor_finds_that_vllm_runs_a_folder(expected: dict[Case, Expected]
 def test_vllm_refuses_what_secateur_calls_unsupported(expected: dict[Case, Expected], case: Case, message: str) -> None:
     """If this fails, vLLM has learned to run a case, and its unsupported reason must go."""
     folder = expected[case].folder
-    assert unsupported_reason_of(case, folder)
+    assert expected[case].unsupported
     with pytest.raises((ValueError, RuntimeError, AssertionError), match=message), opened(case, folder) as model:
         scored(model, expected[case].ids)
 
