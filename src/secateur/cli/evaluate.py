@@ -42,8 +42,8 @@ def evaluate(
         str,
         _measured(
             help="Measure the zero-shot accuracy on these multiple-choice tasks of lm-eval, separated by commas, such "
-            "as boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa. Needs secateur\\[tasks]; the data "
-            "is downloaded from the Hugging Face Hub.",
+            "as boolq,piqa,hellaswag,winogrande. Needs secateur\\[tasks]; the data is downloaded from the Hugging Face "
+            "Hub.",
             show_default="none",
         ),
     ] = "",
