@@ -109,8 +109,9 @@ class FileBlock:
         """Add channels whose weights are zero to the feed-forward, up to the number in the file."""
         hidden = self.model.config.hidden_size
         empty = {"ffn_gate": (0, hidden), "ffn_up": (0, hidden), "ffn_down": (hidden, 0)}
-        for layer in empty.keys() & self.model.layers.keys():
-            self.parts.setdefault(f"{layer}.weight", LazyTensor.full(empty[layer], 0.0))
+        for layer, shape in empty.items():
+            if layer in self.model.layers:
+                self.parts.setdefault(f"{layer}.weight", LazyTensor.full(shape, 0.0))
         for name in _CHANNEL_AXES.keys() & self.parts.keys():
             self.parts[name] = self.parts[name].then(partial(_padded, axis=_CHANNEL_AXES[name], size=channels))
 
