@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Run
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from models import EOS, MIXTURES, ROWS, SIMILAR, build, make_letters, make_tokenizer
@@ -61,7 +60,7 @@ def saved(model: LlamaForCausalLM, folder: Path, tokenizer: Any = None) -> str:
     return str(folder)
 
 
-def test_a_run_of_eight_tokens_that_occurs_twice_is_a_loop() -> None:
+def test_a_run_of_eight_tokens_that_occurs_twice_is_a_loop():
     run = list(range(8))
     assert loops([*run, 99, *run])
     assert not loops([*run, 99, *run[:7]])
@@ -71,7 +70,7 @@ def test_a_run_of_eight_tokens_that_occurs_twice_is_a_loop() -> None:
     assert loop_share([[5] * 20, run]) == 0.5
 
 
-def test_a_counting_model_never_loops_and_one_that_says_one_word_always_does() -> None:
+def test_a_counting_model_never_loops_and_one_that_says_one_word_always_does():
     counted = greedy_answers(model_of_next_tokens(COUNTING), PROMPTS, [EOS])
     assert counted == [list(range(prompt[-1] + 1, prompt[-1] + 1 + ANSWER_TOKENS)) for prompt in PROMPTS]
     assert loop_share(counted) == 0
@@ -80,13 +79,13 @@ def test_a_counting_model_never_loops_and_one_that_says_one_word_always_does() -
     assert loop_share(said) == 1
 
 
-def test_an_answer_stops_before_an_end_token() -> None:
+def test_an_answer_stops_before_an_end_token():
     model = model_of_next_tokens(COUNTING)
     assert greedy_answers(model, [[100], [5]], [EOS, 110])[0] == list(range(101, 110))
     assert greedy_answers(model, [[0]], [EOS]) == [[]]
 
 
-def test_agreement_is_the_share_of_tokens_ranked_first() -> None:
+def test_agreement_is_the_share_of_tokens_ranked_first():
     """A model that counts only behind odd ids agrees with every second token of a counting model."""
     dense = model_of_next_tokens(COUNTING)
     other = model_of_next_tokens([following if token % 2 else 50 for token, following in enumerate(COUNTING)])
@@ -100,7 +99,7 @@ def test_agreement_is_the_share_of_tokens_ranked_first() -> None:
 
 
 @pytest.mark.parametrize("logits", [1, 2 * 104 * VOCAB])
-def test_batches_do_not_change_agreement(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+def test_batches_do_not_change_agreement(monkeypatch, logits):
     model = build("llama")
     written = [[7, 8, 9], [4, 4, 4, 4], [30]]
     whole = agreement(model, PROMPTS, written)
@@ -113,7 +112,7 @@ FAMILY_NAMES = [name for name in ROWS | SIMILAR | MIXTURES if " " not in name an
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_every_family_answers_in_a_batch_as_alone(name: str) -> None:
+def test_every_family_answers_in_a_batch_as_alone(name):
     """Padding on the left changes no answer, and the model ranks every token first that it wrote itself.
 
     Llama 4's test model is left out of long prompts: it attends within stretches of 7 tokens, which padding shifts.
@@ -125,7 +124,7 @@ def test_every_family_answers_in_a_batch_as_alone(name: str) -> None:
     assert agreement(model, prompts, alone) == 1
 
 
-def test_generation_settings_of_the_checkpoint_are_not_used() -> None:
+def test_generation_settings_of_the_checkpoint_are_not_used():
     """A penalty for repetition would hide loops, and sampling would not be greedy."""
     model = model_of_next_tokens(SAYING)
     settings = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=50.0, no_repeat_ngram_size=2)
@@ -135,7 +134,7 @@ def test_generation_settings_of_the_checkpoint_are_not_used() -> None:
     assert model.training
 
 
-def test_a_failure_is_one_line_that_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("this class cannot generate\nmore")
 
@@ -147,7 +146,7 @@ def test_a_failure_is_one_line_that_says_how_to_go_on(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_earlier_tokens_are_not_read_again(use_cache: bool) -> None:
+def test_earlier_tokens_are_not_read_again(use_cache):
     model = model_of_next_tokens(SAYING, use_cache=use_cache)
     lengths: list[int] = []
     model.register_forward_pre_hook(lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True)
@@ -156,7 +155,7 @@ def test_earlier_tokens_are_not_read_again(use_cache: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
+def test_logits_that_are_not_finite_are_an_error(value):
     model = model_of_next_tokens(COUNTING)
     with torch.no_grad():
         model.lm_head.weight[3, 9] = value
@@ -165,7 +164,7 @@ def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
             measure()
 
 
-def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
+def test_a_model_agrees_with_itself(tmp_path):
     folder = saved(model_of_next_tokens(COUNTING), tmp_path / "model")
     result = evaluate(folder, against=folder, texts=[], answers=True)
     first, second = (model.answers for model in result.models)
@@ -179,7 +178,7 @@ def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
     assert json.loads(json.dumps(result.as_dict()))["models"][0]["answers"]["agreement"] == 1.0
 
 
-def test_the_second_model_writes_the_answers(tmp_path: Path) -> None:
+def test_the_second_model_writes_the_answers(tmp_path):
     """A model that says one word agrees with none of the counted tokens but that one."""
     folders = [
         saved(model_of_next_tokens(following), tmp_path / name)
@@ -211,7 +210,7 @@ def noted(*folders: str, **how: Any) -> tuple[Any, list[str]]:
     return result, notes.lines
 
 
-def test_a_model_that_cannot_answer_is_skipped_with_a_reason(tmp_path: Path) -> None:
+def test_a_model_that_cannot_answer_is_skipped_with_a_reason(tmp_path):
     whole = saved(model_of_next_tokens(COUNTING), tmp_path / "whole")
     short = saved(model_of_next_tokens(COUNTING, max_position_embeddings=100), tmp_path / "short")
     result, lines = noted(whole, short)
@@ -231,7 +230,7 @@ def test_a_model_that_cannot_answer_is_skipped_with_a_reason(tmp_path: Path) -> 
     assert noted(whole, short)[1] == ["Agreement and loops are not measured: short has no tokenizer"]
 
 
-def test_models_with_different_tokenizers_have_no_agreement(tmp_path: Path) -> None:
+def test_models_with_different_tokenizers_have_no_agreement(tmp_path):
     words = saved(model_of_next_tokens(COUNTING), tmp_path / "words")
     letters = saved(model_of_next_tokens(SAYING), tmp_path / "letters", make_letters())
     result, lines = noted(words, letters)
@@ -240,7 +239,7 @@ def test_models_with_different_tokenizers_have_no_agreement(tmp_path: Path) -> N
     assert "agreement" not in {figure.label for figure in result.figures()}
 
 
-def test_long_answers_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_answers_are_announced(monkeypatch):
     """The time is estimated from the steps after the first one, which reads the prompts."""
     ticks = iter([100.0, 106.0])
     monkeypatch.setattr(answers, "perf_counter", lambda: next(ticks))
@@ -249,14 +248,14 @@ def test_long_answers_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert notes.lines == ["big answers: up to 6 min for 192 steps; --no-answers leaves them out"]
 
 
-def test_the_prompts_of_the_package() -> None:
+def test_the_prompts_of_the_package():
     prompts = packaged_prompts()
     assert len(prompts) == len(set(prompts)) == 40
     assert all(prompt == prompt.strip() and 20 <= len(prompt) <= 400 for prompt in prompts)
     assert sum("\n" in prompt for prompt in prompts) >= 3
 
 
-def test_a_chat_template_is_used(tmp_path: Path) -> None:
+def test_a_chat_template_is_used(tmp_path):
     template = "{{ messages[0].content }} w5"
     plain = answers.question_ids(make_tokenizer(), "w1 w2")
     assert plain == make_tokenizer()("Question: w1 w2\nAnswer:")["input_ids"]
@@ -266,9 +265,7 @@ def test_a_chat_template_is_used(tmp_path: Path) -> None:
         answers.question_ids(bad, "w1")
 
 
-def test_eval_prints_agreement_and_loops_with_against(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eval_prints_agreement_and_loops_with_against(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(model_of_next_tokens(SAYING), tmp_path / "said")
     saved(model_of_next_tokens(COUNTING), tmp_path / "counted")

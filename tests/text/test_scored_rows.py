@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,7 +67,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_byte_of_a_text_belongs_to_one_token(kind: str) -> None:
+def test_every_byte_of_a_text_belongs_to_one_token(kind):
     encoded = EncodedText.of(KINDS[kind](), TEXT)
     count = len(encoded.ids)
     each = [encoded.bytes_of(place, place + 1) for place in range(count)]
@@ -78,7 +77,7 @@ def test_every_byte_of_a_text_belongs_to_one_token(kind: str) -> None:
         assert encoded.bytes_of(start, stop) == sum(each[start:stop])
 
 
-def test_tokens_have_the_bytes_that_they_spell() -> None:
+def test_tokens_have_the_bytes_that_they_spell():
     """Reference: the length of each token's spelling, between places where no character is split."""
     for tokenizer, spelled in (
         (on_bytes(), len),
@@ -101,7 +100,7 @@ def _ends_a_character(text: bytes, end: int) -> bool:
     return end == len(text) or text[end] & 0xC0 != 0x80
 
 
-def test_a_tokenizer_without_places_counts_decoded_bytes() -> None:
+def test_a_tokenizer_without_places_counts_decoded_bytes():
     fast = on_bytes()
 
     def decode(ids: list[int]) -> str:
@@ -129,7 +128,7 @@ class _Callable(SimpleNamespace):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_bytes_of_rows_are_those_of_all_tokens_but_the_first(tmp_path: Path, bos: bool) -> None:
+def test_bytes_of_rows_are_those_of_all_tokens_but_the_first(tmp_path, bos):
     words = [f"w{i * i % 100}" for i in range(100)]
     (tmp_path / "text.txt").write_text(" ".join(words))
     rows = scored_rows(make_tokenizer(bos), str(tmp_path / "text.txt"), length=8, tokens=80, vocab_size=VOCAB)
@@ -139,7 +138,7 @@ def test_bytes_of_rows_are_those_of_all_tokens_but_the_first(tmp_path: Path, bos
     assert rows.bytes == sum(sum(spelled[row * body + 1 - bos : (row + 1) * body]) for row in range(10))
 
 
-def test_bits_per_byte_compare_tokenizers(tmp_path: Path) -> None:
+def test_bits_per_byte_compare_tokenizers(tmp_path):
     """A model that predicts all tokens alike needs log2(vocabulary) bits for each token, whatever its length."""
     path = tmp_path / "text.txt"
     path.write_text(TEXT * 5)
