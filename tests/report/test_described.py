@@ -264,7 +264,12 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     text = (place / "trained" / "README.md").read_text()
     (said,) = record_of(place / "trained")["retrained"]
     assert f"from {said['perplexity']['before']:.2f} to {said['perplexity']['after']:.2f}." in text
-    assert (place / "trained" / "report.html").exists()
+    page = (place / "trained" / "report.html").read_text()
+    assert page.count('class="line" fill="none"') == 2
+    dense, after = said["perplexity"]["dense"], said["perplexity"]["after"]
+    assert "Perplexity on held-out rows, ratio to dense: from " in page
+    assert f" to {after / dense:.3g} in 128 tokens" in page
+    assert "Retraining" not in (place / "out" / "report.html").read_text()
 
 
 def test_errors_before_and_after_the_refit(place, run):

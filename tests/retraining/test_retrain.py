@@ -127,6 +127,9 @@ def test_the_loss_falls_and_the_folder_is_complete(
     folder, out = pruned(checkpoint_folder(name), tmp_path / "pruned", widths), tmp_path / "out"
     done = retrain(folder, out, calibration=str(text), **SMALL)
     assert len(done.losses) == 24
+    loss, perplexity_over_dense = (axes.lines[0].get_ydata() for axes in done.plot().axes)
+    assert list(loss) == list(done.losses)
+    assert [perplexity_over_dense[0], perplexity_over_dense[-1]] == list(done.perplexity)
     assert sum(done.losses[-4:]) < 0.8 * sum(done.losses[:4])
     assert done.perplexity[1] < 0.8 * done.perplexity[0]
     # The same tensors but for the blocks' matrices, and the same files but for the timings of the pruning.

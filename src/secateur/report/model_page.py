@@ -20,6 +20,7 @@ from secateur.report.record_text import (
     units_kept,
     versions,
 )
+from secateur.report.training_section import training_section
 
 TEMPLATE = Path(__file__).with_name("model_page.html")
 CELL, CHART_HEIGHT = 18, 130
@@ -53,6 +54,7 @@ def model_page(
             ("block", "units", "kept", "of", "error before the refit", "error after the refit"),
             [row for block in blocks for row in _rows(block)],
         ),
+        "TRAINING": training_section(record.get("retrained", [])),
         "TEXTS": _texts(texts),
         "COMMAND": escape(record["command"]),
         "OPENING": escape(loading_code(record, "THIS_FOLDER")),

@@ -51,6 +51,28 @@ def plot_sizes(parameters: Sequence[int], perplexity: Mapping[str, Sequence[floa
     figure.savefig(path)
 
 
+def plot_training(
+    tokens_per_step: float, losses: Sequence[float], perplexities: Sequence[tuple[int, float]], dense: float | None
+) -> Figure:
+    """Return the course of a training: the loss, and below it perplexity on held-out rows.
+
+    Args:
+        tokens_per_step: Number of tokens of a step.
+        losses: Loss of every step, in nats per token.
+        perplexities: Number of steps done, and perplexity.
+        dense: Perplexity of the dense model, to which the others are ratios; None for perplexities as they are.
+    """
+    figure = _figure()
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.plot([(index + 1) * tokens_per_step for index in range(len(losses))], losses)
+    above.set_ylabel("loss, nats per token")
+    steps, values = zip(*perplexities, strict=True)
+    below.plot([step * tokens_per_step for step in steps], [value / (dense or 1.0) for value in values], marker="o")
+    below.set_ylabel("perplexity" if dense is None else "perplexity,\nratio to dense")
+    below.set_xlabel("tokens")
+    return figure
+
+
 def _figure() -> Figure:
     # pyplot would keep global state and look for a screen.
     return Figure(figsize=(6, 4), dpi=150, layout="constrained")

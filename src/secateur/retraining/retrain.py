@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import set_seed
@@ -47,6 +47,9 @@ from secateur.retraining.trained_weights import TrainedWeights
 from secateur.retraining.write import write_retrained
 from secateur.write.record import read_record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
 class Retrained:
@@ -69,6 +72,13 @@ class Retrained:
     def losses(self) -> tuple[float, ...]:
         """Loss of every training step, in nats per token."""
         return tuple(self.curve.losses)
+
+    def plot(self) -> "Figure":
+        """Return the loss and the perplexity on held-out rows against tokens, as a figure of matplotlib."""
+        from secateur.report.plots import plot_training
+
+        tokens_per_step = self.tokens / max(1, len(self.losses))
+        return plot_training(tokens_per_step, self.losses, self.curve.perplexities, self.curve.dense)
 
 
 def retrain(
