@@ -140,10 +140,7 @@ MORE_ROWS = {
         rope_parameters=dict(zip(DEEP, (FULL, tiny.YARN), strict=True)),
     ),
     "olmo3 apart": row(
-        "olmo3",
-        **tiny.GROUPED,
-        **tiny.WINDOWED,
-        rope_parameters={DEEP[0]: FULL | {"rope_theta": 500.0}, DEEP[1]: FULL},
+        "olmo3", **tiny.GROUPED, **tiny.WINDOWED, rope_parameters={DEEP[0]: FULL | {"rope_theta": 500.0}, DEEP[1]: FULL}
     ),
     "exaone4 deep": row("exaone4", **tiny.GROUPED, **WINDOWED4),
     "exaone4 deep open": row(
@@ -884,25 +881,16 @@ REFUSED = {
     "gemma2 every head": (CHANNELS, "gemma2 uses the embedding as its output matrix"),
     "gemma3 biased": (BOTH, "gemma3 has no place for the biases of attn_output"),
     "deepseek_v3 plain": (ALL, "and needs a latent vector for queries too .* except in models of 26"),
-    "deepseek_v2": (
-        EXPERTS,
-        "deepseek2 chooses groups of experts by their best two experts, and this",
-    ),
+    "deepseek_v2": (EXPERTS, "deepseek2 chooses groups of experts by their best two experts, and this"),
     "youtu plain": (BOTH, "and needs a latent vector for queries too .* and rotates neighbouring entries of a head"),
     "smollm3": (BOTH, "smollm3 leaves positions out in every fourth block"),
     "exaone4": (CHANNELS, "exaone4 has windows in models of 64 blocks, and in no others"),
     "exaone4 deep open": (CHANNELS, "exaone4 has windows in models of 64 blocks, and in no others"),
-    "cohere normed": (
-        CHANNELS,
-        "command-r normalises queries and keys in models of 64 blocks and more",
-    ),
+    "cohere normed": (CHANNELS, "command-r normalises queries and keys in models of 64 blocks and more"),
     "cohere untied": (CHANNELS, "command-r uses the embedding as its output matrix"),
     "cohere2 biased": (CHANNELS, "cohere2 has no place for the biases of attn_k, attn_output, attn_q, attn_v"),
     "cohere2 open": (CHANNELS, "cohere2 has windows in some blocks, and rotates only in these"),
-    "cohere2 closed": (
-        CHANNELS,
-        "cohere2 supports windows only where blocks without a window lie at",
-    ),
+    "cohere2 closed": (CHANNELS, "cohere2 supports windows only where blocks without a window lie at"),
     "qwen2_moe": (BOTH, "qwen2moe needs heads x head size = 48, so all 6 heads"),
     "glm": (BOTH, "chatglm needs heads x head size = 48, so all 6 heads"),
     "jais2": (CHANNELS, "jais2 needs as many key/value heads as query heads"),

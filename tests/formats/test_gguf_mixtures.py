@@ -388,12 +388,7 @@ REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
         {},
         "tensor blk.0.ssm_conv1d.weight has the shape [60, 4], but the model needs [72, 1, 4]",
     ),
-    "no whole groups": (
-        LAYERS[0],
-        {"qwen35moe.ssm.group_count": 4},
-        {},
-        "its linear attention has 6 value h",
-    ),
+    "no whole groups": (LAYERS[0], {"qwen35moe.ssm.group_count": 4}, {}, "its linear attention has 6 value h"),
     "too many heads": (
         LAYERS[0],
         {"qwen35moe.ssm.time_step_rank": 4 * 10**9},
@@ -413,24 +408,14 @@ REFUSED_OF: dict[str, tuple[str, dict[str, Any], dict[str, Change], str]] = {
         "the metadata key qwen35moe.rope.dimension_sections",
     ),
     "half a block": (LAYERS[0], {}, {r"blk\.1\.attn_k\.weight": drop}, "tensor blk.1.ssm_dt.bias is missing"),
-    "gates as they are": (
-        LAYERS[0],
-        {"qwen35moe.expert_gating_func": 2},
-        {},
-        "qwen35moe.expert_gating_func is not 1",
-    ),
+    "gates as they are": (LAYERS[0], {"qwen35moe.expert_gating_func": 2}, {}, "qwen35moe.expert_gating_func is not 1"),
     "sections of others": (
         "qwen3_moe",
         {"qwen3moe.rope.dimension_sections": [1, 1, 0, 0]},
         {},
         "the metadata key qwen3moe.rope.dim",
     ),
-    "other factors": (
-        LAYERS[1],
-        {},
-        {r"rope_freqs\.weight": turning},
-        "its rotary factors (rope_freqs) are not like",
-    ),
+    "other factors": (LAYERS[1], {}, {r"rope_freqs\.weight": turning}, "its rotary factors (rope_freqs) are not like"),
     "no factors": (
         LAYERS[1],
         {},

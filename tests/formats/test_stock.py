@@ -81,11 +81,7 @@ RAW = {
     "llama 5": raw("llama", rope_parameters={**LLAMA3, "rope_theta": 700.0}),
     "llama longrope": raw("llama", rope_theta=500.0, rope_scaling=LONG_FACTOR),
     "gemma3_text old": raw(
-        "gemma3_text",
-        rope_theta=700.0,
-        rope_local_base_freq=123.0,
-        rope_scaling=LINEAR,
-        sliding_window_pattern=2,
+        "gemma3_text", rope_theta=700.0, rope_local_base_freq=123.0, rope_scaling=LINEAR, sliding_window_pattern=2
     ),
     "gemma3_text 5": raw(
         "gemma3_text",
@@ -251,12 +247,7 @@ def test_an_heir_computes_the_same(tmp_path, kind):
 @pytest.mark.parametrize(
     ("case", "keys", "width", "message"),
     [
-        (
-            "llama",
-            {"attention_bias": True},
-            wide(1, 5, 40),
-            "mistral, which supports 5, has no attention_bias; keep",
-        ),
+        ("llama", {"attention_bias": True}, wide(1, 5, 40), "mistral, which supports 5, has no attention_bias; keep"),
         (
             "llama",
             {"attention_bias": True, "mlp_bias": True},
@@ -264,26 +255,11 @@ def test_an_heir_computes_the_same(tmp_path, kind):
             "has no attention_bias or mlp_bias; keep one of 1, 2, 3, 4, 6 heads",
         ),
         ("llama", {"attention_bias": True}, wide(1, 4, 40), None),
-        (
-            "gemma2 linear",
-            {},
-            wide(1, 5, 40),
-            "gemma2 supports only head counts that divide hidden_size 48, not 5",
-        ),
-        (
-            "gemma3_text",
-            {},
-            wide(5, 1, 40),
-            "keep one of 1, 2, 3, 4, 6 heads",
-        ),
+        ("gemma2 linear", {}, wide(1, 5, 40), "gemma2 supports only head counts that divide hidden_size 48, not 5"),
+        ("gemma3_text", {}, wide(5, 1, 40), "keep one of 1, 2, 3, 4, 6 heads"),
         ("phi3 longrope", {}, wide(2, 2, 40), "phi3 ties its LongRoPE factors to hidden_size / heads"),
         ("phi3 longrope", {}, wide(3, 2, 8), None),
-        (
-            "gpt2",
-            {},
-            wide(5, 1, 40),
-            "gpt2 derives its head size .* keeps all 6 heads; prune channels only",
-        ),
+        ("gpt2", {}, wide(5, 1, 40), "gpt2 derives its head size .* keeps all 6 heads; prune channels only"),
         ("opt", {}, wide(3, 1, 40), "opt derives its head size"),
         ("gpt_neox", {}, wide(3, 1, 40), "gpt_neox derives its head size"),
         ("mistral window", {}, wide(0, 2, 40), "at least one head and one channel"),

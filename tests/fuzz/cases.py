@@ -28,16 +28,7 @@ from recipes import RECIPES
 from right import TOLERANCE, Fault, Skipped, command, compare, limits, loaded, pruned
 from transformers import AutoConfig
 
-from models import (
-    MIXTURES,
-    ROWS,
-    SIMILAR,
-    logits_of,
-    make_tokenizer,
-    relative,
-    save,
-    token_rows,
-)
+from models import MIXTURES, ROWS, SIMILAR, logits_of, make_tokenizer, relative, save, token_rows
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.commands.draw_rows import draw_rows

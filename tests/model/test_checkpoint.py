@@ -12,12 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -139,10 +134,7 @@ def test_a_file_that_became_shorter_is_an_error(folder):
 
 @pytest.mark.parametrize(
     ("model_type", "prefix", "name"),
-    [
-        ("gpt2", "transformer.", "transformer.h.0.ln_1.weight"),
-        ("opt", "model.", "model.decoder.layers.1.fc1.bias"),
-    ],
+    [("gpt2", "transformer.", "transformer.h.0.ln_1.weight"), ("opt", "model.", "model.decoder.layers.1.fc1.bias")],
 )
 def test_names_without_the_base_prefix(tmp_path, model_type, prefix, name):
     parameters = save(tmp_path, model_type)
@@ -295,10 +287,7 @@ BROKEN = {
         header(x={"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}),
         "header broken .*whole number",
     ),
-    "shard lacks a tensor": (
-        index({"b": "a.safetensors"}),
-        "a.safetensors: tensors missing that .* names: b;",
-    ),
+    "shard lacks a tensor": (index({"b": "a.safetensors"}), "a.safetensors: tensors missing that .* names: b;"),
     "index without map": (
         lambda folder: (index({})(folder), (folder / "model.safetensors.index.json").write_text("[]")),
         "not a safetensors index",
@@ -307,14 +296,8 @@ BROKEN = {
     "header cut": (cut(100), "truncated, or not a safetensors"),
     "data cut": (cut(-10), r"truncated or damaged: it has [\d,]+ bytes, but its header says"),
     "header not JSON": (overwrite((4).to_bytes(8, "little") + b"nope"), "header broken"),
-    "header unknown dtype": (
-        header(x={"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}),
-        "header broken",
-    ),
-    "header wrong offsets": (
-        header(x={"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}),
-        "header broken",
-    ),
+    "header unknown dtype": (header(x={"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}), "header broken"),
+    "header wrong offsets": (header(x={"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}), "header broken"),
     "pointer": (lfs, "Git LFS pointer.*git lfs pull"),
     "8-bit": (eight_bit, "8-bit weights"),
     "integers": (
@@ -330,10 +313,7 @@ BROKEN = {
         lambda folder: (folder / "config.json").rename(folder / "m.gguf"),
         "no config.json, but m.gguf; name that file",
     ),
-    "broken config": (
-        config('{"a": 1,\n "b": }'),
-        r"config.json: not valid JSON at line 2 column 7 \(Expecting",
-    ),
+    "broken config": (config('{"a": 1,\n "b": }'), r"config.json: not valid JSON at line 2 column 7 \(Expecting"),
     "config no object": (config("[]"), "no model_type"),
     "no model_type": (config("{}"), "no model_type"),
     "unknown model_type": (keys(model_type="llamma"), "does not know model_type 'llamma'; upgrade"),
@@ -342,10 +322,7 @@ BROKEN = {
         keys(model_type="mine", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}),
         r"needs code that comes with the checkpoint \(auto_map\).*trust_remote_code",
     ),
-    "gptq": (
-        keys(quantization_config={"quant_method": "gptq"}),
-        r"quantised weights \(gptq\).*use an unquantised",
-    ),
+    "gptq": (keys(quantization_config={"quant_method": "gptq"}), r"quantised weights \(gptq\).*use an unquantised"),
     "bitsandbytes": (keys(quantization_config={"load_in_8bit": True}), r"quantised weights \(unknown\)"),
     "compressed": (
         keys(compression_config={"quant_method": "compressed-tensors", "format": "x"}),
@@ -410,13 +387,7 @@ def hub(monkeypatch, tmp_path):
 
 def test_hub_downloads_one_set_of_safetensors(hub):
     save(hub.folder)
-    hub.files = [
-        "config.json",
-        "model.safetensors",
-        "consolidated.safetensors",
-        "tokenizer.json",
-        "merges.txt",
-    ]
+    hub.files = ["config.json", "model.safetensors", "consolidated.safetensors", "tokenizer.json", "merges.txt"]
     hub.files += ["pytorch_model.bin", "onnx/model.onnx", "onnx/config.json", "README.md", "x.gguf"]
     assert open_checkpoint("owner/name").path == hub.folder
     assert sorted(hub.wanted) == ["config.json", "merges.txt", "model.safetensors", "tokenizer.json"]

@@ -548,8 +548,7 @@ def test_an_indefinite_matrix_raises_an_error():
 
 
 @pytest.mark.parametrize(
-    ("strength", "dtype"),
-    [(0.0, torch.float64), (0.029, torch.float64), (0.03, torch.float32), (0.3, torch.float32)],
+    ("strength", "dtype"), [(0.0, torch.float64), (0.029, torch.float64), (0.03, torch.float32), (0.3, torch.float32)]
 )
 def test_a_small_ridge_is_solved_in_float64(strength: float, dtype: torch.dtype) -> None:
     assert normal_equations(torch.eye(3), None, 0.0, torch.ones(3, 2), strength).matrix_aa.dtype == dtype

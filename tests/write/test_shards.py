@@ -68,11 +68,7 @@ def test_overwriting(tmp_path, present):
 
 
 REFUSALS = {
-    "not empty": (
-        {},
-        lambda at: model_folder(at / "out"),
-        "exists and is not empty; choose another name or",
-    ),
+    "not empty": ({}, lambda at: model_folder(at / "out"), "exists and is not empty; choose another name or"),
     "a file": ({}, lambda at: (at / "out").write_text("mine"), "a file with this name exists"),
     "a file, overwriting": (
         {"overwrite": True},
@@ -94,11 +90,7 @@ REFUSALS = {
         lambda at: ((at / "out").mkdir(), (at / "out" / "config.json").write_text("{")),
         "it is not a model folder",
     ),
-    "the source": (
-        {"overwrite": True, "source": "out"},
-        lambda at: model_folder(at / "out"),
-        "the folder of MODEL",
-    ),
+    "the source": ({"overwrite": True, "source": "out"}, lambda at: model_folder(at / "out"), "the folder of MODEL"),
     "a link to the source": (
         {"overwrite": True, "source": "m"},
         lambda at: (at / "out").symlink_to(model_folder(at / "m")),
@@ -125,10 +117,7 @@ def test_a_refused_output_is_left_alone(tmp_path, case):
     if "source" in options:
         options = {**options, "source": tmp_path / options["source"]}
     before = tree(tmp_path)
-    for attempt in (
-        Output(tmp_path / "out", **options).check,
-        Output(tmp_path / "out", **options).__enter__,
-    ):
+    for attempt in (Output(tmp_path / "out", **options).check, Output(tmp_path / "out", **options).__enter__):
         with pytest.raises(SecateurError, match=message) as caught:
             attempt()
         assert "\n" not in str(caught.value)
@@ -246,10 +235,7 @@ def test_many_shards(tmp_path):
     values = dict(reversed(tensors(7).items())) | {"big": torch.ones(500)}
     write(tmp_path / "a", values, 800)
     shards = [f"model-{number:05d}-of-00005.safetensors" for number in range(1, 6)]
-    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
-        *shards,
-        "model.safetensors.index.json",
-    ]
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [*shards, "model.safetensors.index.json"]
     index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 7 * 400 + 2000}
     assert list(index["weight_map"]) == sorted(values)
@@ -282,11 +268,7 @@ def test_shards_get_their_names_when_all_are_written(tmp_path):
 def test_views_and_shared_storage(tmp_path):
     whole = torch.arange(24.0).view(4, 6)
     values = {"t": whole.t(), "rows": whole[1:3], "columns": whole[:, ::2], "same": whole, "again": whole}
-    values |= {
-        "grad": torch.ones(2, requires_grad=True),
-        "empty": torch.zeros(0, 3),
-        "none": torch.zeros(0, 3),
-    }
+    values |= {"grad": torch.ones(2, requires_grad=True), "empty": torch.zeros(0, 3), "none": torch.zeros(0, 3)}
     write(tmp_path / "a", values, 10**6)
     loaded = load_file(tmp_path / "a" / "model.safetensors")
     assert all(torch.equal(loaded[name], value) for name, value in values.items())
