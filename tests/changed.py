@@ -5,8 +5,6 @@ and every new file. `make check` runs one case of each parametrised test in the 
 cases of a changed family or page.
 """
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

@@ -5,8 +5,6 @@ device, with the name of the device in place of `{device}`. It writes a list of 
 The script needs a process of its own, since a device stays registered in torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys
@@ -35,7 +33,7 @@ class There(Tensor):
     here: Tensor
 
     @staticmethod
-    def __new__(cls, here: Tensor) -> There:
+    def __new__(cls, here: Tensor) -> "There":
         # Operations run in inference mode would leave views that nothing may be done with outside of it.
         with torch.inference_mode(False):
             result = Tensor._make_wrapper_subclass(

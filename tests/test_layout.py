@@ -1,7 +1,5 @@
 """The package has one folder for each step, and imports run in one direction only."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The Makefile, its help, its clean target and requirements.lock agree."""
 
-from __future__ import annotations
-
 import re
 from importlib.metadata import requires
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`benchmarks/same.py compare` notices whatever differs from the record, and nothing else."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

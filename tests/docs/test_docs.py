@@ -3,8 +3,6 @@
 Defaults of sizes are smaller than the real ones, and a text replaces the hub's data sets; the pages are not changed.
 """
 
-from __future__ import annotations
-
 import inspect
 import io
 import json

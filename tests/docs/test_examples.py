@@ -1,7 +1,5 @@
 """Examples in docstrings print the shown results."""
 
-from __future__ import annotations
-
 import doctest
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fixtures of the engines' tests: pruned folders of tiny models, loaded as users load them."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

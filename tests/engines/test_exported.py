@@ -1,7 +1,5 @@
 """Pruned folders exported as graphs compute in ONNX Runtime, OpenVINO and ExecuTorch what transformers computes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

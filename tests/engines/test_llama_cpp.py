@@ -1,7 +1,5 @@
 """Pruned GGUF files that llama.cpp quantises load, and predict almost as before."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

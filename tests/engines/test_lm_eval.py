@@ -1,7 +1,5 @@
 """lm-eval's own command scores pruned folders as `secateur eval` does, without importing secateur."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

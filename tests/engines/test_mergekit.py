@@ -1,7 +1,5 @@
 """mergekit merges a pruned folder with a copy of itself without changing it."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """mlx-lm on MLX's CPU build opens folders of the format `stock`, and refuses folders of the format `hf`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """Pruned folders quantised by torchao and llm-compressor keep their logits nearly, and can be saved and opened."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pruned folders can be trained with peft, transformers' Trainer and trl, merged, saved and opened."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

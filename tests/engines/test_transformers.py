@@ -1,7 +1,5 @@
 """Pruned folders in the newest transformers: caches, saving, dtypes, training, compilation and pipelines."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

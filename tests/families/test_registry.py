@@ -1,7 +1,5 @@
 """The registry holds the families of all files of the folder, each declared once."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Final-norm scale: the scale at which the pruned distribution is closest to the dense one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

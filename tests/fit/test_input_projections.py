@@ -1,7 +1,5 @@
 """Gauss-Newton step on input projections: the linearised module, its least squares, and its effect on a model."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -202,7 +200,9 @@ def run(folder: Any, name: str, **recovery: Any) -> list[FittedBlock]:
     return list(refit(BlockStream(open_checkpoint(folder)), plan, IDS, method=method))
 
 
-@pytest.mark.parametrize("name", [*WIDTHS, "phi3"])
+@pytest.mark.parametrize(
+    "name", ["llama biased", "gpt2", "gemma2", "olmo2", "opt", "gpt_neox", "granite biased", "phi3"]
+)
 def test_the_step_reduces_the_error_of_a_feed_forward(checkpoint_folder, name):
     folder = checkpoint_folder(name)
     alone, both, longer = (run(folder, name, input_steps=steps) for steps in (0, 4, 12))

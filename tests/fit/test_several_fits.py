@@ -1,7 +1,5 @@
 """Several fits of one plan, each to resampled rows of its own, and the mean of their weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -25,11 +23,11 @@ from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
 
 TEXT, ONE, OTHER, HELD_OUT = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
-NAMES = [*WIDTHS, "gpt_neox"]
+NAMES = ["llama biased", "gpt2", "gemma2", "gemma3 biased", "opt", "gpt_neox", "granite biased"]
 
 
 def plan_of(name: str, *blocks: int, **settings: Any) -> Plan:
-    return Plan(dict.fromkeys(blocks or (0, 1, 2), WIDTHS.get(name, WIDTHS["gpt2"])), 0.3, 0.3, **settings)
+    return Plan(dict.fromkeys(blocks or (0, 1, 2), WIDTHS[name]), 0.3, 0.3, **settings)
 
 
 def groups_of(rows: Rows) -> list[int]:

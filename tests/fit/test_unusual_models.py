@@ -1,7 +1,5 @@
 """Refit of unusual models and texts: still the least-squares solution in float64, and everything is finite."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A family that a person describes in a file is pruned as ours are."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every output format is found by its name, written and opened."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """GGUF files with the language model of a multimodal checkpoint compute the logits of the whole model for a text."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from test_gguf import (  # noqa: F401
     run,
     tokens,
     with_the_table,
+    write_out,
 )
 from test_multimodal import CASES, IMAGE, SMALL, TURNED, VISION, _llama4, opened, save, turned  # noqa: F401
 from torch import Tensor
@@ -89,24 +88,19 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "llava qwen2": around("llava", tiny.GROUPED | {"model_type": "qwen2"}),
     # What the whole model says of its output matrix holds.
     "llava tied inside": around("llava", tiny.TRIPLES | {"model_type": "llama", "tie_word_embeddings": True}),
-    "lfm2_vl": (
+    "lfm2_vl": test_multimodal.case(
         "lfm2_vl",
-        {
-            "text_config": SIZES | tiny.GROUPED | tiny.CONV | {"model_type": "lfm2", "block_auto_adjust_ff_dim": False},
-            "vision_config": VISION | {"model_type": "siglip2_vision_model", "num_patches": 16},
-            "image_token_id": IMAGE,
-            "downsample_factor": 1,
-            "tie_word_embeddings": True,
-        },
+        tiny.GROUPED | tiny.CONV | {"model_type": "lfm2", "block_auto_adjust_ff_dim": False},
+        VISION | {"model_type": "siglip2_vision_model", "num_patches": 16},
+        downsample_factor=1,
+        tie_word_embeddings=True,
     ),
-    "paligemma": (
+    "paligemma": test_multimodal.case(
         "paligemma",
-        {
-            "text_config": SIZES | tiny.TRIPLES | {"model_type": "gemma", "head_dim": 12},
-            "vision_config": VISION | {"model_type": "siglip_vision_model"},
-            "image_token_index": IMAGE,
-            "projection_dim": 48,
-        },
+        tiny.TRIPLES | {"model_type": "gemma", "head_dim": 12},
+        VISION | {"model_type": "siglip_vision_model"},
+        image_token_index=IMAGE,
+        projection_dim=48,
     ),
 }
 
@@ -217,26 +211,16 @@ def test_widths_that_only_folders_hold(tmp_path: Path, name: str, architecture: 
 
 def test_tensor_names_of_newer_checkpoints(tmp_path: Path) -> None:
     folder = saved("llava", tmp_path / "dense")
-    export(folder, tmp_path / "m.gguf")
-    newer = {}
-    for key, value in load_file(folder / "model.safetensors").items():
-        key = key.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
-        newer[key if key.startswith("lm_head") else f"model.{key}"] = value
-    save_file(newer, folder / "model.safetensors", metadata={"format": "pt"})
-    before = (tmp_path / "m.gguf").read_bytes()
-    export(folder, tmp_path / "m.gguf", overwrite=True)
-    assert (tmp_path / "m.gguf").read_bytes() == before
+    before = export(folder, tmp_path / "m.gguf").path.read_bytes()
+    test_multimodal.rename_as_newer_checkpoints(folder)
+    assert export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes() == before
 
 
 def test_checkpoints_of_qwen_in_their_published_form(tmp_path: Path) -> None:
     """The config has the language model's keys among all others, and experts' matrices have inputs first."""
     folder = saved("qwen2_vl", tmp_path / "dense")
     before = export(folder, tmp_path / "m.gguf").path.read_bytes()
-    raw = json.loads((folder / "config.json").read_text())
-    inside = raw.pop("text_config")
-    rope = inside.pop("rope_parameters")
-    inside |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
-    (folder / "config.json").write_text(json.dumps(inside | raw | {"tie_word_embeddings": False}))
+    test_multimodal.write_config_of_older_checkpoints(folder, TURNED["rope_theta"])
     assert export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes() == before
     folder = saved("qwen3_vl_moe", tmp_path / "mixture")
     before = export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes()
@@ -299,10 +283,7 @@ def mmproj(file: Path, kind: str, tensors: dict[str, Tensor], *, gelu: bool = Tr
     writer.add_array("clip.vision.is_deepstack_layers", ["v.deepstack.0.norm.bias" in tensors])
     for name, values in tensors.items():
         writer.add_tensor(name, values.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     return file
 
 

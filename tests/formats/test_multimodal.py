@@ -1,7 +1,5 @@
 """Multimodal checkpoints: the language model inside is pruned, and all else handed on as it is."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -45,123 +43,81 @@ IMAGE = VOCAB - 1
 """The token in whose place a part of the image stands."""
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 8, "patch_size": 4}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": (
-        "gemma3",
-        {
-            "text_config": SIZES | GEMMA | {"model_type": "gemma3_text"},
-            "vision_config": VISION | {"model_type": "siglip_vision_model"},
-            "mm_tokens_per_image": 4,
-            "image_token_id": IMAGE,
-            "boi_token_index": VOCAB - 2,
-            "eoi_token_index": VOCAB - 3,
-        },
-    ),
-    "mistral3": (
-        "mistral3",
-        {
-            "text_config": SIZES | GROUPED | {"model_type": "mistral", "head_dim": 10, "sliding_window": None},
-            "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
-            "image_token_id": IMAGE,
-            "spatial_merge_size": 1,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "llava": (
-        "llava",
-        {
-            "text_config": SIZES | TRIPLES | {"model_type": "llama"},
-            "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 16},
-            "image_token_id": IMAGE,
-            "image_seq_length": 4,
-            "tie_word_embeddings": False,
-        },
-    ),
-}
-CASES["smolvlm"] = (
-    "smolvlm",
-    {
-        "text_config": SIZES | TRIPLES | {"model_type": "llama"},
-        "vision_config": VISION | {"model_type": "smolvlm_vision"},
-        "image_token_id": IMAGE,
-        "scale_factor": 1,
-        "tie_word_embeddings": True,
-    },
-)
-CASES["qwen3_5"] = (
-    "qwen3_5",
-    {
-        "text_config": SIZES | TRIPLES | LINEAR | {"model_type": "qwen3_5_text"},
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 48,
-            "patch_size": 4,
-            "spatial_merge_size": 1,
-            "temporal_patch_size": 1,
-            "num_position_embeddings": 16,
-        },
-        "image_token_id": IMAGE,
-    },
-)
-CASES["gemma4"] = (
-    "gemma4",
-    {
-        "text_config": SIZES | GEMMA4 | {"model_type": "gemma4_text"},
-        "vision_config": VISION
-        | {"model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 2}
-        | {"pooling_kernel_size": 2, "position_embedding_size": 16},
-        "image_token_id": IMAGE,
-    },
-)
-CASES["gemma4 small"] = (
-    "gemma4",
-    {key: value for key, value in CASES["gemma4"][1].items() if key != "text_config"}
-    | {"text_config": SIZES | GEMMA4_SMALL | {"model_type": "gemma4_text"}},
-)
-CASES["llama4"] = (
-    "llama4",
-    {
-        "text_config": SIZES | LLAMA4 | {"model_type": "llama4_text"},
-        # Four patches are shuffled into one.
-        "vision_config": VISION
-        | {"model_type": "llama4_vision_model", "image_size": 16, "intermediate_size": 64, "vision_output_dim": 24}
-        | {"projector_input_dim": 24, "projector_output_dim": 24},
-        "image_token_index": IMAGE,
-        "boi_token_index": VOCAB - 2,
-        "eoi_token_index": VOCAB - 3,
-    },
-)
-CASES["mistral4"] = ("mistral3", CASES["mistral3"][1] | {"text_config": SIZES | MISTRAL4 | {"model_type": "mistral4"}})
 TURNED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 QWEN_VISION = {"depth": 1, "patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1}
+QWEN3_VISION = QWEN_VISION | {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 48}
+QWEN3_VISION |= {"num_position_embeddings": 16}
+DEEPSTACK = QWEN3_VISION | {"deepstack_visual_indexes": [0]}
 QWEN_TOWERS: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {"embed_dim": 16, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2},
-    "qwen2_5_vl": {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 48}
+    "qwen2_vl": QWEN_VISION | {"embed_dim": 16, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2},
+    "qwen2_5_vl": QWEN_VISION
+    | {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 48}
     | {"window_size": 8, "fullatt_block_indexes": [0]},
-    **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe"),
-        {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 48}
-        | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-    ),
+    "qwen3_vl": DEEPSTACK,
+    "qwen3_vl_moe": DEEPSTACK,
 }
-for kind, tower in QWEN_TOWERS.items():
-    more = {"head_dim": 8} if kind.startswith("qwen3") else {}
-    if kind == "qwen3_vl_moe":
-        more |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    CASES[kind] = (
-        kind,
-        {
-            "text_config": SIZES | TRIPLES | more | {"model_type": f"{kind}_text", "rope_parameters": TURNED},
-            "vision_config": QWEN_VISION | tower,
-            "image_token_id": IMAGE,
-            "vision_start_token_id": VOCAB - 2,
-            "video_token_id": VOCAB - 3,
-        },
-    )
+QWEN_SIZES = {"qwen3_vl": {"head_dim": 8}}
+QWEN_SIZES["qwen3_vl_moe"] = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def case(kind: str, text: dict[str, Any], tower: dict[str, Any], **keys: Any) -> tuple[str, dict[str, Any]]:
+    """Return the model type and the config of a multimodal model, from the keys of its language model and its tower."""
+    return kind, {"text_config": SIZES | text, "vision_config": tower, "image_token_id": IMAGE} | keys
+
+
+def gemma4(text: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    tower = VISION | {"model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 2}
+    tower |= {"pooling_kernel_size": 2, "position_embedding_size": 16}
+    return case("gemma4", text | {"model_type": "gemma4_text"}, tower)
+
+
+def mistral3(text: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    tower = VISION | {"model_type": "pixtral", "head_dim": 8}
+    return case("mistral3", text, tower, spatial_merge_size=1, tie_word_embeddings=False)
+
+
+ENDS = {"boi_token_index": VOCAB - 2, "eoi_token_index": VOCAB - 3}
+# Four patches are shuffled into one.
+LLAMA4_VISION = VISION | {"model_type": "llama4_vision_model", "image_size": 16, "intermediate_size": 64}
+LLAMA4_VISION |= {"vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24}
+LLAVA = TRIPLES | {"model_type": "llama"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": case(
+        "gemma3",
+        GEMMA | {"model_type": "gemma3_text"},
+        VISION | {"model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+        **ENDS,
+    ),
+    "mistral3": mistral3(GROUPED | {"model_type": "mistral", "head_dim": 10, "sliding_window": None}),
+    "mistral4": mistral3(MISTRAL4 | {"model_type": "mistral4"}),
+    "llava": case(
+        "llava",
+        LLAVA,
+        VISION | {"model_type": "clip_vision_model", "projection_dim": 16},
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    ),
+    "smolvlm": case(
+        "smolvlm", LLAVA, VISION | {"model_type": "smolvlm_vision"}, scale_factor=1, tie_word_embeddings=True
+    ),
+    "qwen3_5": case("qwen3_5", TRIPLES | LINEAR | {"model_type": "qwen3_5_text"}, QWEN3_VISION),
+    "gemma4": gemma4(GEMMA4),
+    "gemma4 small": gemma4(GEMMA4_SMALL),
+    "llama4": case("llama4", LLAMA4 | {"model_type": "llama4_text"}, LLAMA4_VISION, **ENDS),
+    **{
+        kind: case(
+            kind,
+            TRIPLES | QWEN_SIZES.get(kind, {}) | {"model_type": f"{kind}_text", "rope_parameters": TURNED},
+            tower,
+            vision_start_token_id=VOCAB - 2,
+            video_token_id=VOCAB - 3,
+        )
+        for kind, tower in QWEN_TOWERS.items()
+    },
+}
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "widths": "uniform"}
+SMALL |= {"effort": "quick"}
 
 
 def save(name: str, folder: Path) -> Path:
@@ -191,14 +147,14 @@ def opened(folder: Path, **how: Any) -> Any:
 
 
 def keeps_of(out: Path) -> dict[int, KeptUnits]:
-    """What a run has kept, by its record."""
+    """Return the units that a run has kept, from its secateur.json."""
     blocks = json.loads((out / "secateur.json").read_text())["blocks"]
     return {block["block"]: {kind: tuple(block.get(kind, ())) for kind in (*KINDS, "token_mixers")} for block in blocks}
 
 
 @pytest.fixture(autouse=True)
 def _llama4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In 5.24 Llama 4's class reads this of its language model's outputs, which have no such thing."""
+    """Add an attribute that Llama 4's class in transformers 5.24 reads from its language model's outputs in vain."""
     monkeypatch.setattr(MoeCausalLMOutputWithPast, "image_outputs", None, raising=False)
 
 
@@ -235,18 +191,23 @@ def logits(model: Any, image: bool) -> Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
 
 
+def check_masking(folder: Path, out: Path, *written: Any) -> None:
+    """Check that written models compute what the dense model computes with the removed units silenced."""
+    dense, blocks = opened(folder), BlockStream(open_checkpoint(folder)).blocks
+    for image in (False, True):
+        with silenced(decoder(dense).layers, blocks, keeps_of(out)):
+            wanted = logits(dense, image)
+        assert all(relative(logits(small, image), wanted) < 1e-5 for small in written)
+        assert relative(wanted, logits(dense, image)) > 1e-3
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_written_is_what_masking_gives(tmp_path: Path, name: str) -> None:
     folder, out = save(name, tmp_path / "dense"), tmp_path / "out"
     prune(folder, out, **SMALL, sparsity=0.4, recovery="none")
-    keeps = keeps_of(out)
-    dense, small, blocks = opened(folder), opened(out), BlockStream(open_checkpoint(folder)).blocks
-    assert type(small) is type(dense)
-    for image in (False, True):
-        with silenced(decoder(dense).layers, blocks, keeps):
-            wanted = logits(dense, image)
-        assert relative(logits(small, image), wanted) < 1e-5
-        assert relative(wanted, logits(dense, image)) > 1e-3
+    small = opened(out)
+    assert type(small) is type(opened(folder))
+    check_masking(folder, out, small)
     assert relative(logits(small, True), logits(small, False)) > 1e-3
     before, after = (load_file(path / "model.safetensors") for path in (folder, out))
     assert before.keys() == after.keys()
@@ -259,8 +220,8 @@ def test_what_is_written_is_what_masking_gives(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_widths_of_their_own(tmp_path: Path, name: str) -> None:
-    """A folder that brings its code opens with the same auto class, and is what silencing its units is."""
+def test_a_width_for_each_block(tmp_path: Path, name: str) -> None:
+    """A folder with a modeling file opens with the same auto class, and computes what silencing units gives."""
     folder, out = save(name, tmp_path / "dense"), tmp_path / "out"
     # Without channels of experts, of which so narrow ones have two sizes at most.
     kinds = ("heads", "experts") if name in ("mistral4", "llama4") else KINDS
@@ -268,26 +229,23 @@ def test_widths_of_their_own(tmp_path: Path, name: str) -> None:
     found = prune(folder, out, **how, sparsity=0.3, recovery="none")
     assert not found.uniform
     assert found.auto_class == "AutoModelForImageTextToText"
-    dense, blocks = opened(folder), BlockStream(open_checkpoint(folder)).blocks
-    loaded = [opened(out, trust_remote_code=True), load(open_checkpoint(out), torch.float32, torch.device("cpu"))]
-    for image in (False, True):
-        with silenced(decoder(dense).layers, blocks, keeps_of(out)):
-            wanted = logits(dense, image)
-        for small in loaded:
-            assert type(small).__name__ == f"Secateur{type(dense).__name__}"
-            assert relative(logits(small, image), wanted) < 1e-5
-        assert relative(wanted, logits(dense, image)) > 1e-3
+    written = [opened(out, trust_remote_code=True), load(open_checkpoint(out), torch.float32, torch.device("cpu"))]
+    assert {type(small).__name__ for small in written} == {f"Secateur{type(opened(folder)).__name__}"}
+    check_masking(folder, out, *written)
     with pytest.raises(SecateurError, match="its blocks differ in width"):
         prune(out, tmp_path / "again", **SMALL, sparsity=0.3)
 
 
 # Of a text, decoders compute what families do that have tests of their own; one stands for each way to hold them.
-@pytest.mark.parametrize("name", ["gemma4", "llama4", "mistral3", "qwen3_5", "qwen3_vl", "smolvlm"])
-def test_a_refit_mends_what_text_shows(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "effort"),
+    [*((name, "quick") for name in ("gemma4", "llama4", "mistral3", "qwen3_5", "smolvlm")), ("qwen3_vl", "normal")],
+)
+def test_a_refit_mends_what_text_shows(tmp_path: Path, name: str, effort: str) -> None:
     folder = save(name, tmp_path / "dense")
     gaps = []
     for recovery in ("none", "refit"):
-        more = {"samples": 64, "length": 24, "sparsity": 0.4, "recovery": recovery}
+        more = {"samples": 64, "length": 24, "sparsity": 0.4, "recovery": recovery, "effort": effort}
         prune(folder, tmp_path / recovery, **SMALL | more)
         gaps.append((logits(opened(tmp_path / recovery), False) - logits(opened(folder), False)).square().sum())
     assert gaps[1] < gaps[0]
@@ -298,17 +256,22 @@ def test_a_refit_mends_what_text_shows(tmp_path: Path, name: str) -> None:
     assert all(model.texts[str(text)].perplexity > 1 for model in found.models)
 
 
-def test_names_of_newer_checkpoints(tmp_path: Path) -> None:
-    """They put `model.` in front of all, where older ones have the language model's own names inside."""
-    folder = save("llava", tmp_path / "dense")
+def rename_as_newer_checkpoints(folder: Path) -> set[str]:
+    """Put `model.` in front of all names, where older checkpoints have the language model's own names inside."""
     newer = {}
     for key, value in load_file(folder / "model.safetensors").items():
         key = key.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
         newer[key if key.startswith("lm_head") else f"model.{key}"] = value
     save_file(newer, folder / "model.safetensors", metadata={"format": "pt"})
+    return set(newer)
+
+
+def test_names_of_newer_checkpoints(tmp_path: Path) -> None:
+    folder = save("llava", tmp_path / "dense")
+    newer = rename_as_newer_checkpoints(folder)
     opened(folder)
     prune(folder, tmp_path / "out", **SMALL, sparsity=0.4)
-    assert load_file(tmp_path / "out" / "model.safetensors").keys() == newer.keys()
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == newer
     opened(tmp_path / "out")
 
 
@@ -324,7 +287,7 @@ def test_sections_of_positions_in_both_spellings(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", QWEN_TOWERS)
 def test_twins_compute_the_same(tmp_path: Path, name: str) -> None:
-    """With values in the config that are no defaults of either class."""
+    """The config holds values that neither class has as a default."""
     folder = save(name, tmp_path / "dense")
     raw = json.loads((folder / "config.json").read_text())
     raw["text_config"] |= {"rms_norm_eps": 0.01, "rope_parameters": TURNED | {"rope_theta": 50.0}}
@@ -345,26 +308,25 @@ def test_head_sizes_that_classes_derive(tmp_path: Path, name: str) -> None:
     assert any(0 < len(keep["heads"]) < 6 for keep in keeps_of(tmp_path / "out").values())
 
 
-@pytest.mark.parametrize("widths", ["uniform", "adaptive"])
-def test_configs_of_older_checkpoints(tmp_path: Path, widths: str) -> None:
-    """Qwen2-VL's own have the language model's keys among all others, and name the turning by sections."""
-    folder = save("qwen2_vl", tmp_path / "dense")
+def write_config_of_older_checkpoints(folder: Path, theta: float) -> None:
+    """Put the language model's keys among all others, and name the sections of positions, as Qwen2-VL's own config."""
     raw = json.loads((folder / "config.json").read_text())
     inside = raw.pop("text_config")
-    turned = inside.pop("rope_parameters")
-    # As large a base as is no default of any class.
-    inside |= {"rope_theta": 5000.0, "rope_scaling": {"type": "mrope", "mrope_section": turned["mrope_section"]}}
+    sections = inside.pop("rope_parameters")["mrope_section"]
+    inside |= {"rope_theta": theta, "rope_scaling": {"type": "mrope", "mrope_section": sections}}
     (folder / "config.json").write_text(json.dumps(inside | raw | {"tie_word_embeddings": False}))
-    dense, how = opened(folder), SMALL | {"widths": widths}
-    assert dense.config.text_config.rope_parameters["rope_theta"] == 5000.0
-    prune(folder, tmp_path / "out", **how, sparsity=0.4, recovery="none")
-    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("widths", ["uniform", "adaptive"])
+def test_configs_of_older_checkpoints(tmp_path: Path, widths: str) -> None:
+    folder, out = save("qwen2_vl", tmp_path / "dense"), tmp_path / "out"
+    # No default of any class.
+    write_config_of_older_checkpoints(folder, theta=5000.0)
+    assert opened(folder).config.text_config.rope_parameters["rope_theta"] == 5000.0
+    prune(folder, out, **SMALL | {"widths": widths}, sparsity=0.4, recovery="none")
+    stored = json.loads((out / "config.json").read_text())
     assert not {"hidden_size", "intermediate_size", "rope_scaling", "rope_theta"} & stored.keys()
-    small, blocks = opened(tmp_path / "out", trust_remote_code=True), BlockStream(open_checkpoint(folder)).blocks
-    for image in (False, True):
-        with silenced(decoder(dense).layers, blocks, keeps_of(tmp_path / "out")):
-            wanted = logits(dense, image)
-        assert relative(logits(small, image), wanted) < 1e-5
+    check_masking(folder, out, opened(out, trust_remote_code=True))
 
 
 def turned(folder: Path) -> dict[str, Tensor]:
@@ -375,7 +337,7 @@ def turned(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("how", [{}, {"widths": "adaptive", "blocks": "1:"}])
 def test_experts_that_are_stored_with_inputs_first(tmp_path: Path, how: dict[str, Any]) -> None:
-    """As Qwen3-VL's own are."""
+    """Published checkpoints of Qwen3-VL hold them so."""
     folder = save("qwen3_vl_moe", tmp_path / "dense")
     prune(folder, tmp_path / "plain", **SMALL | how, sparsity=0.4)
     save_file(turned(folder), folder / "model.safetensors", metadata={"format": "pt"})

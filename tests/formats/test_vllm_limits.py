@@ -1,7 +1,5 @@
 """Limits of vLLM as secateur states them, without vLLM; `tests/serving` checks them with vLLM itself."""
 
-from __future__ import annotations
-
 import pytest
 
 from models import config_of, wide

@@ -1,7 +1,5 @@
 """Intact inputs of fuzz cases, each made once."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import Iterable, Iterator

@@ -5,8 +5,6 @@ output. Where possible the expected result comes from elsewhere: transformers' r
 safetensors library, or the bytes of a run that was never stopped.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

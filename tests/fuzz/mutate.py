@@ -1,7 +1,5 @@
 """Random damage to bytes, JSON values and headers of safetensors files."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random

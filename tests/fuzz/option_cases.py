@@ -1,7 +1,5 @@
 """Fuzz cases of `prune` with random combinations of options on a random family."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

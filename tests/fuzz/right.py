@@ -1,7 +1,5 @@
 """Limits of time and memory for a fuzz case, and the comparison of its result with the expected one."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

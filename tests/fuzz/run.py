@@ -4,8 +4,6 @@ The default of COUNT is the environment variable FUZZ. `python run.py NUMBER 1` 
 dies, the number of its case is printed.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

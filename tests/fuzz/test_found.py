@@ -1,7 +1,5 @@
 """Inputs that fuzz cases have found to fail, each as a test of its own."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import struct

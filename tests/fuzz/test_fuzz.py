@@ -1,7 +1,5 @@
 """Damaged inputs end in a right result or in a one-line error; `make fuzz` runs many more cases."""
 
-from __future__ import annotations
-
 import pytest
 from bench import Bench
 from cases import KINDS, kind_of, run

@@ -4,8 +4,6 @@ Each command runs in a control group of `LIMIT` bytes; where no control group ca
 segment of the process.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import resource

@@ -1,7 +1,5 @@
 """A checkpoint is opened lazily, and one that cannot be pruned is refused in one line."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Quantised weights are read as their own libraries read them, and pruned like the dequantised weights."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Blocks run one at a time compute what the whole model computes, and leave no weights, hooks or files behind."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from models import ROWS, STREAMED, blocks_of, build, layers_of, relative, save, token_rows, wide
 from secateur.base.errors import SecateurError
 from secateur.base.services import Services
-from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit.loop import refit
 from secateur.model import rows as rows_module
 from secateur.model import stream as module_under_test
@@ -56,21 +53,29 @@ def test_blocks_alone_equal_the_model(checkpoint_folder, name):
     last: list[Tensor] = []
     layers_of(model)[-1].register_forward_hook(lambda _, __, output: last.append(output))
     with torch.no_grad():
-        wanted = [model(ids, use_cache=False, output_hidden_states=True).hidden_states for ids in rows.groups]
+        wanted = [model(ids, use_cache=False, output_hidden_states=True) for ids in rows.groups]
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
         for index in range(len(stream)):
-            for group, states in enumerate(wanted):
-                assert relative(stream.residual(hidden.parts[group]), states[index]) < TOLERANCE, (index, group)
+            for group, output in enumerate(wanted):
+                found = stream.residual(hidden.parts[group])
+                assert relative(found, output.hidden_states[index]) < TOLERANCE, (index, group)
             with stream.filled(index) as layer:
-                for at in rows.batches():
-                    hidden[at] = stream.run(index, layer, hidden[at], at.group)
+                stream.advance(index, layer, rows, hidden)
         # The last of the hidden states has been through the final norm, so the block's own output is taken.
         for group, output in enumerate(last):
             found = stream.residual(hidden.parts[group])
             assert relative(found, output) < TOLERANCE
-            assert relative(found, wanted[group][-2]) > 100 * TOLERANCE
+            assert relative(found, wanted[group].hidden_states[-2]) > 100 * TOLERANCE
+        some = torch.tensor([5, 90, 5, 17])
+        with stream.head() as head:
+            for part, output in zip(hidden.parts, wanted, strict=True):
+                assert relative(head(part.flatten(0, 1)), output.logits.flatten(0, 1)) < TOLERANCE
+            with stream.fewer_logits(some):
+                assert relative(head(hidden.parts[0][1]), wanted[0].logits[1][:, some]) < TOLERANCE
+            assert relative(head(hidden.parts[0][1]), wanted[0].logits[1]) < TOLERANCE
+    assert on_meta(stream.model)
 
 
 @pytest.mark.parametrize("name", STREAMED)
@@ -204,7 +209,7 @@ def live_bytes() -> int:
 
 
 def test_memory_does_not_grow_with_depth(checkpoint_folder):
-    """Between two blocks only the activations and the new weights of the last block are in memory."""
+    """The activations and the new weights of the last block are all that is in memory between two blocks."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")), services=SMALL)
     rows = token_rows(4, 12)
     one_block = 4 * stream.blocks[0].parameters
@@ -346,52 +351,6 @@ def test_spilling_changes_no_bit(checkpoint_folder, monkeypatch):
             assert one.reports == two.reports
             assert one.changed.keys() == two.changed.keys()
             assert all(torch.equal(one.changed[name], two.changed[name]) for name in one.changed)
-
-
-def test_the_arena_frees_memory_after_every_block(checkpoint_folder, monkeypatch):
-    """Between blocks the arena holds the two streams only."""
-    made: list[Arena] = []
-    release = Arena.release
-
-    def spy(self: Arena, values: Activations) -> None:
-        if self not in made:
-            made.append(self)
-        release(self, values)
-
-    monkeypatch.setattr(Arena, "release", spy)
-    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")), services=SMALL)
-    rows = rows_of_two_lengths()
-    plan = Plan(dict.fromkeys(range(3), wide(2, 2, 50)), 0.3, 0.3)
-    for _ in refit(stream, plan, rows):
-        assert made[0].used == 2 * 4 * 48 * rows.tokens
-    assert len(made) == 1
-
-
-def test_every_kind_has_a_module(stream):
-    for block in stream.blocks:
-        assert [block.module(kind).kind for kind in SCORED_KINDS] == list(SCORED_KINDS)
-
-
-@pytest.mark.parametrize("name", STREAMED)
-def test_the_head_gives_the_logits_of_the_model(checkpoint_folder, name):
-    model, ids = build(name), token_rows(3, 17)
-    with torch.no_grad():
-        wanted = model(ids, use_cache=False).logits
-    stream, rows = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL), Rows.of(ids)
-    with Arena() as arena:
-        hidden = stream.embed(rows, arena)
-        for index in range(len(stream)):
-            with stream.filled(index) as layer:
-                for at in rows.batches():
-                    hidden[at] = stream.run_through(index, layer, hidden[at], at.group)
-        with stream.head() as head:
-            assert relative(head(hidden.parts[0].flatten(0, 1)), wanted.flatten(0, 1)) < TOLERANCE
-            # And for some of the vocabulary alone.
-            some = torch.tensor([5, 90, 5, 17])
-            with stream.fewer_logits(some):
-                assert relative(head(hidden.parts[0][1]), wanted[1][:, some]) < TOLERANCE
-            assert relative(head(hidden.parts[0][1]), wanted[1]) < TOLERANCE
-    assert on_meta(stream.model)
 
 
 # In bfloat16.

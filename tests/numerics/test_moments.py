@@ -1,7 +1,5 @@
 """Streamed moments against float64 sums over all rows at once, for any split into batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

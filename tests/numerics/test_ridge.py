@@ -1,7 +1,5 @@
 """Refit against float64 least squares, and elimination against refits from scratch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +41,7 @@ class Layer:
         cross = None if old_as_target else self.x.T @ self.t
         return normal_equations(self.gram, cross, float(self.t.square().sum()), self.old, ridge)
 
-    def centred(self) -> Layer:
+    def centred(self) -> "Layer":
         return Layer(self.x - self.x.mean(0), self.t - self.t.mean(0), self.old)
 
     def minimiser(self, ridge: float, keep: Tensor) -> Tensor:
@@ -156,29 +154,6 @@ def test_normal_equations_may_overwrite_the_gram_matrix(ridge, old_as_target):
     assert copied.energy == given_away.energy
 
 
-def test_an_intercept_reduces_the_error():
-    case = layer(0, 60, 5, 3, offset=3.0)
-    case.t += 10
-    keep = torch.arange(5)
-    found = {}
-    for centre in (False, True):
-        moments = Moments(5, 3, centre=centre)
-        moments.update(case.x.float(), case.t.float())
-        normal = normal_equations(moments.gram(), moments.cross(), moments.energy(), case.old.float(), 0.3)
-        weight, bias, *_ = fit_output_projection(moments, normal, keep)
-        output = case.x.float() @ weight + (0 if bias is None else bias)
-        found[centre] = float((output - case.t).square().sum())
-    assert found[True] < 0.5 * found[False]
-
-
-def test_a_strong_ridge_gives_the_old_weights():
-    case = layer(1, 40, 6, 3)
-    keep = torch.arange(6)
-    gaps = [float((least_squares(case.normal(ridge), keep)[0] - case.old).norm()) for ridge in (0.1, 1.0, 10.0, 1e4)]
-    assert gaps == sorted(gaps, reverse=True)
-    assert gaps[-1] < 1e-3 * gaps[0]
-
-
 @pytest.mark.parametrize("ridge", RIDGES)
 def test_the_old_output_as_target_equals_its_cross_moment(ridge):
     case = layer(2, 50, 8, 4)
@@ -211,7 +186,7 @@ def test_inputs_that_are_always_zero_keep_their_weights(ridge):
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("ridge", RIDGES)
 def test_inputs_that_are_always_zero_are_removed_first(ridge, size):
-    """Their removal costs nothing, whatever the scale of the data."""
+    """The removal of such inputs costs nothing, whatever the scale of the data."""
     case = layer(3, 40, 6, 3)
     case.x[:, [1, 4]] = 0
     case.x *= size
@@ -311,21 +286,19 @@ def cheapest(case: Layer, ridge: float, left: list[int], size: int, among: list[
 @given(case=layers(least=3), ridge=st.sampled_from((1e-3, 0.03, 0.3, 1.0)))
 @settings(max_examples=60, deadline=None)
 def test_every_increase_equals_a_refit_without_the_unit(case: Layer, ridge: float) -> None:
-    check(case, ridge, eliminate(case.normal(ridge), 1), 1)
-
-
-@given(seed=st.integers(0, 2**31), size=st.integers(2, 4), units=st.integers(2, 6), ridge=st.sampled_from((0.03, 1.0)))
-@settings(max_examples=40, deadline=None)
-def test_units_of_several_inputs_equal_refits(seed: int, size: int, units: int, ridge: float) -> None:
-    case = layer(seed, units * size + 25, units * size, 4)
-    found = eliminate(case.normal(ridge), size)
-    assert len(found.order) == units - 1
-    check(case, ridge, found, size)
+    """The unit of the smallest increase is removed."""
+    found = eliminate(case.normal(ridge), 1)
+    check(case, ridge, found, 1)
+    left = list(range(len(case.old)))
+    for unit in found.order.tolist():
+        prices = cheapest(case, ridge, left, 1, left)
+        assert prices[unit] <= min(prices.values()) * 1.005 + 1e-5 * case.energy
+        left.remove(unit)
 
 
 @given(
     seed=st.integers(0, 2**31),
-    size=st.integers(1, 3),
+    size=st.integers(1, 4),
     groups=st.integers(1, 3),
     per_group=st.integers(2, 4),
     ridge=st.sampled_from((0.03, 1.0)),
@@ -369,17 +342,17 @@ def test_a_given_order_by_groups_is_followed(size):
     check(case, 0.3, found, size)
 
 
-@pytest.mark.parametrize("step_from", [64, 100, 160])
+@pytest.mark.parametrize(("units", "size"), [(64, 1), (100, 1), (160, 1), (70, 2)])
 @pytest.mark.parametrize("given_order", [False, True])
-def test_several_units_a_step_cost_what_single_removals_cost(step_from, given_order):
+def test_several_units_a_step_cost_what_single_removals_cost(units, size, given_order):
     """Wide layers lose two, three or five units at once."""
-    case = layer(6, 300, step_from, 8, spread=2.0)
-    order = torch.randperm(step_from, generator=torch.Generator().manual_seed(0)) if given_order else None
-    found = eliminate(case.normal(0.3), 1, stop=step_from - 40, order=order)
-    assert len(found.order) == 40
+    case = layer(6, 300, units * size, 8, spread=2.0)
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(0)) if given_order else None
+    found = eliminate(case.normal(0.3), size, stop=units - 40 // size, order=order)
+    assert len(found.order) == 40 // size
     if order is not None:
-        assert torch.equal(found.order, order[:40])
-    check(case, 0.3, found, 1)
+        assert torch.equal(found.order, order[: 40 // size])
+    check(case, 0.3, found, size)
 
 
 @given(
@@ -405,11 +378,6 @@ def test_weights_at_a_width_equal_a_refit(seed: int, size: int, ridge: float, ol
         assert float(found.errors[removed]) == pytest.approx(error, rel=2e-3, abs=1e-5 * case.energy)
 
 
-def test_several_units_of_several_inputs_a_step():
-    case = layer(7, 300, 2 * 70, 8)
-    check(case, 0.3, eliminate(case.normal(0.3), 2, stop=50), 2)
-
-
 def test_results_do_not_depend_on_when_the_inverse_is_updated(monkeypatch):
     """Removals are subtracted from the inverse at once or later: the order and the costs are the same."""
     case = layer(12, 300, 96, 5, spread=2.0)
@@ -424,29 +392,6 @@ def test_results_do_not_depend_on_when_the_inverse_is_updated(monkeypatch):
     check(case, 0.3, found[1], 1)
 
 
-@given(case=layers(least=3), ridge=st.sampled_from((1e-3, 0.03, 0.3, 1.0)))
-@settings(max_examples=60, deadline=None)
-def test_the_cheapest_unit_is_removed(case: Layer, ridge: float) -> None:
-    found = eliminate(case.normal(ridge), 1)
-    left = list(range(len(case.old)))
-    for unit in found.order.tolist():
-        prices = cheapest(case, ridge, left, 1, left)
-        assert prices[unit] <= min(prices.values()) * 1.005 + 1e-5 * case.energy
-        left.remove(unit)
-
-
-@given(seed=st.integers(0, 2**31), size=st.integers(2, 4))
-@settings(max_examples=25, deadline=None)
-def test_the_cheapest_unit_of_several_inputs_is_removed(seed: int, size: int) -> None:
-    case = layer(seed, 60, 5 * size, 4)
-    found = eliminate(case.normal(0.3), size)
-    left = list(range(5))
-    for unit in found.order.tolist():
-        prices = cheapest(case, 0.3, left, size, left)
-        assert prices[unit] <= min(prices.values()) * 1.005 + 1e-5 * case.energy
-        left.remove(unit)
-
-
 def test_one_of_two_similar_units_is_kept():
     """Each unit has a near copy, whose cost rises once the first of the two is removed."""
     half = layer(5, 200, 14, 4)
@@ -454,21 +399,6 @@ def test_one_of_two_similar_units_is_kept():
     case = Layer(torch.cat([half.x, twin], 1), half.t, torch.cat([half.old, half.old]) / 2)
     order = eliminate(case.normal(0.03), 2, stop=7).order.tolist()
     assert sorted(unit % 7 for unit in order) == list(range(7))
-
-
-def test_costs_are_updated_within_a_step():
-    """Two copies of one input: each costs nearly nothing, until the other one is removed."""
-    case = layer(8, 400, 96, 6)
-    case.x[:, 1] = case.x[:, 0] * 1.5 + 1e-3 * case.x[:, 1]
-    case.t = case.x @ case.old
-    found = eliminate(case.normal(1e-3), 1, stop=93)
-    assert found.order[0] in (0, 1)
-    assert len({0, 1} & set(found.order.tolist())) == 1
-    left = list(range(96))
-    for unit in found.order.tolist():
-        prices = cheapest(case, 1e-3, left, 1, left)
-        assert prices[unit] <= min(prices.values()) * 1.005
-        left.remove(unit)
 
 
 @pytest.mark.parametrize("seed", range(3))

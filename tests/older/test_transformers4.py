@@ -4,8 +4,6 @@ The older transformers replaces the installed one in a separate process: `make t
 folder that the variable TRANSFORMERS4 names.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -3,8 +3,6 @@
 vLLM needs its own torch and transformers, so these tests have an environment of their own: `make test-vllm`.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The files of a written folder, and outputs that are refused."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import replace

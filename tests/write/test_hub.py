@@ -1,7 +1,5 @@
 """Uploads to a stand-in for the Hugging Face Hub on this machine."""
 
-from __future__ import annotations
-
 import base64
 import json
 import threading

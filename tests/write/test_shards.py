@@ -1,7 +1,5 @@
 """The output folder appears whole or not at all, and shards hold what was added."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
