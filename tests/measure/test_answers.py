@@ -234,7 +234,7 @@ def test_models_with_different_tokenizers_have_no_agreement(tmp_path):
     words = saved(model_of_next_tokens(COUNTING), tmp_path / "words")
     letters = saved(model_of_next_tokens(SAYING), tmp_path / "letters", make_letters())
     result, lines = noted(words, letters)
-    assert lines == ["Agreement is not measured: the tokenizer of words is not that of the other model"]
+    assert lines == ["Agreement is not measured: the two models' tokenizers differ"]
     assert [model.answers.loops for model in result.models] == [0.0, 1.0]
     assert "agreement" not in {figure.label for figure in result.figures()}
 

@@ -94,7 +94,7 @@ class AnswerTest:
         ends = end_tokens(network, tokenizer)
         try:
             written = greedy_answers(network, prompts, ends, watcher=self._watcher, what=f"{name} answers")
-            agreed = self._agreement(network, prompts, name)
+            agreed = self._agreement(network, prompts)
         except SecateurError:
             raise
         except Exception as error:  # from memory that runs out to code that ships with a checkpoint
@@ -103,12 +103,12 @@ class AnswerTest:
             self._reference = prompts, written
         return AnswerScore(len(prompts), sum(map(len, written)), loop_share(written), agreed)
 
-    def _agreement(self, network: Any, prompts: list[list[int]], name: str) -> float | None:
+    def _agreement(self, network: Any, prompts: list[list[int]]) -> float | None:
         """Return a model's agreement with the first model; None for the first model and for another tokenizer."""
         if self._reference is None:
             return None
         if prompts != self._reference[0]:
-            self._watcher.note(f"Agreement is not measured: the tokenizer of {name} is not that of the other model")
+            self._watcher.note("Agreement is not measured: the two models' tokenizers differ")
             return None
         return agreement(network, *self._reference)
 

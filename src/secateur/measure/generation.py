@@ -58,7 +58,7 @@ def prompt_ids(tokenizer: Any, prompt: str, without_template: str | None = None)
 
 
 def end_tokens(network: Any, tokenizer: Any) -> list[int]:
-    """Return the ids of the tokens that end a text: those of the generation settings, else the tokenizer's EOS."""
+    """Return the ids of the tokens that end a text, from the generation settings or else from the tokenizer."""
     ends = network.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]

@@ -3,8 +3,8 @@
 Every row is scored alone: each of its tokens except the first is predicted from all tokens before it in the row. The
 logits of a large vocabulary take far more memory than the model's activations, so the loss is computed in pieces.
 
-Perplexity is a figure per token, so it does not compare models whose tokenizers cut a text differently. Bits per byte
-do: the same negative log-likelihood in bits, over the UTF-8 bytes of the text that the scored tokens stand for.
+Perplexity is a figure per token, so it cannot compare models whose tokenizers cut a text differently. Bits per byte
+can: they divide the same negative log-likelihood, in bits, by the UTF-8 bytes of the text that the scored tokens cover.
 """
 
 import math
@@ -39,7 +39,7 @@ class Perplexity:
     length: int
     """Tokens in a row."""
     bytes: int | None = None
-    """Number of UTF-8 bytes of the text that the scored tokens stand for; None where it is not known."""
+    """Number of UTF-8 bytes of text that the scored tokens cover; None where it is not known."""
     bits_per_byte: float | None = None
     """Negative log-likelihood of all scored tokens in bits, over `bytes`."""
 
@@ -70,7 +70,7 @@ def perplexity(
     Args:
         model: Any causal language model of transformers.
         rows: Token ids on any device (rows x length), length at least 2.
-        text_bytes: Number of bytes of text that the scored tokens stand for, if bits per byte are wanted.
+        text_bytes: Number of UTF-8 bytes of text that the scored tokens cover, if bits per byte are wanted.
         batch: Largest number of rows in a forward pass; fewer if there would be too many logits.
         watcher: Progress output.
         what: Label of the progress bar.

@@ -35,7 +35,7 @@ def _encoding(tokenizer: Any, text: str, special: bool) -> Any:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Text with its tokens, which knows how many bytes of the text each run of tokens stands for."""
+    """Text with its tokens, which counts the bytes of text that each run of tokens covers."""
 
     tokenizer: Any
     text: str
@@ -53,9 +53,9 @@ class EncodedText:
         return list(self.encoding["input_ids"])
 
     def bytes_of(self, start: int, stop: int) -> int:
-        """Return the number of UTF-8 bytes of the text that the tokens `start` to `stop - 1` stand for.
+        """Return the number of UTF-8 bytes of text that the tokens `start` to `stop - 1` cover.
 
-        A token stands for the characters from the end of the token before it to its own end. So characters that the
+        A token covers the characters from the end of the token before it to its own end. So characters that the
         tokenizer drops belong to the token after them, a character that is split into several tokens belongs to one of
         them, and runs of tokens that follow each other have as many bytes as their text. A tokenizer of pure Python
         does not tell the places of its tokens in the text; the bytes of the decoded tokens are counted instead, which

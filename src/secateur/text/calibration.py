@@ -206,7 +206,7 @@ class ScoredRows(NamedTuple):
     ids: Tensor
     """Token ids, int64 (rows x length)."""
     bytes: int
-    """Number of UTF-8 bytes of the text that the scored tokens stand for; see `EncodedText.bytes_of`."""
+    """Number of UTF-8 bytes of text that the scored tokens cover; see `EncodedText.bytes_of`."""
 
 
 def scored_rows(
@@ -221,7 +221,7 @@ def scored_rows(
 ) -> ScoredRows:
     """Cut the beginning of a source into consecutive rows, and count the bytes of their scored tokens.
 
-    Arguments and errors are those of `consecutive_rows`.
+    See `consecutive_rows` for the arguments and errors.
     """
     check_calibration(source, length=length, max_positions=max_positions)
     if tokens is not None and tokens < length:
