@@ -69,6 +69,9 @@ def carry_out(cases: list[dict[str, Any]]) -> int:
     secateur.model.stream.MIXED = 1
     # Every block is kept, whatever that costs.
     secateur.model.pass_checkpoint.SPENT = float("inf")
+    if any(case["words"][0] == "retrain" for case in cases):
+        for name in ("retrain", "targets"):
+            import_module(f"secateur.retraining.{name}").fast_dtype = lambda _: torch.float32  # type: ignore[attr-defined]
     for case in cases:
         own: dict[str, Any] = case.get("own", {}).get(os.environ.get("RANK", "0"), {})
         end_at(own.get("ends"))

@@ -166,6 +166,26 @@ def test_a_killed_process_ends_the_others_and_any_number_resume(done, together, 
     assert not state.exists()
 
 
+def test_two_retrain_as_one_and_any_number_resume(done, together):
+    """One of two processes is killed while the teacher runs; one process alone goes on."""
+    size = ["--length", str(LENGTH), "--batch", "4", "--tokens", "768", "--learning-rate", "1e-3", "--device", "cpu"]
+
+    def words(out: str) -> list[str]:
+        return ["retrain", str(done.place / "1 two fits"), str(done.place / out), *done.common[:2], *size]
+
+    for count, out in ((1, "one"), (2, "two")):
+        assert [code for code, _ in together(count, [{"words": words(out)}])] == [0] * count
+    (code, said), (killed, _) = together(2, [{"words": words("resumed"), "own": {"1": {"ends": 2}}}])
+    assert (code, killed) == (2, -9)
+    assert said.splitlines()[-1].startswith("error: another process of this run has stopped: fix the error")
+    assert not (done.place / "resumed").exists()
+    assert together(1, [{"words": words("resumed")}])[0][0] == 0
+    wanted = record_of(done.place / "one")["retrained"][0]["losses"]
+    for out in ("two", "resumed"):
+        assert record_of(done.place / out)["retrained"][0]["losses"] == pytest.approx(wanted, rel=1e-3)
+        assert_alike(done.place / out, done.place / "one")
+
+
 def test_a_speed_target_needs_one_process(monkeypatch, checkpoint_folder):
     two = Services(Processes(0, 2))
     with pytest.raises(SecateurError, match=r"decode=1\.01x is a speed, which only a run with one process can measure"):

@@ -148,7 +148,7 @@ class Processes:
         """Send a tensor from rank `source` to rank `to`, where it overwrites `piece`; other ranks do nothing."""
         if source != to and self.rank in (source, to):
             self.bytes_moved += piece.nbytes
-            with _connection_errors():
+            with connection_errors():
                 if self.rank == source:
                     dist.send(piece, to)
                 else:
@@ -187,7 +187,7 @@ class Processes:
             for part in _parts(tensor):
                 piece = part.contiguous()
                 self.bytes_moved += piece.nbytes
-                with _connection_errors():
+                with connection_errors():
                     carry(piece)
                 if piece.data_ptr() != part.data_ptr():
                     part.copy_(piece)
@@ -213,7 +213,7 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
 
 
 @contextmanager
-def _connection_errors() -> Iterator[None]:
+def connection_errors() -> Iterator[None]:
     """Turn the error of a broken connection into one for the user."""
     try:
         yield

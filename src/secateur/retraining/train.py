@@ -1,7 +1,7 @@
 """Training loop of transformers (Trainer), with checkpoints in a folder from which a stopped training resumes."""
 
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from secateur.base.errors import SecateurError
+from secateur.base.processes import connection_errors
 from secateur.base.quiet import quiet
 from secateur.base.services import Services
 from secateur.retraining.options import Training
@@ -82,7 +83,8 @@ def train(
         trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=[_Progress(bar), measure])
         # This callback prints the loss of every step.
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        with nullcontext() if services.processes.is_single else connection_errors():
+            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         next(bar, None)
     return list(trainer.state.log_history)
 
