@@ -69,7 +69,7 @@ def test_a_changed_modeling_file_does_not_run(tmp_path, checkpoint_folder):
         file.write("raise SystemExit\n")
     with pytest.raises(SecateurError, match="opening the folder runs it; read it, then add --trust-remote-code"):
         check_engines(tmp_path / "out")
-    with pytest.raises(SecateurError, match="name one that secateur prune wrote"):
+    with pytest.raises(SecateurError, match="name a folder that secateur prune wrote"):
         check_engines(tmp_path / "missing")
 
 

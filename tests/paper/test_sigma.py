@@ -123,7 +123,7 @@ def first_keeps(folder: Path, name: str, rows: Tensor | Rows, criterion: str, **
 def test_random_ids_choose_the_units(checkpoint_folder, name):
     """Of the first attention, which sees the dense model's activations."""
     stats = stats_on(name, "heads", IDS)
-    axis: str = KV_GROUPS if WIDTHS[name].groups < stats.module.groups else HEADS_PER_GROUP
+    axis: str = KV_GROUPS if WIDTHS[name].kv_groups < stats.module.groups else HEADS_PER_GROUP
     order = removal_order(SECOND_MOMENT, stats, axis, WIDTHS[name][axis])
     rows = Rows.of(TEXT).with_choice_rows(Rows.of(IDS))
     keep = first_keeps(checkpoint_folder(name), name, rows, "second-moment")
