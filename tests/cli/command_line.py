@@ -49,6 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Function that runs `secateur` with the given arguments in this process."""
     monkeypatch.setattr(terminal, "log", Console(file=None, stderr=True, highlight=False, markup=False, width=120))
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(terminal, "output_options", terminal.OutputOptions())
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def call(*arguments: str) -> Result:
