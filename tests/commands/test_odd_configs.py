@@ -28,8 +28,7 @@ def edited(dense: Path, folder: Path, **keys: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gptj"])
-@pytest.mark.parametrize("widths", ["uniform", "adaptive"])
+@pytest.mark.parametrize(("name", "widths"), [("gpt2", "uniform"), ("opt", "adaptive"), ("gptj", "uniform")])
 def test_unused_keys_of_a_config_do_not_matter(tmp_path, checkpoint_folder, name, widths):
     stray = edited(checkpoint_folder(name), tmp_path / "dense", num_key_value_heads=2, head_dim=5)
     outs = []

@@ -47,12 +47,11 @@ def taken(folder: Path) -> dict[str, float]:
 # Targets.
 
 
-@pytest.mark.parametrize("widths", ["adaptive", "uniform"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "widths"), [("float32", "uniform"), ("bfloat16", "adaptive")])
 @pytest.mark.parametrize("target", ["params=75%", "params=45K", "bytes=75%", "kv=67%"])
 def test_a_written_model_reaches_its_target(tmp_path, checkpoint_folder, target, dtype, widths):
     model = checkpoint_folder("llama")
-    summary = prune(model, tmp_path / "out", target=target, dtype=dtype, widths=widths, **SMALL)
+    summary = prune(model, tmp_path / "out", target=target, dtype=dtype, widths=widths, recovery="none", **SMALL)
     name, _, amount = target.partition("=")
     found, dense = taken(tmp_path / "out"), taken(model)
     # The dense model as it would be in that dtype.

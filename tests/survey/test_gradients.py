@@ -86,8 +86,7 @@ def combined(rows: Rows, own: list[dict[str, Tensor]], name: str) -> tuple[Tenso
 # Gradients.
 
 
-@pytest.mark.parametrize("name", STREAMED)
-@pytest.mark.parametrize("squares", [False, True], ids=["", "squares"])
+@pytest.mark.parametrize(("name", "squares"), [("llama", False), *((name, True) for name in STREAMED)])
 def test_gradients_equal_the_whole_model(checkpoint_folder, name, squares):
     model, rows, seen = build(name), some_rows(), []
     prefix = opened(checkpoint_folder(name)).family.blocks
@@ -286,8 +285,7 @@ def test_prune_keeps_the_units_with_the_highest_scores(checkpoint_folder, tmp_pa
     assert bars.drawn.count("Gradients") == 1 + bars.drawn.count("Survey")
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
-@pytest.mark.parametrize("criterion", sorted(FROM_GRADIENTS))
+@pytest.mark.parametrize(("name", "criterion"), zip(["llama", "gpt2", "olmo2"], FROM_GRADIENTS, strict=True))
 def test_prune_with_adaptive_widths(checkpoint_folder, tmp_path, criterion, name):
     summary = prune(checkpoint_folder(name), tmp_path / "out", criterion=criterion, **SETTINGS)
     assert 0.3 <= summary.sparsity < 0.305

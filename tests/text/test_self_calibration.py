@@ -102,7 +102,7 @@ def test_the_token_that_opens_a_text():
 SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama biased", "gpt2"])
 def test_one_seed_gives_one_model(checkpoint_folder, tmp_path, name):
     model = checkpoint_folder(name)
     first = prune(model, tmp_path / "a", calibration="self", refit_samples=40, **SIZE)
