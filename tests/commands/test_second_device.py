@@ -31,25 +31,33 @@ pytestmark = [
 
 LENGTH = 16
 ROUGH = "--criterion second-moment"
+RATIOS = {"0:3": 0.3}
+"""A third of every module is removed, so that no survey is needed: these cases are about other steps."""
 PRUNE: dict[str, tuple[str, str]] = {
     "two fits": ("llama", "--effort best"),
-    "no gate": ("gpt2", "--effort normal"),
+    "no gate": ("gpt2", "--effort normal --widths RATIOS"),
     "modules beside each other": ("gpt_neox", "--effort quick"),
     "similar heads, norms behind": ("gemma3_text", "--criterion similarity --tau 0.16 --effort quick"),
-    "its own text, layers in one tensor": ("phi3 wide", "--calibration self --effort quick"),
+    "its own text, layers in one tensor": ("phi3 wide", "--calibration self --effort quick --widths RATIOS"),
     "the paper's recovery, rows apart": (
         "llama biased",
-        f"{ROUGH} --recovery paper --refit-samples 9 --recover before",
+        f"{ROUGH} --recovery paper --refit-samples 9 --recover before --widths RATIOS",
     ),
-    "FLAP": ("opt", "--criterion flap-wifv --recovery bias --format hf"),
+    "FLAP": ("opt", "--criterion flap-wifv --recovery bias --format hf --widths RATIOS"),
     "gradients": ("llama", "--criterion llm-pruner-element1 --widths uniform --recovery paper"),
     "random ids for the score, perplexity": ("llama", f"{ROUGH} --sigma random --target ppl=1.3x --effort quick"),
     "experts": ("qwen2_moe", "--sparsity 0.3 --effort quick"),
-    "experts in groups": ("glm4_moe groups", "--sparsity 0.15 --widths uniform --samples 24"),
+    "experts in groups": ("glm4_moe groups", "--samples 24 --widths RATIOS"),
     # Four rows are one batch: of two processes, one has none.
     "experts by norms": ("mixtral", "--sparsity 0.2 --modules experts --criterion reap --effort quick --samples 4"),
 }
 """Name → model, and what is asked beside what all ask."""
+
+
+def words_of(name: str, ratios: Path) -> list[str]:
+    """Return the options of a case; the file of ratios is written."""
+    ratios.write_text(json.dumps(RATIOS))
+    return PRUNE[name][1].replace("RATIOS", str(ratios)).split()
 
 
 class CarriedOut(NamedTuple):
@@ -76,10 +84,10 @@ def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.Te
     (place / "items.yaml").write_text(task)
     common = ["--calibration", str(text), "--samples", "4", "--length", str(LENGTH)]
     dense = str(checkpoint_folder("llama"))
-    cases = {
-        name: ["prune", str(checkpoint_folder(model)), str(place / f"{{device}} {name}"), *common, *asked.split()]
-        for name, (model, asked) in PRUNE.items()
-    }
+    cases = {}
+    for name, (model, _) in PRUNE.items():
+        words = [*common, *words_of(name, place / "ratios.json")]
+        cases[name] = ["prune", str(checkpoint_folder(model)), str(place / f"{{device}} {name}"), *words]
     cases["survey"] = ["survey", dense, "--out", str(place / "{device} survey"), *common]
     cases["eval"] = ["eval", str(place / "cpu two fits"), "--against", dense, "--trust-remote-code", "--speed"]
     cases["eval"] += ["--perplexity", str(text), "--length", str(LENGTH), "--json", str(place / "{device} eval")]

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from member import LENGTH
 from safetensors.torch import load_file
-from test_second_device import PRUNE
+from test_second_device import PRUNE, words_of
 from typer.testing import CliRunner
 
 from conftest import CheckpointFolder
@@ -88,7 +88,8 @@ class Done(NamedTuple):
 
     def words(self, name: str, out: str) -> list[str]:
         """Return the command of a case."""
-        return ["prune", self.models[name], str(self.place / out), *self.common, *PRUNE[name][1].split()]
+        asked = words_of(name, self.place / "ratios.json")
+        return ["prune", self.models[name], str(self.place / out), *self.common, *asked]
 
     def both(self, name: str) -> tuple[Path, Path]:
         """Return the output of two processes, and that of one."""
