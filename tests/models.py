@@ -149,13 +149,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     ),
     "falcon biased": _config("falcon", "intermediate_size", ffn_hidden_size=72, multi_query=False, bias=True),
     "falcon old": _config(
-        "falcon",
-        "intermediate_size",
-        ffn_hidden_size=72,
-        alibi=True,
-        multi_query=False,
-        parallel_attn=False,
-        bias=True,
+        "falcon", "intermediate_size", ffn_hidden_size=72, alibi=True, multi_query=False, parallel_attn=False, bias=True
     ),
     "gemma": _config("gemma", **TRIPLES, head_dim=12),
     "gemma4_text": _config("gemma4_text", **GEMMA4),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from secateur.base.errors import SecateurError
+from outputs import error_of
 from secateur.commands.options import Options, RunOptions
 from secateur.fit.recovery import recovery_of
 
@@ -33,9 +33,7 @@ from secateur.fit.recovery import recovery_of
     ],
 )
 def test_a_wrong_type_is_refused(owner, given, message):
-    with pytest.raises(SecateurError) as error:
-        owner(**given)
-    assert str(error.value) == message
+    assert error_of(owner, **given) == message
 
 
 def test_equivalent_types_are_converted():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from conftest import CheckpointFolder
 from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer, relative, selected, token_rows, wide
-from outputs import record_of, weights_of
+from outputs import error_of, record_of, weights_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
@@ -188,34 +187,27 @@ def test_a_plan_of_similar_heads_is_exact(checkpoint_folder, name, tau):
     assert plan.first_heads.share == pytest.approx(1 - after / before, abs=1e-12)
 
 
-def raised(call: Callable[[], Any]) -> str:
-    with pytest.raises(SecateurError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_thresholds_that_remove_nothing_or_all(checkpoint_folder):
     wish, distances = (
         wish_of(checkpoint_folder, "llama"),
         {0: table(6, {(0, 2): 0.11, (0, 1): 0.2, (1, 3): 0.3}, far=0.5)},
     )
-    message = raised(lambda: find_similar_heads(distances, 0.05))
+    message = error_of(find_similar_heads, distances, 0.05)
     assert message.endswith("removes nothing: the distances between heads go from 0.11 to 0.5; choose a tau above 0.11")
-    message = raised(lambda: similar_plan(wish, distances, 0.6))
+    message = error_of(similar_plan, wish, distances, 0.6)
     assert (
         "leaves each block a single head: the distances between heads go from 0.11 to 0.5; choose a tau below 0.5"
         in message
     )
     # A chain: only its ends are far apart, and still one head alone would stay.
     chain = {0: table(3, {(0, 1): 0.1, (1, 2): 0.1}, far=0.3)}
-    message = raised(lambda: find_similar_heads(chain, 0.2))
+    message = error_of(find_similar_heads, chain, 0.2)
     assert message.endswith(
         "leaves each block a single head: the distances between heads go from 0.1 to 0.3; choose a smaller tau"
     )
     assert find_similar_heads({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
     # Head 0 is a candidate from 0.11 on, but its group leaves with head 1 only, which is like head 3.
-    message = raised(lambda: similar_plan(wish, distances, 0.15))
+    message = error_of(similar_plan, wish, distances, 0.15)
     assert "its 1 similar heads are neither a whole KV group nor one" in message
     assert message.endswith("go from 0.11 to 0.5; choose a larger tau")
     found = similar_plan(wish, distances, 0.31).first_heads
@@ -419,7 +411,7 @@ def test_a_survey_belongs_to_its_criterion(tmp_path, checkpoint_folder):
         ({"criterion": "heads=l1,channels=l1"}, "a survey with criterion similarity+l1"),
         ({"criterion": "similarity+l1", "tau": 0.16}, "a survey with tau 0.17 instead of 0.16"),
     ):
-        assert message in raised(lambda how=how: run(**how))
+        assert message in error_of(run, **how)
 
 
 # What is written, and every mistake in it.
@@ -472,21 +464,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("how", "message"), WRONG, ids=[str(row[0]) for row in WRONG])
 def test_contradicting_options_are_refused(how, message):
-    assert message in raised(lambda: Options(**how))
+    assert message in error_of(Options, **how)
 
 
 def test_models_and_formats_without_fewer_heads(tmp_path, checkpoint_folder, monkeypatch):
     """Found before anything is measured."""
     monkeypatch.setattr(similar_heads, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
     how = {"criterion": "similarity", "tau": 0.2, **SMALL}
-    message = raised(lambda: prune(checkpoint_folder("olmo2"), tmp_path / "out", **how))
+    message = error_of(prune, checkpoint_folder("olmo2"), tmp_path / "out", **how)
     assert (
         "heads cannot be removed exactly, because its query and key norms run across all heads; choose another"
         in message
     )
-    message = raised(lambda: prune(checkpoint_folder("gpt2"), tmp_path / "out.gguf", **how, format="gguf"))
+    message = error_of(prune, checkpoint_folder("gpt2"), tmp_path / "out.gguf", **how, format="gguf")
     assert "the format cannot hold fewer heads" in message
-    message = raised(lambda: prune(checkpoint_folder("llama"), tmp_path / "out", **how, dry_run=True))
+    message = error_of(prune, checkpoint_folder("llama"), tmp_path / "out", **how, dry_run=True)
     assert (
         message
         == "only a real run can find the number of similar heads, because it runs the model; leave out --dry-run"
@@ -496,6 +488,6 @@ def test_models_and_formats_without_fewer_heads(tmp_path, checkpoint_folder, mon
 
 @pytest.mark.parametrize(("criterion", "tau"), [("similarity", 1e-6), ("similarity+l1", 0.69)])
 def test_nothing_is_written_where_tau_is_wrong(tmp_path, checkpoint_folder, tau, criterion):
-    message = raised(lambda: prune(checkpoint_folder("gpt2"), tmp_path / "out", criterion=criterion, tau=tau, **SMALL))
+    message = error_of(prune, checkpoint_folder("gpt2"), tmp_path / "out", criterion=criterion, tau=tau, **SMALL)
     assert "the distances between heads go from" in message
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from models import blocks_of, build, wide
-from outputs import record_of
+from outputs import error_of, record_of
 from secateur.base.errors import SecateurError
 from secateur.commands.prune import prune
 from secateur.model.checkpoint import open_checkpoint
@@ -116,28 +116,24 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-def refused(call: Callable[[], Any], path: Path, message: str) -> None:
-    with pytest.raises(SecateurError) as caught:
-        call()
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
+def refused(read: Callable[..., Any], path: Path, *given: Any, message: str) -> None:
+    error = error_of(read, path, *given)
+    assert error.startswith(f"{path}: ")
+    assert message in error
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_error_names_what_is_wrong_with_a_plan_file(file, case):
     contents, message = REFUSED[case]
     path = file(contents)
-    refused(lambda: read_plan(path, blocks(), FINGERPRINT), path, message)
+    refused(read_plan, path, blocks(), FINGERPRINT, message=message)
 
 
 def test_single_locked_heads_cannot_be_removed(file):
     path = file(one(heads=[0, 1, 2, 3]))
-    refused(
-        lambda: read_plan(path, blocks("olmo2"), FINGERPRINT), path, "block 0, heads: single heads cannot be removed"
-    )
+    refused(read_plan, path, blocks("olmo2"), FINGERPRINT, message="block 0, heads: single heads cannot be removed")
     path = file(one(width=numbers(2, 2, 72)))
-    refused(lambda: read_plan(path, blocks("olmo2"), FINGERPRINT), path, "2 KV groups are not possible; use 3")
+    refused(read_plan, path, blocks("olmo2"), FINGERPRINT, message="2 KV groups are not possible; use 3")
     for heads in ([], list(range(6))):
         assert read_plan(file(one(heads=heads)), blocks("olmo2"), FINGERPRINT)[0][0].product(HEADS) == len(heads)
 
@@ -154,7 +150,7 @@ def test_a_ratio_file_gives_ratios_for_ranges_of_blocks(file):
     # A large multiple does not empty a module.
     assert read_ratios(file({"0:3": {"channels": 0.5}}), blocks(), 64)[0] == wide(3, 2, 64)
     large = file({"0:3": {"channels": 0.9}})
-    refused(lambda: read_ratios(large, blocks(), 200), large, "no unit is removed")
+    refused(read_ratios, large, blocks(), 200, message="no unit is removed")
     assert read_ratios(file({"0:3": {"heads": 0.4, "channels": 0.5}}), blocks("olmo2"), 16)[0] == wide(3, 2, 32)
 
 
@@ -182,7 +178,7 @@ def test_a_ratio_file_gives_ratios_for_ranges_of_blocks(file):
 )
 def test_an_error_names_what_is_wrong_with_a_ratio_file(file, contents, message):
     path = file(contents)
-    refused(lambda: read_ratios(path, blocks(), 1), path, message)
+    refused(read_ratios, path, blocks(), 1, message=message)
 
 
 # Models pruned by a plan file.
