@@ -285,7 +285,7 @@ def test_prune_keeps_the_units_with_the_highest_scores(checkpoint_folder, tmp_pa
     assert bars.drawn.count("Gradients") == 1 + bars.drawn.count("Survey")
 
 
-@pytest.mark.parametrize(("name", "criterion"), zip(["llama", "gpt2", "olmo2"], FROM_GRADIENTS, strict=True))
+@pytest.mark.parametrize(("name", "criterion"), list(zip(["llama", "gpt2", "olmo2"], FROM_GRADIENTS, strict=True)))
 def test_prune_with_adaptive_widths(checkpoint_folder, tmp_path, criterion, name):
     summary = prune(checkpoint_folder(name), tmp_path / "out", criterion=criterion, **SETTINGS)
     assert 0.3 <= summary.sparsity < 0.305
