@@ -70,7 +70,8 @@ def prune_and_measure() -> None:
 
     heading("3. Measure quality and speed, on articles that were not used for calibration")
     secateur(
-        f"eval {PRUNED} --against {MODEL} --perplexity {HELD_OUT} --tokens 4096 --speed --json {FIGURES} --overwrite"
+        f"eval {PRUNED} --against {MODEL} --perplexity {HELD_OUT} --tokens 4096 --speed --no-answers "
+        f"--json {FIGURES} --overwrite"
     )
 
     heading("4. Text that the two models write")
@@ -92,7 +93,7 @@ def heal() -> None:
     heading("5. Train the pruned model for five minutes")
     console.print("It learns to predict the same next tokens as the model that was pruned.")
     secateur(f"retrain {PRUNED} {HEALED} --time 5m --overwrite")
-    secateur(f"eval {HEALED} --against {MODEL} --perplexity {HELD_OUT} --tokens 4096")
+    secateur(f"eval {HEALED} --against {MODEL} --perplexity {HELD_OUT} --tokens 4096 --no-answers")
 
 
 def heading(text: str) -> None:
