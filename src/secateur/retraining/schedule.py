@@ -12,6 +12,7 @@ from secateur.base.errors import SecateurError
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.retraining.options import Training
+from secateur.retraining.rows import HELD_OUT
 from secateur.retraining.student import Student
 
 PLANNED = 0.9
@@ -37,6 +38,9 @@ def tokens_in_time(
     assert training.seconds is not None
     seconds_per_step = _step_seconds(student, training.batch // processes, micro_batch)
     fixed, seconds_per_row = (0.0, 0.0) if teacher is None else _teacher_seconds(teacher, student.rows)
+    # Perplexity is measured at least before and after the training.
+    rows = student.rows.repeat(-(-HELD_OUT // len(student.rows)), 1)[:HELD_OUT]
+    fixed += 2 * _seconds(lambda: student.perplexity(rows))
     remaining = PLANNED * training.seconds - (time.perf_counter() - start) - fixed
     steps = int(remaining / (seconds_per_step + training.batch * seconds_per_row / processes))
     if steps < 1:

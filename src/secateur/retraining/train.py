@@ -18,6 +18,8 @@ from secateur.retraining.student import Student
 
 SAVES = 10
 """Number of checkpoints that a training writes."""
+STEPS_BETWEEN = 16
+"""Smallest number of steps between two measurements of perplexity, each of which takes as long as half a step."""
 LAST_FILE = "trainer_state.json"
 """Last file that the Trainer writes of a checkpoint."""
 WARM_UP = 0.1
@@ -79,7 +81,7 @@ def train(
             use_cpu=device.type == "cpu",
             dataloader_pin_memory=False,
         )
-        measure = _Measurement(student, held_out, every)
+        measure = _Measurement(student, held_out, max(every, STEPS_BETWEEN))
         trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=[_Progress(bar), measure])
         # This callback prints the loss of every step.
         trainer.remove_callback(PrinterCallback)
