@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -342,6 +343,15 @@ def test_a_text_with_too_few_tokens_is_used_several_times(
         tuple(window) for row in rows.held_out.tolist() for window in zip(*(row[i:] for i in range(4)), strict=False)
     }
     assert not windows & kept
+
+
+def test_standard_input_is_read_once(checkpoint_folder, tmp_path, text, monkeypatch):
+    folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
+    losses = []
+    for source in (str(text), "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.read_bytes())))
+        losses.append(retrain(folder, tmp_path / "out", overwrite=True, **SMALL | {"calibration": source}).losses)
+    assert losses[0] == losses[1]
 
 
 class Noting(Silent):

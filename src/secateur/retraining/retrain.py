@@ -45,6 +45,7 @@ from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import train
 from secateur.retraining.trained_weights import TrainedWeights
 from secateur.retraining.write import write_retrained
+from secateur.text.calibration import cached_token_ids
 from secateur.write.record import read_record
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def retrain(
     checkpoint, target = _open_folder(folder, out, overwrite, services.watcher)
     teacher = open_teacher(checkpoint, training.teacher, services.watcher)
     with ExitStack() as stack:
+        # The text is needed twice, and standard input can be read only once.
+        stack.enter_context(cached_token_ids())
         if services.processes.is_first:
             state = RunFolder(target.path, _inputs_of(checkpoint, teacher, training), restart=restart)
             services = replace(services, run_folder=stack.enter_context(state))

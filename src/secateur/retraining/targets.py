@@ -24,13 +24,12 @@ from secateur.model.arena import Activations, Arena
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
+from secateur.retraining.loss import LOGITS_AT_ONCE
 from secateur.retraining.rows import TrainingRows
 from secateur.survey.loss import mean_loss
 
 LIKELIEST = 64
 """Number of tokens of a position whose probabilities are kept; the others count together."""
-POSITIONS_AT_ONCE = 1024
-"""Number of positions whose logits are in memory at a time."""
 ROWS_AT_ONCE = 256
 """Number of rows whose targets one process sends to the others at a time."""
 STEP, FILE = "teacher", "targets"
@@ -149,7 +148,8 @@ def _keep_likeliest(
         first: Number of the batch's first row.
     """
     found = []
-    for some in hidden.flatten(0, 1).split(POSITIONS_AT_ONCE):
+    at_once = max(1, LOGITS_AT_ONCE // teacher.checkpoint.config.vocab_size)
+    for some in hidden.flatten(0, 1).split(at_once):
         with teacher.layer_products():
             logits = head(some).float()
         values, ids = logits.topk(parts[0].parts[0].shape[-1], sorted=False)

@@ -3,6 +3,8 @@
 Adapters are added to the stored weights, not to the copies in memory, which may have fewer bits.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ class TrainedWeights:
             SecateurError: A weight is NaN or infinite.
         """
         self._checkpoint, self._network = checkpoint, student.network
+        # Pieces of the few parameters that hold a block's experts alternate in the file.
+        self._pieces = lru_cache(maxsize=4)(self._pieces_of)
         self._adapters = adapters_of(student.network)
         if rank:
             student.adapted.unload()
@@ -38,9 +42,12 @@ class TrainedWeights:
 
     def __getitem__(self, stored: str) -> Tensor:
         """Return a tensor by its stored name."""
-        name = self._owners[stored]
+        return self._pieces(self._owners[stored])[stored].to(self._checkpoint.tensors[stored].dtype)
+
+    def _pieces_of(self, name: str) -> dict[str, Tensor]:
+        """Return a parameter by stored names: its pieces, if the matrices of experts are stored one by one."""
         weight = self._merged(name) if self._adapters else self._network.get_parameter(name).data
-        return self._checkpoint.split(name, weight)[stored].to(self._checkpoint.tensors[stored].dtype)
+        return self._checkpoint.split(name, weight)
 
     def _merged(self, name: str) -> Tensor:
         """Return a stored matrix with its adapter added, rounded to the stored dtype."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ _CHARACTERS_PER_TOKEN = 16
 """Number of characters read for each token that evaluation needs; this is enough in every script."""
 _MIN_CHARACTERS = 1_000_000
 """Smallest number of characters read for evaluation, for texts with unusual words."""
-_cache: ContextVar[dict[Any, Tensor] | None] = ContextVar("_cache", default=None)
+_cache: ContextVar[dict[Any, Any] | None] = ContextVar("_cache", default=None)
 """Token ids of sources that were read inside `cached_token_ids`."""
 
 
@@ -146,7 +146,7 @@ def calibration_rows(
             return allowed[torch.randint(len(allowed), (count, body), generator=generator)]
         required = _require(tokenizer, source)
         if source == GENERAL:
-            ids_of_kinds = {kind: portion.of(ids) for kind, ids in general_ids(required, vocab_size).items()}
+            ids_of_kinds = {kind: portion.of(ids) for kind, ids in _general_ids(required, vocab_size).items()}
             return general_rows(ids_of_kinds, samples=count, body=body, generator=generator)
         ids = portion.of(_text_ids(required, source, split, MAX_CHARACTERS, vocab_size))
         _check_enough(source, ids, 1 if repeats else count, length, len(bos), option)
@@ -254,7 +254,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int
     """Return the number of tokens of a source of text, without `random` and `self`."""
     parts = [GENERAL, text] if (text := text_beside_general(source)) else [source]
     counts = [
-        sum(map(len, general_ids(tokenizer, vocab_size).values()))
+        sum(map(len, _general_ids(tokenizer, vocab_size).values()))
         if part == GENERAL
         else len(_text_ids(tokenizer, part, "calibration", MAX_CHARACTERS, vocab_size))
         for part in parts
@@ -265,7 +265,8 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int
 @contextmanager
 def cached_token_ids() -> Iterator[None]:
     """Read and tokenise each source only once for each tokenizer while the context is open."""
-    token = _cache.set({})
+    # A context inside another one uses the other's ids.
+    token = _cache.set({} if (current := _cache.get()) is None else current)
     try:
         yield
     finally:
@@ -280,7 +281,16 @@ def _text_ids(
     key = (tokenizer.name_or_path, source, split, characters, vocab_size)
     if key not in cache:
         cache[key] = checked_ids(encode(tokenizer, _text(tokenizer, source, split, characters)), vocab_size)
-    return cache[key]
+    return cast("Tensor", cache[key])
+
+
+def _general_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Tensor]:
+    """Return the ids of each kind of the general text (tokens)."""
+    cache = {} if (current := _cache.get()) is None else current
+    key = (tokenizer.name_or_path, GENERAL, vocab_size)
+    if key not in cache:
+        cache[key] = general_ids(tokenizer, vocab_size)
+    return cast("dict[str, Tensor]", cache[key])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, source: str, split: Split, characters: int) -> str:
