@@ -345,7 +345,7 @@ def test_a_text_with_too_few_tokens_is_used_several_times(
     assert not windows & kept
 
 
-def test_standard_input_is_read_once(checkpoint_folder, tmp_path, text, monkeypatch):
+def test_standard_input_can_be_the_text(checkpoint_folder, tmp_path, text, monkeypatch):
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
     losses = []
     for source in (str(text), "-"):

@@ -118,7 +118,7 @@ def retrain(
     checkpoint, target = _open_folder(folder, out, overwrite, services.watcher)
     teacher = open_teacher(checkpoint, training.teacher, services.watcher)
     with ExitStack() as stack:
-        # The text is needed twice, and standard input can be read only once.
+        # The text is needed several times: for the held-out rows and for the rows to train on.
         stack.enter_context(cached_token_ids())
         if services.processes.is_first:
             state = RunFolder(target.path, _inputs_of(checkpoint, teacher, training), restart=restart)
