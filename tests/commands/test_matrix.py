@@ -3,7 +3,6 @@ written is what was computed."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -38,7 +37,6 @@ from models import (
     save,
     some_keep,
     token_rows,
-    wide,
 )
 from outputs import record_of
 from secateur.base.errors import SecateurError
@@ -50,8 +48,6 @@ from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import refit
 from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
-from secateur.formats.format import PrunedModel
-from secateur.formats.stock_folder import StockFolder
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.facts import head_dim
@@ -119,38 +115,6 @@ def keeps_of(name: str, kinds: tuple[str, ...], axis: str) -> dict[int, KeptUnit
     return {i: some_keep(block, i, kinds, axis) for i, block in enumerate(blocks_of(dense(name)))}
 
 
-def with_another_unit(block: Block, keep: KeptUnits, kind: str, axis: str) -> KeptUnits:
-    """Return a selection of the same widths that keeps a removed unit in place of a kept one."""
-    if kind == "channels" and "experts" in keep:
-        # Of the last expert, or the shared one.
-        fed, kept = block.feed_forward, list(keep["channels"])
-        first, own = kept[-1] // fed.units_inside * fed.units_inside, fed.units_inside
-        if first >= fed.units * fed.units_inside:
-            first, own = fed.units * fed.units_inside, fed.shared_multiple * fed.units_inside
-        kept[-1] = next(unit for unit in range(first, first + own) if unit not in kept)
-        return {**keep, "channels": tuple(sorted(kept))}
-    module, kept = block.module(kind), list(keep[kind])
-    gone = [unit for unit in range(module.units) if unit not in kept]
-    if kind != "heads":
-        same = [unit for unit in kept if unit // module.per_group == gone[0] // module.per_group]
-        kept[kept.index(same[-1])] = gone[0]
-        if kind == "experts":
-            # The same places in another expert.
-            moved = [
-                c + (gone[0] - same[-1]) * module.units_inside * (c // module.units_inside == same[-1])
-                for c in keep.get("channels", ())
-            ]
-            keep = {**keep, "channels": tuple(sorted(moved))}
-    elif axis == KV_GROUPS:
-        size = module.per_group
-        kept = [unit for unit in kept if unit // size != kept[0] // size] + gone
-    else:
-        peers = [unit for unit in kept if unit // module.per_group == gone[0] // module.per_group]
-        kept[kept.index(peers[0])] = gone[0]
-    units = tuple(sorted(kept))
-    return {**keep, kind: units}
-
-
 def test_every_family_has_a_row():
     assert {config_of(name).model_type for name in MATRIX} == set(FAMILIES)
     with_heads = {
@@ -185,37 +149,6 @@ def test_masked_equals_sliced(name, kinds, axis):
         kept = sum(value.numel() for value in layer.state_dict().values())
         assert kept == block.parameters_at(width_of(block, keep))
         assert kept < block.parameters or (kinds == ("heads",) and block.attention.fixed)
-
-
-@pytest.mark.parametrize(("name", "kinds", "axis"), all_kinds(ROWS | MIXTURES))
-def test_another_unit_than_planned_changes_the_logits(name, kinds, axis):
-    model, ids, keeps = dense(name), token_rows(), keeps_of(name, kinds, axis)
-    with masked(model, keeps):
-        expected = logits_of(model, ids)
-    blocks = blocks_of(model)
-    for kind in kinds:
-        inner = kind == "channels" and "experts" in keeps[len(blocks) - 1] and "channels" in keeps[len(blocks) - 1]
-        index = next(
-            (i for i, block in enumerate(blocks) if kind in block.kinds or (inner and "experts" in keeps[i])), None
-        )
-        index = free_block(name) if kind == "heads" else index
-        if index is None:
-            continue
-        wrong = keeps | {index: with_another_unit(blocks[index], keeps[index], kind, axis)}
-        assert width_of(blocks[index], wrong[index]) == width_of(blocks[index], keeps[index])
-        assert relative(logits_of(narrowed(model, wrong), ids), expected) > 100 * TOLERANCE, kind
-
-
-@pytest.mark.parametrize("name", [name for name in MATRIX if KV_GROUPS in axes_of_heads(name)])
-def test_groups_leave_with_their_keys_and_values(name):
-    index = free_block(name)
-    block = blocks_of(dense(name))[index]
-    keep = some_keep(block, 1, ("heads",), KV_GROUPS)
-    layer = layers_of(narrowed(dense(name), {index: keep}))[index]
-    for slab in block.attention.input_projections:
-        rows = dict(layer.named_parameters())[slab.name].shape[slab.axis]
-        before = block.shapes[slab.name][slab.axis]
-        assert rows * block.attention.groups == before * (block.attention.groups - 1)
 
 
 @pytest.mark.parametrize("name", [name for name in MATRIX if attention_of(name).locked])
@@ -498,78 +431,10 @@ def test_runs_agree_byte_for_byte(tmp_path, checkpoint_folder, name):
 # What the stock classes cannot hold.
 
 
-def test_gemma_takes_divisors_only(tmp_path, checkpoint_folder):
-    """Five heads do not divide 48: `prune` chooses another width and says so, and the format refuses five."""
-    folder, name = checkpoint_folder("gemma2 every head"), "gemma2 every head"
-    block = first_block(name)
-    five = wide(5, 1, block.feed_forward.units)
-    sparsity = 1 - block.parameters_at(five) / block.parameters
-    found = prune(folder, tmp_path / "out", **settings(modules=("heads",), sparsity=sparsity))
-    assert set(found.widths.values()) == {wide(4, 1, block.feed_forward.units)}
-    assert "instead of" in (found.note or "")
-    stream = stream_of(folder)
-    refused = Plan(dict.fromkeys(range(3), five), sparsity, sparsity)
-    with pytest.raises(SecateurError, match="only head counts that divide hidden_size 48, not 5"):
-        StockFolder(stream).write(tmp_path / "five", PrunedModel(refused, ()))
-    assert not (tmp_path / "five").exists()
-
-
-IN_MEMORY = {
-    **{f"{name} heads": (name, wide(4, 1, 96), range(3), False) for name in ("gpt2", "opt", "gpt_neox")},
-    **{f"{name} heads": (name, wide(4, 1, 60), range(3), False) for name in ("opt after", "gpt_neox serial")},
-    "gemma2 heads": ("gemma2 every head", wide(5, 1, 72), range(3), False),
-    "blocks": ("llama", wide(2, 2, 50), range(1, 3), False),
-    "first blocks": ("phi3", wide(3, 1, 50), range(2), False),
-    "added biases": ("llama", wide(2, 2, 50), range(3), True),
-    "added biases, heads": ("qwen3", wide(2, 2, 50), range(3), True),
-    "no attention": ("llama", wide(0, 0, 50), range(3), False),
-    "no channels": ("qwen3 biased", wide(2, 2, 0), range(3), False),
-    "no module": ("llama biased", wide(0, 0, 0), range(1, 2), False),
-    "no attention behind a norm": ("gemma2", wide(0, 0, 50), range(1, 3), False),
-    "no channels behind a norm": ("gemma3_text", wide(2, 2, 0), range(2), False),
-    "no locked attention": ("olmo2", wide(0, 0, 50), range(3), False),
-    "no attention beside": ("gpt_neox", wide(0, 0, 60), range(3), False),
-    "no channels, biases stay": ("gpt2", wide(4, 1, 0), range(3), False),
-    "no module, biases stay": ("opt", wide(0, 0, 0), range(2), False),
-    "no module, fused": ("phi3", wide(0, 0, 0), range(1, 3), False),
-    "no channels, added biases": ("llama", wide(2, 2, 0), range(3), True),
-}
-
-
 def fitted(name: str, folder: Path, widths: dict[int, Width], **recovery: Any) -> list[FittedBlock]:
     method = Method(recovery=recovery_of(**recovery))
     rows = token_rows(SAMPLES, ROW, seed=5)
     return list(refit(stream_of(folder), Plan(widths, 0.2, 0.2), rows, method=method))
-
-
-@pytest.mark.parametrize("case", IN_MEMORY)
-def test_widths_that_no_file_can_hold_are_right_in_memory(checkpoint_folder, case):
-    name, width, blocks, biased = IN_MEMORY[case]
-    how = {"method": "bias"} if biased else {}
-    found = fitted(name, checkpoint_folder(name), dict.fromkeys(blocks, width), **how)
-    assert [block.index for block in found] == list(blocks)
-    keeps = {block.index: block.keep for block in found}
-    changed = {block.index: block.changed for block in found}
-    assert {width_of(first_block(name), keep) for keep in keeps.values()} == {width}
-    full, ids = copy.deepcopy(dense(name)), token_rows()
-    for index, tensors in changed.items():
-        for path, tensor in tensors.items():
-            assign(layers_of(full)[index], path, tensor)
-        if biased:
-            assert {path for path in tensors if path.endswith(".bias")} == {
-                module.bias_name for module in (first_block(name).attention, first_block(name).feed_forward)
-            }
-    with masked(full, keeps):
-        expected = logits_of(full, ids)
-    small = narrowed(dense(name), keeps, changed)
-    assert relative(logits_of(small, ids), expected) < TOLERANCE
-    # The refit is an improvement on the rows that it saw.
-    rows = token_rows(SAMPLES, ROW, seed=5)
-    wanted = logits_of(dense(name), rows)
-    plain = logits_of(narrowed(dense(name), keeps), rows)
-    before, after = ((found - wanted).square().sum() for found in (plain, logits_of(small, rows)))
-    left = width.heads or width.channels or first_block(name).attention.bias
-    assert after < before if left else after == before
 
 
 # The others have their parts from these, and are fitted where they are written.

@@ -89,14 +89,6 @@ def test_a_file_with_mistakes(family: Path, text: str, said: str) -> None:
     assert "biogpt" not in FAMILIES
 
 
-def test_fields_that_the_config_contradicts(tmp_path: Path, family: Path) -> None:
-    family.write_text(BIOGPT.replace("ungrouped: true", "").replace("theta_key: null", ""))
-    with pytest.raises(
-        SecateurError, match=r"so ungrouped must be true and .* so stock.theta_key must be null\); correct"
-    ):
-        prune(save("biogpt", tmp_path / "dense"), tmp_path / "out", **SMALL, family=family)
-
-
 def test_a_layer_that_is_not_there(tmp_path: Path, family: Path) -> None:
     folder = save("biogpt", tmp_path / "dense")
     family.write_text(BIOGPT.replace("fc2", "fc3"))

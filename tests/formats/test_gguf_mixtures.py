@@ -35,8 +35,7 @@ from test_gguf import (  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models as tiny
-from models import build, logits_of, masked, relative
-from secateur import prune
+from models import logits_of, relative
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_export import export
@@ -44,7 +43,6 @@ from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, vocabulary_of
 from secateur.model import gguf_file
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.gguf_file import dense_reading, readings
-from secateur.model.kinds import KINDS
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MORE_ROWS = test_gguf.MORE_ROWS | {
@@ -441,28 +439,3 @@ def test_pre_tokenizers_that_transformers_does_not_know(made: Made, name: str, n
     file = rewritten(made("qwen3_moe"), {"tokenizer.ggml.pre": name})
     steps = AutoTokenizer.from_pretrained(read(file).path).backend_tokenizer.pre_tokenizer
     assert len(steps.pre_tokenize_str("1984")) == numbers
-
-
-@pytest.mark.parametrize(
-    ("name", "kinds", "bound"),
-    [
-        ("mixtral", NARROW, 2e-6),
-        ("qwen3_moe", KINDS, 2e-6),
-        ("qwen3_5_moe_text even", NARROW, 2e-5),
-        ("qwen3_next even", NARROW, 2e-5),
-        ("qwen3_5_text even", CHANNELS, 2e-5),
-        ("gemma4_text mixture", NARROW, 1e-3),
-        ("gemma4_text small", CHANNELS, 1e-3),
-    ],
-)
-def test_from_a_file_to_a_file(tmp_path: Path, made: Made, name: str, kinds: Any, bound: float) -> None:
-    """llama.cpp computes what the model does with the removed units set to zero; nothing is refitted."""
-    file, keeps = made(name), uniform_keeps(name, kinds)
-    model = with_the_table(build(name)) if "gemma4" in name else build(name)
-    plan = [{"block": i, **keep} for i, keep in keeps.items()]
-    (tmp_path / "plan.json").write_text(json.dumps({"blocks": plan}))
-    how: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 16, "plan": str(tmp_path / "plan.json")}
-    prune(file, tmp_path / "out.gguf", format="gguf", type="f32", dtype="float32", recovery="none", **how)
-    with masked(model, keeps):
-        expected = logits_of(model, torch.tensor([IDS]))[0]
-    assert relative(run(tmp_path / "out.gguf", IDS), expected) < bound

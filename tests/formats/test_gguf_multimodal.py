@@ -31,8 +31,8 @@ from torch import Tensor
 
 import models as tiny
 from models import SIZES, relative
+from outputs import Notes
 from secateur import SecateurError, prune
-from secateur.base.progress import Silent
 from secateur.commands import doctor
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import DECODER_ONLY, export
@@ -133,16 +133,6 @@ def saved(name: str, folder: Path) -> Path:
     return folder
 
 
-class Notes(Silent):
-    """A watcher that keeps the notes."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-
 def gap(folder: Path, file: Path, architecture: str) -> float:
     """Relative distance between llama.cpp's logits of a text and the whole multimodal model's."""
     model, ids = opened(folder, trust_remote_code=True), torch.tensor([IDS])
@@ -193,20 +183,6 @@ def test_a_width_for_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(doctor, "_commands", lambda *of: {})
     (llama_cpp,) = doctor.check_engines(out)
     assert llama_cpp.message.startswith(f"can run its language model as a .gguf file ({architecture}): export it")
-
-
-@pytest.mark.parametrize(("name", "architecture"), {"qwen2_vl": "qwen2vl", "qwen3_vl": "qwen3vl"}.items())
-def test_widths_that_only_folders_hold(tmp_path: Path, name: str, architecture: str) -> None:
-    dense, out, how = saved(name, tmp_path / "dense"), tmp_path / "out", SMALL | {"modules": ("heads",)}
-    why = f"{architecture} has one width for all blocks, so prune all of them with uniform widths"
-    prune(dense, out, **how | {"widths": "adaptive"}, sparsity=0.1)
-    with pytest.raises(SecateurError, match=why):
-        export(out, tmp_path / "m.gguf")
-    with pytest.raises(SecateurError, match=why):
-        prune(dense, tmp_path / "m.gguf", **how | {"widths": "adaptive"}, sparsity=0.1, format="gguf")
-    if name == "qwen2_vl":
-        with pytest.raises(SecateurError, match="qwen2vl needs heads x head size = 48, so all 6 heads"):
-            prune(dense, tmp_path / "m.gguf", **how, sparsity=0.1, format="gguf")
 
 
 def test_tensor_names_of_newer_checkpoints(tmp_path: Path) -> None:
