@@ -135,61 +135,6 @@ def test_second_moment_of_attention_folds_the_probabilities_in(name):
     assert_scores(scores_of("second-moment", stats), wanted)
 
 
-def normal_statistics(gated: bool) -> tuple[Statistics, Tensor, Tensor]:
-    """Return a module with normal inputs of a known covariance, and the scores that follow from that covariance."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    name = "llama biased" if gated else "gpt2"
-    model = build(name)
-    block, tensors = blocks_of(model)[0], dict(layers_of(model)[0].named_parameters())
-    module, width = block.feed_forward, 48
-    mix, mean = draw(width, width) / width**0.5, 0.3 * draw(width)
-    x = draw(40_000, width) @ mix.T + mean
-    inputs = Moments(width)
-    inputs.update(x)
-    weight = output_weight(module, tensors)
-    moments = Moments(module.units)
-    stats = Statistics(module, tensors, weight, moments, inputs, ridge=0.3, target_is_old_output=True, seed=0)
-    return stats, mix @ mix.T + torch.outer(mean, mean), mean
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_second_moment_equals_monte_carlo(gated):
-    """Forty thousand samples against the covariance from which they are drawn."""
-    stats, second, mean = normal_statistics(gated)
-    wanted = torch.ones(stats.module.units)
-    for slab in stats.module.channel_projections:
-        rows = stats.tensors[slab.name].movedim(slab.axis, 0)
-        bias = stats.tensors[slab.name.replace("weight", "bias")]
-        square = ((rows @ second) * rows).sum(1) + 2 * bias * (rows @ mean) + bias.square()
-        wanted = wanted * 0.5 * stats.weight_ao.square().sum(1) * square
-    found = scores_of("second-moment", stats)
-    assert float((found / wanted - 1).abs().max()) < 0.05
-
-
-def test_the_factor_one_half_is_exact_for_a_rectifier():
-    """The score is the mean energy that a channel adds to the output, for symmetric inputs without a bias."""
-    generator = torch.Generator().manual_seed(0)
-    model = build("opt")
-    block, layer = blocks_of(model)[0], layers_of(model)[0]
-    layer.fc1.bias.zero_()
-    assert model.config.activation_function == "relu"
-    x = torch.randn(40_000, 48, generator=generator) * torch.linspace(0.3, 2, 48)
-    inputs, tensors = Moments(48), dict(layer.named_parameters())
-    inputs.update(x)
-    weight = output_weight(block.feed_forward, tensors)
-    moments = Moments(block.feed_forward.units)
-    stats = Statistics(
-        block.feed_forward, tensors, weight, moments, inputs, ridge=0.3, target_is_old_output=True, seed=0
-    )
-    active = torch.relu(x @ layer.fc1.weight.T)
-    added = [(active[:, unit, None] * layer.fc2.weight[:, unit]).square().sum(1).mean() for unit in range(20)]
-    assert float((scores_of("second-moment", stats)[:20] / torch.stack(added) - 1).abs().max()) < 0.05
-
-
 # Wanda, L1, L2, random.
 
 
@@ -382,9 +327,3 @@ def test_choice_rows_decide_the_order_and_fit_rows_the_errors():
     assert torch.equal(found.order, other.order)
     assert not torch.equal(found.order, own.order)
     assert float(found.errors[-1]) == pytest.approx(float(own.errors[-1]), rel=0.5)
-
-
-def test_surgeon_has_lower_errors_than_random():
-    stats = statistics("llama", "channels")[0]
-    surgeon, chance = (error_curve(all_criteria()[name], stats, "channels", 1) for name in ("surgeon", "random"))
-    assert float(surgeon.errors[20]) < float(chance.errors[20])

@@ -193,28 +193,6 @@ def test_projections_of_a_latent_vector_are_not_refitted(checkpoint_folder):
     assert not found.changed.keys() & {slab.name for slab in attention.input_projections}
 
 
-@pytest.mark.parametrize(("method", "when"), [("refit", "after"), ("paper", "before"), ("none", "after")])
-def test_the_old_error_is_computed_once_per_module(checkpoint_folder, monkeypatch, method, when):
-    """The error of given weights costs a product as large as the solve; the error at a minimum costs none."""
-    taken = []
-    residual = fit_module.squared_error
-    monkeypatch.setattr(fit_module, "squared_error", lambda *given: taken.append(1) or residual(*given))
-    run(checkpoint_folder("llama"), "llama", method=method, when=when)
-    assert len(taken) == 6
-
-
-@pytest.mark.parametrize("name", ["llama biased", "gpt2"])
-def test_before_after_and_both_give_different_weights(checkpoint_folder, name):
-    """Otherwise the test of the paper's recovery could not tell them apart."""
-    level2 = blocks_of(build(name))[1].feed_forward.output_projection.name
-    found = {
-        when: run(checkpoint_folder(name), name, method="paper", when=when, criterion="l2")[1]
-        for when in ("after", "before", "both")
-    }
-    for one, other in (("after", "before"), ("before", "both"), ("after", "both")):
-        assert relative(found[one].changed[level2], found[other].changed[level2]) > 0.02, (one, other)
-
-
 @pytest.mark.parametrize("ridge", [0.0, RIDGE])
 @pytest.mark.parametrize("when", ["after", "before", "both"])
 @pytest.mark.parametrize(

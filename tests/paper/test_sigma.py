@@ -26,7 +26,6 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import output_weight
-from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
 from secateur.survey.survey import survey
@@ -111,23 +110,6 @@ def stats_on(name: str, kind: Any, ids: Tensor) -> Statistics:
     stats.moments.update(inner)
     stats.weight_ao = output_weight(stats.module, stats.tensors)
     return stats
-
-
-def first_keeps(folder: Path, name: str, rows: Tensor | Rows, criterion: str, **recovery: Any) -> Any:
-    plan = Plan(dict.fromkeys(range(3), WIDTHS[name]), 0.3, 0.3)
-    method = Method(criterion, recovery_of(**recovery))
-    return next(iter(refit(BlockStream(open_checkpoint(folder)), plan, rows, method=method))).keep
-
-
-@pytest.mark.parametrize("name", list(WIDTHS))
-def test_random_ids_choose_the_units(checkpoint_folder, name):
-    """Of the first attention, which sees the dense model's activations."""
-    stats = stats_on(name, "heads", IDS)
-    axis: str = KV_GROUPS if WIDTHS[name].kv_groups < stats.module.groups else HEADS_PER_GROUP
-    order = removal_order(SECOND_MOMENT, stats, axis, WIDTHS[name][axis])
-    rows = Rows.of(TEXT).with_choice_rows(Rows.of(IDS))
-    keep = first_keeps(checkpoint_folder(name), name, rows, "second-moment")
-    assert keep["heads"] == remaining_units(stats.module, axis, order)
 
 
 @pytest.mark.parametrize("name", list(WIDTHS))
