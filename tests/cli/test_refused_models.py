@@ -37,11 +37,6 @@ def other_family(model_type: str, **keys: Any) -> Callable[[Path, CheckpointFold
     return apply
 
 
-def truncated(folder: Path, _: CheckpointFolder) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
 def whole_numbers(folder: Path, _: CheckpointFolder) -> None:
     weights = folder / "model.safetensors"
     name = "model.layers.1.mlp.up_proj.weight"
@@ -50,9 +45,6 @@ def whole_numbers(folder: Path, _: CheckpointFolder) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
-    "no config": (lambda f, _: (f / "config.json").unlink(), "model: no config.json; name a folder"),
-    "broken config": (lambda f, _: (f / "config.json").write_text('{"model_type": '), "config.json: not valid JSON at"),
-    "truncated": (truncated, "model.safetensors: truncated or damaged"),
     "other shape": (
         lambda f, _: config(f, intermediate_size=80),
         "[72, 48], but config.json makes it [80, 48] (and 8 more)",
@@ -71,10 +63,6 @@ MODELS: dict[str, tuple[Callable[[Path, CheckpointFolder], Any], str]] = {
     "another form": (other_family("ctrl"), "describe the family in a file and add --family FILE; see docs/extend.md"),
     "mamba": (other_family("mamba"), "it has layers of linear attention, convolution or state space, for which there"),
     "experts": (other_family("jetmoe"), "secateur families prints those that are (it has experts, for which"),
-    "no such model type": (lambda f, _: config(f, model_type="llamma"), "does not know model_type 'llamma'; upgrade"),
-    "t5": (lambda f, _: (f / "config.json").write_text('{"model_type": "t5"}'), "t5 is an encoder-decoder model"),
-    "vision": (lambda f, _: config(f, vision_config={"hidden_size": 8}), "is a multimodal model (vision_config)"),
-    "gptq": (lambda f, _: config(f, quantization_config={"quant_method": "gptq"}), "quantised weights (gptq)"),
 }
 
 

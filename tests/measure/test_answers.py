@@ -13,8 +13,8 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from models import EOS, MIXTURES, ROWS, SIMILAR, build, make_letters, make_tokenizer
+from outputs import Notes
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Silent
 from secateur.measure import answers, perplexity
 from secateur.measure.answers import ANSWER_TOKENS, agreement, greedy_answers, loop_share, loops, packaged_prompts
 from secateur.measure.evaluation import evaluate
@@ -196,18 +196,10 @@ def test_the_second_model_writes_the_answers(tmp_path):
     assert (alone.answers.loops, alone.answers.agreement) == (1.0, None)
 
 
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def noted(*folders: str, **how: Any) -> tuple[Any, list[str]]:
     notes = Notes()
     result = evaluate(folders[0], against=folders[1], texts=[], answers=True, watcher=notes, **how)
-    return result, notes.lines
+    return result, notes.said
 
 
 def test_a_model_that_cannot_answer_is_skipped_with_a_reason(tmp_path):
@@ -245,7 +237,7 @@ def test_long_answers_are_announced(monkeypatch):
     monkeypatch.setattr(answers, "perf_counter", lambda: next(ticks))
     notes = Notes()
     greedy_answers(model_of_next_tokens(SAYING), [[5]] * (answers.BATCH + 1), [EOS], watcher=notes, what="big answers")
-    assert notes.lines == ["big answers: up to 6 min for 192 steps; --no-answers leaves them out"]
+    assert notes.said == ["big answers: up to 6 min for 192 steps; --no-answers leaves them out"]
 
 
 def test_the_prompts_of_the_package():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from test_criteria import ready, statistics
 from torch import Tensor
 
 from conftest import CheckpointFolder
-from models import ROWS, blocks_of, build, layers_of, logits_of, make_tokenizer, relative, selected, token_rows, wide
-from outputs import error_of, record_of, weights_of
-from secateur.base.errors import SecateurError
+from models import blocks_of, build, layers_of, logits_of, make_tokenizer, relative, selected, token_rows, wide
+from outputs import error_of, record_of
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
 from secateur.commands.options import Options, RunOptions
@@ -39,9 +37,7 @@ from secateur.paper.similarity import candidates, find_similar_heads
 from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import PlanProblem
 from secateur.survey.curves import Survey
-from secateur.survey.head_distances import head_distances
 from secateur.survey.survey import survey
-from secateur.text.calibration import calibration_rows
 
 # Below 32 rows none is left out of the refit, so that the final norm stays as it is.
 SMALL: dict[str, Any] = {"samples": 30, "length": 24, "calibration": "random"}
@@ -287,55 +283,6 @@ def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path, name):
     # Without the refit much is lost.
     prune(folder, tmp_path / "cut", criterion="similarity", tau=1e-4, recovery="none", **SMALL)
     assert relative(logits_of(load(tmp_path / "cut"), ids), wanted) > 0.05
-
-
-@pytest.mark.parametrize("name", [name for name in ROWS if " " not in name and name != "olmo2"])
-def test_every_family(tmp_path, checkpoint_folder, name):
-    """A share of the attention goes, by heads that Algorithm 2 finds in the dense model; what comes out loads."""
-    folder = checkpoint_folder(name)
-    stream = BlockStream(open_checkpoint(folder))
-    distances = distances_of(stream)
-    tau = some_tau(stream, distances)
-    summary = prune(folder, tmp_path / "out", criterion="similarity", tau=tau, **SMALL)
-    found = record_of(tmp_path / "out")["similarity"]
-    for entry, block in zip(found["blocks"], record_of(tmp_path / "out")["blocks"], strict=True):
-        assert entry["candidates"] == algorithm2(distances[entry["block"]], tau)
-        assert set(entry["removed"]) <= set(entry["candidates"])
-        assert sorted([*block["heads"], *entry["removed"]]) == list(range(6))
-        assert len(block["channels"]) == stream.blocks[0].feed_forward.units
-    gone = sum(len(entry["removed"]) for entry in found["blocks"])
-    assert gone > 0
-    assert summary.note is not None
-    assert f"{found['attention_share']:.1%} of the attention's parameters" in summary.note
-    small = load(tmp_path / "out")
-    assert torch.isfinite(logits_of(small, token_rows(2))).all()
-    assert relative(logits_of(small, token_rows(2)), logits_of(build(name), token_rows(2))) > 1e-4
-
-
-def some_tau(stream: BlockStream, distances: dict[int, Tensor]) -> float:
-    """A threshold at which some heads can go."""
-    parameters = parameter_meter(stream)
-    wish = PlanProblem(stream.blocks, range(len(stream)), parameters, 0.25, parameters)
-    pairs = torch.cat([table[torch.ones_like(table).triu(1) > 0] for table in distances.values()])
-    for share in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9):
-        with suppress(SecateurError):
-            tau = float(pairs.quantile(share))
-            similar_plan(wish, distances, tau)
-            return tau
-    raise AssertionError("no heads are alike")
-
-
-def distances_of(stream: BlockStream) -> dict[int, Tensor]:
-    """Distances on the calibration rows of a run with `SMALL`."""
-    how = {"samples": 30, "length": 24, "seed": 0, "vocab_size": stream.checkpoint.config.vocab_size}
-    return head_distances(stream, calibration_rows(stream.checkpoint.tokenizer(), "random", **how))
-
-
-def test_a_record_gives_the_same_bytes(tmp_path, checkpoint_folder):
-    folder = checkpoint_folder("llama every head")
-    prune(folder, tmp_path / "given", criterion="similarity", tau=0.16, **SMALL)
-    prune(folder, tmp_path / "planned", plan=str(tmp_path / "given" / "secateur.json"), **SMALL)
-    assert weights_of(tmp_path / "given") == weights_of(tmp_path / "planned")
 
 
 def test_only_the_chosen_blocks_are_pruned(tmp_path):
