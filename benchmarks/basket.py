@@ -80,9 +80,9 @@ class Basket:
         kinds = only or [kind for kind in (*SEEN, *UNSEEN) if Path(self.file(kind)).exists()]
         # Conversations are scored only where the tokenizer has a chat template.
         kinds = [kind for kind in kinds if kind != "chat" or self.tokenizer.chat_template]
-        self.rows = {kind: consecutive_rows(self.tokenizer, self.file(kind), length=128, **how) for kind in kinds}
+        self.rows = {kind: consecutive_rows(self.tokenizer, self.file(kind), length=128, **how).ids for kind in kinds}
         if positions >= 2048 and LONG in kinds:
-            self.rows["long"] = consecutive_rows(self.tokenizer, self.file(LONG), length=2048, **how)
+            self.rows["long"] = consecutive_rows(self.tokenizer, self.file(LONG), length=2048, **how).ids
 
     @property
     def groups(self) -> dict[str, list[str]]:

@@ -126,7 +126,7 @@ class Bench:
         self.rows = Rows.of(self.text)
         self.fitted = self.rows if begins_with_bos(tokenizer) else self.rows.with_openings()
         self.texts = [
-            consecutive_rows(tokenizer, source, length=128, tokens=arguments.tokens, vocab_size=vocabulary)
+            consecutive_rows(tokenizer, source, length=128, tokens=arguments.tokens, vocab_size=vocabulary).ids
             for source in arguments.evaluate
         ]
         self.network = load(checkpoint, torch.float32, torch.device("cpu"))

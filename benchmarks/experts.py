@@ -53,7 +53,7 @@ def main() -> None:
     checkpoint = open_checkpoint(given.model)
     stream, tokenizer = BlockStream(checkpoint), checkpoint.tokenizer()
     how: dict[str, Any] = {"length": 128, "vocab_size": checkpoint.config.vocab_size}
-    texts = [consecutive_rows(tokenizer, text, tokens=given.tokens, **how) for text in given.evaluate]
+    texts = [consecutive_rows(tokenizer, text, tokens=given.tokens, **how).ids for text in given.evaluate]
     found: dict[tuple[str, float], list[list[float]]] = {}
     for seed in given.seeds:
         text = calibration_rows(tokenizer, given.calibration, samples=given.samples, seed=seed, **how)

@@ -103,7 +103,7 @@ def scorer(arguments: argparse.Namespace, stream: BlockStream) -> Callable[[torc
             length=arguments.row,
             tokens=arguments.tokens,
             vocab_size=stream.checkpoint.config.vocab_size,
-        )
+        ).ids
         for source in arguments.evaluate
     ]
     return lambda network: [perplexity(network, ids).perplexity for ids in texts]

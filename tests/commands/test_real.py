@@ -44,7 +44,7 @@ def score(folder: Path, text: Path) -> float:
     rows = consecutive_rows(
         checkpoint.tokenizer(), str(text), length=64, tokens=512, vocab_size=checkpoint.config.vocab_size
     )
-    return perplexity(load(checkpoint, torch.float32, torch.device("cpu")), rows).perplexity
+    return perplexity(load(checkpoint, torch.float32, torch.device("cpu")), rows.ids).perplexity
 
 
 @pytest.fixture(scope="module")

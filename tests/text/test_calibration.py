@@ -90,7 +90,7 @@ def test_seed_decides_the_windows(tokenizer, hundred):
 
 
 def test_consecutive_rows_follow_the_text(tokenizer, hundred):
-    rows = consecutive_rows(tokenizer, hundred, length=8, tokens=35, vocab_size=VOCAB)
+    rows = consecutive_rows(tokenizer, hundred, length=8, tokens=35, vocab_size=VOCAB).ids
     bos = int(begins_with_bos(tokenizer))
     assert rows.shape == (4, 8)
     assert rows[:, bos:].flatten().tolist() == list(range(4, 4 + 4 * (8 - bos)))
@@ -99,14 +99,14 @@ def test_consecutive_rows_follow_the_text(tokenizer, hundred):
 
 @pytest.mark.parametrize("tokens", [None, 10_000])
 def test_consecutive_rows_end_with_the_text(tokenizer, hundred, tokens):
-    rows = consecutive_rows(tokenizer, hundred, length=8, tokens=tokens, vocab_size=VOCAB)
+    rows = consecutive_rows(tokenizer, hundred, length=8, tokens=tokens, vocab_size=VOCAB).ids
     assert len(rows) == 100 // (8 - begins_with_bos(tokenizer))
 
 
 def test_documents_are_joined_by_a_blank_line(tmp_path):
     path = tmp_path / "two.jsonl"
     path.write_text('{"text": "w1 w2"}\n\n{"text": "w3", "messages": 5}\n')
-    rows = consecutive_rows(make_tokenizer(), str(path), length=4, tokens=4, vocab_size=VOCAB)
+    rows = consecutive_rows(make_tokenizer(), str(path), length=4, tokens=4, vocab_size=VOCAB).ids
     assert rows.tolist() == [[5, 6, BREAK, 7]]
 
 
@@ -132,7 +132,7 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path):
 def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text_of(20).encode())))
     for _ in range(2):  # two models may be scored on it
-        assert consecutive_rows(make_tokenizer(), "-", length=5, tokens=20, vocab_size=VOCAB).shape == (4, 5)
+        assert consecutive_rows(make_tokenizer(), "-", length=5, tokens=20, vocab_size=VOCAB).ids.shape == (4, 5)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(SecateurError, match="standard input is empty"):
         read_documents("-")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from models import BOS, VOCAB, build, make_tokenizer
 from secateur.measure import perplexity
 from secateur.model.tokens import EncodedText
-from secateur.text.calibration import scored_rows
+from secateur.text.calibration import consecutive_rows
 
 TEXT = "The café  sells 3 kinds of tea:\n\tgreen, black — and “white” 🍵.\nÜber 50 € spent? 你好！ 한글 text  ends here"
 
@@ -131,7 +131,7 @@ class _Callable(SimpleNamespace):
 def test_bytes_of_rows_are_those_of_all_tokens_but_the_first(tmp_path, bos):
     words = [f"w{i * i % 100}" for i in range(100)]
     (tmp_path / "text.txt").write_text(" ".join(words))
-    rows = scored_rows(make_tokenizer(bos), str(tmp_path / "text.txt"), length=8, tokens=80, vocab_size=VOCAB)
+    rows = consecutive_rows(make_tokenizer(bos), str(tmp_path / "text.txt"), length=8, tokens=80, vocab_size=VOCAB)
     assert (rows.ids[:, 0] == BOS).all() == bos
     body = 8 - bos
     spelled = [len(word) + (place > 0) for place, word in enumerate(words)]
@@ -145,7 +145,7 @@ def test_bits_per_byte_compare_tokenizers(tmp_path):
     model = build("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    rows = scored_rows(make_tokenizer(), str(path), length=8, tokens=None, vocab_size=VOCAB)
+    rows = consecutive_rows(make_tokenizer(), str(path), length=8, tokens=None, vocab_size=VOCAB)
     result = perplexity(model, rows.ids, text_bytes=rows.bytes)
     assert result.perplexity == pytest.approx(VOCAB)
     assert result.bytes == rows.bytes

@@ -8,12 +8,14 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from secateur.base.errors import SecateurError, StoppedError
+from secateur.base.files import is_disk_full, remove
 from secateur.base.json_files import read_hashed, write_hashed
 
 REQUEST, ROWS, LOCK = "request", "rows", "lock"
@@ -150,6 +152,31 @@ class RunFolder:
                     f"{self.path}: the unfinished run has {name} {_shown(before)}, this command has {_shown(now)}; use "
                     "the same value to resume it, or add --restart to start over"
                 )
+
+
+@contextmanager
+def saving_state(place: Path, unfinished: Path | None = None) -> Iterator[None]:
+    """Say how the run is resumed if its state cannot be written, and delete what is unfinished.
+
+    Args:
+        place: File or folder to name in the message.
+        unfinished: File or folder that is being written.
+
+    Raises:
+        StoppedError: The disk is full, or the state cannot be written for another reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        if unfinished is not None:
+            remove(unfinished)
+        if is_disk_full(error):
+            why = "the disk is full; free some space"
+        elif isinstance(error, OSError):
+            why = f"cannot be written ({error}); correct that"
+        else:
+            raise
+        raise StoppedError(f"{place}: {why} and run the same command again, which resumes the run") from error
 
 
 def run_folder_path(out: Path) -> Path:

@@ -179,7 +179,7 @@ def _score(
 
 def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> ScoredRows:
     """Return the rows of a text on which a model is scored."""
-    return calibration.scored_rows(
+    return calibration.consecutive_rows(
         tokenizer,
         text,
         length=length,

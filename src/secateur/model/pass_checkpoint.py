@@ -5,9 +5,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from secateur.base.errors import StoppedError
-from secateur.base.files import is_disk_full
 from secateur.base.json_files import read_hashed, write_hashed
+from secateur.base.run_folder import saving_state
 from secateur.base.services import Services
 from secateur.model.activation_file import read_activations, write_activations
 from secateur.model.arena import Activations
@@ -90,22 +89,12 @@ class PassCheckpoint:
     def _write(self, folder: Path, done: int, streams: Sequence[Activations]) -> None:
         """Write a state. It replaces the previous state once it is complete on disk."""
         file = _file(folder, done)
-        try:
+        with saving_state(folder, file):
             folder.mkdir(exist_ok=True)
             values = {name: save() for name, save in self._savers.items()}
             hashed = write_activations(file, streams, self._services.processes)
             write_hashed(folder / STATE, {"done": done, "values": values, "activations": hashed})
             _file(folder, self.done).unlink(missing_ok=True)
-        except (OSError, StoppedError) as error:
-            file.unlink(missing_ok=True)
-            if isinstance(error, StoppedError):
-                raise
-            why = (
-                "the disk is full; free some space"
-                if is_disk_full(error)
-                else f"cannot be written ({error}); correct that"
-            )
-            raise StoppedError(f"{folder}: {why} and run the same command again, which resumes the run") from error
 
     def _read(self) -> dict[str, Any]:
         if self.folder is not None and (self.folder / STATE).exists():

@@ -8,6 +8,7 @@ Shapes: t tokens in a row, k targets of a position.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from secateur.base.device import fast_dtype
-from secateur.base.errors import SecateurError, StoppedError
-from secateur.base.files import is_disk_full
+from secateur.base.errors import SecateurError
 from secateur.base.processes import Processes
+from secateur.base.run_folder import saving_state
 from secateur.model.activation_file import read_activations, write_activations
 from secateur.model.arena import Activations, Arena
 from secateur.model.pass_checkpoint import PassCheckpoint
@@ -88,96 +89,71 @@ def teacher_targets(teacher: BlockStream, rows: TrainingRows, arena: Arena) -> T
         SecateurError: Logits are not finite, or the saved targets are damaged.
         StoppedError: The disk is full.
     """
-    services, trained = teacher.services, Rows.of(rows.train)
-    count = min(LIKELIEST, teacher.checkpoint.config.vocab_size)
-    parts = arena.empty(trained, count, torch.int32), arena.empty(trained, count, torch.float16)
-    folder = services.run_folder
-    file = None if folder is None else folder.path / FILE
-
-    def compute() -> dict[str, Any]:
-        """Compute and save the targets; return the hash of the file and the loss on held-out rows."""
-        loss = _compute(teacher, rows, parts)
-        return {"hash": "" if file is None else _write(file, parts), "held_out_loss": loss}
-
-    is_saved = services.processes.broadcast(lambda: folder is not None and folder.has_result(STEP))
-    result = services.saved_result(STEP, compute)
-    if is_saved:
-        if file is not None:
-            read_activations(file, parts, Processes(), result["hash"])
-        _send(parts, 0, slice(0, len(rows.train)), services.processes)
+    services = teacher.services
+    file = None if services.run_folder is None else services.run_folder.path / FILE
+    result = services.saved_result(STEP, lambda: _compute(teacher, rows, file))
+    parts = _empty(arena, Rows.of(rows.train), teacher)
+    if file is not None:
+        read_activations(file, parts, Processes(), result["hash"])
+    _send(parts, services.processes)
     return TeacherTargets(*parts, result["held_out_loss"])
 
 
-def _compute(teacher: BlockStream, rows: TrainingRows, parts: Parts) -> float:
-    """Run the teacher over all rows, block by block, and keep its likeliest tokens at every process.
+def _compute(teacher: BlockStream, rows: TrainingRows, file: Path | None) -> dict[str, Any]:
+    """Run the teacher over all rows, block by block, and write the targets of all processes to a file of rank 0.
 
     Returns:
-        Its loss on the held-out rows, in nats per token.
+        The hash of the file, and the teacher's loss on the held-out rows in nats per token.
     """
     services, every = teacher.services, Rows.of(rows.train).with_held_out(rows.held_out)
     mine, checkpoint = teacher.local_rows(every), PassCheckpoint(services, STEP)
-    spans = [teacher.spans_of(every, rank)[0] for rank in range(services.processes.size)]
     with teacher.arena() as arena, teacher.multiplying_in(fast_dtype(teacher.device)):
         hidden = teacher.embed(mine, arena)
         for index in checkpoint.blocks(len(teacher), "Run the teacher", lambda: [hidden]):
             with teacher.filled(index) as layer:
                 teacher.advance(index, layer, mine, hidden)
+        parts = _empty(arena, Rows.of(mine.groups[0]), teacher)
         with teacher.head() as head:
             batches = [at for at in mine.batches() if at.group == 0]
             for at in services.watcher.track(batches, "Predict"):
-                first = spans[services.processes.rank].start + at.rows.start
-                _keep_likeliest(teacher, head, hidden[at], parts, first)
+                for part, values in zip(parts, _likeliest(teacher, head, hidden[at]), strict=True):
+                    part[at] = values
         loss = mean_loss(teacher, every, 1, hidden)
-    for owner, span in enumerate(spans):
-        _send(parts, owner, span, services.processes)
-    if not math.isfinite(loss):
-        raise SecateurError(f"{teacher.checkpoint.source}: NaN or infinite logits; check the weights")
-    return loss
+        if not math.isfinite(loss):
+            raise SecateurError(f"{teacher.checkpoint.source}: NaN or infinite logits; check the weights")
+        with nullcontext() if file is None else saving_state(file, file):
+            return {"hash": write_activations(file, parts, services.processes), "held_out_loss": loss}
 
 
-def _keep_likeliest(
-    teacher: BlockStream, head: Callable[[Tensor], Tensor], hidden: Tensor, parts: Parts, first: int
-) -> None:
-    """Write the likeliest tokens of a batch into the targets.
+def _empty(arena: Arena, rows: Rows, teacher: BlockStream) -> Parts:
+    """Return uninitialised targets of rows."""
+    count = min(LIKELIEST, teacher.checkpoint.config.vocab_size)
+    return arena.empty(rows, count, torch.int32), arena.empty(rows, count, torch.float16)
+
+
+def _likeliest(teacher: BlockStream, head: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the likeliest tokens at each position of a batch, and the logarithms of their probabilities (b t x k).
 
     Args:
         teacher: The dense model.
         head: Function from hidden states to logits.
         hidden: Output of the last block (b x t x d).
-        parts: Targets of all rows.
-        first: Number of the batch's first row.
     """
-    found = []
-    at_once = max(1, LOGITS_AT_ONCE // teacher.checkpoint.config.vocab_size)
-    for some in hidden.flatten(0, 1).split(at_once):
+    vocabulary, found = teacher.checkpoint.config.vocab_size, []
+    for some in hidden.flatten(0, 1).split(max(1, LOGITS_AT_ONCE // vocabulary)):
         with teacher.layer_products():
             logits = head(some).float()
-        values, ids = logits.topk(parts[0].parts[0].shape[-1], sorted=False)
-        found.append((ids.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).half().cpu()))
-    for part, computed in zip(parts, zip(*found, strict=True), strict=True):
-        stored = part.parts[0]
-        stored[first : first + len(hidden)] = torch.cat(computed).view(len(hidden), *stored.shape[1:])
+        values, ids = logits.topk(min(LIKELIEST, vocabulary), sorted=False)
+        found.append((ids.int(), (values - logits.logsumexp(-1, keepdim=True)).half()))
+    ids, log_p = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return ids, log_p
 
 
-def _write(file: Path, parts: Parts) -> str:
-    """Write targets to a file, and return its hash.
-
-    Raises:
-        StoppedError: The disk is full.
-    """
-    try:
-        return write_activations(file, parts, Processes())
-    except OSError as error:
-        file.unlink(missing_ok=True)
-        if not is_disk_full(error):
-            raise
-        raise StoppedError(f"{file}: the disk is full; free some space and run the same command again") from error
-
-
-def _send(parts: Parts, owner: int, rows: slice, processes: Processes) -> None:
-    """Send the targets of some rows from one process to all others."""
-    for start in range(rows.start, rows.stop, ROWS_AT_ONCE) if not processes.is_single else ():
-        at = slice(start, min(start + ROWS_AT_ONCE, rows.stop))
+def _send(parts: Parts, processes: Processes) -> None:
+    """Send the targets of all rows from rank 0 to the other processes."""
+    count = len(parts[0].parts[0])
+    for start in range(0, count, ROWS_AT_ONCE) if not processes.is_single else ():
+        at = slice(start, min(start + ROWS_AT_ONCE, count))
         for part in parts:
-            values = {"": part.parts[0][at]} if processes.rank == owner else None
-            part.parts[0][at] = processes.broadcast_tensors(values, owner, torch.device("cpu"))[""]
+            values = {"": part.parts[0][at]} if processes.is_first else None
+            part.parts[0][at] = processes.broadcast_tensors(values, 0, torch.device("cpu"))[""]

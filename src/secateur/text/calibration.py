@@ -160,6 +160,15 @@ def calibration_rows(
     return _with_bos(bos, spread(halves))
 
 
+class ScoredRows(NamedTuple):
+    """Consecutive rows of a text, of which every token but the first of each row is scored."""
+
+    ids: Tensor
+    """Token ids, int64 (rows x length)."""
+    bytes: int
+    """Number of UTF-8 bytes of text that the scored tokens cover; see `EncodedText.bytes_of`."""
+
+
 def consecutive_rows(
     tokenizer: PreTrainedTokenizerBase,
     source: str,
@@ -169,7 +178,7 @@ def consecutive_rows(
     vocab_size: int,
     max_positions: int | None = None,
     split: Split = "evaluation",
-) -> Tensor:
+) -> ScoredRows:
     """Cut the beginning of a source into consecutive rows, as perplexity is usually measured.
 
     Args:
@@ -183,45 +192,11 @@ def consecutive_rows(
         split: The part of a data set that is read.
 
     Returns:
-        Token ids, int64 (rows x length), at least one row.
+        At least one row, and the bytes of the scored tokens.
 
     Raises:
         SecateurError: The source cannot be read or does not fill a row, a size is out of range, or the tokenizer gives
             ids that the model does not have.
-    """
-    return scored_rows(
-        tokenizer,
-        source,
-        length=length,
-        tokens=tokens,
-        vocab_size=vocab_size,
-        max_positions=max_positions,
-        split=split,
-    ).ids
-
-
-class ScoredRows(NamedTuple):
-    """Consecutive rows of a text, of which every token but the first of each row is scored."""
-
-    ids: Tensor
-    """Token ids, int64 (rows x length)."""
-    bytes: int
-    """Number of UTF-8 bytes of text that the scored tokens cover; see `EncodedText.bytes_of`."""
-
-
-def scored_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    *,
-    length: int,
-    tokens: int | None,
-    vocab_size: int,
-    max_positions: int | None = None,
-    split: Split = "evaluation",
-) -> ScoredRows:
-    """Cut the beginning of a source into consecutive rows, and count the bytes of their scored tokens.
-
-    See `consecutive_rows` for the arguments and errors.
     """
     check_calibration(source, length=length, max_positions=max_positions)
     if tokens is not None and tokens < length:
