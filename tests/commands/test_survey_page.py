@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from command_line import SMALL, TEXT, listing, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -309,24 +310,10 @@ def test_the_page_fits_the_screen_and_loads_nothing_else(browser, page_file, wid
         assert opened.requests == [page_file.as_uri()]
 
 
-def test_every_element_has_an_accessible_name(browser, page_file):
+def test_axe_finds_no_fault(browser, page_file):
+    """Among others, every element has a name, and every part of the page a landmark."""
     with Opened(browser, page_file) as opened:
-        unnamed = opened.page.evaluate(
-            "[...document.querySelectorAll('input, select')].filter(node => !node.labels.length).map(n => n.id)"
-        )
-        assert unnamed == []
-        silent = opened.page.evaluate(
-            """[...document.querySelectorAll('svg:not([aria-hidden]), button, [role=region], [role=group], section')]
-              .filter(node => !(node.getAttribute('aria-label') || node.getAttribute('aria-labelledby')
-                || node.textContent.trim())).map(node => node.outerHTML.slice(0, 80))"""
-        )
-        assert silent == []
-        for landmark in ("header", "nav", "main", "footer"):
-            assert opened.page.locator(landmark).count() == 1
-        assert opened.page.evaluate(
-            "new Set([...document.querySelectorAll('[id]')].map(n => n.id)).size"
-            " === document.querySelectorAll('[id]').length"
-        )
+        assert Axe().run(opened.page).response["violations"] == []
 
 
 def test_every_control_has_visible_keyboard_focus(browser, page_file):
@@ -369,7 +356,7 @@ def test_the_slider_shows_the_plans(browser, page_file):
         assert opened.complaints == []
 
 
-@pytest.mark.parametrize("place_of", ["plan-table", "module-table", "unit-table", "pair-table"])
+@pytest.mark.parametrize("place_of", ["plan-table", "pair-table"])
 def test_tables_can_be_sorted_by_keyboard(browser, page_file, place_of):
     with Opened(browser, page_file) as opened:
         table = opened.page.locator(f"#{place_of} table")

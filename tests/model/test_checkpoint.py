@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
+from secateur.formats.gguf_export import export
 from secateur.model import gguf_source, hub_source, weights
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 
@@ -458,108 +458,73 @@ def test_the_hub_is_probed_with_a_short_timeout(monkeypatch):
     assert hub_source.out_of_reach() == "HF_HUB_OFFLINE is set"
 
 
-def write_gguf(file: Path, architecture: str = "llama", *, parts: int = 1) -> None:
-    """Write a GGUF file of a one-block model in float32 with a tiny byte-pair tokenizer."""
-    d, f, v = 32, 64, 40
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_context_length(64)
-    writer.add_embedding_length(d)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(f)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(500.0)
-    writer.add_vocab_size(v)
-    writer.add_uint16("split.count", parts)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*"abcdefgh", "ab", *(f"<{i}>" for i in range(v - 9))])
-    writer.add_token_types([1] * v)
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(39)
-    writer.add_chat_template("{{ messages }}")
-    shapes = {"token_embd": (v, d), "output_norm": (d,), "blk.0.attn_norm": (d,), "blk.0.ffn_norm": (d,)}
-    shapes |= {f"blk.0.attn_{name}": (16 if name in "kv" else d, d) for name in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_gate": (f, d), "blk.0.ffn_up": (f, d), "blk.0.ffn_down": (d, f)}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", np.full(shape, 0.5, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "secateur"
 
 
-def test_a_gguf_file_is_dequantised_once(tmp_path, cache, monkeypatch, capfd):
-    file = tmp_path / "tiny.gguf"
-    write_gguf(file)
-    checkpoint = open_checkpoint(file)
+@pytest.fixture
+def gguf_file(tmp_path, letters_folder):
+    return export(letters_folder("llama"), tmp_path / "tiny.gguf", type="f32").path
+
+
+def test_a_gguf_file_is_dequantised_once(gguf_file, cache, letters_folder, monkeypatch, capfd):
+    capfd.readouterr()
+    checkpoint = open_checkpoint(gguf_file)
     assert capfd.readouterr() == ("", "")
-    assert checkpoint.source == str(file)
+    assert checkpoint.source == str(gguf_file)
     assert checkpoint.dtype == torch.bfloat16
-    assert checkpoint.config.eos_token_id == 39
     assert "quantization_config" not in checkpoint.raw_config
     checkpoint.check_shapes(meta_model(checkpoint))
     assert checkpoint.left_out == ()
-    assert (checkpoint.read("model.layers.0.mlp.up_proj.weight") == 0.5).all()
-    assert checkpoint.tokenizer().chat_template == "{{ messages }}"
-    assert json.loads((checkpoint.path / "generation_config.json").read_text())["eos_token_id"] == 39
+    name, dense = "model.layers.0.mlp.up_proj.weight", open_checkpoint(letters_folder("llama"))
+    assert torch.equal(checkpoint.read(name), dense.read(name).bfloat16())
+    ends = {json.loads((checkpoint.path / "generation_config.json").read_text())["eos_token_id"]}
+    assert ends == {checkpoint.config.eos_token_id} == {dense.tokenizer().eos_token_id}
     assert list(cache.iterdir()) == [checkpoint.path]
     monkeypatch.setattr(gguf_source, "_convert", lambda *args: pytest.fail("converted again"))
-    assert open_checkpoint(file).path == checkpoint.path
+    assert open_checkpoint(gguf_file).path == checkpoint.path
     with pytest.raises(pytest.fail.Exception):
-        open_checkpoint(file, dtype=torch.float32)
+        open_checkpoint(gguf_file, dtype=torch.float32)
 
 
-def test_gguf_converted_by_another_process_meanwhile(tmp_path, cache, monkeypatch):
-    file = tmp_path / "tiny.gguf"
-    write_gguf(file)
-    start = file.read_bytes()[: 2**20]
-    final = cache / f"tiny-{gguf_source._key(file, start, torch.bfloat16)}"
+def test_gguf_converted_by_another_process_meanwhile(gguf_file, cache, monkeypatch):
+    start = gguf_file.read_bytes()[: 2**20]
+    final = cache / f"tiny-{gguf_source._key(gguf_file, start, torch.bfloat16)}"
 
     def convert(file, reader, folder, dtype):
         save(folder)
         save(final)
 
     monkeypatch.setattr(gguf_source, "_convert", convert)
-    assert open_checkpoint(file).path == final
+    assert open_checkpoint(gguf_file).path == final
     assert list(cache.iterdir()) == [final]
 
 
-def test_gguf_conversion_that_fails_leaves_nothing(tmp_path, cache, monkeypatch):
-    file = tmp_path / "tiny.gguf"
-    write_gguf(file)
-
+def test_gguf_conversion_that_fails_leaves_nothing(gguf_file, cache, monkeypatch):
     def convert(file, reader, folder, dtype):
         (folder / "model.safetensors").write_bytes(b"some")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf_source, "_convert", convert)
-    assert "the disk is full; free some space, or set XDG_CACHE_HOME to another folder" in refusal(file)
+    assert "the disk is full; free some space, or set XDG_CACHE_HOME to another folder" in refusal(gguf_file)
     assert list(cache.iterdir()) == []
 
 
-def test_broken_gguf_files_are_refused(tmp_path, cache):
-    file = tmp_path / "m.gguf"
-    write_gguf(file)
-    data = file.read_bytes()
-    file.write_bytes(b"PK" + data)
-    assert "not a GGUF file (it starts with b'PKGG')" in refusal(file)
+def test_broken_gguf_files_are_refused(gguf_file, cache):
+    data = gguf_file.read_bytes()
+    gguf_file.write_bytes(b"PK" + data)
+    assert "not a GGUF file (it starts with b'PKGG')" in refusal(gguf_file)
     for size in (4, 10, 50, 500, len(data) // 2, len(data) - 10):
-        file.write_bytes(data[:size])
-        assert "truncated or broken GGUF; download it again" in refusal(file)
-    write_gguf(file, "unheard")
-    assert "cannot read the architecture 'unheard' from GGUF" in refusal(file)
-    write_gguf(file, "deci")
-    assert "transformers cannot load it" in refusal(file)
-    write_gguf(file, parts=3)
-    assert "one of 3 parts; merge them" in refusal(file)
+        gguf_file.write_bytes(data[:size])
+        assert "truncated or broken GGUF; download it again" in refusal(gguf_file)
+    part = gguf.GGUFWriter(gguf_file, "llama")
+    part.add_uint16("split.count", 3)
+    part.write_header_to_file()
+    part.write_kv_data_to_file()
+    part.close()
+    assert "one of 3 parts; merge them" in refusal(gguf_file)
     assert not cache.exists() or list(cache.iterdir()) == []
 
 
