@@ -78,15 +78,6 @@ def test_weights_are_written_in_the_dtype(place, run):
     assert {t.dtype for t in load_file(place / "again" / "model.safetensors").values()} == {torch.float32}
 
 
-def test_overwrite_replaces_a_model(place, run):
-    assert run("prune", "model", "out", *SMALL, "--criterion", "l1").code == 0
-    refused(run("prune", "model", "out", *SMALL), "exists and is not empty")
-    assert record_of(place / "out")["options"]["criterion"] == "l1"
-    assert run("prune", "model", "out", *SMALL, "--criterion", "l2", "--overwrite").code == 0
-    assert record_of(place / "out")["options"]["criterion"] == "l2"
-    assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out"}
-
-
 def test_plan_and_prune_agree_on_similar_heads(place, run):
     arguments = [*SMALL, "--criterion", "similarity", "--tau"]
     result = run("prune", "model", "out", *arguments, "0.15")

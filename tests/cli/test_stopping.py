@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import shutil
 import signal
@@ -18,7 +17,6 @@ from command_line import SMALL, listing, without_run_state
 
 from secateur import cli
 from secateur.commands import fit_blocks
-from secateur.write import shards
 
 
 @pytest.fixture
@@ -105,27 +103,6 @@ def test_sigterm_and_sighup_leave_no_partial_output(number, place, monkeypatch):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     assert (place.parent / "log").read_text().splitlines()[-1] == "interrupted: no partial output is left"
     assert without_run_state(place) == before
-
-
-def test_a_disk_that_fills_leaves_no_partial_output(place, run, monkeypatch, capsys):
-    add = shards.ShardWriter.add
-
-    def full(writer: shards.ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        if "layers.1." in name:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        add(writer, name, tensor)
-
-    before = listing(place)
-    monkeypatch.setattr(shards.ShardWriter, "add", full)
-    result = run("prune", "model", "out", *SMALL)
-    assert result.code == 2
-    assert (
-        "out: the disk is full; free some space and run the same command again (the run will resume)"
-        in result.err.splitlines()[-1]
-    )
-    assert without_run_state(place) == before
-    gc.collect()
-    assert capsys.readouterr() == ("", "")  # no bar is drawn late
 
 
 def test_a_disk_that_is_full_when_json_is_written(place, run, monkeypatch):

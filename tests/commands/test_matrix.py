@@ -68,6 +68,8 @@ TOLERANCE = 1e-5
 SAMPLES, ROW = 12, 16
 HEADS_ALONE = ("llama", "gemma2", "phi3")
 """Rows that are also written with fewer heads alone: one for each way to store heads."""
+ADAPTIVE = ("llama", "gemma2", "olmo2", "phi3", "opt", "gpt2", "gpt_neox")
+"""Rows that are also surveyed, refitted and written with a width for each block: one for each kind of block."""
 
 FED: tuple[str, ...] = ("channels", "experts")
 
@@ -231,9 +233,8 @@ def jobs() -> Iterator[Job]:
                 yield Job(name, ("heads",), heads_share(name), source)
             recovery = "refit" if name in HEADS_ALONE else "none"
             yield Job(name, KINDS if writable_heads(name) else FED, 0.3, source, recovery=recovery)
-        # Adaptive widths and fits of the input projections: the families of ROWS, and every third mixture.
-        own = name in ROWS and " " not in name
-        if not writable_channels(name) or own or (name in MIXTURES and position % 3 == 0):
+        # Adaptive widths and fits of the input projections, also of every third mixture.
+        if not writable_channels(name) or name in ADAPTIVE or (name in MIXTURES and position % 3 == 0):
             # Enough that some modules go as a whole.
             less = 0.2 if attention_of(name).fixed else 0.35 if name in MIXTURES else 0.6
             yield Job(name, KINDS, less, source, widths="adaptive", effort="normal")

@@ -35,7 +35,6 @@ RATIOS = {"0:3": 0.3}
 """A third of every module is removed, so that no survey is needed: these cases are about other steps."""
 PRUNE: dict[str, tuple[str, str]] = {
     "two fits": ("llama", "--effort best"),
-    "no gate": ("gpt2", "--effort normal --widths RATIOS"),
     "modules beside each other": ("gpt_neox", "--effort quick"),
     "similar heads, norms behind": ("gemma3_text", "--criterion similarity --tau 0.16 --effort quick"),
     "its own text, layers in one tensor": ("phi3 wide", "--calibration self --effort quick --widths RATIOS"),

@@ -215,16 +215,6 @@ def test_the_page_omits_sparsities_out_of_reach(place, run):
     )
 
 
-def test_overwrite_is_needed_to_replace_a_survey(place, run):
-    assert run("survey", "model", *SMALL).code == 0
-    before = (place / "survey" / "survey.json").read_text()
-    other = [*SMALL, "--ridge", "1"]
-    refused(run("survey", "model", *other), "survey: exists and is not empty")
-    assert (place / "survey" / "survey.json").read_text() == before
-    assert run("survey", "model", *other, "--overwrite").code == 0
-    assert (place / "survey" / "survey.json").read_text() != before
-
-
 def test_an_error_leaves_no_folder(place, monkeypatch):
     def broken(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -12,14 +12,11 @@ from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit import block_regression
 from secateur.fit.fitted_block import FittedBlock, mean_of
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
-from secateur.fit.recovery import recovery_of
 from secateur.model.arena import Activations
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import OPENING_WEIGHT, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign, masked_weight, restored
-from secateur.numerics.moments import Moments
 from secateur.plan.problem import Plan
 
 TEXT, ONE, OTHER, HELD_OUT = (token_rows(count, LENGTH, seed=seed) for seed, count in enumerate((9, 7, 8, 3)))
@@ -136,24 +133,3 @@ def test_masked_weights_are_zero_for_removed_units_only(name, heads):
     for head in range(module.units):
         at = slice(head * module.size, (head + 1) * module.size)
         assert torch.equal(masked[at], weight[at] if head in heads else torch.zeros_like(weight[at]))
-
-
-def test_only_the_fit_that_chooses_sums_over_all_inputs(checkpoint_folder, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(
-        block_regression, "Moments", lambda inputs, *rest, **how: sizes.append(inputs) or Moments(inputs, *rest, **how)
-    )
-    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    plan, alone = plan_of("llama"), Method(recovery=recovery_of(input_steps=0))
-    list(refit(stream, plan, Rows.of(TEXT).with_resampled(ONE, OTHER), method=alone))
-    widths = [(stream.blocks[index], width) for index, width in plan.widths.items()]
-    assert sizes == [
-        entries
-        for block, width in widths
-        for entries in (
-            block.attention.units * block.attention.size,
-            block.feed_forward.units,
-            width.heads * block.attention.size,
-            width.channels,
-        )
-    ]

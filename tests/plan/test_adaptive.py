@@ -27,7 +27,6 @@ from secateur.commands.survey_model import survey_model
 from secateur.formats.gguf_export import export
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.units.heads import HEADS
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
 
@@ -67,11 +66,6 @@ def test_a_written_model_reaches_its_target(tmp_path, checkpoint_folder, target,
     assert record_of(tmp_path / "out")["options"]["target"] == target
 
 
-def test_bytes_between_parameters(tmp_path, checkpoint_folder):
-    prune(checkpoint_folder("gpt2"), tmp_path / "out", target="bytes=200kB", **SMALL)
-    assert 190_000 < taken(tmp_path / "out")["bytes"] <= 200_000
-
-
 def test_a_perplexity_target_limits_the_perplexity(tmp_path, checkpoint_folder):
     model = checkpoint_folder("llama")
     notes, shares = {}, {}
@@ -101,14 +95,6 @@ def test_defaults_remove_a_quarter_with_adaptive_widths(tmp_path, checkpoint_fol
     assert summary.widths == {block["block"]: Width(block["width"]) for block in found["blocks"]}
     assert summary.pruned_widths() == list(summary.widths.values())
     assert (tmp_path / "out" / "modeling_secateur.py").is_file()
-
-
-def test_locked_heads_are_removed_all_or_none(tmp_path, checkpoint_folder):
-    prune(checkpoint_folder("olmo2"), tmp_path / "both", sparsity=0.5, **SMALL)
-    summary = prune(checkpoint_folder("olmo2"), tmp_path / "heads", sparsity=0.2, modules=("heads",), **SMALL)
-    assert {width.product(HEADS) for width in summary.widths.values()} == {0, 6}
-    for folder in ("both", "heads"):
-        assert {len(block["heads"]) for block in record_of(tmp_path / folder)["blocks"]} <= {0, 6}
 
 
 def test_widths_follow_a_ratio_file(tmp_path, checkpoint_folder):

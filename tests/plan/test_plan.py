@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,23 +80,17 @@ def survey_of(blocks: list[Block], seed: int = 0) -> Survey:
     return Survey("l1", 0.3, 64, tuple(curves), tuple(probes))
 
 
-def every_plan(problem: PlanProblem) -> list[dict[int, Width]]:
-    """Return all combinations of the widths of all modules."""
-    options = []
-    for index in problem.pruned_blocks:
-        modules = problem.prunable_modules(index)
-        each = [
-            module_widths(problem.blocks[index], module, problem.multiple, problem.unsupported_reason)
-            for module in modules
-        ]
-        found = []
-        for chosen in itertools.product(*each):
-            width = problem.blocks[index].width
-            for module, other in zip(modules, chosen, strict=True):
-                width |= {name: other[name] for name in module.removed}
-            found.append(width)
-        options.append(found)
-    return [dict(zip(problem.pruned_blocks, widths, strict=True)) for widths in itertools.product(*options)]
+def block_widths(problem: PlanProblem, index: int) -> list[Width]:
+    """Return all combinations of the widths of a block's modules."""
+    block, modules = problem.blocks[index], problem.prunable_modules(index)
+    each = [module_widths(block, module, problem.multiple, problem.unsupported_reason) for module in modules]
+    found = []
+    for chosen in itertools.product(*each):
+        width = block.width
+        for module, other in zip(modules, chosen, strict=True):
+            width |= {name: other[name] for name in module.removed}
+        found.append(width)
+    return found
 
 
 @pytest.mark.parametrize("target", [0.05, 0.25, 0.5, 0.9, "params=70%", "kv=50%", "bytes=0.18MB"])
@@ -104,22 +99,17 @@ def test_adaptive_is_the_cheapest_of_all_plans(make_problem, target):
     survey = survey_of(problem.blocks, seed=3)
     found = plan(problem, "adaptive", survey)
     prices, meter = WidthCosts(survey), problem.meter
-    # Sums over modules, so that thousands of plans take no time.
-    cost = {(i, w): prices.total(problem.blocks, {i: w}) for i in problem.pruned_blocks for w in _widths(problem, i)}
-    size = {(i, w): meter.total({i: w}) - meter.dense for i in problem.pruned_blocks for w in _widths(problem, i)}
-    within = [
-        sum(cost[at] for at in one.items())
-        for one in every_plan(problem)
-        if meter.dense + sum(size[at] for at in one.items()) <= problem.budget + 1e-6
-    ]
+    # Costs and sizes are sums over blocks; one entry a plan.
+    costs, sizes = np.zeros(1), np.full(1, meter.dense)
+    for index in problem.pruned_blocks:
+        widths = block_widths(problem, index)
+        costs = np.add.outer(costs, [prices.total(problem.blocks, {index: width}) for width in widths]).ravel()
+        sizes = np.add.outer(sizes, [meter.total({index: width}) - meter.dense for width in widths]).ravel()
+    within = costs[sizes <= problem.budget + 1e-6]
     assert meter.total(found.widths) <= problem.budget + 1e-6
     assert 10 < len(within) < 8000
-    assert found.cost == pytest.approx(min(within), rel=1e-9)
+    assert found.cost == pytest.approx(within.min(), rel=1e-9)
     assert found.cost == pytest.approx(prices.total(problem.blocks, found.widths), rel=1e-9)
-
-
-def _widths(problem: PlanProblem, index: int) -> set[Width]:
-    return {one[index] for one in every_plan(replace(problem, pruned_blocks=range(index, index + 1)))}
 
 
 def test_an_adaptive_plan_has_the_requested_sparsity(make_problem):

@@ -10,16 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, relative, token_rows, wide
+from models import STREAMED, VOCAB, blocks_of, build, make_tokenizer, relative, token_rows
 from outputs import record_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.services import Services
 from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_matrices
-from secateur.criteria.registry import SCORED_KINDS, Criteria, all_criteria
-from secateur.fit.loop import refit
-from secateur.fit.method import Method
+from secateur.criteria.registry import SCORED_KINDS, all_criteria
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
@@ -27,7 +25,6 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import entries
 from secateur.model.units.heads import KV_GROUPS
-from secateur.plan.problem import Plan
 from secateur.survey.gradients import gradient_scores, gradients
 from secateur.text.calibration import calibration_rows
 
@@ -212,49 +209,7 @@ def test_scores_equal_their_formulas(checkpoint_folder, name):
                 torch.testing.assert_close(scores, torch.tensor(values).double(), rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt2"])
-def test_element1_equals_finite_differences(checkpoint_folder, name):
-    """What the loss changes by where one weight shrinks a little, over the share by which it shrinks.
-
-    In float64, which these families keep throughout; others compute their norms in float32.
-    """
-    rows, share = Rows.of(token_rows(1, 6)), 1e-5
-    found = gradient_scores(opened(checkpoint_folder(name)), rows, "llm-pruner-element1")
-    model = build(name).double()
-    ids = rows.groups[0]
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(sum_of_losses(model, ids)) / 5
-
-    module, unit = blocks_of(model)[1].feed_forward, 7
-    total = 0.0
-    for path, axis, at, _ in columns(module, unit):
-        row = dict(layers_of(model)[1].named_parameters())[path].select(axis, at)
-        for entry in range(len(row)):
-            kept = row[entry].clone()
-            losses = []
-            for sign in (1, -1):
-                row[entry] = kept * (1 + sign * share)
-                losses.append(loss())
-            row[entry] = kept
-            total += abs(losses[0] - losses[1]) / (2 * share)
-    assert found[1, "channels"][unit] == pytest.approx(total, rel=1e-3)
-
-
 # The steps.
-
-
-def test_units_with_the_lowest_scores_are_removed(checkpoint_folder):
-    stream, rows = opened(checkpoint_folder("llama")), token_rows(6)
-    plan = Plan({1: wide(3, 2, 40), 2: wide(2, 2, 72)}, 0.1, 0.1)
-    for criterion in FROM_GRADIENTS:
-        scores = gradient_scores(stream, rows, criterion)
-        blocks = list(refit(stream, plan, rows, method=Method(Criteria(criterion, scores))))
-        assert blocks[0].keep["channels"] == tuple(sorted(scores[1, "channels"].topk(40).indices.tolist()))
-        groups = scores[2, "heads"].view(3, 2).sum(1)
-        gone = int(groups.argmin())
-        assert blocks[1].keep["heads"] == tuple(head for head in range(6) if head // 2 != gone)
 
 
 SETTINGS: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "sparsity": 0.3}
