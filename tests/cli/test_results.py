@@ -126,6 +126,9 @@ def test_plan_prints_the_widths_that_prune_gives(place, run):
     assert [row[0] for row in rows] == ["0", "1", "2"]
     assert "40." in result.out.partition("% of the blocks' parameters are removed")[0][-6:]
     assert "Estimated loss increase: " in result.out
+    copied = run("plan", "model", *SMALL, "--sparsity", "0.4", "--effort", "quick", "--recover", "after")
+    assert copied.out == result.out
+    assert "Without effect on plan: --effort\n" in copied.err
     part = run("plan", "model", *SMALL, "--sparsity", "0.4", "--blocks", "1:2")
     assert "% of the parameters of blocks 1:2 are removed; " in part.out
     result = run("plan", "model", *SMALL, "--sparsity", "0.4", "--out", "plan.json", "--survey", "survey.json")
@@ -151,6 +154,7 @@ def test_sizes_writes_models_a_table_and_a_plot_and_resumes(place, run, monkeypa
     result = run(*arguments)
     assert result.code == 0, result.err
     assert "sizes.json and sizes.png are in sizes" in result.out
+    assert "text.txt" in result.out.splitlines()[2]
     shares = [line.split("│")[2].strip() for line in result.out.splitlines() if line.count("│") > 4]
     assert [float(share[:-1]) for share in shares] == pytest.approx([0, 20, 50], abs=1)
     names = {"sparsity-0.2", "sparsity-0.5", "sizes.json", "sizes.png", "survey.json"}

@@ -23,8 +23,13 @@ from secateur.fit.recovery import recovery_of
         (Options, {"samples": None}, "samples is None; it must be a whole number"),
         (Options, {"round": "8"}, "round is '8'; it must be a whole number"),
         (Options, {"sparsity": "25%"}, "sparsity is '25%'; it must be a number"),
-        (Options, {"modules": "heads"}, "modules is 'heads'; it must be a list of names"),
-        (Options, {"modules": ["heads", 1]}, "modules is ['heads', 1]; it must be a list of names"),
+        (Options, {"modules": 1}, "modules is 1; it must be a list of names, or names separated by commas"),
+        (
+            Options,
+            {"modules": ["heads", 1]},
+            "modules is ['heads', 1]; it must be a list of names, or names separated by commas",
+        ),
+        (Options, {"modules": "heads,"}, "modules is 'heads,'; give one or more of heads, channels, experts"),
         (Options, {"samples": 10**5000}, "samples is a number of more than 18 digits; choose a smaller one"),
         (Options, {"target": 0.8}, "target is 0.8; it must be text"),
         (RunOptions, {"device": 0}, "device is 0; it must be text"),
@@ -42,6 +47,7 @@ def test_equivalent_types_are_converted():
     assert (given.samples, given.calibration) == (8, str(file))
     # As the record keeps them.
     assert json.dumps([given.sparsity, given.samples]) == "[0.25, 8]"
+    assert Options(modules="heads, channels").modules == ("heads", "channels")  # type: ignore[arg-type]
     assert RunOptions(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]
 
 

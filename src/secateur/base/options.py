@@ -48,13 +48,15 @@ ACCEPTED: dict[type, tuple[Any, str]] = {
     str: (str, "text"),
     bool: (bool, "True or False"),
     Path: (Path, "a path"),
-    tuple: ((tuple, list), "a list of names"),
+    tuple: ((tuple, list), "a list of names, or names separated by commas"),
 }
 """Types of values that an option of a declared type accepts, and how an error message calls them."""
 
 
 def check_types(owner: Any) -> None:
-    """Check that the options of a dataclass object have their declared types; turn numbers of NumPy into Python's.
+    """Check that the options of a dataclass object have their declared types, and convert equivalent ones.
+
+    Numbers of NumPy become Python's, and names separated by commas become a tuple.
 
     Raises:
         SecateurError: An option has another type; the message names it.
@@ -69,7 +71,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if value is None and NoneType in types:
         return None
-    accepted, description = ACCEPTED[get_origin(types[0]) or types[0]]
+    declared = get_origin(types[0]) or types[0]
+    accepted, description = ACCEPTED[declared]
+    if declared is tuple and isinstance(value, str):
+        return split_names(value)
     items = value if isinstance(value, tuple | list) else ()
     # bool is a subclass of int, but no number here.
     wrong_bool = isinstance(value, bool) != (accepted is bool)
@@ -80,6 +85,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if not isinstance(value, Real) or isinstance(value, int | float):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Return the names in a text that separates them by commas."""
+    return tuple(part.strip() for part in text.split(","))
 
 
 def changed_options(options: Any, names: Iterable[str]) -> dict[str, str]:

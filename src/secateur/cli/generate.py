@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from secateur.base.options import OptionSpec, cli_name, option_specs
+from secateur.cli import terminal
 from secateur.cli.terminal import MESSAGES, OutputOptions, set_output_options
 from secateur.cli.values import WHAT_TO_MEASURE, parse_fraction
 
@@ -27,6 +28,8 @@ class Only:
     names: tuple[str, ...]
     check: Callable[[dict[str, Any]], None] = lambda _: None
     """Check of the values that only this command makes, before the dataclass makes its own."""
+    ignored: tuple[str, ...] = ()
+    """Fields that the command accepts and ignores, so that options can be copied from another command."""
 
     def selects(self, name: str) -> bool:
         """Return whether a field becomes an option."""
@@ -53,15 +56,24 @@ class _Group:
         return {name: spec for name, spec in option_specs(self.owner).items() if self.selection.selects(name)}
 
     def parameters(self) -> list[tuple[str, inspect.Parameter]]:
-        """Return the panel and the parameter of each option."""
-        hints = get_type_hints(self.owner)
-        return [(spec.panel, _parameter(self.owner, name, spec, hints[name])) for name, spec in self.specs.items()]
+        """Return the panel and the parameter of each option; ignored options are hidden from the help."""
+        hints, specs = get_type_hints(self.owner), option_specs(self.owner)
+        hidden = self.selection.ignored
+        return [
+            (specs[name].panel, _parameter(self.owner, name, specs[name], hints[name], name in hidden))
+            for name in (*self.specs, *hidden)
+        ]
 
     def build(self, values: dict[str, Any]) -> Any:
         """Remove the values of the options from `values`, and return an object of the dataclass made from them."""
-        own = {name: _value(self.owner, name, values.pop(name)) for name in self.specs}
+        own = {name: values.pop(name) for name in self.specs}
         self.selection.check(own)
         return self.owner(**own)
+
+    def ignored(self, values: dict[str, Any]) -> list[str]:
+        """Remove the values of the ignored options from `values`, and return the options that were given."""
+        given = {name: values.pop(name) for name in self.selection.ignored}
+        return [f"--{cli_name(name)}" for name, value in given.items() if value != _default(self.owner, name)]
 
 
 def expand_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -76,8 +88,11 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
 
     def command(**values: Any) -> None:
         output_options = output.build(values)
+        ignored = [option for group in groups.values() for option in group.ignored(values)]
         built = {name: group.build(values) for name, group in groups.items()}
         set_output_options(output_options, any(getattr(one, "overwrite", False) for one in built.values()))
+        if ignored:
+            terminal.log.print(f"Without effect on {function.__name__}: {', '.join(ignored)}")
         function(**values, **built)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -97,14 +112,16 @@ def _group(annotation: Any) -> _Group | None:
     return _Group(owner, *(note for note in notes if isinstance(note, Only)))
 
 
-def _parameter(owner: type, name: str, spec: OptionSpec, hint: Any) -> inspect.Parameter:
+def _parameter(owner: type, name: str, spec: OptionSpec, hint: Any, hidden: bool) -> inspect.Parameter:
     """Return the parameter of the command's function for one option."""
-    flag, default = f"--{cli_name(name)}", getattr(owner, name)
+    flag, default = f"--{cli_name(name)}", _default(owner, name)
     shown: Any = True if spec.default_text is None else spec.default_text
     if get_origin(hint) is tuple:
-        hint, default = str, ",".join(default)
+        hint = str
     parsing: dict[str, Any] = {"parser": _fraction_parser(flag), "metavar": "<float>"} if spec.percent else {}
-    declared = typer.Option(flag, help=spec.help, rich_help_panel=spec.panel, show_default=shown, **parsing)
+    declared = typer.Option(
+        flag, help=spec.help, rich_help_panel=spec.panel, show_default=shown, hidden=hidden, **parsing
+    )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, declared]
     )
@@ -118,6 +135,7 @@ def _fraction_parser(flag: str) -> Callable[[str], float]:
     return parse
 
 
-def _value(owner: type, name: str, value: Any) -> Any:
-    """Return an option's value as the dataclass takes it: tuples are written with commas on the command line."""
-    return tuple(part.strip() for part in value.split(",")) if isinstance(getattr(owner, name), tuple) else value
+def _default(owner: type, name: str) -> Any:
+    """Return an option's default as the command line has it: tuples are written with commas."""
+    default = getattr(owner, name)
+    return ",".join(default) if isinstance(default, tuple) else default

@@ -20,7 +20,7 @@ FITTED = tuple(name for name, one in option_specs(Options).items() if one.fit_on
 @expand_options
 def plan(
     model: Model,
-    options: Annotated[Options, Without(FITTED)],
+    options: Annotated[Options, Without(FITTED, ignored=FITTED)],
     run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"))],
     out: Annotated[
         Path | None,

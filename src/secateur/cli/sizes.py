@@ -8,18 +8,19 @@ import typer
 
 from secateur.base.errors import SecateurError
 from secateur.cli.bars import Bars
-from secateur.cli.generate import Only, Without, expand_options
+from secateur.cli.generate import Without, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, check_survey_path, parse_fractions
 from secateur.commands.options import TARGET, WIDTHS, Options, RunOptions
 
-OPTIONS = ("widths", "round", "effort", "calibration", "samples", "length", "seed", "format", "dtype")
+ONE_SIZE = ("sparsity", "target", "plan")
+"""Options that set one size."""
 
 
 @expand_options
 def sizes(
     model: Model,
-    options: Annotated[Options, Only(OPTIONS)],
+    options: Annotated[Options, Without(ONE_SIZE)],
     run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"))],
     out: Annotated[
         Path,

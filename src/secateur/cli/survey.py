@@ -6,12 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from secateur.base.errors import SecateurError
+from secateur.base.options import option_specs
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import Model
 from secateur.commands.options import OUTPUT, SURVEYED, Options, RunOptions
 from secateur.criteria.choice import parse_choice
+
+NOT_SURVEYED = tuple(name for name in option_specs(Options) if name not in SURVEYED)
+"""Options on which a survey does not depend."""
 
 
 def _refuse_preselection(values: dict[str, Any]) -> None:
@@ -26,7 +30,7 @@ def _refuse_preselection(values: dict[str, Any]) -> None:
 @expand_options
 def survey(
     model: Model,
-    options: Annotated[Options, Only(SURVEYED, _refuse_preselection)],
+    options: Annotated[Options, Only(SURVEYED, _refuse_preselection, NOT_SURVEYED)],
     run_options: Annotated[
         RunOptions, Only(("device", "memory", "revision", "family", "trust_remote_code", "overwrite", "restart"))
     ],

@@ -26,7 +26,7 @@ def memory_limit(
     if allowed is None:
         limit = max(limit, min(needed, available_bytes()))
     if limit < needed:
-        have = f"memory is {limit / 1e9:,.2f} GB" if allowed else f"{limit / 1e9:,.2f} GB of memory are free"
+        have = f"memory is {allowed}" if allowed else f"{limit / 1e9:,.2f} GB of memory are free"
         raise SecateurError(
             f"{have}, but the largest block of {stream.checkpoint.source} needs {needed / 1e9:,.2f} GB; allow that "
             "much with --memory, or use a machine with more memory"

@@ -125,7 +125,6 @@ class Options:
         "of the original model, which also corrects the errors of earlier blocks; bias: keep the weights and add the "
         "mean output of the removed units as a bias, as FLAP does; none: only cut the weights.",
         choices=(*NAMES, *recovery_modules()),
-        fit_only=True,
     )
     effort: str = option(
         "normal",

@@ -42,7 +42,7 @@ def plot_sizes(parameters: Sequence[int], perplexity: Mapping[str, Sequence[floa
     axes = figure.add_subplot()
     left = [count / parameters[0] for count in parameters]
     for text, values in perplexity.items():
-        axes.plot(left, [value / values[0] for value in values], marker="o", label=Path(text).stem)
+        axes.plot(left, [value / values[0] for value in values], marker="o", label=Path(text).name)
     axes.invert_xaxis()
     axes.set_xlabel(f"parameters, ratio to dense (dense: {format_count(parameters[0], 0)})")
     axes.set_ylabel("perplexity, ratio to dense")

@@ -131,7 +131,7 @@ def sizes_table(sizes: Sequence[ModelSize], out: Path) -> tuple[Table, list[str]
     dense = sizes[0]
     table = Table(title="Sizes", title_justify="left")
     table.add_column("model", overflow="fold")
-    for name in ("sparsity", "parameters", "MB", *(Path(text).stem for text in dense.perplexity)):
+    for name in ("sparsity", "parameters", "MB", *(Path(text).name for text in dense.perplexity)):
         table.add_column(name, justify="right")
     for size in sizes:
         ratios = [f"{value:.2f} ({value / dense.perplexity[text]:.2f}x)" for text, value in size.perplexity.items()]
