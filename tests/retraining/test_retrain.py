@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from secateur.retraining.adapters import adapted_layers
 from secateur.retraining.options import Training
 from secateur.retraining.retrain import retrain
 from secateur.retraining.rows import training_rows
+from secateur.retraining.schedule import PLANNED, Seconds, tokens_in_time
 
 SMALL: dict[str, Any] = {
     "tokens": "1536",
@@ -370,7 +373,10 @@ def test_time_decides_the_number_of_tokens(
     """A run that was stopped goes on with the number that was planned."""
     folder, watcher = pruned(checkpoint_folder("llama"), tmp_path / "pruned"), Noting()
     settings = SMALL | {"calibration": str(text), "tokens": None, "teacher": None}
-    with pytest.raises(SecateurError, match=r"time is 0\.01s, but one step takes [\d.]+ s and all else .*; allow"):
+    message = (
+        r"time is 0\.01s, of which [\d.]+ s have gone by, and a training of one step takes [\d.]+ s; allow at least"
+    )
+    with pytest.raises(SecateurError, match=message):
         retrain(folder, tmp_path / "out", **settings, time="0.01s")
     monkeypatch.setattr(steps, "tokens_in_time", lambda *_, **__: 1536)
     with pytest.raises(KeyboardInterrupt):
@@ -378,16 +384,43 @@ def test_time_decides_the_number_of_tokens(
     monkeypatch.undo()
     done = retrain(folder, tmp_path / "out", watcher=watcher, **settings, time="1m")
     assert done.tokens == 1536
-    assert any(
-        "Training on 1,536 tokens, as many as fit into 1m; the command ends about" in note for note in watcher.notes
-    )
+    assert "Training on 1,536 tokens, as many as fit into 1m" in watcher.notes
+    assert not any("ends by" in note for note in watcher.notes)
 
 
-def test_a_time_is_kept(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
-    """Some seconds give some steps."""
-    folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
-    done = retrain(folder, tmp_path / "out", **SMALL | {"calibration": str(text), "tokens": None}, time="8s")
-    assert done.tokens >= 64
+def test_a_time_counts_from_the_start(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start may lie before the call, and the end is said beforehand."""
+    folder, watcher, began = pruned(checkpoint_folder("llama"), tmp_path / "pruned"), Noting(), time.time() - 30
+    settings = SMALL | {"calibration": str(text), "tokens": None, "teacher": None, "time": "1h"}
+    given: list[Any] = []
+
+    def tokens(*arguments: Any) -> int:
+        given.extend(arguments)
+        return 64
+
+    monkeypatch.setattr(steps, "tokens_in_time", tokens)
+    retrain(folder, tmp_path / "out", watcher=watcher, started=began, **settings)
+    training, seconds, deadline = given
+    assert deadline == began + 3600
+    assert all(part > 0 for part in seconds)
+    end = f"{datetime.fromtimestamp(deadline).astimezone():%H:%M:%S}"
+    assert watcher.notes[1:3] == [f"This command ends by {end}", "Training on 64 tokens, as many as fit into 1h"]
+    one_second = Seconds(step=1.0, measurement=0.0, rest=0.0)
+    assert tokens_in_time(training, one_second, time.time() + 100.5) == 64 * int(100 * PLANNED)
+    with pytest.raises(SecateurError, match=r"time is 1h, of which 3,\d+\.\d s have gone by, and .* takes 1\.0 s"):
+        tokens_in_time(training, one_second, time.time() + 1)
+
+
+def test_steps_fill_a_time() -> None:
+    """Perplexity is measured before and after the training, and after every 16th step, but ten times at most."""
+    seconds = Seconds(step=1.0, measurement=0.5, rest=3.0)
+    for steps_done, between in ((1, 0), (15, 0), (32, 1), (160, 9), (1000, 10)):
+        needed = 3.0 + steps_done + 0.5 * (2 + between)
+        assert steps_done - 1 <= seconds.steps_in(needed + 1e-6) <= steps_done
+    assert seconds.steps_in(seconds.least + 0.1) == 1
+    assert seconds.steps_in(3.0) < 1
 
 
 def test_damaged_targets_are_noticed(

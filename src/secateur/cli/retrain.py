@@ -2,6 +2,8 @@
 
 from typing import Annotated
 
+from psutil import Process
+
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
@@ -36,6 +38,8 @@ def retrain(
         overwrite=run_options.overwrite,
         restart=run_options.restart,
         watcher=bars,
+        # The time of --time counts from here, so that the imports are part of it.
+        started=Process().create_time(),
     )
     before, after = done.perplexity
     dense = "" if done.curve.dense is None else f" (dense: {done.curve.dense:.3f})"

@@ -9,6 +9,7 @@ import importlib.util
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from secateur.retraining.curve import Curve
 from secateur.retraining.memory import MemoryPlan, plan_memory
 from secateur.retraining.options import Training
 from secateur.retraining.rows import TrainingRows, random_rows, training_rows
-from secateur.retraining.schedule import describe_end, tokens_in_time
+from secateur.retraining.schedule import describe_end, measure_seconds, tokens_in_time
 from secateur.retraining.student import Student
 from secateur.retraining.targets import TextTargets, teacher_targets
 from secateur.retraining.teacher import open_teacher
@@ -92,6 +93,7 @@ def retrain(
     overwrite: bool = False,
     restart: bool = False,
     watcher: Watcher | None = None,
+    started: float | None = None,
     **settings: Any,
 ) -> Retrained:
     """Train a folder that `prune` wrote, and write the result in the same format.
@@ -107,12 +109,14 @@ def retrain(
         overwrite: Whether to replace a model folder at `out`.
         restart: Whether to discard the state of an earlier, stopped training.
         watcher: Receives progress.
+        started: `time.time()` from which the time of the training counts; now by default.
 
     Raises:
         SecateurError: The folder holds no model, the teacher cannot be found or has other sizes, the text, the time
             or the memory is too small, the training diverges, or the output cannot be written.
     """
-    start, training, services = time.perf_counter(), training or Training(**settings), Services.join(watcher)
+    started = time.time() if started is None else started
+    training, services = training or Training(**settings), Services.join(watcher)
     check_retraining(device, training.rank)
     where = pick_device(device)
     checkpoint, target = _open_folder(folder, out, overwrite, services.watcher)
@@ -129,7 +133,7 @@ def retrain(
         services = replace(services, activation_bytes=plan.spare_bytes)
         student = _load(checkpoint, training, where, plan, services.watcher)
         dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
-        rows = _draw(checkpoint, student, dense, training, plan, services, start)
+        rows = _draw(checkpoint, student, dense, training, plan, services, started)
         arena = stack.enter_context(Arena(plan.spare_bytes, run_folder_path(target.path)))
         targets = None if dense is None else teacher_targets(dense, rows, arena)
         student.rows, student.targets = rows.train, targets or TextTargets(rows.train)
@@ -218,20 +222,25 @@ def _draw(
     training: Training,
     plan: MemoryPlan,
     services: Services,
-    start: float,
+    started: float,
 ) -> TrainingRows:
     """Return the rows of the training, as many as are asked for or as there is time for."""
 
-    def tokens_in_time_left() -> int:
+    def plan_tokens(seconds: float) -> int:
+        deadline = started + seconds
         student.rows = random_rows(checkpoint, training)
         student.targets = TextTargets(student.rows)
-        size = {"micro_batch": plan.micro_batch, "processes": services.processes.size}
-        return tokens_in_time(training, student, teacher, start=start, **size)
+        with services.watcher.busy("Measuring the time of a step"):
+            measured = measure_seconds(training, student, teacher, plan.micro_batch, services.processes)
+        tokens = tokens_in_time(training, measured, deadline)
+        services.watcher.note(describe_end(deadline))
+        return tokens
 
-    tokens = training.token_count
-    if training.time is not None:
-        tokens = services.saved_result("tokens", tokens_in_time_left)
-        services.watcher.note(describe_end(training, tokens))
+    if training.seconds is None:
+        tokens = training.token_count
+    else:
+        tokens = services.saved_result("tokens", partial(plan_tokens, training.seconds))
+        services.watcher.note(f"Training on {tokens:,} tokens, as many as fit into {training.time}")
     rows = training_rows(checkpoint, training, tokens, services.watcher)
     if rows.passes > 1:
         services.watcher.note(

@@ -2,69 +2,106 @@
 
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.base.device import fast_dtype
 from secateur.base.errors import SecateurError
+from secateur.base.processes import Processes
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.retraining.options import Training
 from secateur.retraining.rows import HELD_OUT
 from secateur.retraining.student import Student
+from secateur.retraining.train import MEASUREMENTS, STEPS_BETWEEN
 
 PLANNED = 0.9
-"""Share of the remaining time that is planned; the rest is for reading, measuring and writing."""
+"""Share of the remaining time that is planned. Checkpoints may take a third of the rest (`pass_checkpoint.SPENT`)."""
 
 
-def tokens_in_time(
-    training: Training, student: Student, teacher: BlockStream | None, *, micro_batch: int, processes: int, start: float
-) -> int:
+class Seconds(NamedTuple):
+    """Seconds that the parts of a training take."""
+
+    step: float
+    """One step of the training, with its share of the teacher's pass."""
+    measurement: float
+    """One measurement of perplexity on the held-out rows."""
+    rest: float
+    """All else but measurements: the teacher's blocks are read, and it runs over the held-out rows."""
+
+    def steps_in(self, available: float) -> int:
+        """Return the largest number of steps for which the available seconds are enough."""
+        # Before and after the training, and in between every 16th step or ten times, whichever is rarer.
+        left = available - self.rest - 2 * self.measurement
+        often = left / (self.step + self.measurement / STEPS_BETWEEN)
+        return int(max(often, (left - MEASUREMENTS * self.measurement) / self.step))
+
+    @property
+    def least(self) -> float:
+        """Seconds of a training of one step."""
+        return self.rest + 2 * self.measurement + self.step
+
+
+def tokens_in_time(training: Training, seconds: Seconds, deadline: float) -> int:
     """Return the number of tokens for which there is time.
 
     Args:
         training: The time, the batch and the length.
-        student: The pruned model, with the rows of one step.
-        teacher: The dense model; None where the text is learned.
-        micro_batch: Rows that run through the network together.
-        processes: Number of processes that share each batch.
-        start: `time.perf_counter()` when the command began.
+        seconds: Seconds that parts of the training take.
+        deadline: `time.time()` at which the command has to end.
 
     Raises:
         SecateurError: There is no time for one step.
     """
     assert training.seconds is not None
-    seconds_per_step = _step_seconds(student, training.batch // processes, micro_batch)
-    fixed, seconds_per_row = (0.0, 0.0) if teacher is None else _teacher_seconds(teacher, student.rows)
-    # Perplexity is measured at least before and after the training.
-    rows = student.rows.repeat(-(-HELD_OUT // len(student.rows)), 1)[:HELD_OUT]
-    fixed += 2 * _seconds(lambda: student.perplexity(rows))
-    remaining = PLANNED * training.seconds - (time.perf_counter() - start) - fixed
-    steps = int(remaining / (seconds_per_step + training.batch * seconds_per_row / processes))
+    left = deadline - time.time()
+    steps = seconds.steps_in(PLANNED * left)
     if steps < 1:
-        needed = (training.seconds - remaining + seconds_per_step + training.batch * seconds_per_row) / PLANNED
+        gone = training.seconds - left
         raise SecateurError(
-            f"time is {training.time}, but one step takes {seconds_per_step:,.1f} s and all else "
-            f"{training.seconds - remaining:,.1f} s; allow at least {needed:,.0f}s"
+            f"time is {training.time}, of which {gone:,.1f} s have gone by, and a training of one step takes "
+            f"{seconds.least:,.1f} s; allow at least {gone + seconds.least / PLANNED + 1:,.0f}s"
         )
     return steps * training.batch * training.length
 
 
-def describe_end(training: Training, tokens: int) -> str:
-    """Return a sentence about the end of a training that may take a given time."""
-    end = datetime.now().astimezone() + timedelta(seconds=training.seconds or 0.0)
-    return f"Training on {tokens:,} tokens, as many as fit into {training.time}; the command ends about {end:%H:%M}"
+def describe_end(deadline: float) -> str:
+    """Return a sentence about the time of day (`time.time()`) at which the command has to end."""
+    return f"This command ends by {datetime.fromtimestamp(deadline).astimezone():%H:%M:%S}"
 
 
-def _step_seconds(student: Student, share: int, micro_batch: int) -> float:
-    """Return the seconds of the second of two steps, without a change of weights."""
-    optimizer = torch.optim.AdamW(student.trained().values(), lr=0.0, weight_decay=0.0, fused=True)
+def measure_seconds(
+    training: Training, student: Student, teacher: BlockStream | None, micro_batch: int, processes: Processes
+) -> Seconds:
+    """Measure how long the parts of a training take, without a change of weights.
+
+    Args:
+        training: The batch.
+        student: The pruned model, with the rows of one step.
+        teacher: The dense model; None where the text is learned.
+        micro_batch: Rows that run through the network together.
+        processes: Processes that share each batch.
+    """
+    loading, row = (0.0, 0.0) if teacher is None else _teacher_seconds(teacher, student.rows)
+    share, rows = training.batch // processes.size, student.rows
+    step = _step_seconds(student, share, micro_batch, processes) + share * row
+    held_out = rows.repeat(-(-HELD_OUT // len(rows)), 1)[:HELD_OUT]
+    measurement = _seconds(lambda: student.perplexity(held_out))
+    return Seconds(step, measurement, loading + HELD_OUT * row)
+
+
+def _step_seconds(student: Student, share: int, micro_batch: int, processes: Processes) -> float:
+    """Return the seconds of the second of two steps, in which all processes add their gradients."""
+    trained = list(student.trained().values())
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
 
     def step() -> None:
         for rows in torch.arange(share).split(micro_batch):
             student(rows)["loss"].backward()
+        processes.all_reduce(*(value.grad for value in trained if value.grad is not None))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 from pathlib import Path
+from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from secateur.base.errors import SecateurError
-from secateur.base.processes import connection_errors
+from secateur.base.processes import Processes, connection_errors
 from secateur.base.quiet import quiet
 from secateur.base.services import Services
+from secateur.model import pass_checkpoint
 from secateur.retraining.options import Training
 from secateur.retraining.student import Student
 
-SAVES = 10
-"""Number of checkpoints that a training writes."""
+MEASUREMENTS = 10
+"""Largest number of measurements of perplexity during a training."""
 STEPS_BETWEEN = 16
 """Smallest number of steps between two measurements of perplexity, each of which takes as long as half a step."""
 LAST_FILE = "trainer_state.json"
@@ -42,7 +44,7 @@ def train(
         student: The network with its rows and targets.
         training: Batch, learning rate and seed.
         folder: Folder of the checkpoints, the same for all processes; the last one there is resumed.
-        held_out: Rows on which perplexity is measured before the first step and with every checkpoint (rows x length).
+        held_out: Rows on which perplexity is measured before the first step and now and then (rows x length).
         micro_batch: Rows that run through the network together.
         services: Processes that share each batch, and progress output.
         device: Device of the training.
@@ -54,7 +56,7 @@ def train(
         SecateurError: The loss of a step is NaN or infinite.
     """
     steps = len(student.rows) // training.batch
-    every = -(-steps // SAVES)
+    every = max(-(-steps // MEASUREMENTS), STEPS_BETWEEN)
     bar = cast("Generator[int, None, None]", services.watcher.track(range(steps), "Retrain"))
     # If the training fails, the bar is closed at once, so that it is not drawn after the error.
     with closing(bar), quiet():
@@ -70,8 +72,7 @@ def train(
             optim="adamw_torch_fused",
             seed=training.seed,
             logging_steps=1,
-            save_strategy="steps",
-            save_steps=every,
+            save_strategy="no",
             save_total_limit=1,
             label_names=[],
             remove_unused_columns=False,
@@ -81,8 +82,8 @@ def train(
             use_cpu=device.type == "cpu",
             dataloader_pin_memory=False,
         )
-        measure = _Measurement(student, held_out, max(every, STEPS_BETWEEN))
-        trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=[_Progress(bar), measure])
+        callbacks = [_Progress(bar), _Measurement(student, held_out, every), _Saving(services.processes)]
+        trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=callbacks)
         # This callback prints the loss of every step.
         trainer.remove_callback(PrinterCallback)
         with nullcontext() if services.processes.is_single else connection_errors():
@@ -107,6 +108,26 @@ class _Measurement(TrainerCallback):
 
     def _measure(self, state: Any) -> None:
         state.log_history.append({"step": state.global_step, "held_out": self._student.perplexity(self._held_out)})
+
+
+class _Saving(TrainerCallback):
+    """Callback that asks for a checkpoint after the first and the last step, and in between as often as is cheap."""
+
+    def __init__(self, processes: Processes):
+        self._processes, self._asked, self._since, self._cost = processes, 0.0, 0.0, 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._since = perf_counter()
+
+    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+        self._asked = perf_counter()
+        is_cheap = self._asked - self._since >= self._cost / pass_checkpoint.SPENT
+        is_last = state.global_step == state.max_steps
+        control.should_save = self._processes.broadcast(lambda: is_cheap or is_last)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self._since = perf_counter()
+        self._cost = self._since - self._asked
 
 
 class _Progress(TrainerCallback):
