@@ -13,6 +13,7 @@ ROOT = Path(secateur.__file__).parent
 ORDER = [
     "base",
     "families",
+    "vocabulary",
     "model",
     "text",
     "numerics",

@@ -1,0 +1,90 @@
+"""Byte-pair encoding (BPE): pairs of neighbouring tokens are merged, the earliest merge in the list first.
+
+**Cutting.** The kept merges are those whose two parts and whose result are kept, in the old order. Let all merges that
+the old tokenizer makes in a text be kept. Then the new tokenizer makes the same ones. Before each step both have the
+same tokens, and the old one takes the earliest merge that is possible. This merge is also the earliest possible one in
+the new, shorter list. At the end no merge of the old list is possible, so none of the new list is.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.vocabulary.model import TokenModel
+
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+
+
+@dataclass(frozen=True)
+class Bpe(TokenModel):
+    """BPE over bytes or characters."""
+
+    ids: dict[str, int]
+
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> "Bpe":
+        """Return a BPE model from its section of tokenizer.json; errors as in the base class."""
+        for key in _AFFIXES:
+            if stored.get(key):
+                raise SecateurError(f"{key} is {stored[key]!r}, and merges with affixes cannot be cut")
+        ids: dict[str, int] = stored["vocab"]
+        return cls(stored, {token: spelling for spelling, token in ids.items()}, ids)
+
+    def fixed(self) -> set[int]:
+        """Return the ids of the unknown token, and of all longer tokens that cannot result from a text.
+
+        Such tokens are control tokens, like `<pad>`. With `ignore_merges` a whole word can be any token.
+        """
+        unknown = {token for spelling, token in self.ids.items() if spelling == self.stored.get("unk_token")}
+        if self.stored.get("ignore_merges"):
+            return unknown
+        made = {left + right for left, right in self._merges()}
+        return unknown | {token for spelling, token in self.ids.items() if len(spelling) > 1 and spelling not in made}
+
+    def parts(self, token: int) -> tuple[int, ...]:
+        """Return the two tokens that the last merge joins when BPE makes a token.
+
+        A token is made in the same way wherever it occurs in a text: no merge crossed its ends, so the merges inside it
+        were chosen in the same order as if it stood alone.
+        """
+        symbols = list(self.spellings.get(token, ""))
+        ranks = [self._ranks.get(pair, self._never) for pair in pairwise(symbols)]
+        while len(ranks) > 1:
+            earliest = min(ranks)
+            if earliest == self._never:
+                return ()
+            place = ranks.index(earliest)
+            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+            del ranks[place]
+            for pair in range(max(place - 1, 0), min(place + 1, len(ranks))):
+                ranks[pair] = self._ranks.get((symbols[pair], symbols[pair + 1]), self._never)
+        return tuple(self.ids[symbol] for symbol in symbols) if ranks and ranks[0] != self._never else ()
+
+    def cut(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
+        """Return the section `model` with the kept tokens, and the merges among them."""
+        vocab = {spelling: new_ids[token] for spelling, token in self.ids.items() if token in new_ids}
+        merges = [
+            stored
+            for stored, (left, right) in zip(self.stored["merges"], self._merges(), strict=True)
+            if left in vocab and right in vocab and left + right in vocab
+        ]
+        return {**self.stored, "vocab": vocab, "merges": merges}
+
+    def _merges(self) -> Iterator[tuple[str, str]]:
+        """Yield the merges, which older files spell as `left right`, and newer ones as a list."""
+        for merge in self.stored["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            yield left, right
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[str, str], int]:
+        """Place in the list of merges, by pair."""
+        return {pair: rank for rank, pair in enumerate(self._merges())}
+
+    @cached_property
+    def _never(self) -> int:
+        """Rank of a pair that is never merged."""
+        return len(self.stored["merges"])

@@ -1,0 +1,184 @@
+"""Which tokens of a vocabulary are kept.
+
+Always kept are special and added tokens, tokens that a config names, single bytes, and tokens that are one character of
+the kept scripts. A kept token that BPE makes from others brings these along, and the tokens that they are made from.
+
+**Scripts are exact.** A token is kept if some text of the scripts, as normalised, contains its bytes or characters.
+Let BPE split such a text. Every token that it makes on the way is a part of the text, so it is kept. Then every merge
+that it makes is kept, and the cut tokenizer makes the same merges (see `bpe.py`). For Unigram, every token that could
+be in a split is kept, so all possible splits and their scores are unchanged. The steps before the model are not
+changed: added tokens, normaliser and pre-tokenizer. Conversely, a token that no such text contains is never used.
+
+**Padding.** The number of kept tokens is rounded up by keeping further tokens of the vocabulary. Rows without a token
+would be worse: the model never learned to avoid them, so they could win.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.vocabulary.kept import KeptTokens
+from secateur.vocabulary.normalised import with_normalised
+from secateur.vocabulary.scripts import characters_of, main_scripts
+from secateur.vocabulary.tokenizer import StoredTokenizer
+
+_Counts = Mapping[int, int]
+"""Number of occurrences of each token in a text, by id; tokens that are missing do not occur."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Selection of the tokens that are kept."""
+
+    tokenizer: StoredTokenizer
+    rows: int
+    """Number of rows of the embedding."""
+    must_keep: frozenset[int] = frozenset()
+    """Ids that config.json and other files name."""
+    multiple: int = 64
+    """The number of kept tokens is rounded up to a multiple of this number."""
+
+    def by_scripts(self, scripts: tuple[str, ...], counts: _Counts | None = None) -> KeptTokens:
+        """Keep the tokens that can occur in texts of some scripts.
+
+        Args:
+            scripts: Codes of the scripts, from `parse_scripts`.
+            counts: Occurrences of tokens in a text, which decide which further tokens are kept by rounding.
+
+        Raises:
+            SecateurError: A config names an id that no token has.
+        """
+        characters = self._characters(scripts)
+        occurring, required = self._occurring(characters), self._required(characters)
+        return self._keep(occurring, required, 0, lambda token: (-(counts or {}).get(token, 0), token))
+
+    def by_text(self, counts: _Counts, at_least: int = 1, scripts: tuple[str, ...] | None = None) -> KeptTokens:
+        """Keep the tokens that occur at least so often in a text.
+
+        Args:
+            counts: Occurrences of tokens in the text.
+            at_least: Smallest number of occurrences of a token.
+            scripts: Codes of the scripts whose single characters are kept; the main scripts of the text if None.
+
+        Raises:
+            SecateurError: A config names an id that no token has.
+        """
+        used = {token for token, count in counts.items() if count >= at_least and token < self.rows}
+        required = self._required(self._characters(self._scripts(counts, scripts)))
+        return self._keep(set(), required | used, 0, lambda token: (-counts.get(token, 0), token))
+
+    def by_number(self, number: int, counts: _Counts, scripts: tuple[str, ...] | None = None) -> KeptTokens:
+        """Keep a number of tokens: first the tokens of some scripts, then the tokens that occur most often in a text.
+
+        Args:
+            number: Number of tokens, before rounding.
+            counts: Occurrences of tokens in the text.
+            scripts: Codes of the scripts; the main scripts of the text if None.
+
+        Raises:
+            SecateurError: The number is smaller than the number of tokens that are always kept, or a config names an id
+                that no token has.
+        """
+        characters = self._characters(self._scripts(counts, scripts))
+        occurring = self._occurring(characters)
+        kept = self._keep(
+            set(),
+            self._required(characters),
+            number,
+            lambda token: (token not in occurring, -counts.get(token, 0), token),
+        )
+        if len(kept.ids) >= number + self.multiple:
+            raise SecateurError(
+                f"{number:,} tokens are too few: special tokens, bytes and single characters are {len(kept.ids):,}"
+            )
+        return kept
+
+    def _keep(self, closed: set[int], others: Iterable[int], number: int, order: Callable[[int], Any]) -> KeptTokens:
+        """Return the selection of some tokens, and of further ones up to a rounded number.
+
+        Args:
+            closed: Tokens to keep whose parts are among them.
+            others: Further tokens to keep.
+            number: Smallest number of tokens.
+            order: Key by which the tokens that can be kept in addition are sorted.
+        """
+        parts, kept = self.tokenizer.model.parts, set(closed)
+        kept.update(parts_first(others, parts, kept))
+        wanted = -(-max(number, len(kept)) // self.multiple) * self.multiple
+        further = parts_first(sorted(self._tokens() - kept, key=order), parts, kept)
+        kept.update(islice(further, wanted - len(kept)))
+        ids = sorted(kept) if len(kept) == wanted else range(self.rows)
+        beyond = sorted(token for token in self.tokenizer.added.values() if token >= self.rows)
+        return KeptTokens(tuple(ids), tuple(beyond))
+
+    def _tokens(self) -> set[int]:
+        """Return the ids of all tokens that have a row in the embedding."""
+        ids = {*self.tokenizer.model.spellings, *self.tokenizer.added.values()}
+        return {token for token in ids if token < self.rows}
+
+    def _characters(self, scripts: tuple[str, ...]) -> frozenset[str]:
+        """Return the characters of texts of some scripts after normalisation."""
+        return with_normalised(characters_of(scripts), self.tokenizer.contents)
+
+    def _occurring(self, characters: frozenset[str]) -> set[int]:
+        """Return the ids of the tokens that occur in some text of these characters."""
+        occurs = self.tokenizer.alphabet.occurs_in(characters)
+        return {token for token, spelling in self.tokenizer.model.spellings.items() if occurs(spelling)}
+
+    def _required(self, characters: frozenset[str]) -> set[int]:
+        """Return the ids of the tokens that are always kept, among them those that are one of some characters.
+
+        Raises:
+            SecateurError: A config names an id that no token has.
+        """
+        tokenizer, alphabet = self.tokenizer, self.tokenizer.alphabet
+        single = {
+            token
+            for token, spelling in tokenizer.model.spellings.items()
+            if alphabet.is_byte(spelling) or alphabet.text_of(spelling) in characters
+        }
+        self._check_named()
+        required = single | tokenizer.named() | tokenizer.model.fixed() | self.must_keep
+        return {token for token in required if token < self.rows}
+
+    def _check_named(self) -> None:
+        """Check that each id which must be kept is a token's, or a row's after the last token.
+
+        Raises:
+            SecateurError: An id is neither.
+        """
+        wrong = sorted(token for token in self.must_keep - self._tokens() if token < self.tokenizer.size)
+        if wrong:
+            raise SecateurError(
+                f"{self.tokenizer.folder}: a config names the token id {wrong[0]}, which is no token; correct it"
+            )
+
+    def _scripts(self, counts: _Counts, scripts: tuple[str, ...] | None) -> tuple[str, ...]:
+        """Return the given scripts, or the main scripts of a text."""
+        if scripts is not None:
+            return scripts
+        spellings, alphabet = self.tokenizer.model.spellings, self.tokenizer.alphabet
+        return main_scripts((alphabet.text_of(spellings.get(token, "")), count) for token, count in counts.items())
+
+
+def parts_first(tokens: Iterable[int], parts: Callable[[int], tuple[int, ...]], done: set[int]) -> Iterator[int]:
+    """Yield tokens in order, each after the tokens that it is made from.
+
+    Args:
+        tokens: Ids of tokens.
+        parts: Function that returns the tokens that a token is made from.
+        done: Tokens that are not yielded; grows by those that are.
+    """
+    for token in tokens:
+        pending = [token]
+        while pending:
+            missing = [part for part in parts(pending[-1]) if part not in done]
+            if missing and pending[-1] not in done:
+                pending += missing
+                continue
+            last = pending.pop()
+            if last not in done:
+                done.add(last)
+                yield last

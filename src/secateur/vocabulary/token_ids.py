@@ -1,0 +1,99 @@
+"""Token ids in config.json, generation_config.json and the configs of processors.
+
+Keys of every depth are read, as a multimodal config has its language model's config inside. A part with a `vocab_size`
+of its own, such as the config of a tower with a text encoder, has other ids and is left alone.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from secateur.vocabulary.kept import KeptTokens
+
+_IDS = re.compile(
+    r"(.+_)?token_(id|ids|index|indices)|(begin_)?suppress_tokens|bad_words_ids|force_words_ids|stop_token_ids"
+)
+"""Keys of a token id, or of lists of token ids at any depth."""
+_SIZES = frozenset({"vocab_size", "vocab_size_per_layer_input", "padded_vocab_size", "text_vocab_size"})
+"""Keys of a number of tokens."""
+
+_Change = Callable[[int], int]
+
+
+def named_ids(config: dict[str, Any], rows: int) -> set[int]:
+    """Return the token ids that a config names.
+
+    Args:
+        config: Contents of a JSON file.
+        rows: Number of rows of the embedding; other numbers, such as -1, are not ids of tokens.
+    """
+    found: set[int] = set()
+
+    def note(token: int) -> int:
+        found.add(token)
+        return token
+
+    _changed(config, rows, note)
+    return {token for token in found if 0 <= token < rows}
+
+
+def renumber_ids(config: dict[str, Any], rows: int, kept: KeptTokens) -> dict[str, Any]:
+    """Return a config with the new ids of its tokens.
+
+    Args:
+        config: Contents of a JSON file.
+        rows: Number of rows of the old embedding.
+        kept: Tokens that are kept, among them all that the config names.
+    """
+    return _changed(config, rows, lambda token: kept.new_ids.get(token, token))
+
+
+def resize_vocabulary(config: dict[str, Any], rows: int, kept: KeptTokens) -> dict[str, Any]:
+    """Return a config with the new numbers of tokens; arguments as in `renumber_ids`."""
+
+    def resized(key: str, value: Any) -> Any:
+        if _is_inner(value, rows):
+            return resize_vocabulary(value, rows, kept)
+        return kept.rows_below(value) if key in _SIZES and isinstance(value, int) else value
+
+    return {key: resized(key, value) for key, value in config.items()}
+
+
+def _changed(config: dict[str, Any], rows: int, change: _Change) -> dict[str, Any]:
+    """Return a config with changed token ids."""
+    return {key: _reader(key, rows)(value, change) for key, value in config.items()}
+
+
+def _reader(key: str, rows: int) -> Callable[[Any, _Change], Any]:
+    """Return the function that changes the ids in the value of a key."""
+    if _IDS.fullmatch(key):
+        return _every_number
+    return _PAIRS.get(key, lambda value, change: _changed(value, rows, change) if _is_inner(value, rows) else value)
+
+
+def _is_inner(value: Any, rows: int) -> bool:
+    """Return whether a value is a config with the ids of the language model."""
+    return isinstance(value, dict) and value.get("vocab_size", rows) == rows
+
+
+def _every_number(value: Any, change: _Change) -> Any:
+    """Change all numbers of nested lists."""
+    if isinstance(value, list):
+        return [_every_number(item, change) for item in value]
+    return change(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _first_of_pairs(value: Any, change: _Change) -> Any:
+    """Change the first item of each pair: `[[ids, bias], ...]`."""
+    return [[_every_number(first, change), second] for first, second in value] if isinstance(value, list) else value
+
+
+def _second_of_pairs(value: Any, change: _Change) -> Any:
+    """Change the second item of each pair: `[[position, id], ...]`."""
+    return [[first, _every_number(second, change)] for first, second in value] if isinstance(value, list) else value
+
+
+_PAIRS: dict[str, Callable[[Any, _Change], Any]] = {
+    "sequence_bias": _first_of_pairs,
+    "forced_decoder_ids": _second_of_pairs,
+}
