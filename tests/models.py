@@ -20,9 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.pytorch_utils import Conv1D
 
 from secateur.base.quiet import quiet
+from secateur.base.services import Services
 from secateur.families.registry import family_of
 from secateur.model.axes import Width
+from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
+from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.model.surgery import kept_inputs, narrow, slice_block, width_of
 from secateur.model.units.channels import CHANNELS
@@ -368,6 +371,11 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         model.save_pretrained(folder)
         make_tokenizer(bos=begins(name)).save_pretrained(folder)
     return folder
+
+
+def opened(folder: Path) -> BlockStream:
+    """Return the blocks of a folder, with so few tokens per batch that there are several batches."""
+    return BlockStream(open_checkpoint(folder), services=Services(batch_tokens=50))
 
 
 def layers_of(model: Any) -> list[nn.Module]:

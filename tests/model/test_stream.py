@@ -10,29 +10,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import STREAMED, blocks_of, build, layers_of, relative, save, token_rows, wide
+from models import STREAMED, blocks_of, build, layers_of, opened, relative, save, token_rows, wide
 from secateur.base.errors import SecateurError
-from secateur.base.services import Services
 from secateur.fit.loop import refit
 from secateur.model import rows as rows_module
 from secateur.model import stream as module_under_test
 from secateur.model.arena import Activations, Arena, FileRows
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import assign
 from secateur.plan.problem import Plan
 
-SMALL = Services(batch_tokens=50)
-"""Services with few tokens per batch, so that rows make several batches."""
-
 TOLERANCE = 1e-5
 
 
 @pytest.fixture
 def stream(checkpoint_folder: Callable[[str], Path]) -> BlockStream:
-    return BlockStream(open_checkpoint(checkpoint_folder("llama biased")), services=SMALL)
+    return opened(checkpoint_folder("llama biased"))
 
 
 def rows_of_two_lengths() -> Rows:
@@ -53,7 +48,7 @@ def test_blocks_alone_equal_the_model(checkpoint_folder, name):
     layers_of(model)[-1].register_forward_hook(lambda _, __, output: last.append(output))
     with torch.no_grad():
         wanted = [model(ids, use_cache=False, output_hidden_states=True) for ids in rows.groups]
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
+    stream = opened(checkpoint_folder(name))
     with Arena() as arena:
         hidden = stream.embed(rows, arena)
         for index in range(len(stream)):
@@ -80,7 +75,7 @@ def test_blocks_alone_equal_the_model(checkpoint_folder, name):
 @pytest.mark.parametrize("name", STREAMED)
 def test_modules_can_be_watched_and_their_outputs_replayed(checkpoint_folder, name):
     """A replay of a module's output changes nothing, one of zero removes the module, and `until` stops the block."""
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
+    stream = opened(checkpoint_folder(name))
     rows, block = Rows.of(token_rows(2)), stream.blocks[1]
     at = next(rows.batches())
     with Arena() as arena:
@@ -124,7 +119,7 @@ def test_an_unfilled_block_knows_its_shapes(stream):
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
 def test_weights_are_released_after_the_block(checkpoint_folder, name):
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
+    stream = opened(checkpoint_folder(name))
     assert on_meta(stream.model)
     stored = stream.stored(2)
     with stream.filled(2) as layer:
@@ -163,7 +158,7 @@ def test_a_broken_embedding_leaves_the_model_whole(stream):
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_hooks_are_removed_even_after_an_exception(checkpoint_folder, name):
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)), services=SMALL)
+    stream = opened(checkpoint_folder(name))
     rows = Rows.of(token_rows(2))
     at = next(rows.batches())
     with Arena() as arena:
@@ -209,7 +204,7 @@ def live_bytes() -> int:
 
 def test_memory_does_not_grow_with_depth(checkpoint_folder):
     """The activations and the new weights of the last block are all that is in memory between two blocks."""
-    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")), services=SMALL)
+    stream = opened(checkpoint_folder("llama"))
     rows = token_rows(4, 12)
     one_block = 4 * stream.blocks[0].parameters
     plan = Plan(dict.fromkeys(range(3), wide(2, 2, 40)), 0.3, 0.3)
@@ -227,7 +222,7 @@ def test_memory_does_not_grow_with_depth(checkpoint_folder):
 def test_the_next_block_is_fetched_while_this_one_computes(checkpoint_folder, monkeypatch):
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: asked.append((offset, size, advice)))
-    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")), services=SMALL)
+    stream = opened(checkpoint_folder("llama"))
     tensors = stream.checkpoint.tensors
     for index in range(len(stream)):
         with stream.filled(index):
@@ -329,7 +324,7 @@ def test_quick_products_are_in_bfloat16(name, tmp_path, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)
         save(name, folder, dtype)
-        stream, rows = BlockStream(open_checkpoint(folder), services=SMALL), Rows.of(token_rows(4, 24))
+        stream, rows = opened(folder), Rows.of(token_rows(4, 24))
         for fast in (torch.float32, torch.bfloat16):
             monkeypatch.setattr(module_under_test, "fast_dtype", lambda _, fast=fast: fast)
             with Arena() as arena:

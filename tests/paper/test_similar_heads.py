@@ -26,7 +26,6 @@ from secateur.commands.plan import propose
 from secateur.commands.prune import prune
 from secateur.criteria.choice import Choice, parse_choice
 from secateur.criteria.order import removal_order
-from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import entries, width_of
@@ -100,30 +99,6 @@ def wish_of(folder: CheckpointFolder, name: str) -> PlanProblem:
     stream = BlockStream(open_checkpoint(folder(name)))
     parameters = parameter_meter(stream)
     return PlanProblem(stream.blocks, range(3), parameters, 0.25, parameters)
-
-
-LOADABLE: list[tuple[str, tuple[int, ...], tuple[int, ...], Width]] = [
-    # Three groups of two heads.
-    ("llama", (0, 1), (0, 1), wide(2, 2, 72)),
-    ("llama", (0, 2), (), wide(3, 2, 72)),
-    ("llama", (0, 2, 5), (0, 2, 5), wide(3, 1, 72)),
-    ("llama", (2, 3, 4), (2, 3), wide(2, 2, 72)),
-    # A whole group or one head of each are equally many parameters: with the group, a key and a value go too.
-    ("llama", (0, 1, 2, 4), (0, 1), wide(2, 2, 72)),
-    ("llama", (0, 1, 2, 3, 4), (0, 1, 2, 3), wide(1, 2, 72)),
-    # Two groups of three.
-    ("qwen2", (0, 1, 4, 5), (0, 1, 4, 5), wide(2, 1, 72)),
-    ("qwen2", (0, 4, 5), (0, 4), wide(2, 2, 72)),
-    ("qwen2", (3, 4, 5, 0), (3, 4, 5), wide(1, 3, 72)),
-    # Each head alone; and one group for all.
-    ("gpt2", (1, 4, 5), (1, 4, 5), wide(3, 1, 96)),
-    ("llama one group", (1, 4), (1, 4), wide(1, 4, 72)),
-]
-
-
-@pytest.mark.parametrize(("name", "similar", "gone", "width"), LOADABLE)
-def test_heads_that_can_be_removed_together(checkpoint_folder, name, similar, gone, width):
-    assert loadable(wish_of(checkpoint_folder, name), 1, similar) == (gone, width)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "llama one group"])

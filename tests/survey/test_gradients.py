@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from models import STREAMED, VOCAB, blocks_of, build, make_tokenizer, relative, token_rows
+from models import STREAMED, VOCAB, blocks_of, build, make_tokenizer, opened, relative, token_rows
 from outputs import record_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.base.services import Services
 from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_matrices
 from secateur.criteria.registry import SCORED_KINDS, all_criteria
 from secateur.model.arena import Arena
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
@@ -28,16 +25,9 @@ from secateur.model.units.heads import KV_GROUPS
 from secateur.survey.gradients import gradient_scores, gradients
 from secateur.text.calibration import calibration_rows
 
-SMALL = Services(batch_tokens=50)
-"""Tokens per batch, so few that there are several batches."""
-
 FROM_GRADIENTS = [name for name, one in all_criteria().items() if one.from_gradients is not None]
 TOLERANCE = 1e-4
 """Largest allowed deviation of a gradient, relative to the largest gradient of its matrix."""
-
-
-def opened(folder: Path) -> BlockStream:
-    return BlockStream(open_checkpoint(folder), services=SMALL)
 
 
 def some_rows() -> Rows:

@@ -12,19 +12,12 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
-from conftest import CheckpointFolder
-from models import ROWS, blocks_of, build, token_rows
+from models import ROWS, blocks_of, build, opened, token_rows
 from secateur.base.errors import SecateurError
-from secateur.base.services import Services
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
-from secateur.model.stream import BlockStream
 from secateur.paper.options import LARGEST
 from secateur.survey import head_distances as module_under_test
 from secateur.survey.head_distances import ATTENTION_NAME, head_distances, jensen_shannon
-
-SMALL = Services(batch_tokens=50)
-"""Tokens per batch, so few that there are several batches."""
 
 CLOSE = 2e-6
 
@@ -33,10 +26,6 @@ CLOSE = 2e-6
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use several chunks of query positions in each batch, the last one shorter."""
     monkeypatch.setattr(module_under_test, "CHUNK", 6 * 24 * 2 * 5)
-
-
-def opened(folder: CheckpointFolder, name: str) -> BlockStream:
-    return BlockStream(open_checkpoint(folder(name)), services=SMALL)
 
 
 def attentions(name: str, ids: Tensor) -> list[Tensor]:
@@ -61,7 +50,7 @@ def near(found: Tensor, wanted: np.ndarray) -> None:
 def test_distances_equal_scipys(checkpoint_folder, name):
     """The models have grouped queries, windows, softcaps, scales and query norms."""
     ids = token_rows(5)
-    found = head_distances(opened(checkpoint_folder, name), ids)
+    found = head_distances(opened(checkpoint_folder(name)), ids)
     maps = attentions(name, ids)
     assert list(found) == list(range(len(maps)))
     for index, one in enumerate(maps):
@@ -74,7 +63,7 @@ def test_distances_equal_scipys(checkpoint_folder, name):
 def test_groups_of_rows_are_weighted(checkpoint_folder):
     first, second, third = token_rows(3, 24), token_rows(4, 15, seed=1), token_rows(2, 9, seed=2)
     rows = Rows((first, second, third), (1.0, 0.25, 0.0))
-    found = head_distances(opened(checkpoint_folder, "llama biased"), rows)
+    found = head_distances(opened(checkpoint_folder("llama biased")), rows)
     a, b = attentions("llama biased", first), attentions("llama biased", second)
     for index in range(3):
         counts = 72, 0.25 * 60
@@ -83,7 +72,7 @@ def test_groups_of_rows_are_weighted(checkpoint_folder):
 
 
 def test_distances_of_some_blocks(checkpoint_folder):
-    stream, ids = opened(checkpoint_folder, "qwen2"), token_rows(3)
+    stream, ids = opened(checkpoint_folder("qwen2")), token_rows(3)
     every = head_distances(stream, ids)
     some = head_distances(stream, ids, blocks=range(1, 2))
     assert list(some) == [1]
@@ -99,7 +88,7 @@ def test_a_custom_distance(checkpoint_folder):
         return torch.cdist(p.transpose(0, 1), p.transpose(0, 1), p=1).double().sum(0) / 2
 
     ids = token_rows(5)
-    found = head_distances(opened(checkpoint_folder, "gemma2"), ids, blocks=range(1), distance=total_variation)
+    found = head_distances(opened(checkpoint_folder("gemma2")), ids, blocks=range(1), distance=total_variation)
     assert sum(p.shape[1] for p in seen) == ids.numel()
     for p in seen:
         assert p.sum(-1).sub(1).abs().max() < 1e-5
@@ -114,7 +103,7 @@ def test_the_attention_function_is_restored(checkpoint_folder, name):
     """Neither the registered function nor its name in the config remains, and blocks run as before."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    stream, ids = opened(checkpoint_folder, name), token_rows(2)
+    stream, ids = opened(checkpoint_folder(name)), token_rows(2)
     before = stream.model.config._attn_implementation
     head_distances(stream, ids)
     assert stream.model.config._attn_implementation == before
@@ -135,7 +124,7 @@ def test_attention_that_cannot_be_observed_is_an_error(checkpoint_folder, monkey
 
     monkeypatch.delattr(modeling_llama, "eager_attention_forward")
     with pytest.raises(SecateurError, match="the attention of LlamaAttention cannot be observed"):
-        head_distances(opened(checkpoint_folder, "llama"), token_rows(2))
+        head_distances(opened(checkpoint_folder("llama")), token_rows(2))
 
 
 def test_no_tensor_of_all_positions_is_passed(checkpoint_folder):
@@ -145,7 +134,7 @@ def test_no_tensor_of_all_positions_is_passed(checkpoint_folder):
         sizes.append(p.numel())
         return jensen_shannon(p)
 
-    head_distances(opened(checkpoint_folder, "llama"), token_rows(5, 48), distance=count, blocks=range(1))
+    head_distances(opened(checkpoint_folder("llama")), token_rows(5, 48), distance=count, blocks=range(1))
     assert max(sizes) <= module_under_test.CHUNK < 6 * 48 * 48
 
 

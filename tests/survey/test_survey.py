@@ -8,7 +8,6 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import ROWS, blocks_of, build, layers_of, logits_of, masked, reading, selected, token_rows
+from models import ROWS, blocks_of, build, layers_of, logits_of, masked, opened, reading, selected, token_rows
 from outputs import error_of
 from secateur.base.errors import SecateurError
-from secateur.base.services import Services
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.order import remaining_units, removal_order
 from secateur.criteria.registry import SCORED_KINDS, Criteria, all_criteria
 from secateur.criteria.statistics import Statistics
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
-from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits, PrunableModule
 from secateur.model.surgery import assign, kept_inputs, output_weight, stored_weight
 from secateur.model.units.channels import CHANNELS
@@ -36,9 +32,6 @@ from secateur.survey.curves import ErrorCurve, Probe, Survey, load_survey, save_
 from secateur.survey.gradients import gradient_scores
 from secateur.survey.probes import POSITION_STRIDE
 from secateur.survey.survey import survey
-
-SMALL = Services(batch_tokens=50)
-"""Tokens per batch, so few that there are several batches."""
 
 RIDGE = 0.3
 FITTED = Rows((token_rows(4, 24), token_rows(3, 17, seed=1)), (1.0, 0.25))
@@ -61,10 +54,6 @@ INDEX = 1
 def dense(name: str) -> Any:
     """Return a dense model, which must not be changed."""
     return build(name)
-
-
-def opened(folder: Path) -> BlockStream:
-    return BlockStream(open_checkpoint(folder), services=SMALL)
 
 
 def seen(model: Any, module: PrunableModule, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
