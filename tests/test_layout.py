@@ -13,7 +13,6 @@ ROOT = Path(secateur.__file__).parent
 ORDER = [
     "base",
     "families",
-    "vocabulary",
     "model",
     "text",
     "numerics",
@@ -23,6 +22,7 @@ ORDER = [
     "fit",
     "write",
     "formats",
+    "vocabulary",
     "measure",
     "report",
     "commands",

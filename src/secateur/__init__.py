@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from secateur.commands.plan_widths import plan_widths
     from secateur.commands.prune import prune
     from secateur.commands.survey_model import survey_model
+    from secateur.commands.trim import trim
     from secateur.commands.write_model import write_model
     from secateur.formats.per_layer import register
     from secateur.measure import perplexity, speed
@@ -40,6 +41,7 @@ _MODULES = {
     "fit_blocks": "secateur.commands.fit_blocks",
     "write_model": "secateur.commands.write_model",
     "propose": "secateur.commands.plan",
+    "trim": "secateur.commands.trim",
     "Bars": "secateur.cli.bars",
     "Options": "secateur.commands.options",
     "RunOptions": "secateur.commands.options",
@@ -59,7 +61,7 @@ _MODULES = {
 __all__ = ["Bars", "BlockStream", "Options", "Rows", "RunOptions", "SecateurError"]
 __all__ += ["calibration_rows", "consecutive_rows", "draw_rows", "fit_blocks", "open_checkpoint", "open_model"]
 __all__ += ["perplexity", "plan_widths", "propose", "prune", "register", "retrain", "speed", "survey_model"]
-__all__ += ["write_model"]
+__all__ += ["trim", "write_model"]
 
 
 def __getattr__(name: str) -> Any:

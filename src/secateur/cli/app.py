@@ -27,6 +27,7 @@ from secateur.cli.sizes import sizes
 from secateur.cli.streams import protect_streams
 from secateur.cli.survey import survey
 from secateur.cli.terminal import EXIT_INTERRUPTED, IS_WORKER, exit_interrupted
+from secateur.cli.trim import trim
 
 app = typer.Typer(
     name="secateur",
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 for name, command in {
     "prune": prune,
+    "trim": trim,
     "export": export,
     "retrain": retrain,
     "plan": plan,

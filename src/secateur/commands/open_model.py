@@ -17,6 +17,7 @@ from secateur.base.services import Services
 from secateur.commands.memory import memory_limit
 from secateur.commands.options import Options, RunOptions, with_settings
 from secateur.commands.request import CheckedRequest, check_request, format_of
+from secateur.commands.vocabulary import KeptVocabulary, with_vocabulary
 from secateur.criteria.registry import Criteria, UnitScores
 from secateur.fit.method import Method
 from secateur.fit.recovery import Recovery
@@ -54,6 +55,8 @@ class OpenRun:
     """Time at which the run began, in seconds of `time.perf_counter`."""
     memory_bytes: int
     """Bytes of memory that the process may use."""
+    vocabulary: KeptVocabulary | None
+    """The tokens that are kept; None for all."""
     gradients: dict[str, UnitScores] = field(default_factory=dict)
     """Cache of scores from backward passes, by purpose and blocks."""
 
@@ -180,6 +183,7 @@ def open_model(
         _check_files(model, out, options, run_options, services.watcher)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     checkpoint = _open(model, run_options, dtype, services)
+    checkpoint, vocabulary = with_vocabulary(checkpoint, options, device, services)
     stream = BlockStream(checkpoint, device=device, services=services)
     dtype = dtype or checkpoint.dtype
     tokenizer = _tokenizer(checkpoint, options)
@@ -202,7 +206,18 @@ def open_model(
         separate_choice=options.separate_choice,
     )
     stream = stream.using(activation_bytes=activations)
-    return OpenRun(stream, options, run_options, request, dtype, tokenizer, begins_with_bos(tokenizer), started, memory)
+    return OpenRun(
+        stream,
+        options,
+        run_options,
+        request,
+        dtype,
+        tokenizer,
+        begins_with_bos(tokenizer),
+        started,
+        memory,
+        vocabulary,
+    )
 
 
 def _check_options(options: Options, run_options: RunOptions, processes: Processes) -> torch.device:

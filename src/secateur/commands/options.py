@@ -19,6 +19,7 @@ from secateur.formats.registry import FORMATS, Declaration, default_format
 from secateur.model.kinds import KINDS
 from secateur.plan.target import Target, parse_target
 from secateur.text.sources import GENERAL
+from secateur.vocabulary.wanted import ALL, parse_vocabulary
 
 if TYPE_CHECKING:
     from secateur.fit.recovery import Recovery
@@ -100,6 +101,15 @@ class Options:
         TARGET,
         "Kinds of units that may be removed, separated by commas: heads, channels (including those of experts) and "
         "experts.",
+    )
+    vocabulary: str = option(
+        ALL,
+        TARGET,
+        "Tokens to keep, beside special tokens and bytes. all; scripts by their Unicode names, such as latin or "
+        "latin+cyrillic, each with digits, punctuation and symbols: text of these scripts keeps its tokens and logits; "
+        "text or text:5: tokens that occur in the calibration text once, or five times; a number such as 64k or a "
+        "share such as 50%: tokens of the calibration text's scripts first, frequent ones first. Shares in --target "
+        "refer to the model with all tokens.",
     )
     round: int | None = option(
         None,
@@ -211,6 +221,7 @@ class Options:
             raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
         if self.target is not None:
             parse_target(self.target)
+        parse_vocabulary(self.vocabulary)
 
     def _check_target(self) -> None:
         """Check that one option alone sets how much to remove, and that its file exists.
@@ -320,6 +331,7 @@ class Options:
         random = self.chooses_on_random_ids
         criterion = f"{self.criterion_name} of random ids" if random else self.criterion_name
         key = {"criterion": criterion, "ridge": self.ridge}
+        key |= {} if self.vocabulary == ALL else {"vocabulary": self.vocabulary}
         return key | ({"seed": self.seed} if random or self.parsed_criterion.uses("random") else {})
 
     @property
@@ -447,7 +459,7 @@ class RunOptions:
     )
 
 
-SURVEYED = ("blocks", "modules", "criterion", "ridge", "calibration", "samples", "length", "seed")
+SURVEYED = ("vocabulary", "blocks", "modules", "criterion", "ridge", "calibration", "samples", "length", "seed")
 """Options that a survey depends on."""
 
 

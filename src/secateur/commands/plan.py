@@ -70,6 +70,6 @@ def _proposal(run: OpenRun, plan: Plan) -> Proposal:
         fingerprint=checkpoint.fingerprint,
         dense=tuple(block.width for block in run.stream.blocks),
         plan=plan,
-        parameters=(parameters.dense, parameters.total(plan.widths)),
+        parameters=(parameters.original, parameters.total(plan.widths)),
         blocks=run.options.blocks,
     )

@@ -27,6 +27,8 @@ from secateur.report.summary import Summary
 from secateur.survey.curves import ErrorCurve
 from secateur.text.draw import CalibrationRows
 
+SIZES = ("parameters", "bytes", "cache_bytes", "vocabulary")
+"""Fields of a `Summary` that secateur.json lists as sizes before and after."""
 DISSIMILAR = 0.1
 """Share of a mixture's output energy whose loss costs much. In a mixture built from SmolLM2, experts with 8 % of the
 energy cost 0.42 nats per token before the refit and 0.21 after it; experts with 20 % cost 1.34 and 0.31
@@ -53,7 +55,7 @@ def summarize(
     )
 
     def before_and_after(meter: Meter) -> tuple[int, int]:
-        return round(meter.dense), round(meter.total(plan.widths))
+        return round(meter.original), round(meter.total(plan.widths))
 
     return Summary(
         parameters=before_and_after(run.request.parameters),
@@ -71,6 +73,7 @@ def summarize(
         ),
         begins_with_bos=run.begins_with_bos,
         tokens=rows.grouped.groups[0].numel(),
+        vocabulary=None if run.vocabulary is None else run.vocabulary.tokens,
         seconds=seconds,
         peak_bytes=peak,
         effort_seconds={name: took for name, (took, _) in (expected or {}).items()},
@@ -113,7 +116,8 @@ def make_record(
             "note": plan.note,
         },
         "cost": plan.cost,
-        "sizes": {name: getattr(summary, name) for name in ("parameters", "bytes", "cache_bytes")},
+        "vocabulary": None if run.vocabulary is None else run.vocabulary.as_record(),
+        "sizes": {name: getattr(summary, name) for name in SIZES if getattr(summary, name) is not None},
         "dense": [dict(width) for width in summary.dense],
         "loads": {
             "class": summary.auto_class,

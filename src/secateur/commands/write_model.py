@@ -20,6 +20,7 @@ from secateur.report.card import CARD
 from secateur.report.folder import read_text, readme_and_report
 from secateur.report.summary import Summary
 from secateur.text.draw import CalibrationRows
+from secateur.vocabulary.map_file import MAP_FILE, map_contents
 from secateur.write.hub import upload
 from secateur.write.slice import slice_fitted
 
@@ -99,5 +100,7 @@ def _records(
         team = {} if processes.is_single else {"processes": processes.size, "moved_bytes": processes.bytes_moved}
         return {"seconds": summary.seconds, "peak_bytes": summary.peak_bytes} | team
 
-    card = read_text(run.stream.checkpoint.path / CARD)
-    return {"secateur.json": record, "timings.json": timings} | readme_and_report(card, record)
+    checkpoint = run.stream.checkpoint
+    files = {"secateur.json": record, "timings.json": timings}
+    files |= {MAP_FILE: map_contents(checkpoint.kept_tokens)} if checkpoint.kept_tokens else {}
+    return files | readme_and_report(read_text(checkpoint.path / CARD), record)

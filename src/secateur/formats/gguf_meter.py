@@ -38,9 +38,12 @@ def gguf_byte_meter(stream: BlockStream, type: str, biases: bool = False) -> Met
     # Vectors are float32 in files of every type.
     added = tuple(entries * torch.float32.itemsize for entries in added_biases(stream)) if biases else ()
     bytes_at, dense = _ModuleBytes(stream, type, OUTPUT_LAYERS if any(added) else frozenset()), dense_widths(stream)
-    total = sum(tensor.bytes for tensor in file_tensors(bytes_at.model, bytes_at.architecture, type))
+    total, original = (
+        sum(tensor.bytes for tensor in file_tensors(model, bytes_at.architecture, type))
+        for model in (bytes_at.model, bytes_at.original)
+    )
     modules = sum(bytes_at(index, kind, width) for index, width in enumerate(dense) for kind in width.kinds)
-    return Meter(dense, total - modules, bytes_at, megabytes, added)
+    return Meter(dense, total - modules, bytes_at, megabytes, added, original - total)
 
 
 class _ModuleBytes:
@@ -50,6 +53,7 @@ class _ModuleBytes:
         self.stream, self.type = stream, type
         self.dense = dense_widths(stream)
         self.model = GgufModel(stream.checkpoint, self.dense, added)
+        self.original = GgufModel(stream.checkpoint.original, self.dense, added)
         self.architecture = self._architecture(added)
         # Blocks of the same shapes have the same number of bytes, except for the first block, which may have to keep an
         # idle head.

@@ -79,7 +79,10 @@ class Checkpoint(Stored):
     """Decoder language model on disk.
 
     Attributes:
-        path: Folder with the files.
+        path: Folder with the weights.
+        side_folder: Folder with config.json, the tokenizer and all other files: `path`, or a folder of edited copies.
+        uncut: The checkpoint with its whole vocabulary, if this one has fewer tokens.
+        kept_tokens: Ids in `uncut` of the tokens, in the order of their ids here; empty if there is no `uncut`.
         raw_config: Contents of config.json, or its part for the language model.
         dtype: The most common floating dtype of the stored weights, by bytes.
         trust_remote_code: Whether the checkpoint's own code is needed and may run.
@@ -88,8 +91,11 @@ class Checkpoint(Stored):
     """
 
     path: Path
+    side_folder: Path
     raw_config: dict[str, Any]
     dtype: torch.dtype
+    uncut: "Checkpoint | None" = None
+    kept_tokens: tuple[int, ...] = ()
     trust_remote_code: bool = False
     quantised: bool = False
     left_out: tuple[str, ...] = ()
@@ -128,16 +134,27 @@ class Checkpoint(Stored):
         """Stored tensors without the buffers that every model computes itself."""
         return {name: info for name, info in self.tensors.items() if name not in self.ignorable}
 
+    @property
+    def original(self) -> "Checkpoint":
+        """The checkpoint with its whole vocabulary."""
+        return self if self.uncut is None else self.uncut
+
+    @property
+    def cut_entries(self) -> int:
+        """Number of parameters of the tokens that were cut from the vocabulary."""
+        stored = self.original.tensors
+        return sum(stored[name].entries - info.entries for name, info in self.weights.items())
+
     @cached_property
     def fingerprint(self) -> str:
-        """Hash that identifies the weights, whatever the name of the folder.
+        """Hash that identifies the weights, whatever the name of the folder and the tokens that are kept.
 
         The hash covers the name, shape and dtype of every tensor, and some bytes at its start, middle and end.
         Fine-tuning changes all tensors, new tokens change the end of two tensors, and hashing a whole model would take
         long.
         """
         digest = hashlib.sha256()
-        for name, info in sorted(self.tensors.items()):
+        for name, info in sorted(self.original.tensors.items()):
             digest.update(f"{name}|{info.shape}|{info.dtype}|".encode())
             for sample in self._samples(name):
                 digest.update(sample)
@@ -162,12 +179,14 @@ class Checkpoint(Stored):
         Raises:
             SecateurError: transformers cannot load the checkpoint.
         """
-        config = load_config(self.path, read_config(self.path), trust_remote_code=self.trust_remote_code)
+        folder = self.side_folder
+        config = load_config(folder, read_config(folder), trust_remote_code=self.trust_remote_code)
         options |= {"config": config, "dtype": dtype}
         try:
-            if not self.quantised:
+            if not self.quantised and self.uncut is None:
                 return auto.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **options)
-            del config.quantization_config
+            if self.quantised:
+                del config.quantization_config
             values = {name: self.read(name).to(dtype) for name in self.weights}
             classes = (
                 MODEL_FOR_CAUSAL_LM_MAPPING if self.multimodal_config is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -199,7 +218,7 @@ class Checkpoint(Stored):
         """Files besides config and weights that are copied to the output: tokenizer, chat templates, generation
         settings."""
         wanted = (*_COPIED, "*.py") if self.trust_remote_code else _COPIED
-        entries = sorted(self.path.iterdir())
+        entries = sorted(self.side_folder.iterdir())
         return tuple(entry for entry in entries if any(fnmatch(entry.name, glob) for glob in wanted))
 
     def check_range(self, dtype: torch.dtype) -> None:
@@ -328,7 +347,7 @@ class Checkpoint(Stored):
             raise SecateurError(f"{self.source}: no tokenizer files; copy the model's into the folder")
         try:
             with quiet():
-                return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+                return AutoTokenizer.from_pretrained(self.side_folder, trust_remote_code=self.trust_remote_code)
         except BaseException as error:
             if not is_fault(error):
                 raise
@@ -357,34 +376,45 @@ def open_checkpoint(
     source = str(model)
     folder = _locate(source, revision, dtype)
     raw = read_config(folder)
-    config, multimodal_config = load_config(folder, raw, trust_remote_code=trust_remote_code), None
-    settings, raw = quantisation(raw), without_quantisation(raw)
-    if any(raw.get(key) for key in TOWER_CONFIGS):
-        multimodal_config, raw, config = raw, raw.get(TEXT) or {}, decoder_config(config)
+    config = load_config(folder, raw, trust_remote_code=trust_remote_code)
     check_generation(folder)
-    tensors = list_tensors(folder)
+    tensors, settings = list_tensors(folder), quantisation(raw)
     if settings is not None:
         tensors = dequantised(tensors, settings, folder)
-    if (twin := twin_of(config)) and twin.inputs_first:
-        tensors = {name: _upright(name, info, config.hidden_size) for name, info in tensors.items()}
+    fields = described(raw, config)
+    own = fields["config"]
+    if (twin := twin_of(own)) and twin.inputs_first:
+        tensors = {name: _upright(name, info, own.hidden_size) for name, info in tensors.items()}
     checkpoint = Checkpoint(
         source=source,
         path=folder,
-        config=config,
-        raw_config=raw,
+        side_folder=folder,
+        **fields,
         dtype=_common_dtype(source, tensors),
         tensors=tensors,
         trust_remote_code=trust_remote_code and type(config).__module__.startswith("transformers_modules"),
-        multimodal_config=multimodal_config,
         quantised=settings is not None,
     )
-    if config.num_hidden_layers > len(tensors):
+    if own.num_hidden_layers > len(tensors):
         raise SecateurError(
-            f"{folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers:,}, but only {len(tensors):,} "
+            f"{folder / 'config.json'}: num_hidden_layers is {own.num_hidden_layers:,}, but only {len(tensors):,} "
             "tensors are stored; find the config.json of these weights"
         )
     checkpoint.leave_out_prediction_heads()
     return checkpoint
+
+
+def described(raw: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return the fields of a `Checkpoint` that come from config.json.
+
+    Args:
+        raw: Contents of the file.
+        config: The config object that transformers makes of it.
+    """
+    raw = without_quantisation(raw)
+    if not any(raw.get(key) for key in TOWER_CONFIGS):
+        return {"config": config, "raw_config": raw, "multimodal_config": None}
+    return {"config": decoder_config(config), "raw_config": raw.get(TEXT) or {}, "multimodal_config": raw}
 
 
 def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:

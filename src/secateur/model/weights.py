@@ -104,6 +104,52 @@ class Transposed(TensorInfo):
         return tensor.transpose(1, 2).contiguous()
 
 
+@dataclass(frozen=True)
+class SelectedRows(TensorInfo):
+    """Some rows of a stored tensor: of an embedding, the tokens of a smaller vocabulary."""
+
+    stored: TensorInfo
+    """Tensor as it is stored."""
+    runs: tuple[tuple[int, int], ...]
+    """First row of each run of consecutive rows, and the row after its last, in order."""
+
+    @classmethod
+    def of(cls, stored: TensorInfo, runs: tuple[tuple[int, int], ...]) -> "SelectedRows":
+        """Return some rows of a stored tensor.
+
+        Args:
+            stored: The tensor (rows x ...).
+            runs: First row of each run of consecutive rows, and the row after its last, in order.
+        """
+        rows = sum(stop - first for first, stop in runs)
+        return cls(stored.file, (rows, *stored.shape[1:]), stored.dtype, stored.offset, stored, runs)
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """Stored tensors that must be read."""
+        return self.stored.parts
+
+    def read(self) -> Tensor:
+        """Return the values of the rows; of a tensor that is stored as it is, only these rows are read from the file.
+
+        Raises:
+            SecateurError: The file has become shorter since it was opened.
+        """
+        if self.stored.parts != (self.stored,):
+            whole = self.stored.read()
+            return torch.cat([whole[first:stop] for first, stop in self.runs])
+        row_bytes = self.bytes // max(1, self.shape[0])
+        data = torch.empty(self.bytes, dtype=torch.uint8)
+        view = data.numpy().data
+        with self.file.open("rb", buffering=0) as stream:
+            for first, stop in self.runs:
+                stream.seek(self.offset + first * row_bytes)
+                if not read_into(stream, view[: (stop - first) * row_bytes]):
+                    raise ended_early(self.file)
+                view = view[(stop - first) * row_bytes :]
+        return data.view(self.dtype).view(self.shape)
+
+
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Return all tensors of a folder, from the headers of its safetensors files.
 
@@ -195,8 +241,13 @@ def read_tensor(info: TensorInfo) -> Tensor:
     with info.file.open("rb", buffering=0) as stream:
         stream.seek(info.offset)
         if not read_into(stream, data.numpy().data):
-            raise SecateurError(f"{info.file}: ended early; it has changed since it was opened")
+            raise ended_early(info.file)
     return data.view(info.dtype).view(info.shape)
+
+
+def ended_early(file: Path) -> SecateurError:
+    """Return the error for a file that has become shorter since it was opened."""
+    return SecateurError(f"{file}: ended early; it has changed since it was opened")
 
 
 def read_into(stream: FileIO, view: memoryview) -> bool:

@@ -39,6 +39,8 @@ class Meter:
     """Function that formats a size with its unit for users."""
     bias_sizes: tuple[float, ...] = ()
     """Size of the biases that recovery adds to each block when the block is pruned; empty if recovery adds none."""
+    cut_tokens: float = 0
+    """Size of the tokens that were cut from the vocabulary."""
 
     def total(self, widths: Mapping[int, Width]) -> float:
         """Return the size of the model at the given widths, including biases that recovery adds.
@@ -52,8 +54,13 @@ class Meter:
 
     @property
     def dense(self) -> float:
-        """Size of the dense model."""
+        """Size of the model with dense blocks."""
         return self.total({})
+
+    @property
+    def original(self) -> float:
+        """Size of the model with dense blocks and its whole vocabulary."""
+        return self.dense + self.cut_tokens
 
 
 def meter_of(
@@ -132,6 +139,7 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
         module_size=lambda index, kind, width: stream.blocks[index].module_parameters(width, kind),
         format_value=lambda value: f"{format_count(value, 1)} parameters",
         bias_sizes=added_biases(stream) if biases else (),
+        cut_tokens=stream.checkpoint.cut_entries,
     )
 
 
@@ -156,7 +164,12 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, biases: bool = False) ->
     fixed = counts.fixed * dtype.itemsize + sum(info.bytes - info.entries * dtype.itemsize for info in copied)
     bias_sizes = tuple(value * dtype.itemsize for value in counts.bias_sizes)
     return Meter(
-        counts.dense_widths, fixed, lambda *at: counts.module_size(*at) * dtype.itemsize, megabytes, bias_sizes
+        counts.dense_widths,
+        fixed,
+        lambda *at: counts.module_size(*at) * dtype.itemsize,
+        megabytes,
+        bias_sizes,
+        counts.cut_tokens * dtype.itemsize,
     )
 
 
@@ -219,19 +232,23 @@ def budget_of(target: Target, meter: Meter) -> float:
     """Return the largest size that a target allows, in the meter's unit.
 
     Raises:
-        SecateurError: The dense model is already within the target.
+        SecateurError: The model is within the target before any block is pruned.
     """
-    dense = meter.dense
+    original = meter.original
     if target.quantity in SPEEDUPS:
-        return dense / target.value
-    if target.relative:
-        return dense * target.value
-    if target.value >= dense:
+        return original / target.value
+    budget = original * target.value if target.relative else target.value
+    if budget >= original:
         raise SecateurError(
-            f"target {target}: the dense model has no more than {meter.format_value(dense)}; request less, for example "
-            f"{Target(target.quantity, 0.8, True)}"
+            f"target {target}: the dense model has no more than {meter.format_value(original)}; request less, for "
+            f"example {Target(target.quantity, 0.8, True)}"
         )
-    return target.value
+    if budget >= meter.dense:
+        raise SecateurError(
+            f"target {target} is met without pruning any block, as the smaller vocabulary leaves "
+            f"{meter.format_value(meter.dense)}; use secateur trim, or request less"
+        )
+    return budget
 
 
 def unreachable_error(target: Target, meter: Meter, smallest: float) -> SecateurError:
@@ -242,7 +259,7 @@ def unreachable_error(target: Target, meter: Meter, smallest: float) -> Secateur
         meter: Meter of the target's quantity.
         smallest: Size of the model with the narrowest widths, in the meter's unit.
     """
-    dense = meter.dense
+    dense = meter.original
     nearest = _nearest_target(target, dense, smallest)
     if nearest is None:
         return SecateurError(

@@ -22,6 +22,7 @@ from secateur.report.record_text import (
     sizes,
     units_kept,
     versions,
+    vocabulary_kept,
 )
 
 CARD, PAGE = "README.md", "report.html"
@@ -62,6 +63,7 @@ def _summary(record: Mapping[str, Any]) -> Iterator[str]:
         f"{units_kept(record)}. {all_recoveries()[record['options']['recovery']].summary} "
         f"[{PAGE}]({PAGE}) shows what was removed from each block."
     )
+    yield vocabulary_kept(record)
 
 
 def _figures(record: Mapping[str, Any], measured: Sequence[Sequence[str]]) -> Iterator[str]:

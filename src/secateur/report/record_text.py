@@ -9,6 +9,7 @@ from secateur.base.words import format_count
 from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
 from secateur.report.summary import pruned_part
+from secateur.vocabulary.map_file import MAP_FILE
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -25,6 +26,7 @@ def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         "parameters": ("parameters", format_count),
         "bytes": ("weights", lambda value: f"{value / 1e6:,.1f} MB"),
         "cache_bytes": ("KV cache per token", "{:,} B".format),
+        "vocabulary": ("tokens of the vocabulary", "{:,}".format),
     }
     rows = []
     for key, (before, after) in record["sizes"].items():
@@ -45,6 +47,20 @@ def units_kept(record: Mapping[str, Any]) -> str:
     kept, total = totals([pruned.get(index, width) for index, width in enumerate(dense)]), totals(dense)
     parts = [f"{kept[label]:,} of {number:,} {label}" for label, number in total.items() if kept[label] < number]
     return f"{' and '.join(parts)} are kept" if parts else "all units are kept"
+
+
+def vocabulary_kept(record: Mapping[str, Any]) -> str:
+    """Return sentences about tokens that were cut from the vocabulary; empty if all are kept."""
+    cut = record.get("vocabulary")
+    if not cut:
+        return ""
+    (before, after), price = cut["tokens"], cut["bits_per_byte"]
+    cost = "" if price is None else f" On calibration text, bits per byte rose from {price[0]:.3f} to {price[1]:.3f}."
+    return (
+        f"The vocabulary keeps {after:,} of {before:,} tokens (`--vocabulary {cut['wanted']}`).{cost} Token ids differ "
+        f"from those of the base model, so adapters and draft models for the base model do not fit; {MAP_FILE} holds "
+        "the original id of every token."
+    )
 
 
 def expected_cost(record: Mapping[str, Any]) -> str:

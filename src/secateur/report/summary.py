@@ -64,6 +64,8 @@ class Summary(NotebookView):
     """Whether calibration rows begin with BOS."""
     tokens: int
     """Number of calibration tokens."""
+    vocabulary: tuple[int, int] | None
+    """Number of tokens of the vocabulary, before and after; None if all are kept."""
     seconds: float
     """Wall-clock time of the run; on a dry run the expected time."""
     peak_bytes: int
@@ -149,6 +151,24 @@ class SurveySummary:
     """Number of parameters of the whole model by sparsity."""
     line: str
     """Command that prunes from this survey."""
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """Result of `trim`; pairs are before and after."""
+
+    path: str
+    """The new folder."""
+    tokens: tuple[int, int]
+    """Number of tokens."""
+    parameters: tuple[int, int]
+    """Number of parameters of the whole model."""
+    bytes: tuple[int, int]
+    """Bytes of the weights."""
+    bits_per_byte: tuple[float, float] | None
+    """Bits per byte of calibration text whose tokens were not counted; None where the choice ignores the text."""
+    loading: str
+    """Line that says how to load the folder."""
 
 
 def pruned_part(blocks: str | None) -> str:

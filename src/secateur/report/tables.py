@@ -9,7 +9,7 @@ from rich.table import Table
 from secateur.base.words import format_count
 from secateur.formats.format import format_class
 from secateur.model.axes import Width, axis_kinds, shares, totals
-from secateur.report.summary import ModelSize, Proposal, Summary, SurveySummary, bos_note, pruned_part
+from secateur.report.summary import ModelSize, Proposal, Summary, SurveySummary, Trimmed, bos_note, pruned_part
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -25,6 +25,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
         ("parameters", summary.parameters, format_count),
         ("weights on disk", summary.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
         ("KV cache per token", summary.cache_bytes, "{:,} B".format),
+        *([] if summary.vocabulary is None else [("vocabulary", summary.vocabulary, "{:,}".format)]),
         *((label, (before, left[label]), "{:,}".format) for label, before in totals(dense).items()),
     ]
     for label, (before, after), form in figures:
@@ -33,6 +34,22 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     lines += [] if summary.uniform else profile(dense, pruned)
     lines += [f"Note: {summary.note}."] if summary.note else []
     return table, lines + (_expectation(summary, out) if summary.is_dry_run else _result(summary, out))
+
+
+def trim_table(done: Trimmed) -> tuple[Table, list[str]]:
+    """Return a table of sizes before and after tokens were cut, and lines about the new folder."""
+    table = Table(title="Trimmed", title_justify="left")
+    for name in ("", "before", "after", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    figures: list[tuple[str, tuple[float, float], Callable[[float], str]]] = [
+        ("vocabulary", done.tokens, "{:,}".format),
+        ("parameters", done.parameters, format_count),
+        ("weights on disk", done.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
+    ]
+    figures += [] if done.bits_per_byte is None else [("bits per byte", done.bits_per_byte, "{:.4f}".format)]
+    for label, (before, after), form in figures:
+        table.add_row(label, form(before), form(after), f"{after / before:.3f}")
+    return table, [f"Written to {done.path}", done.loading]
 
 
 def _expectation(summary: Summary, out: Path) -> list[str]:

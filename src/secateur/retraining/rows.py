@@ -8,7 +8,7 @@ from torch import Tensor
 from secateur.base.progress import Watcher, busy_reading
 from secateur.model.checkpoint import Checkpoint
 from secateur.retraining.options import Training
-from secateur.text.calibration import Portion, cached_token_ids, calibration_rows, text_tokens
+from secateur.text.calibration import Portion, cached_token_ids, calibration_rows, text_ids
 
 HELD_OUT = 16
 """Number of held-out rows, on which perplexity is measured before and after the training."""
@@ -55,7 +55,7 @@ def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, watch
 
     with busy_reading(watcher, "Reading", training.calibration), cached_token_ids():
         train, held_out = draw(count, Portion(0.0, TRAINED_SHARE)), draw(HELD_OUT, Portion(TRAINED_SHARE, 1.0))
-        available = TRAINED_SHARE * text_tokens(tokenizer, training.calibration, vocabulary)
+        available = TRAINED_SHARE * sum(map(len, text_ids(tokenizer, training.calibration, vocabulary)))
     return TrainingRows(train, held_out, count * training.length / available)
 
 

@@ -6,6 +6,8 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.retraining.options import NO_TEACHER
+from secateur.vocabulary.cut import cut_as_before
+from secateur.vocabulary.map_file import MAP_FILE, read_map
 from secateur.write.record import RECORD, read_record
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
@@ -40,6 +42,7 @@ def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -
             f"{error}; {checkpoint.source} was pruned from this model, which is the teacher: give its new place with "
             "--teacher, or --teacher none"
         ) from error
+    teacher = _with_tokens_of(checkpoint, teacher)
     for key in SIZES:
         pruned, dense = (getattr(one.config, key, None) for one in (checkpoint, teacher))
         if pruned != dense:
@@ -48,6 +51,19 @@ def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -
                 "pruned"
             )
     return teacher
+
+
+def _with_tokens_of(checkpoint: Checkpoint, teacher: Checkpoint) -> Checkpoint:
+    """Return the teacher with the tokens of a pruned folder, so that both have the same ids and probabilities."""
+    kept = read_map(checkpoint.path)
+    if kept is None or teacher.config.vocab_size == len(kept):
+        return teacher
+    if kept[-1] >= teacher.config.vocab_size:
+        raise SecateurError(
+            f"{teacher.source} has {teacher.config.vocab_size:,} tokens, but {checkpoint.path / MAP_FILE} names token "
+            f"{kept[-1]:,}; give --teacher the model that was pruned"
+        )
+    return cut_as_before(teacher, kept)
 
 
 def _recorded(folder: Path) -> str:

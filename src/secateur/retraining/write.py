@@ -8,6 +8,7 @@ from secateur.model.checkpoint import Checkpoint
 from secateur.report.card import BASE_CARD
 from secateur.report.folder import read_text, readme_and_report
 from secateur.retraining.trained_weights import TrainedWeights
+from secateur.vocabulary.map_file import MAP_FILE
 from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.record import RECORD, read_record
 from secateur.write.shards import ShardWriter, header_bytes_for
@@ -28,9 +29,10 @@ def write_retrained(checkpoint: Checkpoint, target: Output, weights: TrainedWeig
         for name in checkpoint.tensors:
             writer.add(name, weights[name] if name in weights else checkpoint.read(name))
         writer.close()
-        modeling = [MODELING_FILE] if is_per_layer(checkpoint.config) else []
+        more = [MODELING_FILE] if is_per_layer(checkpoint.config) else []
+        more += [file for file in [source / MAP_FILE] if file.is_file()]
         write_json(partial / "config.json", checkpoint.raw_config)
-        for file in (*checkpoint.files, *modeling):
+        for file in (*checkpoint.files, *more):
             copy_into(partial, file)
         record = read_record(source)
         record["retrained"] = [*record.get("retrained", []), entry]

@@ -202,17 +202,35 @@ def consecutive_rows(
     if tokens is not None and tokens < length:
         raise SecateurError(f"tokens is {tokens}, which does not fill one row of length {length}: use more")
     bos = _bos(tokenizer, vocab_size)
-    body = length - len(bos)
     enough = MAX_CHARACTERS if tokens is None else max(_CHARACTERS_PER_TOKEN * tokens, _MIN_CHARACTERS)
     text = _text(_require(tokenizer, source), source, split, min(MAX_CHARACTERS, enough))
     encoded = EncodedText.of(tokenizer, text)
-    ids = checked_ids(encoded.ids, vocab_size)
-    _check_enough(source, ids, 1, length, len(bos), SAMPLES)
-    rows = len(ids) // body if tokens is None else min(len(ids) // body, tokens // length)
+    _check_enough(source, checked_ids(encoded.ids, vocab_size), 1, length, len(bos), SAMPLES)
+    return _rows_of(encoded, bos, length, None if tokens is None else tokens // length)
+
+
+def rows_of_text(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int, vocab_size: int) -> ScoredRows:
+    """Cut a text into consecutive rows, as `scored_rows` cuts the text of a source.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: A text that fills a row; an incomplete last row is dropped.
+        length: Tokens in a row, BOS included if the tokenizer would add it.
+        vocab_size: Number of rows of the model's embedding; every id is below it.
+    """
+    encoded = EncodedText.of(tokenizer, text)
+    checked_ids(encoded.ids, vocab_size)
+    return _rows_of(encoded, _bos(tokenizer, vocab_size), length, None)
+
+
+def _rows_of(encoded: EncodedText, bos: Tensor, length: int, most: int | None) -> ScoredRows:
+    """Return the tokens of a text as rows of a length, at most a number of rows, with the bytes of scored tokens."""
+    body = length - len(bos)
+    rows = len(encoded.ids) // body if most is None else min(len(encoded.ids) // body, most)
     # Behind BOS, the first token of the text is scored too.
     not_scored = 1 - len(bos)
     scored = sum(encoded.bytes_of(row * body + not_scored, (row + 1) * body) for row in range(rows))
-    return ScoredRows(_with_bos(bos, ids[: rows * body].view(rows, body)), scored)
+    return ScoredRows(_with_bos(bos, torch.tensor(encoded.ids[: rows * body]).view(rows, body)), scored)
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
@@ -225,16 +243,24 @@ def _with_bos(bos: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([bos.expand(len(rows), -1), rows], dim=1)
 
 
-def text_tokens(tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int) -> int:
-    """Return the number of tokens of a source of text, without `random` and `self`."""
-    parts = [GENERAL, text] if (text := text_beside_general(source)) else [source]
-    counts = [
-        sum(map(len, _general_ids(tokenizer, vocab_size).values()))
-        if part == GENERAL
-        else len(_text_ids(tokenizer, part, "calibration", MAX_CHARACTERS, vocab_size))
-        for part in parts
-    ]
-    return sum(counts)
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int, portion: Portion = WHOLE
+) -> list[Tensor]:
+    """Return all token ids of a source of text, without `random` and `self`: one tensor for each kind of text in it.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        source: A source as in `calibration_rows`.
+        vocab_size: Number of rows of the model's embedding; every id is below it.
+        portion: The part of each kind of text.
+    """
+    parts: list[Tensor] = []
+    for part in [GENERAL, text] if (text := text_beside_general(source)) else [source]:
+        if part == GENERAL:
+            parts += _general_ids(tokenizer, vocab_size).values()
+        else:
+            parts.append(_text_ids(tokenizer, part, "calibration", MAX_CHARACTERS, vocab_size))
+    return [portion.of(ids) for ids in parts]
 
 
 @contextmanager

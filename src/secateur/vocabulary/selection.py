@@ -110,8 +110,7 @@ class Selection:
         further = parts_first(sorted(self._tokens() - kept, key=order), parts, kept)
         kept.update(islice(further, wanted - len(kept)))
         ids = sorted(kept) if len(kept) == wanted else range(self.rows)
-        beyond = sorted(token for token in self.tokenizer.added.values() if token >= self.rows)
-        return KeptTokens(tuple(ids), tuple(beyond))
+        return self.tokenizer.keeping(ids, self.rows)
 
     def _tokens(self) -> set[int]:
         """Return the ids of all tokens that have a row in the embedding."""

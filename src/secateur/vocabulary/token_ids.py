@@ -14,7 +14,7 @@ _IDS = re.compile(
     r"(.+_)?token_(id|ids|index|indices)|(begin_)?suppress_tokens|bad_words_ids|force_words_ids|stop_token_ids"
 )
 """Keys of a token id, or of lists of token ids at any depth."""
-_SIZES = frozenset({"vocab_size", "vocab_size_per_layer_input", "padded_vocab_size", "text_vocab_size"})
+SIZE_KEYS = frozenset({"vocab_size", "vocab_size_per_layer_input", "padded_vocab_size", "text_vocab_size"})
 """Keys of a number of tokens."""
 
 _Change = Callable[[int], int]
@@ -54,7 +54,7 @@ def resize_vocabulary(config: dict[str, Any], rows: int, kept: KeptTokens) -> di
     def resized(key: str, value: Any) -> Any:
         if _is_inner(value, rows):
             return resize_vocabulary(value, rows, kept)
-        return kept.rows_below(value) if key in _SIZES and isinstance(value, int) else value
+        return kept.rows_below(value) if key in SIZE_KEYS and isinstance(value, int) else value
 
     return {key: resized(key, value) for key, value in config.items()}
 

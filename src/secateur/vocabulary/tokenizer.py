@@ -1,6 +1,6 @@
 """The tokenizer of a checkpoint, read from tokenizer.json and other JSON files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
 from secateur.vocabulary.alphabets import Alphabet, Bytes, Characters
 from secateur.vocabulary.bpe import Bpe
+from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.model import TokenModel
 from secateur.vocabulary.normalised import steps_of
 from secateur.vocabulary.unigram import Unigram
@@ -42,6 +43,10 @@ class StoredTokenizer:
     def keeps_all_text(self) -> bool:
         """Whether characters without a token fall back to bytes; if not, they become the unknown token."""
         return self.alphabet.keeps_all(self.model)
+
+    def keeping(self, ids: Iterable[int], rows: int) -> KeptTokens:
+        """Return the tokens with some ids, and added tokens for which an embedding with so many rows has no row."""
+        return KeptTokens(tuple(ids), tuple(sorted(token for token in self.added.values() if token >= rows)))
 
     def named(self) -> set[int]:
         """Return the ids of special and added tokens, and of tokens that the other JSON files name."""

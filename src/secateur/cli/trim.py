@@ -1,0 +1,39 @@
+"""`secateur trim`: write a checkpoint with fewer tokens."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.cli.bars import Bars
+from secateur.cli.generate import Only, expand_options
+from secateur.cli.terminal import print_result
+from secateur.cli.values import Model
+from secateur.commands.options import Options, RunOptions
+
+
+@expand_options
+def trim(
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The folder to write; it appears only once it is complete.", show_default=False
+        ),
+    ],
+    options: Annotated[Options, Only(("vocabulary", "calibration", "length"))],
+    run_options: Annotated[RunOptions, Only(("device", "revision", "trust_remote_code", "overwrite"))],
+) -> None:
+    """Cut tokens from the vocabulary of MODEL, and write the smaller checkpoint to OUT. Blocks are unchanged.
+
+    secateur prune --vocabulary does the same and also prunes the blocks.
+
+    Example: secateur trim ./gemma-3-270m ./gemma-latin --vocabulary latin
+    """
+    bars = Bars()
+    with bars.loading():
+        from secateur.commands.trim import trim as run
+        from secateur.report.tables import trim_table
+
+    done = run(model, out, options, run_options, watcher=bars)
+    print_result(done, *trim_table(done))

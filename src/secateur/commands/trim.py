@@ -1,0 +1,125 @@
+"""`trim`: write a folder with fewer tokens in its vocabulary; nothing else of the model changes."""
+
+from pathlib import Path
+from typing import Any
+
+import secateur
+from secateur.base.device import pick_device
+from secateur.base.errors import SecateurError
+from secateur.base.output import Output
+from secateur.base.progress import Silent, Watcher, busy_reading
+from secateur.base.services import Services
+from secateur.commands.options import Options, RunOptions, with_settings
+from secateur.commands.vocabulary import KeptVocabulary, with_vocabulary
+from secateur.formats.folder import format_of_folder
+from secateur.formats.opened import check_written
+from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.config_file import read_config
+from secateur.model.quantised import without_quantisation
+from secateur.report.card import BASE_CARD, CARD
+from secateur.report.folder import read_text, readme_and_report
+from secateur.report.summary import Trimmed
+from secateur.text.calibration import check_calibration
+from secateur.vocabulary.map_file import MAP_FILE, map_contents, read_map
+from secateur.vocabulary.wanted import parse_vocabulary
+from secateur.write.files import copy_into, write_json, write_text_or_json
+from secateur.write.record import RECORD, read_record
+from secateur.write.shards import ShardWriter, header_bytes_for
+
+
+def trim(
+    model: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    run_options: RunOptions | None = None,
+    *,
+    watcher: Watcher | None = None,
+    **settings: Any,
+) -> Trimmed:
+    """Write a folder with fewer tokens in its vocabulary.
+
+    Args:
+        model: A folder, also one that secateur wrote, a .gguf file or a Hugging Face Hub id.
+        out: The new folder; it appears complete or not at all.
+        options: Options, of which `vocabulary` and those of the calibration text are used.
+        run_options: Device, revision, and whether to replace an existing folder.
+        watcher: Receives progress and notes.
+        settings: Fields of the two by name: `vocabulary="latin"`, ...
+
+    Raises:
+        SecateurError: The vocabulary has no such tokens, the tokenizer cannot be cut, or the folder cannot be written.
+    """
+    options, run_options = with_settings(options, run_options, settings)
+    services, device = Services(watcher=watcher or Silent()), pick_device(run_options.device)
+    _check(options, out)
+    with busy_reading(services.watcher, "Opening", str(model)):
+        checkpoint = open_checkpoint(
+            model, revision=run_options.revision, trust_remote_code=run_options.trust_remote_code
+        )
+    cut, vocabulary = with_vocabulary(checkpoint, options, device, services)
+    if vocabulary is None:
+        raise SecateurError(f"{model}: --vocabulary {options.vocabulary} keeps all tokens, so nothing is to be trimmed")
+    target = Output(Path(out), overwrite=run_options.overwrite, source=checkpoint.path, expected_bytes=cut.bytes)
+    with target as folder:
+        _write(cut, vocabulary, folder, services.watcher)
+        check_written(folder, target.path, "report this as a bug in secateur")
+    before, after = (sum(info.entries for info in one.weights.values()) for one in (checkpoint, cut))
+    loading = format_of_folder(checkpoint.path).how_to_load(checkpoint.auto_class.__name__, str(target.path))
+    return Trimmed(
+        str(target.path),
+        vocabulary.tokens,
+        (before, after),
+        (checkpoint.bytes, cut.bytes),
+        vocabulary.bits_per_byte,
+        loading.line,
+    )
+
+
+def _check(options: Options, out: str | Path) -> None:
+    """Check what can be checked without the model.
+
+    Raises:
+        SecateurError: No tokens are to be cut, the text cannot be read, or the output is not a folder.
+    """
+    wanted = parse_vocabulary(options.vocabulary)
+    if wanted is None:
+        raise SecateurError("--vocabulary is all, which cuts no tokens; name scripts, such as --vocabulary latin")
+    if wanted.reads_text:
+        check_calibration(options.calibration, length=options.length)
+    if Path(out).suffix == ".gguf":
+        raise SecateurError(f"{out}: trim writes a folder; name one, then convert it with secateur export")
+
+
+def _write(cut: Checkpoint, vocabulary: KeptVocabulary, folder: Path, watcher: Watcher) -> None:
+    """Write weights, config, tokenizer and records into a folder that exists."""
+    writer = ShardWriter(folder, header_bytes=header_bytes_for(cut.tensors))
+    for name in watcher.track(list(cut.weights), "Write"):
+        writer.add(name, cut.tensors[name].as_stored(cut.read(name)))
+    writer.close()
+    write_json(folder / "config.json", without_quantisation(read_config(cut.side_folder)))
+    for file in (*cut.files, *format_of_folder(cut.path).code):
+        copy_into(folder, file)
+    source = cut.path
+    # A folder that was trimmed before has a map to the original model, which the new map goes on from.
+    earlier = read_map(source)
+    kept = cut.kept_tokens if earlier is None else [earlier[old] for old in cut.kept_tokens]
+    (folder / MAP_FILE).write_text(map_contents(kept), encoding="utf-8")
+    for name, contents in _records(cut, vocabulary).items():
+        write_text_or_json(folder / name, contents)
+
+
+def _records(cut: Checkpoint, vocabulary: KeptVocabulary) -> dict[str, Any]:
+    """Return the contents of secateur.json and of the model card by file name, of the folder of a pruned model too."""
+    earlier = read_record(cut.path)
+    record = {"secateur": secateur.__version__, "model": cut.source} | earlier | {"vocabulary": vocabulary.as_record()}
+    if "sizes" not in earlier:
+        card = read_text(cut.path / CARD)
+        return {RECORD: record} | ({} if card is None else {CARD: card})
+    (parameters, left), (size, written) = (earlier["sizes"][name] for name in ("parameters", "bytes"))
+    bytes_per_entry = cut.original.bytes / sum(info.entries for info in cut.original.weights.values())
+    record["sizes"] = earlier["sizes"] | {
+        "parameters": [parameters, left - vocabulary.parameters],
+        "bytes": [size, round(written - vocabulary.parameters * bytes_per_entry)],
+        "vocabulary": vocabulary.tokens,
+    }
+    return {RECORD: record} | readme_and_report(read_text(cut.path / BASE_CARD), lambda: record)

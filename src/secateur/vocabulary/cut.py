@@ -1,0 +1,109 @@
+"""A checkpoint with fewer tokens: a view of the stored one, without a copy of its weights.
+
+The view is an ordinary checkpoint. Of every tensor with one row per token it reads the rows of the kept tokens, and its
+config.json and tokenizer are edited copies in a folder of the user's cache. So all that reads checkpoints, such as the
+survey, the fit and the output formats, works on it unchanged.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from secateur.base.files import cache_folder, replace_atomically
+from secateur.base.hashes import hash_json
+from secateur.formats.per_layer import decoder_class
+from secateur.model.checkpoint import Checkpoint, described
+from secateur.model.config_file import empty_model, load_config, read_config
+from secateur.model.weights import SelectedRows
+from secateur.vocabulary.kept import KeptTokens
+from secateur.vocabulary.side_files import write_side_files
+from secateur.vocabulary.token_ids import SIZE_KEYS
+from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
+
+ADVICE = "free some space, or set XDG_CACHE_HOME to another folder"
+ROWS_MORE = 64
+"""Number of tokens by which a config is made larger, to find the tensors with one row per token."""
+
+
+def cut_vocabulary(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: KeptTokens) -> Checkpoint:
+    """Return a checkpoint with some of its tokens, which get new ids in the same order.
+
+    Args:
+        checkpoint: The model with its whole vocabulary.
+        tokenizer: Its tokenizer.
+        kept: The tokens to keep.
+
+    Raises:
+        SecateurError: Weights are missing or of another shape, a config cannot be read, or the disk is full.
+    """
+    per_token, runs = _tensors_per_token(checkpoint), runs_of(kept.ids)
+    folder = _side_folder(checkpoint, tokenizer, kept)
+    config = load_config(folder, raw := read_config(folder), trust_remote_code=checkpoint.trust_remote_code)
+    tensors = {
+        name: SelectedRows.of(info, _below(runs, info.shape[0])) if name in per_token else info
+        for name, info in checkpoint.tensors.items()
+    }
+    cut = replace(
+        checkpoint,
+        side_folder=folder,
+        uncut=checkpoint,
+        kept_tokens=kept.ids,
+        tensors=tensors,
+        **described(raw, config),
+    )
+    cut.leave_out_prediction_heads()
+    return cut
+
+
+def cut_as_before(checkpoint: Checkpoint, ids: Sequence[int]) -> Checkpoint:
+    """Return a checkpoint with the tokens that another folder kept; see `cut_vocabulary`.
+
+    Args:
+        checkpoint: The model with its whole vocabulary.
+        ids: Ids of the kept tokens that have a row in the embedding, ascending.
+    """
+    tokenizer = read_tokenizer(checkpoint.side_folder)
+    return cut_vocabulary(checkpoint, tokenizer, tokenizer.keeping(ids, checkpoint.config.vocab_size))
+
+
+def runs_of(ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return ascending ids as runs: the first id of each run of consecutive ids, and the id after its last.
+
+    Example:
+        >>> runs_of([0, 1, 2, 5, 7, 8])
+        ((0, 3), (5, 6), (7, 9))
+    """
+    firsts = [at for at in range(len(ids)) if at == 0 or ids[at] != ids[at - 1] + 1]
+    return tuple((ids[first], ids[stop - 1] + 1) for first, stop in zip(firsts, [*firsts[1:], len(ids)], strict=True))
+
+
+def _below(runs: tuple[tuple[int, int], ...], rows: int) -> tuple[tuple[int, int], ...]:
+    """Return the runs of a tensor with fewer rows than tokens, such as Gemma 3n's embeddings of each layer."""
+    return tuple((first, min(stop, rows)) for first, stop in runs if first < rows)
+
+
+def _tensors_per_token(checkpoint: Checkpoint) -> set[str]:
+    """Return the stored names of all tensors with one row per token: those that grow with the vocabulary."""
+    auto = decoder_class(checkpoint.config, checkpoint.multimodal_config)
+    network, config = checkpoint.empty(auto), copy.deepcopy(checkpoint.config)
+    checkpoint.check_shapes(network)
+    for key in SIZE_KEYS:
+        if getattr(config, key, None):
+            setattr(config, key, getattr(config, key) + ROWS_MORE)
+    larger = empty_model(auto, config).state_dict()
+    names = [name for name, tensor in network.state_dict().items() if tensor.shape != larger[name].shape]
+    return {piece for name in names for piece in checkpoint.pieces(name)}
+
+
+def _side_folder(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: KeptTokens) -> Path:
+    """Return the folder of the cache with config.json, tokenizer and all other files for the kept tokens."""
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
+    key = hash_json([str(checkpoint.path), checkpoint.fingerprint, stamps, list(kept.ids)])
+    folder = cache_folder() / f"{checkpoint.path.name}-vocabulary-{key}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(folder, keep_existing=True, advice=ADVICE) as partial:
+            partial.mkdir()
+            write_side_files(checkpoint, tokenizer, kept, partial)
+    return folder

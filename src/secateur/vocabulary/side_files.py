@@ -1,0 +1,61 @@
+"""Files beside the weights for a smaller vocabulary: config.json, the tokenizer, and copies of all other files."""
+
+from pathlib import Path
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.base.json_files import parse_json
+from secateur.model.checkpoint import Checkpoint
+from secateur.vocabulary.kept import KeptTokens
+from secateur.vocabulary.token_ids import named_ids, renumber_ids, resize_vocabulary
+from secateur.vocabulary.tokenizer import StoredTokenizer
+from secateur.vocabulary.tokenizer_files import stale_files, write_cut
+from secateur.write.files import copy_into, write_json
+
+CONFIG = "config.json"
+
+
+def ids_in_configs(checkpoint: Checkpoint) -> frozenset[int]:
+    """Return the token ids that config.json, generation_config.json and the configs of processors name."""
+    rows = checkpoint.config.vocab_size
+    return frozenset().union(*(named_ids(contents, rows) for contents in _configs(checkpoint).values()))
+
+
+def write_side_files(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: KeptTokens, folder: Path) -> None:
+    """Write all files but the weights into a folder that exists, with new token ids.
+
+    Args:
+        checkpoint: The model with its whole vocabulary.
+        tokenizer: Its tokenizer.
+        kept: The tokens to keep.
+        folder: The folder.
+    """
+    rows, stale = checkpoint.config.vocab_size, stale_files(checkpoint.side_folder)
+    for file in checkpoint.files:
+        if file.name not in stale:
+            copy_into(folder, file)
+    write_cut(tokenizer, kept, folder)
+    for name, contents in _configs(checkpoint).items():
+        renumbered = renumber_ids(contents, rows, kept)
+        write_json(folder / name, resize_vocabulary(renumbered, rows, kept) if name == CONFIG else renumbered)
+
+
+def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Return the contents of the JSON files that may name token ids, by file name."""
+    side = [file for file in checkpoint.files if file.name.endswith("config.json") and "tokenizer" not in file.name]
+    return {file.name: _contents(file) for file in (checkpoint.side_folder / CONFIG, *side)}
+
+
+def _contents(file: Path) -> dict[str, Any]:
+    """Return the contents of a JSON file.
+
+    Raises:
+        SecateurError: The file is not a JSON object.
+    """
+    try:
+        contents = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise SecateurError(f"{file}: not valid JSON ({error}); download it again") from error
+    if not isinstance(contents, dict):
+        raise SecateurError(f"{file}: not a JSON object; download it again")
+    return contents
