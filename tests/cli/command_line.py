@@ -18,7 +18,7 @@ from rich.console import Console
 from models import WORDS
 from secateur import cli
 from secateur.cli import terminal
-from secateur.commands import fit_blocks, plan, prune, sizes, survey_model, write_model
+from secateur.commands import fit_blocks, plan, prune, sizes, survey, survey_model, write_model
 
 TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
 
@@ -71,7 +71,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("the error was found only after slow work")
 
-    for module in (survey_model, fit_blocks, write_model, prune, plan, sizes):
+    for module in (survey_model, fit_blocks, write_model, prune, plan, sizes, survey):
         for name in ("survey_model", "survey", "refit", "write", "write_model"):
             monkeypatch.setattr(module, name, reached, raising=False)
 

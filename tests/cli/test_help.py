@@ -18,7 +18,7 @@ def test_version_and_help_list_commands_options_and_panels(run):
         result = run(*arguments)
         assert result.code == 0
         commands = re.findall("^│ ([a-z]+)", result.out, flags=re.MULTILINE)
-        wanted = "prune export retrain plan survey sizes eval doctor compare clean families"
+        wanted = "prune trim export retrain plan survey sizes eval doctor compare clean families"
         assert commands == wanted.split()
     text = run("prune", "--help").out
     target = "sparsity target plan blocks modules widths round"

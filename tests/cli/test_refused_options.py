@@ -123,7 +123,6 @@ ARGUMENTS = [
     ("plan model --out model", "model: a folder with this name exists; choose another name"),
     ("plan model --out text.txt", "text.txt: exists; choose another name or add --overwrite"),
     ("survey model --out page --criterion similarity", "a survey needs a criterion that gives every unit a score"),
-    ("survey model --sparsity 0.5", "--sparsity"),
     ("survey nowhere/at/all", "nowhere/at/all: does not exist; name a folder"),
     ("survey model --out full", "full: exists and is not empty; choose another name or add --over"),
     ("survey model --out full --overwrite", "full: not overwritten, because it contains other files (thesis.tex); "),
