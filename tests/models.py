@@ -363,6 +363,12 @@ def begins(name: str) -> bool:
     return " " in name
 
 
+def parameters_in(tensors: dict[str, Tensor], blocks: Sequence[Block]) -> int:
+    """Return the number of entries of tensors that are not buffers of the blocks."""
+    buffers = tuple(name for block in blocks for name in block.buffers)
+    return sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith(buffers))
+
+
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Save the checkpoint of a row with a tokenizer, which adds BOS if the row's name has several words."""
     with quiet():

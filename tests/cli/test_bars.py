@@ -56,7 +56,7 @@ def test_a_loop_that_fails_stops_logging(log, monkeypatch):
     assert log.getvalue() == said
 
 
-def test_times_lists_long_steps_first():
+def test_times_lists_long_steps_in_order():
     progress = Bars()
     progress.seconds = {"Survey": 61.2, "Probe": 0.4, "Prune": 3725.0}
-    assert progress.times() == "prune 1:02:05, survey 1:01"
+    assert progress.times() == "survey 1:01, prune 1:02:05"

@@ -33,6 +33,7 @@ from models import (
     make_tokenizer,
     masked,
     narrowed,
+    parameters_in,
     relative,
     save,
     some_keep,
@@ -148,7 +149,7 @@ def test_masked_equals_sliced(name, kinds, axis):
     small = narrowed(model, keeps)
     assert relative(logits_of(small, ids), expected) < TOLERANCE
     for block, layer, keep in zip(blocks_of(model), layers_of(small), keeps.values(), strict=True):
-        kept = sum(value.numel() for value in layer.state_dict().values())
+        kept = parameters_in(layer.state_dict(), [block])
         assert kept == block.parameters_at(width_of(block, keep))
         assert kept < block.parameters or (kinds == ("heads",) and block.attention.fixed)
 
@@ -402,8 +403,7 @@ def test_the_plan_counts_what_the_file_holds(pruned, job):
     assert {tensor.dtype for tensor in written.values()} == {job.dtype}
     removed = sum(b.parameters - b.parameters_at(recorded_plan(record).widths[i]) for i, b in enumerate(blocks))
     assert removed > 0
-    entries = sum(tensor.numel() for tensor in written.values())
-    assert entries == sum(tensor.numel() for tensor in stored.values()) - removed
+    assert parameters_in(written, blocks) == parameters_in(stored, blocks) - removed
     assert record["sparsity"]["reached"] == pytest.approx(removed / sum(block.parameters for block in blocks))
     if record["sparsity"]["note"] is None:
         assert abs(record["sparsity"]["reached"] - job.sparsity) <= 0.005

@@ -33,7 +33,7 @@ from secateur.report.survey_page import POINTS, UNITS, page_data, render
 from secateur.survey.curves import ErrorCurve, Probe, Survey, load_survey
 from secateur.survey.width_costs import WidthCosts
 
-FACTS = {"model": "m", "family": "llama", "parameters": 1000, "line": "secateur prune m OUT"}
+FACTS = {"model": "m", "family": "llama", "parameters": 1000, "probe_tokens": 64, "line": "secateur prune m OUT"}
 NASTY = '</script><script>window.broken = 1</script><!-- & "quoted" \\ \u2028 é'
 
 

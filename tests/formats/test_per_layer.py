@@ -33,6 +33,7 @@ from models import (
     masked,
     narrowed,
     own_axes,
+    parameters_in,
     relative,
     save,
     selected,
@@ -448,7 +449,7 @@ def test_dense_blocks_that_differ(tmp_path, monkeypatch, name):
     before, after = blocks_of(build(name)), [layer.state_dict() for layer in layers_of(model)]
     for index, (block, tensors) in enumerate(zip(before, after, strict=True)):
         width = block.width | counts.get(index, {})
-        assert sum(tensor.numel() for tensor in tensors.values()) == block.parameters_at(width)
+        assert parameters_in(tensors, [block]) == block.parameters_at(width)
 
 
 def test_experts_in_a_list_of_their_own():

@@ -170,6 +170,16 @@ def test_added_biases_count_as_size(tmp_path, opened, name, target, file):
     assert sum(added) == (2 * len(stream) * stream.width if name.startswith("llama") else 0)
 
 
+@pytest.mark.parametrize("name", ["apertus", "deepseek_v3", "minimax_m2"])
+def test_buffers_are_stored_but_no_parameters(opened, name):
+    stream = opened(name)
+    parameters = sum(value.numel() for value in build(name).parameters())
+    stored = sum(value.numel() for value in build(name).state_dict().values())
+    assert parameter_meter(stream).dense == parameters < stored
+    assert sum(block.parameters for block in stream.blocks) < parameters
+    assert byte_meter(stream, torch.float32).dense == 4 * stored
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_sizes_of_dense_models_are_exact(opened, name):
     stream = opened(name)

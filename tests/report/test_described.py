@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -211,6 +212,15 @@ def test_measurements_are_added_to_card_and_page(place, run):
     card_now, page = ((place / "out" / name).read_text() for name in before)
     assert f"| perplexity text.txt | {row} |" in card_now
     assert "has not been measured yet" not in card_now
+    notes = (
+        "bytes) scored in 4 rows of 16; rows begin without BOS, as the tokenizer adds none.",
+        "Prompts: out continues each as text, as it has no chat template.",
+        "Prompts: model continues each as text, as it has no chat template.",
+    )
+    for note in notes:
+        assert note in result.out
+        assert note in card_now
+        assert note in text_of(page)
     wrote = [model["written"]["w1 w2 w3"] for model in (here, base)]
     assert all(20 < len(text.split()) <= 80 for text in wrote)
     assert wrote[0] != wrote[1]
@@ -264,8 +274,11 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     text = (place / "trained" / "README.md").read_text()
     (said,) = record_of(place / "trained")["retrained"]
     assert f"from {said['perplexity']['before']:.2f} to {said['perplexity']['after']:.2f}." in text
+    assert "Then the model was retrained." in text
+    assert "It was not trained afterwards." in (place / "out" / "README.md").read_text()
     page = (place / "trained" / "report.html").read_text()
     assert page.count('class="line" fill="none"') == 2
+    assert re.search(r'y="145" text-anchor="middle">50</text>', page)
     dense, after = said["perplexity"]["dense"], said["perplexity"]["after"]
     assert "Perplexity on held-out rows, ratio to dense: from " in page
     assert f" to {after / dense:.3g} in 128 tokens" in page
@@ -282,6 +295,13 @@ def test_errors_before_and_after_the_refit(place, run):
     )
     assert plain > 1.2 * left > 0
     assert same == without
+    # A scale: its marks are powers of ten or parts of them.
+    page = (place / "out" / "report.html").read_text()
+    marks = [float(mark) for mark in re.findall(r'text-anchor="end">([^<]+)<', page)]
+    modules = [module for block in refit["blocks"] for module in block["modules"]]
+    errors = [module[key] for module in modules for key in ("relative", "relative_before")]
+    assert marks
+    assert all(min(error for error in errors if error) <= mark <= max(errors) for mark in marks)
     # Rows of one token count in the fit alone.
     assert plain == pytest.approx(without, rel=0.02)
 

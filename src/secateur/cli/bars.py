@@ -30,15 +30,16 @@ class Bars:
     def track(self, items: Iterable[T], what: str, done: int = 0) -> Iterator[T]:
         """Yield the items and show how many of them are done, after `done` items of an earlier run."""
         start = perf_counter()
+        self.seconds.setdefault(what, 0.0)
         try:
             yield from (_draw_bar if terminal.log.is_terminal else _log_lines)(items, what, done)
         finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + perf_counter() - start
+            self.seconds[what] += perf_counter() - start
 
     def times(self) -> str:
-        """Return the duration of each step that took at least a second, the longest first: `prune 1:02, draw 0:03`."""
-        longest = sorted(self.seconds.items(), key=lambda entry: -entry[1])
-        return ", ".join(f"{what.lower()} {format_seconds(seconds)}" for what, seconds in longest if seconds >= 1)
+        """Return the duration of each step that took at least a second, in order: `draw 0:03, prune 1:02`."""
+        steps = self.seconds.items()
+        return ", ".join(f"{what.lower()} {format_seconds(seconds)}" for what, seconds in steps if seconds >= 1)
 
     def note(self, text: str) -> None:
         """Print one line."""

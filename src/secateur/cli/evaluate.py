@@ -102,7 +102,7 @@ def evaluate(
     bars = Bars()
     with bars.loading():
         from secateur.measure.evaluation import evaluate as run
-        from secateur.report.eval_table import eval_table, measured_rows
+        from secateur.report.eval_table import eval_table, measured_rows, measurement_notes
         from secateur.report.folder import add_measurements, check_base, check_record
 
     if report:
@@ -132,5 +132,5 @@ def evaluate(
     if report:
         here, base = result.models
         texts = [(asked, wrote, base.written[asked]) for asked, wrote in here.written.items()]
-        add_measurements(Path(model), measured_rows(result), texts)
+        add_measurements(Path(model), measured_rows(result), texts, measurement_notes(result))
     print_result(result, *eval_table(result))

@@ -14,6 +14,7 @@ from secateur.commands.draw_rows import draw_rows
 from secateur.commands.open_model import OpenRun, open_model
 from secateur.commands.options import SURVEYED, Options, RunOptions
 from secateur.commands.resume import resumable, retry_in_smaller_batches
+from secateur.commands.survey_file import split_survey_rows
 from secateur.commands.survey_model import survey_model
 from secateur.plan.plan import check_reachable
 from secateur.plan.plan import plan as solve
@@ -93,6 +94,7 @@ def _survey_and_write(run: OpenRun, model: str | Path, out: Path, folder: Output
         "model": checkpoint.source,
         "family": checkpoint.config.model_type,
         "parameters": int(meter.dense),
+        "probe_tokens": split_survey_rows(rows.selection)[1].numel(),
         "line": line,
     }
     if run.processes.is_first:

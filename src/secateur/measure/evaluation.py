@@ -173,6 +173,7 @@ def _score(
         texts=texts,
         tasks=results,
         answers=None if test is None else test.score(network, tokenizer, name),
+        chat_template=bool(getattr(tokenizer, "chat_template", None)),
         written={prompt: generate(network, tokenizer, prompt) for prompt in tracked},
     )
 

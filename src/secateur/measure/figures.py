@@ -27,6 +27,8 @@ class ModelScore:
     speed: Speed | None = None
     answers: AnswerScore | None = None
     """Figures of the answers to the prompts of the package; None where they are not measured."""
+    chat_template: bool = False
+    """Whether prompts are put into the tokenizer's chat template."""
     written: dict[str, str] = field(default_factory=dict)
     """Generated text by prompt."""
 

@@ -32,7 +32,8 @@ def describe(config: Any, layer: nn.Module) -> Block:
     if wrong := next((name for name in names if name not in shapes), None) or first_duplicate(names):
         what = "stands for two layers" if wrong in shapes else "is no tensor of a block"
         raise SecateurError(f"{config.model_type}: its entry names {wrong}, which {what}; correct the entry")
-    return Block(attention, feed_forward, shapes)
+    buffers = shapes.keys() & {name for name, _ in layer.named_buffers()}
+    return Block(attention, feed_forward, shapes, frozenset(buffers))
 
 
 def _names(module: PrunableModule) -> list[str]:

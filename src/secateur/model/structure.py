@@ -219,7 +219,9 @@ class Block:
     attention: PrunableModule
     feed_forward: PrunableModule
     shapes: dict[str, tuple[int, ...]]
-    """Shape of every tensor, by its name inside the block."""
+    """Shape of every stored tensor, by its name inside the block."""
+    buffers: frozenset[str] = frozenset()
+    """Names of tensors that are not parameters, such as the correction bias of a router."""
 
     @property
     def modules(self) -> tuple[PrunableModule, PrunableModule]:
@@ -253,7 +255,7 @@ class Block:
     @property
     def parameters(self) -> int:
         """Number of all parameters, norms included."""
-        return sum(map(math.prod, self.shapes.values()))
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.buffers)
 
     @property
     def width(self) -> Width:
@@ -283,6 +285,11 @@ class Block:
 
     def module_parameters(self, width: Width, kind: str) -> int:
         """Return the number of a module's parameters at a width, without the output projection's bias."""
+        shapes = self.shapes_at(width, kind).items()
+        return sum(math.prod(shape) for name, shape in shapes if name not in self.buffers)
+
+    def module_entries(self, width: Width, kind: str) -> int:
+        """Return the number of entries of a module's tensors: its parameters and its buffers."""
         return sum(map(math.prod, self.shapes_at(width, kind).values()))
 
     def active_parameters(self, width: Width, kind: str) -> float:
@@ -296,5 +303,5 @@ class Block:
 
     def parameters_at(self, width: Width) -> int:
         """Return the number of the whole block's parameters at a width."""
-        prunable = sum(math.prod(self.shapes[name]) for module in self.modules for name in self.inside(module))
+        prunable = sum(self.module_parameters(self.width, kind) for kind in self.kinds)
         return self.parameters - prunable + sum(self.module_parameters(width, kind) for kind in self.kinds)

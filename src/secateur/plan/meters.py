@@ -4,7 +4,7 @@ Because sizes are sums over modules, the best widths within a budget are the sol
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +16,7 @@ from secateur.base.words import format_count
 from secateur.model.axes import Width
 from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
+from secateur.model.structure import Block
 from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.latency import Timer, latency_table
 from secateur.plan.target import SPEEDUPS, Target
@@ -131,12 +132,27 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
         biases: Whether recovery adds a bias to each output projection of a pruned block that has none. An output
             projection that a norm follows never gets a bias.
     """
-    stored = sum(info.entries for info in stream.checkpoint.weights.values())
-    prunable = sum(block.module_parameters(block.width, kind) for block in stream.blocks for kind in block.kinds)
+    buffers = {stream.checkpoint.resolve(name) for name, _ in stream.model.named_buffers()}
+    return _entry_meter(stream, Block.module_parameters, buffers, biases)
+
+
+def _entry_meter(
+    stream: BlockStream, module_size: Callable[[Block, Width, str], int], excluded: Container[str | None], biases: bool
+) -> Meter:
+    """Return the meter of the entries of all stored tensors.
+
+    Args:
+        stream: The open model.
+        module_size: Function that returns the entries of one module.
+        excluded: Stored names of tensors that are not counted, neither here nor by `module_size`.
+        biases: Whether recovery adds biases; see `parameter_meter`.
+    """
+    stored = sum(info.entries for name, info in stream.checkpoint.weights.items() if name not in excluded)
+    prunable = sum(module_size(block, block.width, kind) for block in stream.blocks for kind in block.kinds)
     return Meter(
         dense_widths(stream),
         stored - prunable,
-        module_size=lambda index, kind, width: stream.blocks[index].module_parameters(width, kind),
+        module_size=lambda index, kind, width: module_size(stream.blocks[index], width, kind),
         format_value=lambda value: f"{format_count(value, 1)} parameters",
         bias_sizes=added_biases(stream) if biases else (),
         cut_tokens=stream.checkpoint.cut_entries,
@@ -157,8 +173,8 @@ def active_meter(stream: BlockStream, biases: bool = False) -> Meter:
 
 
 def byte_meter(stream: BlockStream, dtype: torch.dtype, biases: bool = False) -> Meter:
-    """Return the meter of the bytes of all weights, stored in one dtype; for `biases` see `parameter_meter`."""
-    counts = parameter_meter(stream, biases)
+    """Return the meter of the bytes of all tensors, stored in one dtype; for `biases` see `parameter_meter`."""
+    counts = _entry_meter(stream, Block.module_entries, (), biases)
     # Tensors of integers are copied without conversion.
     copied = [info for info in stream.checkpoint.weights.values() if not info.dtype.is_floating_point]
     fixed = counts.fixed * dtype.itemsize + sum(info.bytes - info.entries * dtype.itemsize for info in copied)

@@ -34,20 +34,27 @@ FRONT = re.compile(r"\A---\s*\n(.{0,20000}?)\n---\s*(\n|\Z)", re.DOTALL)
 """YAML metadata at the beginning of a card."""
 
 
-def card(record: Mapping[str, Any], *, base_card: str | None = None, measured: Sequence[Sequence[str]] = ()) -> str:
+def card(
+    record: Mapping[str, Any],
+    *,
+    base_card: str | None = None,
+    measured: Sequence[Sequence[str]] = (),
+    notes: Sequence[str] = (),
+) -> str:
     """Return the text of the card.
 
     Args:
         record: The contents of secateur.json.
         base_card: The card of the base model, if it has one.
         measured: Rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
+        notes: Lines about how these figures were measured.
     """
     metadata = yaml.safe_dump(_metadata(record, base_card), sort_keys=False, allow_unicode=True).strip()
     sections = [
         f"# {_plain(model_name(record))}, pruned",
         *_summary(record),
         "## Size and quality",
-        *_figures(record, measured),
+        *_figures(record, measured, notes),
         "## How to load it",
         *_instructions(record),
         "## How it was made",
@@ -60,17 +67,23 @@ def _summary(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield what was removed and how the other weights changed."""
     yield (
         f"This is `{_code(model_name(record))}` after structured pruning: {share_removed(record)}, and "
-        f"{units_kept(record)}. {all_recoveries()[record['options']['recovery']].summary} "
+        f"{units_kept(record)}. {all_recoveries()[record['options']['recovery']].summary} {_training(record)} "
         f"[{PAGE}]({PAGE}) shows what was removed from each block."
     )
     yield vocabulary_kept(record)
 
 
-def _figures(record: Mapping[str, Any], measured: Sequence[Sequence[str]]) -> Iterator[str]:
+def _training(record: Mapping[str, Any]) -> str:
+    """Return a sentence about training after the pruning."""
+    return "Then the model was retrained." if record.get("retrained") else "It was not trained afterwards."
+
+
+def _figures(record: Mapping[str, Any], measured: Sequence[Sequence[str]], notes: Sequence[str]) -> Iterator[str]:
     """Yield the table of sizes and measurements, and what is known of the quality."""
     rows = [f"| {label} | {before} | {after} | {ratio} |" for label, before, after, ratio in sizes(record)]
     rows += [f"| {_plain(label)} | {base} | {here} | {ratio} |" for label, here, base, ratio in measured]
     yield "\n".join(["| | before | after | ratio |", "|---|---|---|---|", *rows])
+    yield "\n".join(f"- {_plain(note)}" for note in notes)
     yield expected_cost(record)
     if not measured:
         yield "The quality of this model has not been measured yet; `secateur eval` measures it."

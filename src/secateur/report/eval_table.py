@@ -21,15 +21,16 @@ def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
         table.add_column(name, justify="right", overflow="fold")
     for figure in result.figures():
         table.add_row(figure.label, *_values(figure), *_ratio(figure))
-    lines = _measurements(result.models[0], len(names) == 2)
+    lines = measurement_notes(result)
     for prompt in result.models[0].written:
         texts = (f"{name}: {model.written[prompt]}" for name, model in zip(names, result.models, strict=True))
         lines += ["", prompt, *texts]
     return table, lines
 
 
-def _measurements(model: ModelScore, compared: bool) -> list[str]:
-    """Return lines about how texts, tasks and speed were measured, for one model or two."""
+def measurement_notes(result: Evaluation) -> list[str]:
+    """Return lines about how texts, answers, tasks and speed were measured, for one model or two."""
+    model, compared = result.models[0], len(result.models) == 2
     lines = [
         f"{short(source)}: {text.tokens:,} tokens ({text.bytes or 0:,} bytes) scored in {text.rows:,} rows of "
         f"{text.length}; {bos_note(model.begins_with_bos)}."
@@ -37,6 +38,8 @@ def _measurements(model: ModelScore, compared: bool) -> list[str]:
     ]
     if model.answers is not None:
         lines.append(_answers(model.answers))
+    if model.written:
+        lines += map(_prompts, result.models)
     if model.tasks:
         items = ", ".join(f"{task.name} {task.items:,} items" for task in model.tasks)
         ratios = "; ratios with a 95 % interval, paired by item" * compared
@@ -49,6 +52,13 @@ def _measurements(model: ModelScore, compared: bool) -> list[str]:
             f"{speed.threads} CPU thread{'s' * (speed.threads > 1)}; {runs}."
         )
     return lines
+
+
+def _prompts(model: ModelScore) -> str:
+    """Return a line about what a model gets for a prompt."""
+    if model.chat_template:
+        return f"Prompts: {short(model.name)} answers each as a user's message in its chat template."
+    return f"Prompts: {short(model.name)} continues each as text, as it has no chat template."
 
 
 def _answers(score: AnswerScore) -> str:

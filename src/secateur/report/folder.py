@@ -64,11 +64,13 @@ def _fingerprint(model: str, dtype: torch.dtype, trust_remote_code: bool) -> str
     return checkpoint.fingerprint
 
 
-def add_measurements(folder: Path, rows: Sequence[Sequence[str]], texts: Sequence[tuple[str, str, str]]) -> None:
+def add_measurements(
+    folder: Path, rows: Sequence[Sequence[str]], texts: Sequence[tuple[str, str, str]], notes: Sequence[str]
+) -> None:
     """Write card and page of a pruned folder again, with measurements; see `model_page` for the arguments."""
     record = _record(folder)
-    write_atomically(folder / CARD, card(record, base_card=read_text(folder / BASE_CARD), measured=rows))
-    write_atomically(folder / PAGE, model_page(record, rows, texts))
+    write_atomically(folder / CARD, card(record, base_card=read_text(folder / BASE_CARD), measured=rows, notes=notes))
+    write_atomically(folder / PAGE, model_page(record, rows, texts, notes))
 
 
 def _from_record(folder: Path, read: Callable[[Mapping[str, Any]], T]) -> T:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.model.axes import Width, axis_kinds, shares
+from secateur.report.drawing import MARGIN, framed, log_ticks
 from secateur.report.record_text import (
     expected_cost,
     loading_code,
@@ -33,6 +34,7 @@ def model_page(
     record: Mapping[str, Any],
     measured: Sequence[Sequence[str]] = (),
     texts: Sequence[tuple[str, str, str]] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the complete page.
 
@@ -40,6 +42,7 @@ def model_page(
         record: The contents of secateur.json.
         measured: Rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
         texts: Prompts, each with the texts that this model and the base model generate after it.
+        notes: Lines about how the figures were measured.
     """
     blocks = list(_blocks(record))
     name = model_name(record)
@@ -47,7 +50,7 @@ def model_page(
     parts = {
         "TITLE": f"{escape(name)}, pruned",
         "SUMMARY": escape(f"{share_removed(record)}: {units_kept(record)}. {expected_cost(record)}"),
-        "FIGURES": _table(("", "before", "after", "ratio"), rows),
+        "FIGURES": _table(("", "before", "after", "ratio"), rows) + "".join(f"<p>{escape(note)}</p>" for note in notes),
         "MAP": _map(blocks),
         "ERRORS": "".join(_errors(role, blocks) for role in _roles(blocks)),
         "TABLE": _table(
@@ -126,21 +129,16 @@ def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
             f'class="ghost"/><circle cx="{x}" cy="{after:.1f}" r="4" class="{role}"/></g>'
         )
     label = role.capitalize()
-    chart = _svg(len(blocks), CHART_HEIGHT, f"{label}: error of each block before and after the refit", marks)
-    caption = f"{label}: errors from {highest:.1g} (top) to {lowest:.1g} (bottom)"
-    return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
+    scale = [(place(value), f"{value:.3g}") for value in log_ticks(lowest, highest)]
+    chart = _svg(len(blocks), CHART_HEIGHT, f"{label}: error of each block before and after the refit", marks, scale)
+    return f"<figure><figcaption>{label}: relative error, by block</figcaption>{chart}</figure>"
 
 
-def _svg(blocks: int, height: int, label: str, shapes: Sequence[str]) -> str:
-    """Return a drawing with one column for each block and block numbers below; it scrolls on a narrow screen."""
+def _svg(blocks: int, height: int, label: str, shapes: Sequence[str], scale: Sequence[tuple[float, str]] = ()) -> str:
+    """Return a drawing with one column for each block and block numbers below."""
     step = max(1, blocks // 12)
     numbers = [f'<text x="{index * CELL}" y="{height + 15}">{index}</text>' for index in range(0, blocks, step)]
-    wide, tall = blocks * CELL, height + 20
-    drawing = (
-        f'<svg role="img" aria-label="{label}" width="{wide}" height="{tall}" viewBox="0 0 {wide} {tall}">'
-        f"{''.join([*shapes, *numbers])}</svg>"
-    )
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{drawing}</div>'
+    return framed(blocks * CELL, height, label, [*shapes, *numbers], left=scale, margin=MARGIN)
 
 
 def _rows(block: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -43,7 +43,8 @@ def page_data(
         survey: Error curves and probes.
         blocks: All blocks of the dense model.
         plans: The cheapest plan for each sparsity.
-        facts: `model`, its `family`, its number of `parameters` and the command `line` that uses the survey.
+        facts: `model`, its `family`, its number of `parameters`, the number of `probe_tokens` on which
+            costs were measured, and the command `line` that uses the survey.
         distances: Distances between query heads; without them the page does not compare heads.
     """
     costs = WidthCosts(survey)

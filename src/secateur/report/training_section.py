@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from secateur.report.drawing import MARGIN, even_ticks, framed
+
 WIDE, HIGH = 560, 130
 """Width and height of a drawing, in pixels."""
 POINTS = 100
@@ -46,14 +48,18 @@ def _curve(label: str, points: Sequence[tuple[float, float]]) -> str:
     last = points[-1][0] or 1.0
     low, high = min(value for _, value in points), max(value for _, value in points)
     span = (high - low) or 1.0
-    places = [(WIDE * at / last, 6 + (HIGH - 12) * (high - value) / span) for at, value in points]
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+
+    def place(value: float) -> float:
+        return 6 + (HIGH - 12) * (high - value) / span
+
+    path = "M" + "L".join(f"{WIDE * at / last:.1f} {place(value):.1f}" for at, value in points)
+    scale = [(place(value), f"{value:.4g}") for value in even_ticks(low, high)]
+    numbers = [
+        f'<text x="{WIDE * at / last:.1f}" y="{HIGH + 15}" text-anchor="{"end" if at == last else "middle"}">'
+        f"{at:,.0f}</text>"
+        for at in even_ticks(0.0, last)
+    ]
     caption = f"{label}: from {points[0][1]:.3g} to {points[-1][1]:.3g} in {last:,.0f} tokens"
-    drawing = (
-        f'<svg role="img" aria-label="{caption}" width="{WIDE}" height="{HIGH}" viewBox="0 0 {WIDE} {HIGH}">'
-        f'<path d="{path}" class="line" fill="none"/></svg>'
-    )
-    return (
-        f'<figure><figcaption>{caption}</figcaption><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{caption}">{drawing}</div></figure>'
-    )
+    curve = f'<path d="{path}" class="line" fill="none"/>'
+    drawing = framed(WIDE, HIGH, caption, [curve, *numbers], left=scale, margin=MARGIN)
+    return f"<figure><figcaption>{caption}</figcaption>{drawing}</figure>"
