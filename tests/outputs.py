@@ -1,4 +1,4 @@
-"""What a command wrote, as tests read it, a watcher that keeps its notes, and the message of an error."""
+"""What a command wrote, as tests read it: files, pages in a browser, notes and the message of an error."""
 
 from __future__ import annotations
 
@@ -31,6 +31,28 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         self.said.append(text)
+
+
+class Opened:
+    """Page in a browser, with its errors and its network requests."""
+
+    def __init__(self, browser: Any, file: Path, width: int = 1280, scheme: Any = "light"):
+        self.context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        # A busy machine is no failure.
+        self.context.set_default_timeout(180_000)
+        self.page = self.context.new_page()
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(file.as_uri())
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.context.close()
 
 
 def error_of(call: Callable[..., Any], *given: Any, **named: Any) -> str:

@@ -14,12 +14,11 @@ from axe_playwright_python.sync_playwright import Axe
 from command_line import SMALL, TEXT, listing, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, Page
 from safetensors.torch import load_file
 
 from conftest import CheckpointFolder
 from models import blocks_of, build, wide
-from outputs import record_of
+from outputs import Opened, record_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands import survey as survey_page
@@ -254,30 +253,7 @@ def page_file(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.Temp
     return file
 
 
-class Opened:
-    """Page in a browser, with its errors and its network requests."""
-
-    def __init__(self, browser: Browser, file: Path, width: int = 1280, scheme: Any = "light"):
-        self.context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        # A busy machine is no failure.
-        self.context.set_default_timeout(180_000)
-        self.page: Page = self.context.new_page()
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(file.as_uri())
-
-    def __enter__(self) -> Opened:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.context.close()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
 def test_the_page_fits_the_screen_and_loads_nothing_else(browser, page_file, width, scheme):
     with Opened(browser, page_file, width, scheme) as opened:
         page = opened.page

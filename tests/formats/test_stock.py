@@ -236,7 +236,8 @@ def test_unsupported_reasons(tmp_path, case, keys, width, message):
 GROUPS = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads")
 HEADS = {"hidden_size": 64, "num_attention_heads": 8}
 """Sizes that make 3, 5, 6 and 7 heads no divisors of the hidden size; the rows have no such number of heads."""
-EVERY_ROW = ROWS | SIMILAR | MIXTURES
+HEADED = [name for name in ROWS | SIMILAR | MIXTURES if " " not in name or name.startswith("falcon")]
+"""One row a family, and each of Falcon's ways to share keys."""
 
 
 def with_more_heads(name: str):
@@ -252,7 +253,7 @@ def with_more_heads(name: str):
     return config
 
 
-@pytest.mark.parametrize("name", EVERY_ROW)
+@pytest.mark.parametrize("name", HEADED)
 def test_the_class_takes_just_the_heads_that_the_table_says(name):
     """Each number of heads and of groups, opened on the meta device; blocks have the shapes that would be stored."""
     with quiet():

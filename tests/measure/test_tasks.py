@@ -97,8 +97,7 @@ def close(found: list[tuple[float, bool]], expected: list[tuple[float, bool]], t
     return logs == pytest.approx(wanted, rel=tolerance) and greedy == best
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("name", list(ROWS))
+@pytest.mark.parametrize(("name", "bos"), [("llama", True), *((name, False) for name in ROWS)])
 def test_likelihoods_are_those_of_a_plain_computation(name, bos):
     model = build(name)
     first, second = likelihoods(model, make_tokenizer(bos=bos), PAIRS[:3], PAIRS[3:])

@@ -18,7 +18,7 @@ from command_line import SMALL, Run, refused
 from safetensors.torch import load_file, save_file
 
 from models import save
-from outputs import record_of
+from outputs import Opened, record_of
 from secateur import Options, RunOptions, prune
 from secateur.commands.plan import propose
 from secateur.report.card import card
@@ -306,8 +306,7 @@ def test_errors_before_and_after_the_refit(place, run):
     assert plain == pytest.approx(without, rel=0.02)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [380, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(380, "dark"), (1280, "light")])
 def test_in_a_browser(tmp_path, browser, scheme, width):
     """Nothing is fetched or complained of, all fits, every part is reached by the keyboard, and axe finds no fault."""
     file = tmp_path / "report.html"
@@ -316,14 +315,9 @@ def test_in_a_browser(tmp_path, browser, scheme, width):
     many = made(model=NASTY, dense=[dense] * 40, blocks=blocks)
     file.write_text(model_page(many, [("perplexity", "2", "1", "2.0")], [(NASTY, "a " * 200, "b")]), encoding="utf-8")
     assert file.stat().st_size < 100_000
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    try:
-        page, seen = context.new_page(), list[str]()
-        page.on("console", lambda message: seen.append(message.text))
-        page.on("pageerror", lambda error: seen.append(str(error)))
-        page.on("request", lambda request: seen.append(request.url))
-        page.goto(file.as_uri())
-        assert seen == [file.as_uri()]
+    with Opened(browser, file, width, scheme) as opened:
+        page = opened.page
+        assert (opened.complaints, opened.requests) == ([], [file.as_uri()])
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("window.broken") is None
         reached = set()
@@ -333,5 +327,3 @@ def test_in_a_browser(tmp_path, browser, scheme, width):
         assert {"SUMMARYnull", "DIVShare removed from each block: attention, below it feed-forward"} <= reached
         page.evaluate("document.querySelector('details').open = true")
         assert Axe().run(page).response["violations"] == []
-    finally:
-        context.close()
