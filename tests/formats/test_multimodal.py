@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from secateur.model.kinds import KINDS
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits
 from secateur.model.units.experts import EXPERT_CHANNELS
+from secateur.vocabulary.cut import cut_as_before
+from secateur.vocabulary.side_files import ids_in_configs
 
 IMAGE = VOCAB - 1
 """The token in whose place a part of the image stands."""
@@ -165,8 +168,9 @@ def decoder(model: Any) -> Any:
     return model.model.text_model if model.config.model_type == "smolvlm" else model.model.language_model
 
 
-def logits(model: Any, image: bool) -> Tensor:
-    ids = token_rows(2)
+def logits(model: Any, image: bool, kept: Sequence[int] = range(VOCAB), renumbered: bool = False) -> Tensor:
+    """Return the logits of rows of some tokens, which have new ids if the model's vocabulary was cut to them."""
+    ids = torch.tensor(kept)[token_rows(2) % len(kept)]
     more: dict[str, Any] = {}
     if image:
         ids[:, 3:7] = IMAGE
@@ -187,6 +191,8 @@ def logits(model: Any, image: bool) -> Tensor:
             more["pixel_values"] = more["pixel_values"].reshape(8, 48)
             more["image_grid_thw"] = torch.tensor([[1, 2, 2], [1, 2, 2]])
             more["mm_token_type_ids"] = (ids == IMAGE).long()
+    if renumbered:
+        ids = torch.searchsorted(torch.tensor(kept), ids)
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
 
@@ -199,6 +205,18 @@ def check_masking(folder: Path, out: Path, *written: Any) -> None:
             wanted = logits(dense, image)
         assert all(relative(logits(small, image), wanted) < 1e-5 for small in written)
         assert relative(wanted, logits(dense, image)) > 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fewer_tokens_give_the_same_logits(tmp_path: Path, name: str) -> None:
+    """With a picture too, whose token has a new id in config.json."""
+    whole = open_checkpoint(save(name, tmp_path / "model"))
+    # Added tokens of the tokenizer, from 120 on, are always kept.
+    kept = sorted({token for token in range(VOCAB) if token % 3 or token >= 120} | ids_in_configs(whole))
+    cut = load(cut_as_before(whole, kept), torch.float32, torch.device("cpu"))
+    for image in (False, True):
+        wanted = logits(opened(tmp_path / "model"), image, kept)[..., kept]
+        assert relative(logits(cut, image, kept, renumbered=True), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,11 +12,12 @@ from torch.nn.functional import cross_entropy
 from conftest import CheckpointFolder
 from models import ROWS, token_rows
 from secateur.measure.loading import load
+from secateur.model.arena import Activations
 from secateur.model.checkpoint import open_checkpoint
 from secateur.retraining import loss as losses
 from secateur.retraining.loss import distribution_loss
 from secateur.retraining.student import Student
-from secateur.retraining.targets import TextTargets
+from secateur.retraining.targets import MixedTargets, TeacherTargets, TextTargets
 
 TOKENS, WIDTH, VOCABULARY = 12, 8, 30
 
@@ -54,6 +55,29 @@ def test_the_loss_and_its_gradient_equal_the_formula(
     (3 * wanted.mean()).backward()
     torch.testing.assert_close(found.double(), wanted.mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [3, VOCABULARY])
+def test_mixed_targets_add_the_next_token_to_the_teachers_distribution(kept: int) -> None:
+    """The next token gains its weight, whether or not the teacher finds it likely; only the last position has none."""
+    generator = torch.Generator().manual_seed(4)
+    full = (3 * torch.randn(2, TOKENS, VOCABULARY, generator=generator)).log_softmax(-1)
+    rows = torch.randint(VOCABULARY, (2, TOKENS), generator=generator)
+    log_p, ids = full.topk(kept)
+    teacher = TeacherTargets(Activations([ids.int()]), Activations([log_p]), 0.0)
+    found_ids, found_log_p = MixedTargets(teacher, TextTargets(rows), 0.3).of(torch.tensor([1, 0]))
+    found = torch.zeros(2, TOKENS, VOCABULARY).scatter_(-1, found_ids, found_log_p.exp())
+    dense = full[[1, 0]].exp()
+    top = torch.zeros_like(dense).scatter_(-1, ids[[1, 0]], log_p[[1, 0]].exp())
+    wanted, following = 0.7 * top[:, :-1], rows[[1, 0]][:, 1:, None]
+    listed = (ids[[1, 0]][:, :-1] == following).any(-1, keepdim=True)
+    dropped = ids[[1, 0]][:, :-1, -1:]
+    wanted.scatter_(-1, dropped, torch.where(listed, wanted.gather(-1, dropped), 0.0))
+    wanted.scatter_add_(-1, following, torch.full(following.shape, 0.3))
+    assert bool(listed.any())
+    assert bool(listed.all()) == (kept == VOCABULARY)
+    torch.testing.assert_close(found[:, :-1], wanted)
+    torch.testing.assert_close(found[:, -1], top[:, -1])
 
 
 def test_with_one_certain_target_it_is_the_cross_entropy(head: torch.nn.Linear, hidden: torch.Tensor) -> None:

@@ -265,7 +265,14 @@ def test_the_distribution_approaches_the_teachers(checkpoint_folder: CheckpointF
     text.write_text(" ".join(f"w{id - 4}" for id in token_rows(1, 2000)[0].tolist()))
     dense = checkpoint_folder("llama")
     folder = pruned(dense, tmp_path / "pruned", dtype="float32")
-    settings = {**SMALL, "calibration": str(text), "tokens": "6144", "rank": 0, "learning_rate": 2e-3}
+    settings = {
+        **SMALL,
+        "calibration": str(text),
+        "tokens": "6144",
+        "rank": 0,
+        "learning_rate": 2e-3,
+        "text_weight": 0.0,
+    }
     retrain(folder, tmp_path / "out", **settings | {"teacher": None})
     ids, device = token_rows(8, 20), torch.device("cpu")
     wanted, before, after = (

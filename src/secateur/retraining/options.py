@@ -49,6 +49,12 @@ class Training:
         "tokens of the text.",
         default_text="the model that was pruned",
     )
+    text_weight: float = option(
+        0.5,
+        TRAINING,
+        "Weight of the text's own tokens in the loss; the teacher's distributions have the rest. More weight follows "
+        "the text, less weight the teacher.",
+    )
     rank: int = option(0, TRAINING, "Rank of the LoRA adapters to train; 0 trains all weights of the blocks.")
     batch: int = option(8, TRAINING, "Rows in each training step.")
     learning_rate: float | None = option(
@@ -62,6 +68,11 @@ class Training:
         for name, least in (("batch", 1), ("rank", 0)):
             if getattr(self, name) < least:
                 raise SecateurError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.text_weight < 1:
+            raise SecateurError(
+                f"text weight is {self.text_weight}; it must be at least 0 and below 1; --teacher none learns the text "
+                "alone"
+            )
         if not 0 < self.highest_rate < 1:
             raise SecateurError(f"learning rate is {self.learning_rate}; it must lie between 0 and 1, such as 1e-4")
         if not 0 <= self.seed < 2**32:

@@ -41,7 +41,7 @@ from secateur.retraining.options import Training
 from secateur.retraining.rows import TrainingRows, random_rows, training_rows
 from secateur.retraining.schedule import describe_end, measure_seconds, tokens_in_time
 from secateur.retraining.student import Student
-from secateur.retraining.targets import TextTargets, teacher_targets
+from secateur.retraining.targets import TextTargets, targets_of, teacher_targets
 from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import train
 from secateur.retraining.trained_weights import TrainedWeights
@@ -136,7 +136,7 @@ def retrain(
         rows = _draw(checkpoint, student, dense, training, plan, services, started)
         arena = stack.enter_context(Arena(plan.spare_bytes, run_folder_path(target.path)))
         targets = None if dense is None else teacher_targets(dense, rows, arena)
-        student.rows, student.targets = rows.train, targets or TextTargets(rows.train)
+        student.rows, student.targets = rows.train, targets_of(rows.train, targets, training.text_weight)
         history = train(
             student,
             training,

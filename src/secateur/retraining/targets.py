@@ -77,6 +77,46 @@ class TeacherTargets:
         return ids.long(), log_p.float()
 
 
+@dataclass(frozen=True)
+class MixedTargets:
+    """Mixture of the teacher's distribution and the next token of the text.
+
+    The last position of a row has no next token, so it keeps the teacher's distribution.
+    """
+
+    teacher: TeacherTargets
+    text: TextTargets
+    weight: float
+    """Probability of the next token in the mixture, between 0 and 1; the teacher's distribution has the rest."""
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the target tokens of rows (row numbers), and the logarithms of their probabilities (rows x t x k)."""
+        ids, log_p = self.teacher.of(rows)
+        following = self.text.of(rows)[0]
+        inner, inner_log_p = ids[:, :-1], log_p[:, :-1]
+        inner_log_p += math.log1p(-self.weight)
+        same = inner == following
+        # A next token that is not among the teacher's likeliest takes the place of the last of them.
+        place = torch.where(same.any(-1), same.int().argmax(-1), inner_log_p.argmin(-1))[..., None]
+        own = torch.where(same.any(-1, keepdim=True), inner_log_p.gather(-1, place), -math.inf)
+        inner.scatter_(-1, place, following)
+        inner_log_p.scatter_(-1, place, own.logaddexp(torch.full_like(own, math.log(self.weight))))
+        return ids, log_p
+
+
+def targets_of(rows: Tensor, teacher: TeacherTargets | None, text_weight: float) -> Targets:
+    """Return the targets of a training.
+
+    Args:
+        rows: Token ids of all rows (rows x t).
+        teacher: The teacher's targets; None to learn the text alone.
+        text_weight: Weight of the text beside the teacher, from 0 to below 1.
+    """
+    if teacher is None:
+        return TextTargets(rows)
+    return MixedTargets(teacher, TextTargets(rows), text_weight) if text_weight else teacher
+
+
 def teacher_targets(teacher: BlockStream, rows: TrainingRows, arena: Arena) -> TeacherTargets:
     """Return the teacher's targets for all rows: from the run folder, or computed by all processes together.
 
