@@ -460,7 +460,7 @@ WRONG = [
     ("compare model grid.yaml --out out --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
     ("compare model grid.yaml --out out --task-path gone", "gone: no such folder; name one with task files"),
     ("compare model grid.yaml --out out --device nonsense", "device 'nonsense' is not available here"),
-    ("compare model wide.yaml --out out", "model, L1, sparsity 0.999: sparsity 99.9% is out of reach"),
+    ("compare model wide.yaml --out out", "model, L1, sparsity 0.9999: sparsity 100.0% is out of reach"),
 ]
 
 
@@ -471,7 +471,7 @@ def test_mistakes_come_before_work(arguments, message, grid, run, monkeypatch):
 
     monkeypatch.setattr(compare_step, "prune_run", reached)
     monkeypatch.setattr(scorer, "load", reached)
-    wide = GRID | {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.999]}}
+    wide = GRID | {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.9999]}}
     (grid / "wide.yaml").write_text(yaml.safe_dump(wide))
     (grid / "lora.yaml").write_text(yaml.safe_dump(GRID | {"retrain": {"wanda": {}}}))
     before = listing(grid)

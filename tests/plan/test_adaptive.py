@@ -156,8 +156,8 @@ def test_sizes_uses_one_survey_for_all_sizes(tmp_path, checkpoint_folder, calls_
     text.write_text(" ".join(f"w{i * i % 116}" for i in range(400)))
     common = {"run_options": RunOptions(device="cpu"), "watcher": Silent()}
     options = [Options(sparsity=share, **SMALL) for share in (0.1, 0.5)]
-    wrong = [Options(sparsity=0.999, **SMALL), *options]
-    with pytest.raises(SecateurError, match=r"sparsity 99\.9% is out of reach"):
+    wrong = [Options(sparsity=0.9999, **SMALL), *options]
+    with pytest.raises(SecateurError, match=r"sparsity 100\.0% is out of reach"):
         sizes(model, out, wrong, texts=[], tokens=None, **common)
     assert not out.exists()
     assert not surveys

@@ -349,6 +349,21 @@ def test_an_unreachable_target_is_an_error(make_problem, widths, target, more, m
         assert re.search(message, error_of(call))
 
 
+@pytest.mark.parametrize("widths", ["adaptive", "uniform"])
+def test_a_sparsity_is_reachable_within_half_a_percentage_point(make_problem, widths):
+    problem = make_problem(0.25, kinds=("channels",))
+    narrowest = {index: width | {CHANNELS: 1} for index, width in problem.dense_widths.items()}
+    most = problem.sparsity(narrowest)
+    problem = replace(problem, target=most + 0.004, unsupported_reason=lambda width: None if width.channels else "gone")
+    for survey in (None, survey_of(problem.blocks)):
+        found = plan(problem, widths, survey)
+        assert (found.widths, found.note) == (narrowest, None)
+    check_reachable(problem)
+    beyond = replace(problem, target=most + 0.006)
+    assert "is out of reach: at most" in error_of(plan, beyond, widths)
+    assert "is out of reach: at most" in error_of(check_reachable, beyond)
+
+
 def test_the_nearest_target_in_an_error_is_reachable(make_problem):
     for target in ("params=100", "params=5%", "bytes=1kB", "bytes=3%"):
         named = error_of(check_reachable, make_problem(target)).partition("request ")[2].partition(",")[0]

@@ -47,7 +47,8 @@ def adaptive_widths(problem: PlanProblem, costs: WidthCosts) -> dict[int, Width]
     """Return the widths of the pruned blocks with the lowest total cost within the budget.
 
     Returns:
-        The width of each pruned block by its index; None if even the narrowest widths exceed the budget.
+        The width of each pruned block by its index; None if even the narrowest widths exceed the budget by more than
+        its slack.
     """
     options = module_options(problem)
     widths = problem.dense_widths
@@ -55,7 +56,9 @@ def adaptive_widths(problem: PlanProblem, costs: WidthCosts) -> dict[int, Width]
     option_costs = [
         np.array([costs.module_cost(each.block, each.module, width) for width in each.widths]) for each in options
     ]
-    best = select_options(option_costs, [each.sizes for each in options], problem.budget - constant)
+    sizes, budget = [each.sizes for each in options], problem.budget - constant
+    smallest = float(sum(np.min(size) for size in sizes))
+    best = select_options(option_costs, sizes, max(budget, min(smallest, budget + problem.slack)))
     if best is None:
         return None
     for each, option in zip(options, best.options, strict=True):

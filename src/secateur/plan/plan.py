@@ -7,7 +7,7 @@ from dataclasses import replace
 from secateur.base.errors import SecateurError
 from secateur.plan.allocation import adaptive_widths, search_uniform_widths, smallest_size
 from secateur.plan.meters import unreachable_error
-from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
+from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.target import Target
 from secateur.survey.curves import ErrorCurve, Survey
 from secateur.survey.width_costs import WidthCosts
@@ -69,9 +69,7 @@ def uniform_plans(problem: PlanProblem) -> list[Plan]:
     found = search_uniform_widths(problem, allow_excess=is_sparsity)
     if found.smallest_size == problem.meter.dense:
         raise SecateurError(_nothing_to_remove(problem, found.unsupported_reasons))
-    # A sparsity is reached to within 0.5 percentage points; any other target is an upper bound.
-    slack = TOLERANCE * problem.block_parameters if is_sparsity else 0.0
-    if not found.candidates or found.smallest_size > problem.budget + slack:
+    if not found.candidates or found.smallest_size > problem.budget + problem.slack:
         raise _out_of_reach(problem, found.smallest_size, found.unsupported_reasons)
     nearest_first = sorted(found.candidates, key=lambda candidate: abs(candidate[1] - problem.budget))
     plans = [problem.plan(problem.uniform_widths(width), nearest=True) for width, _ in nearest_first]
@@ -95,7 +93,7 @@ def check_reachable(problem: PlanProblem) -> None:
     if smallest >= problem.meter.dense and (reasons or not isinstance(problem.target, Target)):
         raise SecateurError(_nothing_to_remove(problem, reasons))
     # The two sums add the same numbers in another order, so that they may differ by rounding.
-    if smallest > problem.budget + 1e-9 * problem.meter.dense:
+    if smallest > problem.budget + problem.slack + 1e-9 * problem.meter.dense:
         raise _out_of_reach(problem, smallest, reasons)
 
 

@@ -135,6 +135,14 @@ class PlanProblem:
             return budget_of(self.target, self.meter)
         return self.meter.dense - self.target * self.block_parameters
 
+    @property
+    def slack(self) -> float:
+        """Largest excess over the budget of a result that counts as on target, in the meter's unit.
+
+        A sparsity is reached to within 0.5 percentage points; any other target is an upper bound.
+        """
+        return 0.0 if isinstance(self.target, Target) else TOLERANCE * self.block_parameters
+
     def sparsity(self, widths: dict[int, Width]) -> float:
         """Return the share of the parameters of the pruned blocks that is removed at given widths."""
         return (self.parameters.dense - self.parameters.total(widths)) / self.block_parameters
