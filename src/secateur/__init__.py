@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.commands.plan import propose
     from secateur.commands.plan_widths import plan_widths
     from secateur.commands.prune import prune
+    from secateur.commands.prune_model import prune_model
     from secateur.commands.survey_model import survey_model
     from secateur.commands.trim import trim
     from secateur.commands.write_model import write_model
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "prune": "secateur.commands.prune",
+    "prune_model": "secateur.commands.prune_model",
     "open_model": "secateur.commands.open_model",
     "draw_rows": "secateur.commands.draw_rows",
     "survey_model": "secateur.commands.survey_model",
@@ -60,8 +62,8 @@ _MODULES = {
 
 __all__ = ["Bars", "BlockStream", "Options", "Rows", "RunOptions", "SecateurError"]
 __all__ += ["calibration_rows", "consecutive_rows", "draw_rows", "fit_blocks", "open_checkpoint", "open_model"]
-__all__ += ["perplexity", "plan_widths", "propose", "prune", "register", "retrain", "speed", "survey_model"]
-__all__ += ["trim", "write_model"]
+__all__ += ["perplexity", "plan_widths", "propose", "prune", "prune_model", "register", "retrain", "speed"]
+__all__ += ["survey_model", "trim", "write_model"]
 
 
 def __getattr__(name: str) -> Any:

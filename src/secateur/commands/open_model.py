@@ -178,14 +178,28 @@ def open_model(
     started = time.perf_counter()
     options, run_options = with_settings(options, run_options, settings)
     services = services or Services()
-    device = _check_options(options, run_options, services.processes)
+    device = check_options(options, run_options, services.processes)
     if services.processes.is_first:
         _check_files(model, out, options, run_options, services.watcher)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    checkpoint = _open(model, run_options, dtype, services)
+    checkpoint = _open(model, run_options, options.torch_dtype, services)
+    run = open_run(checkpoint, options, run_options, device=device, out=out, services=services)
+    return replace(run, started=started)
+
+
+def open_run(
+    checkpoint: Checkpoint,
+    options: Options,
+    run_options: RunOptions,
+    *,
+    device: torch.device,
+    out: Path | None = None,
+    services: Services,
+) -> OpenRun:
+    """Return the run of an open checkpoint, and check the options against it; see `open_model`."""
+    started = time.perf_counter()
     checkpoint, vocabulary = with_vocabulary(checkpoint, options, device, services)
     stream = BlockStream(checkpoint, device=device, services=services)
-    dtype = dtype or checkpoint.dtype
+    dtype = options.torch_dtype or checkpoint.dtype
     tokenizer = _tokenizer(checkpoint, options)
     if out is not None and services.processes.is_first:
         partial_output = run_folder_path(local_path(out).resolve()) / PARTIAL_OUTPUT
@@ -220,7 +234,7 @@ def open_model(
     )
 
 
-def _check_options(options: Options, run_options: RunOptions, processes: Processes) -> torch.device:
+def check_options(options: Options, run_options: RunOptions, processes: Processes) -> torch.device:
     """Check the options that can be checked without the model, read the family file, and return the device."""
     target = options.size_target
     if isinstance(target, Target) and target.quantity in SPEEDUPS and not processes.is_single:

@@ -275,6 +275,14 @@ class Options:
         return FORMATS[self.format] if self.format else default_format(self.widths == "uniform" and self.plan is None)
 
     @property
+    def torch_dtype(self) -> Any:
+        """The dtype of `--dtype`; None for the checkpoint's."""
+        # Imported here, so that --help does not wait for torch.
+        import torch
+
+        return getattr(torch, self.dtype) if self.dtype else None
+
+    @property
     def parsed_criterion(self) -> Choice:
         """The criterion of each kind of unit."""
         return parse_choice(self.criterion)

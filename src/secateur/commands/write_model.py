@@ -1,8 +1,8 @@
 """The sixth step of `prune`: write the model with its records."""
 
 import time
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -55,24 +55,36 @@ def _write(
     run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedBlocks, done: BlockRecords, out: Path
 ) -> None:
     """Write the output, upload it if requested, and print notes."""
+    with pruned_model(run, plan, blocks, done) as pruned:
+        run.request.format.write(out, replace(pruned, records=_records(run, rows, plan, blocks, done)))
+    if (note := unfitted_experts_note(done)) is not None:
+        run.watcher.note(note)
+    if run.run_options.push_to_hub is not None:
+        run.watcher.note(f"Uploaded to {upload(out, run.run_options.push_to_hub, run.watcher)}")
+
+
+@contextmanager
+def pruned_model(run: OpenRun, plan: Plan, blocks: FittedBlocks, done: BlockRecords) -> Iterator[PrunedModel]:
+    """Yield the pruned model, whose blocks are fitted one by one while a format takes them.
+
+    Args:
+        run: The result of `open_model`.
+        plan: The result of `plan_widths`.
+        blocks: The result of `fit_blocks`.
+        done: List that gets the record of each block.
+    """
     stream, state = run.stream, run.services.run_folder
     # Both are closed before an error is shown, so that temporary files are gone and no progress bar follows it.
     with closing(_narrowed(run, plan, blocks, done)) as tensors, closing(blocks):
-        pruned = PrunedModel(
+        yield PrunedModel(
             plan,
             tensors,
-            records=_records(run, rows, plan, blocks, done),
             final_norm=lambda: {} if blocks.norm_scale is None else scaled_final_norm(stream, blocks.norm_scale),
             fit_checkpoint=blocks.checkpoint,
             state=None if state is None else state.path,
             overwrite=run.run_options.overwrite,
             watcher=run.watcher,
         )
-        run.request.format.write(out, pruned)
-    if (note := unfitted_experts_note(done)) is not None:
-        run.watcher.note(note)
-    if run.run_options.push_to_hub is not None:
-        run.watcher.note(f"Uploaded to {upload(out, run.run_options.push_to_hub, run.watcher)}")
 
 
 def _narrowed(

@@ -12,7 +12,7 @@ from secateur.base.quiet import first_line
 from secateur.families.registry import twin_of
 from secateur.formats.family_file import unfit_fields
 from secateur.formats.format import Format, Loading, PrunedModel, format_class
-from secateur.formats.opened import check_written, planned_misfit
+from secateur.formats.opened import check_written, network_of, planned_misfit
 from secateur.formats.registry import FORMATS
 from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
@@ -127,6 +127,18 @@ class Folder(Format):
                 write_text_or_json(folder / file_name, record)
             check_written(folder, out, self.advice)
             return writer.total_bytes
+
+    def build(self, pruned: PrunedModel) -> Any:
+        """Return the pruned model in memory: the model that transformers makes of the folder that `write` writes.
+
+        Raises:
+            SecateurError: The format cannot hold the plan, or the tensors do not fit the model's class.
+        """
+        if (reason := self.unsupported_plan(pruned.plan.widths)) is not None:
+            raise SecateurError(reason)
+        tensors = dict(self.tensors(pruned))
+        biases = {index: self._gained(index, tensors) for index in pruned.plan.widths}
+        return network_of(self.config(pruned.plan, biases), tensors, self.dtype)
 
     def config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the contents of config.json."""

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.formats.per_layer import decoder_class
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.config_file import stock_class
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits
 from secateur.model.surgery import slice_block
@@ -54,6 +58,32 @@ def planned_misfit(stream: BlockStream, keeps: Mapping[int, KeptUnits], raw_conf
         config = CONFIG_MAPPING[raw_config["model_type"]].from_dict(raw_config)
     tensors = _pruned_tensors(stream, keeps)
     return _misfit(replace(stream.checkpoint, config=config, raw_config=raw_config, tensors=tensors))
+
+
+def network_of(raw_config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """Return the model of a config.json with some tensors, in evaluation mode.
+
+    Args:
+        raw_config: Contents of config.json.
+        tensors: All tensors by name.
+        dtype: Dtype of the model.
+
+    Raises:
+        SecateurError: Tensors are missing, or do not fit the model's class.
+    """
+    with quiet():
+        config = CONFIG_MAPPING[raw_config["model_type"]].from_dict(raw_config)
+        auto = decoder_class(config, None)
+        own = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)) if auto is AutoModelForCausalLM else auto
+        network, info = own.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+    wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+    if wrong:
+        raise SecateurError(
+            f"transformers cannot build the pruned model: {wrong[0]} does not fit; report this as a bug"
+        )
+    return network.eval()
 
 
 def _misfit(checkpoint: Checkpoint) -> str | None:

@@ -4,7 +4,7 @@ a time."""
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -156,17 +156,9 @@ class Checkpoint(Stored):
         digest = hashlib.sha256()
         for name, info in sorted(self.original.tensors.items()):
             digest.update(f"{name}|{info.shape}|{info.dtype}|".encode())
-            for sample in self._samples(name):
+            for sample in info.samples(_SAMPLE):
                 digest.update(sample)
         return digest.hexdigest()[:32]
-
-    def _samples(self, name: str) -> Iterator[bytes]:
-        """Yield bytes at the start, middle and end of a stored tensor."""
-        for stored in self.tensors[name].parts:
-            with stored.file.open("rb") as file:
-                for part in range(3):
-                    file.seek(stored.offset + max(0, stored.bytes - _SAMPLE) * part // 2)
-                    yield file.read(min(_SAMPLE, stored.bytes))
 
     @property
     def auto_class(self) -> Any:
@@ -281,11 +273,16 @@ class Checkpoint(Stored):
         self._leave(unused)
         for name, source in tied.items():
             own, other = self.resolve(name), self.resolve(source)
-            if own and other and list(self._samples(own)) != list(self._samples(other)):
+            if own and other and self._differ(own, other):
                 # transformers 5 loads both tensors, whatever config.json says; engines follow config.json.
                 self.config.tie_word_embeddings = False
                 for part in (self.raw_config, self.multimodal_config or {}):
                     part["tie_word_embeddings"] = False
+
+    def _differ(self, one: str, other: str) -> bool:
+        """Return whether samples of two stored tensors differ."""
+        samples = (list(self.tensors[name].samples(_SAMPLE)) for name in (one, other))
+        return next(samples) != next(samples)
 
     def difference_from(self, model: nn.Module) -> str | None:
         """Return the difference between the stored tensors and the tensors of a model, as a clause; None if they are
@@ -390,7 +387,7 @@ def open_checkpoint(
         path=folder,
         side_folder=folder,
         **fields,
-        dtype=_common_dtype(source, tensors),
+        dtype=common_dtype(source, tensors),
         tensors=tensors,
         trust_remote_code=trust_remote_code and type(config).__module__.startswith("transformers_modules"),
         quantised=settings is not None,
@@ -453,7 +450,7 @@ def _upright(name: str, info: TensorInfo, hidden: int) -> TensorInfo:
     return Transposed(info.file, (experts, outputs, inputs), info.dtype, info.offset, info)
 
 
-def _common_dtype(source: str, tensors: dict[str, TensorInfo]) -> torch.dtype:
+def common_dtype(source: str, tensors: dict[str, TensorInfo]) -> torch.dtype:
     """Return the floating-point dtype with the most bytes."""
     sizes: Counter[torch.dtype] = Counter()
     for name, info in tensors.items():

@@ -6,7 +6,7 @@ Nothing is unpickled: a folder with only pytorch_model.bin is refused.
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -43,6 +43,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """Dtypes by their names in safetensors headers."""
 
+Sample = bytes
+"""Some bytes of a tensor; inside the classes, `bytes` is the size of a tensor."""
 _LONGEST_NAME = 255
 """Largest number of bytes of a file's name; longer names are an error of the operating system."""
 _HEADER_LIMIT = 100_000_000
@@ -81,6 +83,43 @@ class TensorInfo:
     def as_stored(self, tensor: Tensor) -> Tensor:
         """Return new values for the tensor in its stored form."""
         return tensor
+
+    def samples(self, size: int) -> Iterator[Sample]:
+        """Yield up to `size` bytes at the start, middle and end of each stored tensor that must be read."""
+        for part in self.parts:
+            with part.file.open("rb") as file:
+                for place in range(3):
+                    file.seek(part.offset + max(0, part.bytes - size) * place // 2)
+                    yield file.read(min(size, part.bytes))
+
+
+@dataclass(frozen=True)
+class InMemory(TensorInfo):
+    """Tensor of a model in memory, on any device."""
+
+    values: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> "InMemory":
+        """Return a tensor of a model."""
+        return cls(Path(), tuple(values.shape), values.dtype, 0, values)
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """Stored tensors that must be read: none."""
+        return ()
+
+    def read(self) -> Tensor:
+        """Return a copy of the values in CPU memory."""
+        return self.values.detach().to("cpu", copy=True).contiguous()
+
+    def samples(self, size: int) -> Iterator[Sample]:
+        """Yield up to `size` bytes at the start, middle and end of the tensor."""
+        flat = self.values.detach().reshape(-1)
+        count = min(len(flat), max(1, size // self.dtype.itemsize))
+        for place in range(3):
+            start = (len(flat) - count) * place // 2
+            yield flat[start : start + count].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""`prune_model`: prune a transformers model in memory, and return a smaller one."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.base.progress import Silent, Watcher
+from secateur.base.services import Services
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.fit_blocks import fit_blocks
+from secateur.commands.open_model import check_options, open_run
+from secateur.commands.options import Options, RunOptions, with_settings
+from secateur.commands.plan_widths import plan_widths
+from secateur.commands.survey_model import survey_model
+from secateur.commands.write_model import pruned_model
+from secateur.formats.folder import Folder
+from secateur.model.in_memory import checkpoint_in_memory
+from secateur.text.calibration import check_calibration
+from secateur.text.sources import RANDOM
+
+REFUSED = ("dry_run", "push_to_hub", "restart", "trust_remote_code", "revision")
+"""Options that make no sense for a model in memory."""
+
+
+def prune_model(
+    model: Any,
+    tokenizer: Any = None,
+    options: Options | None = None,
+    *,
+    watcher: Watcher | None = None,
+    **settings: Any,
+) -> Any:
+    """Prune a model in memory in one shot, and return a smaller model; the given model is not changed.
+
+    The result has the weights that `prune` writes for the same model and options. It generates, trains and is saved
+    like any other model of transformers: `save_pretrained` writes a folder that `from_pretrained` opens. Config and
+    tokenizer are in a temporary folder meanwhile; weights are not written.
+
+    Args:
+        model: A causal language model of transformers, on any device.
+        tokenizer: Its tokenizer; it may be None with `calibration="random"`.
+        options: Options that decide the result.
+        watcher: Receives progress and notes.
+        settings: Fields of `Options` and `RunOptions` by name: `sparsity=0.25`, `widths="uniform"`, ...
+
+    Returns:
+        The pruned model, on the device of the given model, in evaluation mode.
+
+    Raises:
+        SecateurError: The model cannot be pruned, or an option is wrong.
+    """
+    options, run_options = with_settings(options, None, settings)
+    services = Services(watcher=watcher or Silent())
+    _check(options, run_options, tokenizer)
+    device = check_options(options, run_options, services.processes)
+    with TemporaryDirectory(prefix="secateur-") as folder:
+        checkpoint = checkpoint_in_memory(model, tokenizer, Path(folder))
+        run = open_run(checkpoint, options, run_options, device=device, services=services)
+        format = run.request.format
+        assert isinstance(format, Folder)
+        rows = draw_rows(run)
+        plan = plan_widths(run, rows, survey_model(run, rows))
+        with pruned_model(run, plan, fit_blocks(run, rows, plan), []) as pruned:
+            return format.build(pruned).to(model.device)
+
+
+def _check(options: Options, run_options: RunOptions, tokenizer: Any) -> None:
+    """Check what can be checked without the model.
+
+    Raises:
+        SecateurError: An option is only for files, or the calibration text cannot be read or tokenised.
+    """
+    for name in REFUSED:
+        if getattr(run_options, name) != getattr(RunOptions, name):
+            raise SecateurError(f"{name} is for prune, which reads and writes files; leave it out")
+    if options.output_format.suffix is not None:
+        raise SecateurError(f"format {options.format} is a file; save the pruned model, then call export")
+    for source in dict.fromkeys(options.sources):
+        if tokenizer is None and source != RANDOM:
+            raise SecateurError(f"calibration {source} needs a tokenizer; pass the model's, or calibration='random'")
+        check_calibration(source, samples=options.samples, length=options.length)

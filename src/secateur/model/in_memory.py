@@ -1,0 +1,61 @@
+"""A transformers model in memory as a checkpoint, whose tensors are read from the model itself."""
+
+from pathlib import Path
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
+from secateur.model.checkpoint import Checkpoint, common_dtype, described
+from secateur.model.config_file import load_config, read_config
+from secateur.model.weights import InMemory
+
+
+def checkpoint_in_memory(model: Any, tokenizer: Any, folder: Path) -> Checkpoint:
+    """Return the checkpoint of a model in memory.
+
+    Args:
+        model: A causal language model of transformers, on any device.
+        tokenizer: Its tokenizer; None if it has none.
+        folder: An empty folder for config.json and the tokenizer, which must exist as long as the checkpoint is used.
+
+    Raises:
+        SecateurError: The object is no such model, or its weights are quantised, adapted or not in memory.
+    """
+    _check(model)
+    with quiet():
+        model.config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    source, raw = model.config.name_or_path or type(model).__name__, read_config(folder)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors = {name: InMemory.of(value) for name, value in model.state_dict().items() if name not in tied}
+    checkpoint = Checkpoint(
+        source=source,
+        path=folder,
+        side_folder=folder,
+        **described(raw, load_config(folder, raw, trust_remote_code=False)),
+        dtype=common_dtype(source, dict(tensors)),
+        tensors=dict(tensors),
+    )
+    checkpoint.leave_out_prediction_heads()
+    return checkpoint
+
+
+def _check(model: Any) -> None:
+    """Check that an object is a model whose weights can be read.
+
+    Raises:
+        SecateurError: It is not.
+    """
+    name = type(model).__name__
+    if not all(hasattr(model, attribute) for attribute in ("config", "state_dict", "generate")):
+        raise SecateurError(f"{name} is not a language model of transformers; pass what from_pretrained returned")
+    if hasattr(model, "peft_config"):
+        raise SecateurError(f"{name} has adapters; call merge_and_unload() first")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise SecateurError(f"{name} is quantised; load it without quantization_config")
+    absent = [key for key, value in model.state_dict().items() if value.device.type == "meta"]
+    if absent:
+        raise SecateurError(f"{name}: {absent[0]} is not in memory; load the model without offloading")
