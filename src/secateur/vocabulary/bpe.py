@@ -23,6 +23,7 @@ class Bpe(TokenModel):
     """BPE over bytes or characters."""
 
     ids: dict[str, int]
+    merges: list[tuple[str, str]]
 
     @classmethod
     def read(cls, stored: dict[str, Any]) -> "Bpe":
@@ -31,7 +32,7 @@ class Bpe(TokenModel):
             if stored.get(key):
                 raise SecateurError(f"{key} is {stored[key]!r}, and merges with affixes cannot be cut")
         ids: dict[str, int] = stored["vocab"]
-        return cls(stored, {token: spelling for spelling, token in ids.items()}, ids)
+        return cls(stored, {token: spelling for spelling, token in ids.items()}, ids, list(_pairs(stored["merges"])))
 
     def fixed(self) -> set[int]:
         """Return the ids of the unknown token, and of all longer tokens that cannot result from a text.
@@ -41,7 +42,7 @@ class Bpe(TokenModel):
         unknown = {token for spelling, token in self.ids.items() if spelling == self.stored.get("unk_token")}
         if self.stored.get("ignore_merges"):
             return unknown
-        made = {left + right for left, right in self._merges()}
+        made = {left + right for left, right in self.merges}
         return unknown | {token for spelling, token in self.ids.items() if len(spelling) > 1 and spelling not in made}
 
     def parts(self, token: int) -> tuple[int, ...]:
@@ -68,23 +69,24 @@ class Bpe(TokenModel):
         vocab = {spelling: new_ids[token] for spelling, token in self.ids.items() if token in new_ids}
         merges = [
             stored
-            for stored, (left, right) in zip(self.stored["merges"], self._merges(), strict=True)
+            for stored, (left, right) in zip(self.stored["merges"], self.merges, strict=True)
             if left in vocab and right in vocab and left + right in vocab
         ]
         return {**self.stored, "vocab": vocab, "merges": merges}
 
-    def _merges(self) -> Iterator[tuple[str, str]]:
-        """Yield the merges, which older files spell as `left right`, and newer ones as a list."""
-        for merge in self.stored["merges"]:
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            yield left, right
-
     @cached_property
     def _ranks(self) -> dict[tuple[str, str], int]:
         """Place in the list of merges, by pair."""
-        return {pair: rank for rank, pair in enumerate(self._merges())}
+        return {pair: rank for rank, pair in enumerate(self.merges)}
 
     @cached_property
     def _never(self) -> int:
         """Rank of a pair that is never merged."""
-        return len(self.stored["merges"])
+        return len(self.merges)
+
+
+def _pairs(merges: list[Any]) -> Iterator[tuple[str, str]]:
+    """Yield merges, which older files spell as `left right`, and newer ones as a list."""
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right

@@ -1,7 +1,7 @@
 """The algorithm of a tokenizer, with its tokens: what all algorithms have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,25 @@ class TokenModel(ABC):
     @abstractmethod
     def parts(self, token: int) -> tuple[int, ...]:
         """Return the ids of the two tokens from which a token is made, or nothing if it is not made from others."""
+
+    def parts_first(self, tokens: Iterable[int], done: set[int]) -> Iterator[int]:
+        """Yield tokens in order, each after the tokens that it is made from.
+
+        Args:
+            tokens: Ids of tokens.
+            done: Tokens that are not yielded; each token that is yielded joins them.
+        """
+        for token in tokens:
+            pending = [token]
+            while pending:
+                missing = [part for part in self.parts(pending[-1]) if part not in done]
+                if missing and pending[-1] not in done:
+                    pending += missing
+                    continue
+                last = pending.pop()
+                if last not in done:
+                    done.add(last)
+                    yield last
 
     @abstractmethod
     def cut(self, new_ids: Mapping[int, int]) -> dict[str, Any]:

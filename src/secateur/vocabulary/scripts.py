@@ -38,7 +38,7 @@ def parse_scripts(value: str, among: Collection[str] = ()) -> tuple[str, ...]:
 
 def name_of(code: str) -> str:
     """Return the name of a script as users write it, such as `old-italic`."""
-    return script_name(code).lower().replace("_", "-")
+    return script_name(code).lower().replace(" ", "-")
 
 
 @cache

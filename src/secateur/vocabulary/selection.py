@@ -13,8 +13,9 @@ changed: added tokens, normaliser and pre-tokenizer. Conversely, a token that no
 would be worse: the model never learned to avoid them, so they could win.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -50,9 +51,9 @@ class Selection:
         Raises:
             SecateurError: A config names an id that no token has.
         """
-        characters = self._characters(scripts)
-        occurring, required = self._occurring(characters), self._required(characters)
-        return self._keep(occurring, required, 0, lambda token: (-(counts or {}).get(token, 0), token))
+        characters, counts = self._characters(scripts), counts or {}
+        kept = self._with_parts(self._required(characters), self._occurring(characters))
+        return self._rounded(kept, len(kept), lambda token: (-counts.get(token, 0), token))
 
     def by_text(self, counts: _Counts, at_least: int = 1, scripts: tuple[str, ...] | None = None) -> KeptTokens:
         """Keep the tokens that occur at least so often in a text.
@@ -65,9 +66,10 @@ class Selection:
         Raises:
             SecateurError: A config names an id that no token has.
         """
-        used = {token for token, count in counts.items() if count >= at_least and token < self.rows}
+        used = {token for token, count in counts.items() if count >= at_least} & self._tokens
         required = self._required(self._characters(self._scripts(counts, scripts)))
-        return self._keep(set(), required | used, 0, lambda token: (-counts.get(token, 0), token))
+        kept = self._with_parts(required | used)
+        return self._rounded(kept, len(kept), lambda token: (-counts.get(token, 0), token))
 
     def by_number(self, number: int, counts: _Counts, scripts: tuple[str, ...] | None = None) -> KeptTokens:
         """Keep a number of tokens: first the tokens of some scripts, then the tokens that occur most often in a text.
@@ -82,40 +84,42 @@ class Selection:
                 that no token has.
         """
         characters = self._characters(self._scripts(counts, scripts))
-        occurring = self._occurring(characters)
-        kept = self._keep(
-            set(),
-            self._required(characters),
-            number,
-            lambda token: (token not in occurring, -counts.get(token, 0), token),
-        )
-        if len(kept.ids) >= number + self.multiple:
+        occurring, kept = self._occurring(characters), self._with_parts(self._required(characters))
+        if len(kept) > self._round(number):
             raise SecateurError(
-                f"{number:,} tokens are too few: special tokens, bytes and single characters are {len(kept.ids):,}"
+                f"{number:,} tokens are too few: special tokens, bytes and single characters alone are {len(kept):,}"
             )
-        return kept
+        return self._rounded(kept, number, lambda token: (token not in occurring, -counts.get(token, 0), token))
 
-    def _keep(self, closed: set[int], others: Iterable[int], number: int, order: Callable[[int], Any]) -> KeptTokens:
+    def _rounded(self, kept: set[int], number: int, order: Callable[[int], Any]) -> KeptTokens:
         """Return the selection of some tokens, and of further ones up to a rounded number.
 
         Args:
-            closed: Tokens to keep whose parts are among them.
-            others: Further tokens to keep.
-            number: Smallest number of tokens.
+            kept: Tokens to keep, with the tokens that they are made from.
+            number: Number of tokens, before rounding.
             order: Key by which the tokens that can be kept in addition are sorted.
         """
-        parts, kept = self.tokenizer.model.parts, set(closed)
-        kept.update(parts_first(others, parts, kept))
-        wanted = -(-max(number, len(kept)) // self.multiple) * self.multiple
-        further = parts_first(sorted(self._tokens() - kept, key=order), parts, kept)
+        kept, wanted = set(kept), self._round(number)
+        further = self.tokenizer.model.parts_first(sorted(self._tokens - kept, key=order), kept)
         kept.update(islice(further, wanted - len(kept)))
         ids = sorted(kept) if len(kept) == wanted else range(self.rows)
         return self.tokenizer.keeping(ids, self.rows)
 
-    def _tokens(self) -> set[int]:
-        """Return the ids of all tokens that have a row in the embedding."""
+    def _round(self, number: int) -> int:
+        """Return the smallest multiple that is not smaller than a number."""
+        return -(-number // self.multiple) * self.multiple
+
+    def _with_parts(self, tokens: set[int], closed: Iterable[int] = ()) -> set[int]:
+        """Return tokens and the tokens that they are made from; the parts of `closed` are in `closed`."""
+        kept = set(closed)
+        kept.update(self.tokenizer.model.parts_first(tokens, kept))
+        return kept
+
+    @cached_property
+    def _tokens(self) -> frozenset[int]:
+        """Ids of all tokens that have a row in the embedding."""
         ids = {*self.tokenizer.model.spellings, *self.tokenizer.added.values()}
-        return {token for token in ids if token < self.rows}
+        return frozenset(token for token in ids if token < self.rows)
 
     def _characters(self, scripts: tuple[str, ...]) -> frozenset[str]:
         """Return the characters of texts of some scripts after normalisation."""
@@ -148,7 +152,7 @@ class Selection:
         Raises:
             SecateurError: An id is neither.
         """
-        wrong = sorted(token for token in self.must_keep - self._tokens() if token < self.tokenizer.size)
+        wrong = sorted(token for token in self.must_keep - self._tokens if token < self.tokenizer.size)
         if wrong:
             raise SecateurError(
                 f"{self.tokenizer.folder}: a config names the token id {wrong[0]}, which is no token; correct it"
@@ -160,24 +164,3 @@ class Selection:
             return scripts
         spellings, alphabet = self.tokenizer.model.spellings, self.tokenizer.alphabet
         return main_scripts((alphabet.text_of(spellings.get(token, "")), count) for token, count in counts.items())
-
-
-def parts_first(tokens: Iterable[int], parts: Callable[[int], tuple[int, ...]], done: set[int]) -> Iterator[int]:
-    """Yield tokens in order, each after the tokens that it is made from.
-
-    Args:
-        tokens: Ids of tokens.
-        parts: Function that returns the tokens that a token is made from.
-        done: Tokens that are not yielded; grows by those that are.
-    """
-    for token in tokens:
-        pending = [token]
-        while pending:
-            missing = [part for part in parts(pending[-1]) if part not in done]
-            if missing and pending[-1] not in done:
-                pending += missing
-                continue
-            last = pending.pop()
-            if last not in done:
-                done.add(last)
-                yield last

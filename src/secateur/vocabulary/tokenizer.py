@@ -9,9 +9,11 @@ from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
 from secateur.vocabulary.alphabets import Alphabet, Bytes, Characters
 from secateur.vocabulary.bpe import Bpe
+from secateur.vocabulary.inserted_ids import inserted_ids
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.model import TokenModel
 from secateur.vocabulary.normalised import steps_of
+from secateur.vocabulary.scripts import main_scripts
 from secateur.vocabulary.unigram import Unigram
 
 NAME = "tokenizer.json"
@@ -49,9 +51,14 @@ class StoredTokenizer:
         return KeptTokens(tuple(ids), tuple(sorted(token for token in self.added.values() if token >= rows)))
 
     def named(self) -> set[int]:
-        """Return the ids of special and added tokens, and of tokens that the other JSON files name."""
+        """Return the ids of special and added tokens, and of other tokens that the files name or insert."""
         names = {name for contents in self.side_files.values() for name in _token_names(contents)}
-        return {*self.added.values(), *(token for token, text in self.model.spellings.items() if text in names)}
+        named = {token for token, spelling in self.model.spellings.items() if spelling in names}
+        return named | {*self.added.values()} | inserted_ids(self.contents)
+
+    def scripts(self) -> tuple[str, ...]:
+        """Return the codes of the scripts of all tokens, the most frequent first."""
+        return main_scripts(((self.alphabet.text_of(text), 1) for text in self.model.spellings.values()), share=0)
 
 
 def read_tokenizer(folder: Path) -> StoredTokenizer:

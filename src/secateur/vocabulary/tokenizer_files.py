@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from secateur.vocabulary.inserted_ids import change_inserted
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.tokenizer import NAME, StoredTokenizer
 
@@ -50,32 +51,8 @@ def _cut(tokenizer: StoredTokenizer, kept: KeptTokens) -> dict[str, Any]:
     """Return the contents of tokenizer.json with the kept tokens only."""
     contents, new_ids = tokenizer.contents, kept.new_ids
     added = [{**token, "id": new_ids[token["id"]]} for token in contents.get("added_tokens") or ()]
-    edited = {**contents, "added_tokens": added, "model": tokenizer.model.cut(new_ids)}
-    if contents.get("padding"):
-        edited["padding"] = {**contents["padding"], "pad_id": new_ids[contents["padding"]["pad_id"]]}
-    if contents.get("post_processor"):
-        edited["post_processor"] = _cut_post_processor(contents["post_processor"], kept)
-    return edited
-
-
-def _cut_post_processor(step: dict[str, Any], kept: KeptTokens) -> dict[str, Any]:
-    """Return a post-processor with new ids.
-
-    `TemplateProcessing` lists the ids of each special token that it inserts. `BertProcessing` and `RobertaProcessing`
-    have pairs of a token and its id. `Sequence` has post-processors inside.
-    """
-    edited = dict(step)
-    if "processors" in step:
-        edited["processors"] = [_cut_post_processor(inner, kept) for inner in step["processors"]]
-    if "special_tokens" in step:
-        edited["special_tokens"] = {
-            name: {**token, "ids": [kept.new_ids[old] for old in token["ids"]]}
-            for name, token in step["special_tokens"].items()
-        }
-    for key in {"sep", "cls"} & step.keys():
-        name, old = step[key]
-        edited[key] = [name, kept.new_ids[old]]
-    return edited
+    inserted = change_inserted(contents, lambda token: new_ids.get(token, token))
+    return {**contents, "added_tokens": added, "model": tokenizer.model.cut(new_ids), **inserted}
 
 
 def _cut_config(config: dict[str, Any], kept: KeptTokens) -> dict[str, Any]:

@@ -1,0 +1,244 @@
+"""Ids in the files of a tokenizer and in configs, and tokenizers that cannot be cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from secateur.base.errors import SecateurError
+from secateur.vocabulary.bpe import Bpe
+from secateur.vocabulary.kept import KeptTokens
+from secateur.vocabulary.selection import Selection
+from secateur.vocabulary.token_ids import named_ids, renumber_ids, resize_vocabulary
+from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
+from secateur.vocabulary.tokenizer_files import stale_files, write_cut
+from tiny_tokenizers import KINDS, SENTENCES, save_tokenizer
+
+
+def edit(folder: Path, **changes: Any) -> Path:
+    """Change entries of the tokenizer.json in a folder."""
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def latin(tokenizer: StoredTokenizer, **options: Any) -> KeptTokens:
+    return Selection(tokenizer, **{"rows": tokenizer.size, "multiple": 1} | options).by_scripts(("Latn",))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_tokenizer_of_transformers(kind: str, tmp_path: Path) -> None:
+    """Transformers opens the cut files, with the old special tokens under new ids."""
+    backend = Tokenizer.from_file(str(save_tokenizer(kind, tmp_path / "plain") / "tokenizer.json"))
+    names = [backend.id_to_token(token) for token in sorted(backend.get_added_tokens_decoder())]
+    full = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=names[-1], pad_token=names[0])
+    full.save_pretrained(tmp_path / "full")
+    (tmp_path / "full" / "added_tokens.json").write_text(json.dumps({names[-1]: full.eos_token_id}))
+    stored = read_tokenizer(tmp_path / "full")
+    kept = latin(stored)
+    (tmp_path / "cut").mkdir()
+    write_cut(stored, kept, tmp_path / "cut")
+    small = AutoTokenizer.from_pretrained(tmp_path / "cut")
+    assert len(small) == len(kept.ids) < len(full)
+    assert small.eos_token_id == kept.new_ids[full.eos_token_id]
+    assert small.pad_token_id == kept.new_ids[full.pad_token_id]
+    assert json.loads((tmp_path / "cut" / "added_tokens.json").read_text()) == {names[-1]: small.eos_token_id}
+    for text in SENTENCES["latin"]:
+        assert small(text)["input_ids"] == [kept.new_ids[token] for token in full(text)["input_ids"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_ids_change(kind: str, tmp_path: Path) -> None:
+    stored = read_tokenizer(save_tokenizer(kind, tmp_path))
+    write_cut(stored, latin(stored), tmp_path)
+    edited = json.loads((tmp_path / "tokenizer.json").read_text())
+    ids = {"model", "added_tokens", "post_processor", "padding"}
+    assert edited.keys() == stored.contents.keys()
+    assert all(edited[key] == stored.contents[key] for key in edited.keys() - ids)
+    sizes = {"vocab", "merges", "unk_id"}
+    assert all(edited["model"][key] == stored.contents["model"][key] for key in edited["model"].keys() - sizes)
+
+
+def test_ids_of_padding_and_listed_tokens(tmp_path: Path) -> None:
+    decoder = {"content": "<|endoftext|>", "special": True}
+    number = KINDS["qwen"]().token_to_id("<|endoftext|>")
+    save_tokenizer("qwen", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {str(number): decoder}}))
+    stored = read_tokenizer(tmp_path)
+    kept = latin(stored)
+    write_cut(stored, kept, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config == {"added_tokens_decoder": {str(kept.new_ids[number]): decoder}}
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["padding"]["pad_id"] == kept.new_ids[number]
+
+
+def test_merges_as_strings(tmp_path: Path) -> None:
+    """Older files spell a merge as one string, and do not state the type of the model."""
+    folder = save_tokenizer("gpt2", tmp_path)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    model |= {"merges": [" ".join(merge) for merge in model["merges"]]}
+    del model["type"]
+    stored = read_tokenizer(edit(folder, model=model))
+    write_cut(stored, latin(stored), folder)
+    cut = json.loads((folder / "tokenizer.json").read_text())["model"]
+    assert all(isinstance(merge, str) for merge in cut["merges"])
+    assert 0 < len(cut["merges"]) < len(model["merges"])
+    small = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert small.decode(small.encode("the dog").ids) == "the dog"
+
+
+def test_added_tokens_without_a_row_stay_behind_the_rows(tmp_path: Path) -> None:
+    stored = read_tokenizer(save_tokenizer("gemma", tmp_path))
+    rows = stored.size - 1
+    kept = latin(stored, rows=rows)
+    assert kept.beyond == (rows,)
+    assert kept.new_ids[rows] == len(kept.ids)
+    write_cut(stored, kept, tmp_path)
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id("<image>") == len(kept.ids)
+
+
+def test_tokens_that_must_be_kept(tmp_path: Path) -> None:
+    stored = read_tokenizer(save_tokenizer("gpt2", tmp_path))
+    token = max(stored.model.spellings.keys() - set(latin(stored).ids))
+    kept = latin(stored, must_keep=frozenset({token, stored.size + 3}), rows=stored.size + 9)
+    assert {token, *stored.model.parts(token)} <= set(kept.ids)
+    assert kept.ids[-1] == stored.size + 3  # a row after all tokens
+
+
+def test_the_number_of_tokens_is_a_multiple(tmp_path: Path) -> None:
+    stored = read_tokenizer(save_tokenizer("gemma", tmp_path))
+    exact, rounded = latin(stored), latin(stored, multiple=64)
+    assert len(exact.ids) % 64
+    assert len(rounded.ids) == -(-len(exact.ids) // 64) * 64
+    assert set(exact.ids) < set(rounded.ids)
+    others = sorted(set(range(stored.size)) - set(exact.ids))
+    counts = {others[-1]: 5}
+    chosen = Selection(stored, stored.size, multiple=64).by_scripts(("Latn",), counts)
+    assert others[-1] in chosen.ids
+
+
+def test_tokens_are_made_from_the_parts_that_bpe_joins() -> None:
+    """The merge that BPE uses for a token is not always the first in the list that leads to it."""
+    vocab = {token: number for number, token in enumerate(["a", "b", "c", "bc", "ab", "abc"])}
+    merges = [["ab", "c"], ["b", "c"], ["a", "b"], ["a", "bc"]]
+    model = Bpe.read({"vocab": vocab, "merges": merges})
+    assert model.parts(vocab["abc"]) == (vocab["a"], vocab["bc"])
+    assert model.parts(vocab["ab"]) == (vocab["a"], vocab["b"])
+    assert model.parts(vocab["a"]) == ()
+    assert list(model.parts_first([vocab["abc"]], set())) == [vocab[token] for token in ("c", "b", "bc", "a", "abc")]
+    assert Bpe.read({"vocab": vocab, "merges": merges[:3]}).parts(vocab["abc"]) == ()
+
+
+def test_too_few_tokens(tmp_path: Path) -> None:
+    stored = read_tokenizer(save_tokenizer("gpt2", tmp_path))
+    with pytest.raises(SecateurError, match=r"100 tokens are too few: .* alone are 2\d\d"):
+        Selection(stored, stored.size).by_number(100, {}, ("Latn",))
+
+
+def test_a_config_names_a_number_that_is_no_token(tmp_path: Path) -> None:
+    folder = save_tokenizer("gpt2", tmp_path)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    model["vocab"]["zzz"] = 5000
+    stored = read_tokenizer(edit(folder, model=model, added_tokens=[], post_processor=None))
+    with pytest.raises(SecateurError, match="a config names the token id 4000, which is no token"):
+        latin(stored, must_keep=frozenset({4000}))
+
+
+def _word_level() -> str:
+    return Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str()
+
+
+def _word_piece() -> str:
+    return Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).to_str()
+
+
+def _affixes() -> str:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (_word_level(), "the model is WordLevel; only the vocabularies of BPE and Unigram can be cut"),
+        (_word_piece(), "the model is WordPiece; only"),
+        (_affixes(), "end_of_word_suffix is '</w>', and merges with affixes cannot be cut"),
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "not a valid tokenizer"),
+        ('{"model": {"type": "BPE", "vocab": {}, "merges": ["a b c"]}}', "not a valid tokenizer"),
+        ('{"model": {"type": "Unigram", "vocab": [["a"]]}}', "not a valid tokenizer"),
+        (
+            '{"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": [{"id": 4, "content": "<s>"}]}',
+            "the added token '<s>' has the id 4, but is loaded with the id 1",
+        ),
+    ],
+)
+def test_tokenizers_that_cannot_be_cut(contents: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(contents)
+    with pytest.raises(SecateurError, match=f"tokenizer.json: .*{message}") as caught:
+        read_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_tokenizer_json(tmp_path: Path) -> None:
+    with pytest.raises(SecateurError, match=r"no tokenizer\.json, .*save_pretrained"):
+        read_tokenizer(tmp_path)
+
+
+def test_stale_files(tmp_path: Path) -> None:
+    stale = ["merges.txt", "qwen.tiktoken", "spiece.model", "tokenizer.model", "tokenizer.model.v3", "vocab.json"]
+    for name in [*stale, "tokenizer.json", "chat_template.jinja", "model.safetensors"]:
+        (tmp_path / name).touch()
+    assert stale_files(tmp_path) == stale
+
+
+KEPT = KeptTokens((1, 2, 3, 5, 8, 13, 21, 34), beyond=(40,))
+CONFIG: dict[str, Any] = {
+    "vocab_size": 40,
+    "bos_token_id": 1,
+    "eos_token_id": [5, 8],
+    "pad_token_id": None,
+    "image_token_index": 40,
+    "ignore_token_id": -1,
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 13,
+    "text_config": {"vocab_size": 40, "vocab_size_per_layer_input": 10, "boi_token_index": 13, "hidden_size": 8},
+    "vision_config": {"vocab_size": 7, "bos_token_id": 3},
+    "audio_config": {"audio_token_id": 21, "depth": 3},
+    "suppress_tokens": [2, 3],
+    "begin_suppress_tokens": [34],
+    "bad_words_ids": [[1, 2], [3]],
+    "forced_decoder_ids": [[1, 5], [2, None]],
+    "sequence_bias": [[[5, 8], 2], [[13], -1.5]],
+}
+RENUMBERED: dict[str, Any] = {
+    **CONFIG,
+    "bos_token_id": 0,
+    "eos_token_id": [3, 4],
+    "image_token_index": 8,
+    "text_config": CONFIG["text_config"] | {"boi_token_index": 5},
+    "audio_config": {"audio_token_id": 6, "depth": 3},
+    "suppress_tokens": [1, 2],
+    "begin_suppress_tokens": [7],
+    "bad_words_ids": [[0, 1], [2]],
+    "forced_decoder_ids": [[1, 3], [2, None]],
+    "sequence_bias": [[[3, 4], 2], [[5], -1.5]],
+}
+
+
+def test_ids_in_configs() -> None:
+    assert named_ids(CONFIG, 40) == {1, 2, 3, 5, 8, 13, 21, 34}
+    assert renumber_ids(CONFIG, 40, KEPT) == RENUMBERED
+
+
+def test_numbers_of_tokens_in_configs() -> None:
+    resized = resize_vocabulary(CONFIG, 40, KEPT)
+    text = CONFIG["text_config"] | {"vocab_size": 8, "vocab_size_per_layer_input": 5}
+    assert resized == {**CONFIG, "vocab_size": 8, "text_config": text}
