@@ -285,6 +285,25 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     assert "Retraining" not in (place / "out" / "report.html").read_text()
 
 
+def test_a_pruned_folder_is_pruned_again_and_the_card_keeps_the_chain(place, run):
+    pruned(place, run, "--format", "stock", "--widths", "uniform", "--sparsity", "0.2", out="first")
+    twice = run("prune", "first", "second", *SMALL, "--sparsity", "0.3")
+    assert twice.code == 0, twice.err
+    first, second = record_of(place / "first"), record_of(place / "second")
+    assert "earlier" not in first
+    assert second["earlier"] == [{"model": "model", "command": first["command"], "retrained": False}]
+    assert second["sizes"]["parameters"][0] == first["sizes"]["parameters"][1]
+    assert second["sparsity"]["reached"] == pytest.approx(0.3, abs=0.005)
+    text, page = ((place / "second" / name).read_text() for name in ("README.md", "report.html"))
+    assert "\n# model, pruned\n" in text
+    assert "This is `model` after structured pruning in 2 steps. In the last step, 30." in text
+    for words in (text, text_of(page)):
+        assert first["command"] in words
+        assert second["command"] in words
+    asked = ("--perplexity", "text.txt", "--length", "16", "--report", "--no-answers")
+    assert run("eval", "second", "--against", "first", *asked).code == 0
+
+
 def test_errors_before_and_after_the_refit(place, run):
     """The refit lowers the error; the error before it equals the error of a run without a refit in the first block."""
     refit = pruned(place, run, "--widths", "uniform", "--modules", "channels", "--effort", "quick")

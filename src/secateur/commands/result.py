@@ -26,6 +26,7 @@ from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
 from secateur.survey.curves import ErrorCurve
 from secateur.text.draw import CalibrationRows
+from secateur.write.record import earlier_prunings
 
 SIZES = ("parameters", "bytes", "cache_bytes", "vocabulary")
 """Fields of a `Summary` that secateur.json lists as sizes before and after."""
@@ -128,6 +129,8 @@ def make_record(
         "final_norm_scale": 1.0 if norm_scale is None else norm_scale,
         "blocks": done,
     }
+    if earlier := earlier_prunings(stream.checkpoint.path):
+        record["earlier"] = earlier
     first = plan.first_heads
     return record if first is None else record | {first.name: first.as_dict()}
 

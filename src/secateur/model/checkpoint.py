@@ -237,7 +237,7 @@ class Checkpoint(Stored):
         if any(name.startswith(PREFIX) for name in whole.get("architectures") or ()):
             raise SecateurError(
                 f"{self.source}: its blocks differ in width (per_layer_config in config.json), so it can be evaluated "
-                "but not pruned again; prune the dense model"
+                "but not pruned again; prune the dense model to the smaller size, or a folder of --format stock"
             )
 
     def empty(self, auto: Any) -> Any:

@@ -14,10 +14,12 @@ import yaml
 from secateur.fit.recovery import all_recoveries
 from secateur.report.record_text import (
     HUB_ID,
+    commands,
     expected_cost,
     loading,
     loading_code,
-    model_name,
+    original,
+    original_name,
     share_removed,
     sizes,
     units_kept,
@@ -51,7 +53,7 @@ def card(
     """
     metadata = yaml.safe_dump(_metadata(record, base_card), sort_keys=False, allow_unicode=True).strip()
     sections = [
-        f"# {_plain(model_name(record))}, pruned",
+        f"# {_plain(original_name(record))}, pruned",
         *_summary(record),
         "## Size and quality",
         *_figures(record, measured, notes),
@@ -65,8 +67,9 @@ def card(
 
 def _summary(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield what was removed and how the other weights changed."""
+    step = f" in {len(record['earlier']) + 1} steps. In the last step," if record.get("earlier") else ":"
     yield (
-        f"This is `{_code(model_name(record))}` after structured pruning: {share_removed(record)}, and "
+        f"This is `{_code(original_name(record))}` after structured pruning{step} {share_removed(record)}, and "
         f"{units_kept(record)}. {all_recoveries()[record['options']['recovery']].summary} {_training(record)} "
         f"[{PAGE}]({PAGE}) shows what was removed from each block."
     )
@@ -109,7 +112,8 @@ def _instructions(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _making(record: Mapping[str, Any], base_card: str | None) -> Iterator[str]:
     """Yield the command, retraining, versions and licence."""
-    yield f"```bash\n{_code(record['command'])}\n```"
+    lines = "\n".join(map(_code, commands(record)))
+    yield f"```bash\n{lines}\n```"
     if passes := [one["perplexity"] for one in record.get("retrained", [])]:
         steps = ", then ".join(f"{one['before']:.2f} to {one['after']:.2f}" for one in passes)
         yield f"Afterwards it was retrained (`secateur retrain`): perplexity on held-out rows from {steps}."
@@ -124,8 +128,9 @@ def _making(record: Mapping[str, Any], base_card: str | None) -> Iterator[str]:
 def _metadata(record: Mapping[str, Any], base_card: str | None) -> dict[str, Any]:
     """Return the metadata of the card, which the hub reads."""
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": record["loads"]["task"]}
-    if HUB_ID.fullmatch(str(record["model"])) and not Path(record["model"]).exists():
-        metadata["base_model"] = record["model"]
+    source = original(record)
+    if HUB_ID.fullmatch(source) and not Path(source).exists():
+        metadata["base_model"] = source
     metadata |= {key: value for key, value in _front(base_card or "").items() if key in INHERITED}
     return metadata | {"tags": ["pruned", "secateur"]}
 

@@ -13,9 +13,10 @@ from typing import Any
 from secateur.model.axes import Width, axis_kinds, shares
 from secateur.report.drawing import MARGIN, framed, log_ticks
 from secateur.report.record_text import (
+    commands,
     expected_cost,
     loading_code,
-    model_name,
+    original_name,
     share_removed,
     sizes,
     units_kept,
@@ -45,7 +46,7 @@ def model_page(
         notes: Lines about how the figures were measured.
     """
     blocks = list(_blocks(record))
-    name = model_name(record)
+    name = original_name(record)
     rows = [*sizes(record), *((label, base, here, ratio) for label, here, base, ratio in measured)]
     parts = {
         "TITLE": f"{escape(name)}, pruned",
@@ -59,7 +60,7 @@ def model_page(
         ),
         "TRAINING": training_section(record.get("retrained", [])),
         "TEXTS": _texts(texts),
-        "COMMAND": escape(record["command"]),
+        "COMMAND": escape("\n".join(commands(record))),
         "OPENING": escape(loading_code(record, "THIS_FOLDER")),
         "MADE": escape(versions(record)),
     }

@@ -15,8 +15,29 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_name(record: Mapping[str, Any]) -> str:
-    """Return the hub id of the base model, or the name of its folder or file."""
-    source = str(record["model"])
+    """Return the hub id of the model that was pruned, or the name of its folder or file."""
+    return _name(str(record["model"]))
+
+
+def original(record: Mapping[str, Any]) -> str:
+    """Return the source of the dense model, as the user named it: the first model of a chain of prunings."""
+    return str(next(iter(record.get("earlier", [])), record)["model"])
+
+
+def original_name(record: Mapping[str, Any]) -> str:
+    """Return the hub id of the dense model, or the name of its folder or file."""
+    return _name(original(record))
+
+
+def commands(record: Mapping[str, Any]) -> list[str]:
+    """Return the commands that pruned the dense model to this one; retraining between them is a comment."""
+    lines = []
+    for step in record.get("earlier", []):
+        lines += [str(step["command"]), *["# then secateur retrain"] * step["retrained"]]
+    return [*lines, str(record["command"])]
+
+
+def _name(source: str) -> str:
     return source if HUB_ID.fullmatch(source) else Path(source).name
 
 

@@ -15,3 +15,23 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def earlier_prunings(folder: Path) -> list[dict[str, Any]]:
+    """Return the prunings that made a folder, the first one first; empty for a dense model.
+
+    Anybody may have edited the record, so that only its texts are taken over.
+    """
+    record = read_record(folder)
+    if not isinstance(record.get("command"), str):
+        return []
+    before = record.get("earlier")
+    steps = [one for one in before if isinstance(one, dict)] if isinstance(before, list) else []
+    return [
+        {
+            "model": str(one.get("model")),
+            "command": str(one.get("command")),
+            "retrained": bool(one.get("retrained")),
+        }
+        for one in (*steps, record)
+    ]
