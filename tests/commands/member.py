@@ -3,7 +3,7 @@
 Each line of standard input is a team, as JSON: the environment of each member, with a launcher's variables or without,
 and the cases that all members run. The answer is one line: the exit code and the standard error of each member. A case
 has the words of a command, and for single members further `words`, or the number of the block, in the order in which
-blocks are filled, at which the member is killed.
+blocks are filled, or of the training step (`step`), at which the member is killed.
 """
 
 import json
@@ -46,6 +46,21 @@ def end_at(filling: int | None) -> None:
     BlockStream.filled = counted  # type: ignore[method-assign]
 
 
+def end_at_step(step: int | None) -> None:
+    """Kill this process when it computes the loss of a training step for the given time."""
+    student = import_module("secateur.retraining.student").Student
+    forward, count = student.forward, 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(*arguments, **named)
+
+    student.forward = counted
+
+
 def run(words: list[str]) -> int:
     """Run a command, and return its exit code."""
     # What it says depends on the launcher's variables, when it is imported.
@@ -75,6 +90,8 @@ def carry_out(cases: list[dict[str, Any]]) -> int:
     for case in cases:
         own: dict[str, Any] = case.get("own", {}).get(os.environ.get("RANK", "0"), {})
         end_at(own.get("ends"))
+        if "step" in own:
+            end_at_step(own["step"])
         if code := run([*case["words"], *own.get("words", [])]):
             return code
     return 0

@@ -31,6 +31,7 @@ from secateur.base.processes import Processes
 from secateur.base.services import BATCH_TOKENS, Services
 from secateur.cli.app import app
 from secateur.commands.open_model import open_model
+from secateur.commands.prune import prune
 from secateur.model.kinds import KINDS
 from secateur.model.rows import Rows
 
@@ -167,24 +168,31 @@ def test_a_killed_process_ends_the_others_and_any_number_resume(done, together, 
     assert not state.exists()
 
 
-def test_two_retrain_as_one_and_any_number_resume(done, together):
-    """One of two processes is killed while the teacher runs; one process alone goes on."""
+def test_two_retrain_as_one_and_any_number_resume(together, checkpoint_folder, tmp_path):
+    """One of two processes is killed while the teacher runs, or in a step; one process alone goes on."""
+    text, model = tmp_path / "text.txt", tmp_path / "model"
+    text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 4000)[0].tolist()))
+    prune(checkpoint_folder("llama"), model, calibration=str(text), samples=8, length=LENGTH, effort="quick")
     size = ["--length", str(LENGTH), "--batch", "4", "--tokens", "768", "--learning-rate", "1e-3", "--device", "cpu"]
 
     def words(out: str) -> list[str]:
-        return ["retrain", str(done.place / "1 two fits"), str(done.place / out), *done.common[:2], *size]
+        return ["retrain", str(model), str(tmp_path / out), "--calibration", str(text), *size]
 
     for count, out in ((1, "one"), (2, "two")):
         assert [code for code, _ in together(count, [{"words": words(out)}])] == [0] * count
-    (code, said), (killed, _) = together(2, [{"words": words("resumed"), "own": {"1": {"ends": 2}}}])
-    assert (code, killed) == (2, -9)
-    assert said.splitlines()[-1].startswith("error: another process of this run has stopped: fix the error")
-    assert not (done.place / "resumed").exists()
-    assert together(1, [{"words": words("resumed")}])[0][0] == 0
-    wanted = record_of(done.place / "one")["retrained"][0]["losses"]
-    for out in ("two", "resumed"):
-        assert record_of(done.place / out)["retrained"][0]["losses"] == pytest.approx(wanted, rel=1e-3)
-        assert_alike(done.place / out, done.place / "one")
+    for out, end in (("teacher", {"ends": 2}), ("steps", {"step": 5})):
+        (code, said), (killed, _) = together(2, [{"words": words(out), "own": {"1": end}}])
+        assert (code, killed) == (2, -9)
+        assert said.splitlines()[-1].startswith("error: another process of this run has stopped: fix the error")
+        assert "Traceback" not in said
+        assert not (tmp_path / out).exists()
+        assert bool(list(tmp_path.glob(f".{out}.run/training/checkpoint-*"))) == (out == "steps")
+        assert together(1, [{"words": words(out)}])[0][0] == 0
+    wanted = record_of(tmp_path / "one")["retrained"][0]["losses"]
+    assert len(wanted) == 8
+    for out in ("two", "teacher", "steps"):
+        assert record_of(tmp_path / out)["retrained"][0]["losses"] == pytest.approx(wanted, rel=1e-3)
+        assert_alike(tmp_path / out, tmp_path / "one")
 
 
 def test_a_speed_target_needs_one_process(monkeypatch, checkpoint_folder):

@@ -30,9 +30,10 @@ from secateur.measure import loading, perplexity
 from secateur.measure.loading import load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
+from secateur.retraining import memory
 from secateur.retraining import retrain as steps
 from secateur.retraining.adapters import adapted_layers
-from secateur.retraining.options import Training
+from secateur.retraining.options import ADAPTERS, Training
 from secateur.retraining.retrain import retrain
 from secateur.retraining.rows import training_rows
 from secateur.retraining.schedule import PLANNED, Seconds, tokens_in_time
@@ -463,6 +464,47 @@ def test_memory_decides_how_a_step_is_run(
         torch.testing.assert_close(parts[name], value, atol=2e-3 * float(value.abs().max()), rtol=0, msg=name)
 
 
+def test_adapters_are_trained_if_all_weights_do_not_fit(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run goes on with adapters, however much memory is free then."""
+    folder, watcher = pruned(checkpoint_folder("llama"), tmp_path / "pruned"), Noting()
+    settings = SMALL | {"calibration": str(text), "rank": None}
+    bytes_of = memory._fixed_bytes
+    monkeypatch.setattr(memory, "_fixed_bytes", lambda network, rank, products: 1e6 if rank else 1e15)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(
+        SecateurError, match=r"all weights do not fit into memory, and LoRA .* pip install \"secateur\[lora\]"
+    ):
+        retrain(folder, tmp_path / "out", **settings)
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "_fixed_bytes", lambda network, rank, products: 1e6 if rank else 1e15)
+    with pytest.raises(KeyboardInterrupt):
+        retrain(folder, tmp_path / "out", watcher=Interrupting(), **settings)
+    monkeypatch.setattr(memory, "_fixed_bytes", bytes_of)
+    retrain(folder, tmp_path / "out", watcher=watcher, **settings)
+    assert record(tmp_path / "out")["retrained"][0]["options"]["rank"] == ADAPTERS
+    assert any(note.startswith("Resuming a run that was stopped") for note in watcher.notes)
+    wanted = f"Training adapters of rank {ADAPTERS}, as all weights do not fit into memory, ("
+    assert any(note.startswith(wanted) for note in watcher.notes)
+    watcher.notes.clear()
+    retrain(folder, tmp_path / "all", watcher=watcher, **settings | {"tokens": "64"})
+    assert watcher.notes[0].startswith("Training all weights of the blocks (")
+    assert record(tmp_path / "all")["retrained"][0]["options"]["rank"] == 0
+
+
+def test_a_wrong_request_leaves_the_state_of_a_stopped_run(
+    checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path
+) -> None:
+    folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
+    settings = SMALL | {"calibration": str(text)}
+    with pytest.raises(KeyboardInterrupt):
+        retrain(folder, tmp_path / "out", watcher=Interrupting(), **settings)
+    with pytest.raises(SecateurError, match=r"needs at least .* raise --memory"):
+        retrain(folder, tmp_path / "out", memory="1MB", **settings)
+    assert list(tmp_path.glob(".out.run/training/checkpoint-*/trainer_state.json"))
+
+
 def test_a_retrained_folder_can_be_retrained(checkpoint_folder: CheckpointFolder, tmp_path: Path, text: Path) -> None:
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned")
     settings = {**SMALL, "calibration": str(text), "tokens": "256"}
@@ -479,6 +521,7 @@ def test_a_retrained_folder_can_be_retrained(checkpoint_folder: CheckpointFolder
         ({"tokens": "64", "time": "1m"}, "both --tokens and --time are given; leave one of them out"),
         ({"tokens": None, "time": "soon"}, "time is 'soon'; write a time such as 90s, 30m or 2h"),
         ({"rank": -1}, "rank is -1; it must be at least 0"),
+        ({"rank": 100_000}, r"rank is 100000, but no matrix has more than \d+; use a smaller one, or 0"),
         ({"batch": -1}, "batch is -1; it must be at least 1"),
         ({"learning_rate": 0.0}, "learning rate is 0.0; it must lie between 0 and 1"),
         ({"learning_rate": float("nan")}, "learning rate is nan; it must lie between 0 and 1"),

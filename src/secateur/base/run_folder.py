@@ -18,8 +18,9 @@ from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.files import is_disk_full, remove
 from secateur.base.json_files import read_hashed, write_hashed
 
-REQUEST, ROWS, LOCK = "request", "rows", "lock"
-"""Names of the files with the request, with the hashes of the calibration rows, and with the lock."""
+REQUEST, ROWS, CHOICE, LOCK = "request", "rows", "choice", "lock"
+"""Names of the files with the request, with the hashes of the calibration rows, with what depends on the free memory,
+and with the lock."""
 PARTIAL_OUTPUT = "model"
 """Name of the subfolder in which the output is written."""
 
@@ -41,6 +42,7 @@ class RunFolder:
         self.path = run_folder_path(out)
         self._request, self._restart = json.loads(json.dumps(request)), restart
         self._lock_file: int | None = None
+        self._had_results = False
 
     def __enter__(self) -> "RunFolder":
         """Create or resume the folder, and lock it.
@@ -56,6 +58,7 @@ class RunFolder:
                 self._clear()
                 write_hashed(request_file, self._request)
             self._check_request(read_hashed(request_file))
+            self._had_results = self.has_results()
         except BaseException:
             self._unlock()
             raise
@@ -102,11 +105,15 @@ class RunFolder:
 
     def has_results(self) -> bool:
         """Return whether the folder holds anything that took time to compute."""
-        return any(file.suffix == ".json" and file.stem not in (REQUEST, ROWS) for file in self.path.rglob("*"))
+        return any(file.suffix == ".json" and file.stem not in (REQUEST, ROWS, CHOICE) for file in self.path.rglob("*"))
 
     def is_kept_after(self, error: BaseException) -> bool:
-        """Return whether the folder is kept after an error: an interrupted run can be resumed, a wrong request not."""
-        return self.has_results() and (isinstance(error, StoppedError) or not isinstance(error, SecateurError))
+        """Return whether the folder is kept after an error: an interrupted run can be resumed, a wrong request not.
+
+        A wrong request, such as one with too little memory, does not delete what an earlier run has computed.
+        """
+        is_wrong_request = isinstance(error, SecateurError) and not isinstance(error, StoppedError)
+        return self.has_results() and (self._had_results or not is_wrong_request)
 
     def _lock(self) -> None:
         try:

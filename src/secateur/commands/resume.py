@@ -37,19 +37,37 @@ def resumable(run: OpenRun, out: Path, **more: Any) -> Iterator[OpenRun]:
             processes of this run have different options.
     """
     inputs = result_inputs(run) | more
-    if not run.processes.is_first:
-        run.processes.check_equal(inputs)
-        yield run
+    with with_run_folder(run.services, out, inputs, restart=run.run_options.restart) as services:
+        yield replace(run, stream=run.stream.using(run_folder=services.run_folder))
+
+
+@contextmanager
+def with_run_folder(services: Services, out: Path, inputs: dict[str, Any], *, restart: bool) -> Iterator[Services]:
+    """Yield services with a run folder next to `out`, at rank 0.
+
+    Args:
+        services: The services of the run.
+        out: The output of the run.
+        inputs: Everything that decides the result, by the names that the user knows.
+        restart: Delete the state of an earlier run.
+
+    Raises:
+        SecateurError: Another run is at work on the same output; the state is of a run with other inputs; or the
+            processes of this run have different inputs.
+    """
+    if not services.processes.is_first:
+        services.processes.check_equal(inputs)
+        yield services
         return
-    with RunFolder(local_path(out).resolve(), inputs, restart=run.run_options.restart) as state:
+    with RunFolder(local_path(out).resolve(), inputs, restart=restart) as state:
         if state.has_results():
-            run.watcher.note(f"Resuming a run that was stopped; its state is in {state.path}")
-        run.processes.check_equal(inputs)
+            services.watcher.note(f"Resuming a run that was stopped; its state is in {state.path}")
+        services.processes.check_equal(inputs)
         try:
-            yield replace(run, stream=run.stream.using(run_folder=state))
+            yield replace(services, run_folder=state)
         except BaseException as error:
             if state.is_kept_after(error):
-                run.watcher.note(f"The state of this run is in {state.path}; the same command resumes it")
+                services.watcher.note(f"The state of this run is in {state.path}; the same command resumes it")
             raise
 
 

@@ -55,6 +55,12 @@ def entries_trained(network: Any, rank: int) -> int:
     return sum(rank * prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)
 
 
+def largest_rank(network: Any) -> int:
+    """Return the largest rank that a matrix with adapters can have."""
+    shapes = [network.get_parameter(name).shape for name in trained_parameters(network, 1)]
+    return max(min(shape[-2:]) for shape in shapes)
+
+
 def with_adapters(network: Any, rank: int) -> Any:
     """Return the network with adapters; with rank 0 the network itself, with gradients for its blocks only."""
     if rank == 0:

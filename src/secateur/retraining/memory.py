@@ -7,6 +7,7 @@ from torch import nn
 
 from secateur.base.errors import SecateurError
 from secateur.base.memory import available_bytes, parse_memory, rss_bytes
+from secateur.base.words import format_count
 from secateur.families.registry import family_of
 from secateur.model.checkpoint import Checkpoint
 from secateur.retraining.adapters import entries_trained
@@ -24,6 +25,8 @@ KEPT = 1.5
 class MemoryPlan(NamedTuple):
     """Way to run a step so that it fits into the memory."""
 
+    rank: int
+    """Rank of the adapters; 0 if all weights of the blocks are trained."""
     micro_batch: int
     """Rows that run through the network together."""
     recompute: bool
@@ -33,16 +36,28 @@ class MemoryPlan(NamedTuple):
     spare_bytes: int = 0
     """Bytes that it may take beyond them, for activations and targets of the teacher."""
 
+    def describe(self, training: Training, trained: int) -> str:
+        """Return a note about what is trained, why, and in how much memory.
+
+        Args:
+            training: The options; their rank is None if it is chosen.
+            trained: Number of trained parameters.
+        """
+        what = f"adapters of rank {self.rank}" if self.rank else "all weights of the blocks"
+        why = ", as all weights do not fit into memory," if self.rank and training.rank is None else ""
+        how = ", which recomputes activations of blocks" if self.recompute else ""
+        return f"Training {what}{why} ({format_count(trained)} parameters) in about {self.bytes / 1e9:,.1f} GB{how}"
+
 
 def plan_memory(
     checkpoint: Checkpoint, network: Any, training: Training, *, products: torch.dtype, share: int, memory: str | None
 ) -> MemoryPlan:
-    """Return the fastest way to run a step that fits.
+    """Return the best way to run a step that fits: of the ranks that the training allows, the first one that does.
 
     Args:
         checkpoint: The pruned model.
         network: The same model without weights.
-        training: Batch, length and rank.
+        training: Rank, batch and length.
         products: Dtype of matrix products.
         share: Rows of a batch that this process runs.
         memory: Most memory that the process may take; see `parse_memory`. By default half of the free memory, or all of
@@ -51,24 +66,28 @@ def plan_memory(
     Raises:
         SecateurError: One row at a time needs more than that.
     """
-    limit = parse_memory(memory)
-    fixed = rss_bytes() + _fixed_bytes(network, training.rank, products)
-    whole, outside = _row_bytes(network, training.length, products)
+    for rank in training.ranks:
+        plans = _plans(network, rank, training.length, products, share)
+        least, limit = plans[-1].bytes, parse_memory(memory)
+        if memory is None:
+            limit = max(limit, min(round(least), available_bytes()))
+        if found := next((plan for plan in plans if plan.bytes <= limit), None):
+            return found._replace(spare_bytes=round(limit - found.bytes))
+    advice = "" if training.rank != 0 else ", or train adapters with --rank 16, which need less"
+    raise SecateurError(
+        f"training {checkpoint.source} needs at least {least / 1e9:,.2f} GB, but {limit / 1e9:,.2f} GB are allowed; "
+        f"raise --memory{advice}"
+    )
+
+
+def _plans(network: Any, rank: int, length: int, products: torch.dtype, share: int) -> list[MemoryPlan]:
+    """Return all ways to run a step with adapters of one rank; the fastest is first and the smallest last."""
+    fixed = rss_bytes() + _fixed_bytes(network, rank, products)
+    whole, outside = _row_bytes(network, length, products)
     sizes = [size for size in range(share, 0, -1) if share % size == 0]
     # Keeping everything is faster than larger products; recomputing is the last resort.
-    plans = [MemoryPlan(size, False, fixed + size * whole) for size in sizes]
-    plans += [MemoryPlan(size, True, fixed + size * outside) for size in sizes]
-    least = plans[-1].bytes
-    if memory is None:
-        limit = max(limit, min(round(least), available_bytes()))
-    found = next((plan for plan in plans if plan.bytes <= limit), None)
-    if found is None:
-        advice = "" if training.rank else ", or train adapters with --rank 16, which need less"
-        raise SecateurError(
-            f"training {checkpoint.source} needs at least {least / 1e9:,.2f} GB, but {limit / 1e9:,.2f} GB are "
-            f"allowed; raise --memory{advice}"
-        )
-    return found._replace(spare_bytes=round(limit - found.bytes))
+    plans = [MemoryPlan(rank, size, False, fixed + size * whole) for size in sizes]
+    return plans + [MemoryPlan(rank, size, True, fixed + size * outside) for size in sizes]
 
 
 def _fixed_bytes(network: Any, rank: int, products: torch.dtype) -> float:

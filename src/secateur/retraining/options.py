@@ -11,6 +11,8 @@ from secateur.text.sources import GENERAL, RANDOM, SELF
 TRAINING = "Training"
 NO_TEACHER = "none"
 """Value of `--teacher` with which the model learns the text itself."""
+ADAPTERS = 16
+"""Rank of the adapters that are trained where all weights do not fit into memory."""
 DEFAULT_TOKENS = "128k"
 """Number of tokens to train on, where neither `--tokens` nor `--time` is given."""
 _THOUSANDS = {"": 1, "k": 1024, "m": 1024**2, "b": 1024**3}
@@ -55,7 +57,12 @@ class Training:
         "Weight of the text's own tokens in the loss; the teacher's distributions have the rest. More weight follows "
         "the text, less weight the teacher.",
     )
-    rank: int = option(0, TRAINING, "Rank of the LoRA adapters to train; 0 trains all weights of the blocks.")
+    rank: int | None = option(
+        None,
+        TRAINING,
+        "Rank of the LoRA adapters to train; 0 trains all weights of the blocks.",
+        default_text=f"0 if that fits into memory, else {ADAPTERS}",
+    )
     batch: int = option(8, TRAINING, "Rows in each training step.")
     learning_rate: float | None = option(
         None,
@@ -66,7 +73,7 @@ class Training:
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("rank", 0)):
-            if getattr(self, name) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise SecateurError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.text_weight < 1:
             raise SecateurError(
@@ -98,6 +105,11 @@ class Training:
     def seconds(self) -> float | None:
         """Seconds that `--time` allows; None where the number of tokens is given."""
         return None if self.time is None else parse_time(self.time)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of which the first one that fits into memory is taken."""
+        return (0, ADAPTERS) if self.rank is None else (self.rank,)
 
     @property
     def highest_rate(self) -> float:

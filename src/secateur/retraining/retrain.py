@@ -24,9 +24,9 @@ from secateur.base.files import local_path
 from secateur.base.hashes import hash_rows
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
-from secateur.base.run_folder import RunFolder, run_folder_path
+from secateur.base.run_folder import CHOICE, run_folder_path
 from secateur.base.services import Services
-from secateur.base.words import format_count
+from secateur.commands.resume import with_run_folder
 from secateur.formats.folder import open_folder
 from secateur.formats.per_layer import model_class
 from secateur.measure import loading
@@ -34,7 +34,7 @@ from secateur.model.arena import Arena
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.stream import BlockStream
 from secateur.report.folder import check_record
-from secateur.retraining.adapters import adapted_layers, entries_trained
+from secateur.retraining.adapters import adapted_layers, entries_trained, largest_rank
 from secateur.retraining.curve import Curve
 from secateur.retraining.memory import MemoryPlan, plan_memory
 from secateur.retraining.options import Training
@@ -124,14 +124,14 @@ def retrain(
     with ExitStack() as stack:
         # The text is needed several times: for the held-out rows and for the rows to train on.
         stack.enter_context(cached_token_ids())
-        if services.processes.is_first:
-            state = RunFolder(target.path, _inputs_of(checkpoint, teacher, training), restart=restart)
-            services = replace(services, run_folder=stack.enter_context(state))
+        inputs = _inputs_of(checkpoint, teacher, training)
+        services = stack.enter_context(with_run_folder(services, target.path, inputs, restart=restart))
         stack.enter_context(torch.random.fork_rng())
         set_seed(training.seed)
         plan, trained = _plan_memory(checkpoint, training, where, services, memory)
+        training = replace(training, rank=plan.rank)
         services = replace(services, activation_bytes=plan.spare_bytes)
-        student = _load(checkpoint, training, where, plan, services.watcher)
+        student = _load(checkpoint, where, plan, services.watcher)
         dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
         rows = _draw(checkpoint, student, dense, training, plan, services, started)
         arena = stack.enter_context(Arena(plan.spare_bytes, run_folder_path(target.path)))
@@ -146,7 +146,7 @@ def retrain(
             services=services,
             device=where,
         )
-        weights = TrainedWeights(checkpoint, student, training.rank)
+        weights = TrainedWeights(checkpoint, student, plan.rank)
         dense_loss = None if targets is None else targets.held_out_loss
         curve = Curve.of(history, student.perplexity(rows.held_out), dense_loss)
         if services.processes.is_first:
@@ -154,14 +154,19 @@ def retrain(
     return Retrained(target.path, rows.train.numel(), trained, curve)
 
 
-def check_retraining(device: str, rank: int = 1) -> None:
+def check_retraining(device: str, rank: int | None, reason: str = "") -> None:
     """Check the device and the installation, without a model.
+
+    Args:
+        device: The value of `--device`.
+        rank: Rank of the adapters; 0 or None if none are asked for.
+        reason: Beginning of the message if peft is missing.
 
     Raises:
         SecateurError: Peft is missing, or the Trainer cannot use the device.
     """
     if rank and importlib.util.find_spec("peft") is None:
-        raise SecateurError('LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
+        raise SecateurError(f'{reason}LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
     if device not in ("auto", "cpu"):
         raise SecateurError(f"device is '{device}', but the Trainer always takes the first GPU; use auto or cpu")
 
@@ -192,24 +197,26 @@ def _plan_memory(
     network = checkpoint.empty(model_class(checkpoint.config))
     if not adapted_layers(network):
         raise SecateurError("no block has heads or channels left, so there is nothing to retrain; prune less")
-    share, products = training.batch // processes, fast_dtype(device)
-    plan = plan_memory(checkpoint, network, training, products=products, share=share, memory=memory)
-    trained = entries_trained(network, training.rank)
-    services.watcher.note(
-        f"Training {format_count(trained)} parameters in about {plan.bytes / 1e9:,.1f} GB of memory"
-        + (", which recomputes activations of blocks" if plan.recompute else "")
-    )
+    if training.rank and training.rank > (largest := largest_rank(network)):
+        raise SecateurError(f"rank is {training.rank}, but no matrix has more than {largest}; use a smaller one, or 0")
+
+    def planned(rank: int | None) -> MemoryPlan:
+        how: dict[str, Any] = {"share": training.batch // processes, "products": fast_dtype(device), "memory": memory}
+        return plan_memory(checkpoint, network, replace(training, rank=rank), **how)
+
+    # A resumed run goes on with what it began with, even if less memory is free.
+    plan = planned(services.saved_result(CHOICE, lambda: planned(training.rank).rank))
+    check_retraining("auto", plan.rank, "" if training.rank else "all weights do not fit into memory, and ")
+    services.watcher.note(plan.describe(training, trained := entries_trained(network, plan.rank)))
     return plan, trained
 
 
-def _load(
-    checkpoint: Checkpoint, training: Training, device: torch.device, plan: MemoryPlan, watcher: Watcher
-) -> Student:
+def _load(checkpoint: Checkpoint, device: torch.device, plan: MemoryPlan, watcher: Watcher) -> Student:
     """Return the pruned model, ready to be trained."""
     products = fast_dtype(device)
     with watcher.busy(f"Loading {checkpoint.source}"):
-        network = loading.load(checkpoint, products if training.rank else torch.float32, device, whole=True)
-    student = Student(network, rank=training.rank, products=products)
+        network = loading.load(checkpoint, products if plan.rank else torch.float32, device, whole=True)
+    student = Student(network, rank=plan.rank, products=products)
     if plan.recompute:
         student.recompute()
     return student
