@@ -5,6 +5,7 @@ llama.cpp comes from the `llama-cpp-py-sync` wheel; its C interface is called as
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,11 +30,13 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
 from secateur.formats import gguf_export
+from secateur.formats.gguf import GgufFormat
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import Exported, export
 from secateur.formats.gguf_meter import gguf_byte_meter
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary_of
 from secateur.formats.gguf_types import TYPES
+from secateur.formats.llama_cpp import library
 from secateur.formats.per_layer import per_layer_config
 from secateur.formats.stock import stock_config
 from secateur.model.axes import alike
@@ -898,9 +901,8 @@ def test_refused_requests(tmp_path):
     folder, out = tmp_path / "folder", tmp_path / "m.gguf"
     write_folder("llama", uniform_keeps("llama", BOTH), folder)
     for kind, message in {
-        "q4_k_m": "made by llama.cpp's own llama-quantize .* --round 256",
-        "iq2_xs": "llama-quantize",
-        "int8": "no type 'int8'; choose one of f32, f16, bf16, q8_0, q4_0",
+        "Q4_K_M": "write it q4_k_m",
+        "int8": "no type 'int8'; choose one of f32, f16, bf16, q8_0, q4_0, q2_k",
     }.items():
         with pytest.raises(SecateurError, match=message):
             export(folder, out, type=kind)
@@ -916,6 +918,24 @@ def test_refused_requests(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(SecateurError, match=r"not a folder with a config\.json; name a folder that secateur prune"):
         export(folder, tmp_path / "n.gguf")
+
+
+def test_the_library_makes_its_own_types(tmp_path, monkeypatch):
+    """Rows of these widths fill no block of 256, so the library chooses similar types with smaller blocks."""
+    write_folder("llama", uniform_keeps("llama", BOTH), tmp_path / "folder")
+    plain, quantised = (export(tmp_path / "folder", tmp_path / f"{one}.gguf", type=one) for one in ("f32", "q6_k"))
+    assert quantised.bytes < plain.bytes
+    ids = tiny.token_rows(1, 20).tolist()[0]
+    assert 0 < relative(run(quantised.path, ids), run(plain.path, ids)) < 0.2
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["f32.gguf", "folder", "q6_k.gguf"]
+    with pytest.raises(SecateurError, match="type q4_k_m is only for secateur export"):
+        GgufFormat.check_type("q4_k_m")
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
+    library.cache_clear()
+    with pytest.raises(SecateurError, match=r"library is not installed; pip install 'secateur\[llama\]'"):
+        export(tmp_path / "folder", tmp_path / "other.gguf", type="q4_k_m")
+    assert not (tmp_path / "other.gguf").exists()
+    library.cache_clear()
 
 
 def test_refused_tokenizers(tmp_path):
@@ -937,5 +957,5 @@ def test_unsupported_reason_of_planned_widths(tmp_path):
     dense, narrow = blocks[0].width, width_of(blocks[0], some_keep(blocks[0], 0, CHANNELS, "kv_groups"))
     assert gguf_unsupported(checkpoint, [dense] * 3) is None
     assert "has one width" in (gguf_unsupported(checkpoint, [dense, narrow, dense]) or "")
-    assert "llama-quantize" in (gguf_unsupported(checkpoint, [dense] * 3, "q6_k") or "")
+    assert "only for secateur export" in (gguf_unsupported(checkpoint, [dense] * 3, "q6_k") or "")
     assert "biases of attn_output, ffn_down" in (gguf_unsupported(checkpoint, [dense] * 3, biases=True) or "")

@@ -18,7 +18,12 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .gguf file to write.", show_default=False)],
     run_options: Annotated[RunOptions, Only(("overwrite",))],
     type_: Annotated[
-        str, typer.Option("--type", help="Data type of the tensors: f16, f32, bf16, q8_0 or q4_0.")
+        str,
+        typer.Option(
+            "--type",
+            help="Data type of the tensors: f16, f32, bf16, q8_0 or q4_0. With llama.cpp's library (pip install "
+            "'secateur[llama]'), also q2_k to q6_k, q4_k_m, iq4_xs and others of its types.",
+        ),
     ] = Options.type,
 ) -> None:
     """Convert a pruned model to one GGUF file for llama.cpp.

@@ -35,8 +35,8 @@ class GgufFormat(Converted):
 
     @classmethod
     def check_type(cls, type: str) -> None:
-        """Raise `SecateurError` for a type that cannot be written; the error says how to make llama.cpp's others."""
-        check_type(type)
+        """Raise `SecateurError` for a type that cannot be written here."""
+        check_type(type, TYPES)
 
     @classmethod
     def how_to_load(cls, auto_class: str, path: str) -> Loading:

@@ -7,7 +7,7 @@ from secateur.formats.gguf_architecture import Architecture
 from secateur.formats.gguf_architectures import ARCHITECTURES, OUTPUT_LAYERS
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_requirements import COMMON
-from secateur.formats.gguf_types import check_type
+from secateur.formats.gguf_types import TYPES, check_type
 from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
 
@@ -22,7 +22,7 @@ def choose_architecture(model: GgufModel, type: str) -> Architecture:
     Raises:
         SecateurError: No architecture computes the model; the message gives a reason for each one of the family.
     """
-    check_type(type)
+    check_type(type, TYPES)
     reasons = []
     # If a block has no heads, an architecture that can leave out its attention is better than one with an idle head.
     headless = any(not sizes.heads for sizes in model.blocks)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
@@ -21,12 +22,15 @@ from secateur.formats.gguf_tensors import FileTensor, file_tensors
 from secateur.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from secateur.formats.gguf_types import check_type
 from secateur.formats.gguf_write import check_tensors, write_gguf
+from secateur.formats.llama_cpp import LLAMA_TYPES, library, quantise
 from secateur.formats.per_layer import decoder_class, widths_of
 from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
 from secateur.plan.plan import uniform_alternative
 from secateur.write.record import read_record
 
+EXACT = {torch.float16: "f16", torch.bfloat16: "bf16"}
+"""Types that hold the weights of a folder exactly, by its dtype."""
 DECODER_ONLY = (
     "The file holds only the language model. For models that it supports, llama.cpp takes vision towers and projector "
     "from a second file (mmproj); use that of the dense model, because pruning changes neither towers nor projector"
@@ -61,7 +65,8 @@ def export(
         folder: Folder with config.json, weights and tokenizer. Widths are read from the config, so the model may have
             been loaded, trained and saved again.
         out: The file, `*.gguf`.
-        type: Type of its weights: f32, f16, bf16, q8_0 or q4_0.
+        type: Type of its weights: f32, f16, bf16, q8_0 or q4_0; or a type that llama.cpp's library makes, such as
+            q4_k_m, if the library is installed.
         overwrite: Replace a file that exists.
         watcher: Shows the progress.
         at: Path of the file until it is complete; by default a hidden name in the folder of `out`.
@@ -73,6 +78,8 @@ def export(
     watcher = watcher or Silent()
     folder, path = local_path(folder), local_path(out).resolve()
     check_type(type)
+    if type in LLAMA_TYPES:
+        return _quantised(folder, path, type=type, overwrite=overwrite, watcher=watcher)
     Output(path, suffix=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
@@ -90,6 +97,23 @@ def export(
                 f"{out}: the written file was not as planned ({difference}), so it was deleted; report this as a bug"
             )
     return Exported(path, size, architecture.name, context_length(model, architecture))
+
+
+def _quantised(folder: Path, path: Path, *, type: str, overwrite: bool, watcher: Watcher) -> Exported:
+    """Write a file of a type that llama.cpp's library makes, from a file in the dtype of the folder; see `export`."""
+    library()
+    target = Output(path, suffix=".gguf", overwrite=overwrite)
+    target.check()
+    with target as partial:
+        exact = partial.with_name(f"{partial.name}.exact.gguf")
+        try:
+            done = export(folder, exact, type=EXACT.get(open_folder(folder).dtype, "f32"), watcher=watcher)
+            with watcher.busy(f"Converting to {type}"):
+                quantise(exact, partial, type)
+        finally:
+            exact.unlink(missing_ok=True)
+        size = sum(int(tensor.n_bytes) for tensor in GGUFReader(partial).tensors)
+    return replace(done, path=path, bytes=size)
 
 
 def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel, Architecture]:

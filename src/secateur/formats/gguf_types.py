@@ -1,12 +1,13 @@
 """Types of the numbers in a GGUF file, by the names that `--type` takes."""
 
-import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import gguf
 from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
+from secateur.formats.llama_cpp import LLAMA_TYPES
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,17 @@ TYPES: dict[str, Storage] = {
 """Types that can be written, by name."""
 
 
-def check_type(type: str) -> None:
-    """Raise `SecateurError` for a type that cannot be written; the error says how llama.cpp makes its other types."""
-    if type in TYPES:
+def check_type(type: str, known: Collection[str] = (*TYPES, *LLAMA_TYPES)) -> None:
+    """Raise `SecateurError` for a type that cannot be written.
+
+    Args:
+        type: Value of `--type`.
+        known: Types that the command writes.
+    """
+    if type in known:
         return
-    if type.lower() in TYPES:
+    if type.lower() in known:
         raise SecateurError(f"type is '{type}'; write it {type.lower()}")
-    known = ", ".join(TYPES)
-    if re.fullmatch(r"i?q\d_.+", type.lower()):
-        raise SecateurError(
-            f"type {type} is made by llama.cpp's own llama-quantize from a file of type f16 or bf16; K-quants need "
-            f"channel counts that are multiples of 256, so prune with --round 256 (types here: {known})"
-        )
-    raise SecateurError(f"no type {type!r}; choose one of {known}")
+    if type.lower() in LLAMA_TYPES:
+        raise SecateurError(f"type {type} is only for secateur export: prune to a folder, then export that")
+    raise SecateurError(f"no type {type!r}; choose one of {', '.join(known)}")

@@ -1,0 +1,65 @@
+"""llama.cpp's library, which converts the tensors of a GGUF file to types of its own, such as K-quants."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.base.errors import SecateurError
+
+LLAMA_TYPES = (
+    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
+    *("q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"),
+)
+"""Types that the library makes, by the names that `--type` takes."""
+
+
+@cache
+def library() -> tuple[Any, Any]:
+    """Return the library, without output on standard error, and the foreign function interface that calls it.
+
+    Raises:
+        SecateurError: The package of the library is not installed.
+    """
+    try:
+        from llama_cpp_py_sync import _cffi_bindings as bindings
+    except ImportError as error:
+        raise SecateurError("llama.cpp's library is not installed; pip install 'secateur[llama]'") from error
+    lib, ffi = bindings.get_lib(), bindings.get_ffi()
+    silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
+    lib.llama_log_set(silent, ffi.NULL)
+    lib.llama_backend_init()
+    # The callback lives as long as the cached result.
+    return lib, _Interface(ffi, silent)
+
+
+class _Interface:
+    """Foreign function interface of the library, together with the callback that must not be freed."""
+
+    def __init__(self, ffi: Any, callback: Any):
+        self._ffi, self._callback = ffi, callback
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ffi, name)
+
+
+def quantise(source: Path, out: Path, type: str) -> None:
+    """Write a GGUF file again with tensors of another type, as llama.cpp's llama-quantize does.
+
+    Tensors whose rows do not fill the type's blocks get a similar type with smaller blocks.
+
+    Args:
+        source: File of type f32, f16 or bf16.
+        out: The new file.
+        type: Name of the type, one of `LLAMA_TYPES`.
+
+    Raises:
+        SecateurError: The library is not installed, or it cannot convert the file.
+    """
+    lib, ffi = library()
+    settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+    settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{type.upper()}")
+    settings.nthread = torch.get_num_threads()
+    if lib.llama_model_quantize(str(source).encode(), str(out).encode(), settings):
+        raise SecateurError(f"{out}: llama.cpp cannot convert the model to {type}; use another --type")
