@@ -107,30 +107,6 @@ def test_an_unreadable_file_is_named(place, run, monkeypatch, no_work):
     refused(run("prune", "model", "out", *SMALL), "model/model.safetensors: Permission denied; check the path")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
-def test_families_whose_stock_class_keeps_all_heads(name, run, no_work, checkpoint_folder, place):
-    model, before = str(checkpoint_folder(name)), listing(place)
-    for options in (["--modules", "heads"], ["--modules", "heads", "--sparsity", "0.9"]):
-        result = run("prune", model, "out", *SMALL, "--widths", "uniform", *options)
-        refused(result, f"{name} derives its head size from hidden_size / heads")
-        assert "prune channels only" in result.err
-    result = run("prune", model, "out", *SMALL, "--widths", "uniform", "--sparsity", "0.9")
-    refused(result, "is out of reach: at most")
-    assert listing(place) == before
-
-
-def test_heads_behind_a_shared_norm_and_missing_biases_are_refused(run, no_work, checkpoint_folder, place):
-    model, before = str(checkpoint_folder("olmo2")), listing(place)
-    uniform = [*SMALL, "--widths", "uniform"]
-    refused(run("prune", model, "out", *uniform, "--modules", "heads"), "norms run across all heads; prune channels")
-    model = str(checkpoint_folder("mistral"))
-    refused(
-        run("prune", model, "out", *uniform, "--recovery", "bias"),
-        "the stock class of mistral has no biases of output projections",
-    )
-    assert listing(place) == before
-
-
 def test_a_hub_without_a_network_is_reported_at_once(place, run, no_work, monkeypatch):
     import datasets
 

@@ -12,7 +12,7 @@ import torch
 from command_line import SMALL, TEXT, listing, refused, remove_tokenizer
 from safetensors.torch import load_file
 
-from models import make_letters, make_tokenizer
+from models import make_tokenizer
 from outputs import record_of, weights_of
 from secateur.cli import bars
 from secateur.families.registry import FAMILIES
@@ -194,20 +194,6 @@ def test_retrain_reports_perplexity_before_and_after(place, run):
     assert "Retrain" in result.err
     assert "Retrain 2 of 2" in result.err
     assert len(record_of(place / "out")["retrained"][0]["losses"]) == 2
-
-
-def test_prune_to_gguf_equals_prune_and_export(place, run):
-    make_letters().save_pretrained(place / "model")
-    (place / "text.txt").write_text("A plan of widths, block by block. " * 40)
-    result = run("prune", "model", "out.gguf", *SMALL, "--format", "gguf")
-    assert result.code == 0, result.err
-    assert "Run it: llama-cli -m out.gguf" in result.out
-    assert run("prune", "model", "folder", *SMALL).code == 0
-    assert "llama.cpp architecture " in run("export", "folder", "again.gguf").out
-    assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out.gguf", "folder", "again.gguf"}
-    # The names inside differ, as they are the files'.
-    sizes = [(place / name).stat().st_size for name in ("out.gguf", "again.gguf")]
-    assert abs(sizes[0] - sizes[1]) < 64
 
 
 def test_eval_compares_two_models(place, run):

@@ -39,9 +39,9 @@ from secateur.write.shards import ShardWriter
 
 ASKED: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 24, "device": "cpu"}
 KILLED: dict[str, tuple[int, dict[str, Any]]] = {
-    "a folder": (7, {}),
+    "a folder": (5, {}),
     "a file": (3, {"format": "gguf", "effort": "quick"}),
-    "a size that is searched": (3, {"target": "ppl=1.2x", "effort": "quick"}),
+    "a size that is searched": (2, {"target": "ppl=1.2x", "effort": "quick"}),
 }
 
 

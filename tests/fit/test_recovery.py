@@ -326,36 +326,6 @@ def test_the_last_report_equals_the_pruned_models_error(checkpoint_folder, name)
     assert report.relative == pytest.approx(output_error(name, found), rel=1e-3)
 
 
-def test_errors_before_a_norm_are_measured_after_it(checkpoint_folder):
-    found = run(checkpoint_folder("gemma2"), "gemma2", own_output=True)
-    report = found[-1].reports[-1]
-    outputs: list[Tensor] = []
-    norm = blocks_of(build("gemma2"))[-1].feed_forward.post_norm
-    assert norm is not None
-    for model in (build("gemma2"), pruned_model("gemma2", found)):
-        layers_of(model)[-1].get_submodule(norm).register_forward_hook(lambda _, __, output: outputs.append(output))
-        with torch.no_grad():
-            model(IDS, use_cache=False)
-    read = reading(build("gemma2"), 2, "channels")
-    wanted, got = (output.reshape(-1, output.shape[-1]) * read for output in outputs)
-    # The dense pass's divisor stands in for the pruned one's.
-    assert report.error == pytest.approx(float((got - wanted).square().sum(1).mean()), rel=0.3)
-
-
-def test_reports_of_the_first_attention_by_hand(checkpoint_folder):
-    """No module before it is pruned, so that its error is the error of its own output."""
-    found = run(checkpoint_folder("llama"), "llama")
-    model = build("llama").double()
-    module = blocks_of(model)[0].attention
-    x, z = seen(model, 0, module.output_layer)
-    kept = kept_inputs(module, found[0].keep["heads"])
-    weight = found[0].changed[module.output_projection.name].double().T
-    error = float((x[:, kept] @ weight[kept] - z).square().sum() / len(x))
-    assert found[0].reports[0].error == pytest.approx(error, rel=1e-4)
-    best, _ = least_squares(x[:, kept], z, matrix(layers_of(model)[0], module.output_layer)[kept], intercept=False)
-    assert relative(weight[kept], best) < 1e-4
-
-
 def test_a_group_of_weight_two_equals_the_group_twice(checkpoint_folder, monkeypatch):
     # In bfloat16, what is stored of a token is rounded with its weight in it.
     monkeypatch.setattr(block_regression, "fast_dtype", lambda _: torch.float32)

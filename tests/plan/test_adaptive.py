@@ -17,13 +17,9 @@ from outputs import Notes, record_of, weights_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.commands import survey_model as survey_step
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.open_model import open_model
 from secateur.commands.options import Options, RunOptions
-from secateur.commands.plan_widths import plan_widths
 from secateur.commands.prune import prune
 from secateur.commands.sizes import sizes
-from secateur.commands.survey_model import survey_model
 from secateur.formats.gguf_export import export
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
@@ -104,17 +100,6 @@ def test_widths_follow_a_ratio_file(tmp_path, checkpoint_folder):
     assert summary.widths == {0: wide(3, 1, 36), 2: wide(3, 2, 54)}
     assert summary.pruned_widths()[1] == wide(3, 2, 72)
     assert summary.format == "hf"
-
-
-def test_a_survey_plan_costs_less_than_even_widths(tmp_path, checkpoint_folder):
-    model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL, "samples": 24}
-    losses = {}
-    for widths in ("adaptive", "uniform"):
-        options = Options(**wishes, widths=widths)
-        run = open_model(model, options)
-        rows = draw_rows(run, resample=False)
-        losses[widths] = plan_widths(run, rows, survey_model(run, rows)).cost
-    assert losses["adaptive"] < 0.8 * losses["uniform"]
 
 
 # One survey, many sizes.

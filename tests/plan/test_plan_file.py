@@ -215,14 +215,6 @@ def test_secateur_json_is_a_plan_file(tmp_path, checkpoint_folder):
     assert [(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] == units[0]
 
 
-def test_edited_units_are_kept(tmp_path, checkpoint_folder):
-    (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 1, "heads": [2, 3], "channels": [0, 71]}]}))
-    summary = prune(checkpoint_folder("llama"), tmp_path / "out", **SMALL, plan=str(tmp_path / "plan.json"))
-    assert summary.widths == {1: wide(1, 2, 2)}
-    (block,) = record_of(tmp_path / "out")["blocks"]
-    assert (block["heads"], block["channels"]) == ([2, 3], [0, 71])
-
-
 def test_units_may_have_a_width_that_secateur_plan_never_chooses(tmp_path, checkpoint_folder):
     """Such a width is one of two heads of one KV group; the secateur.json of that run is a plan file, too."""
     asked = {"blocks": [{"block": 0, "heads": [3], "channels": [0]}]}
