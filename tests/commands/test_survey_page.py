@@ -310,7 +310,9 @@ def test_the_slider_shows_the_plans(browser, page_file):
         page.keyboard.press("Home")
         for plan in plans:
             figures = page.locator("#figures dd").all_inner_texts()
-            assert page.locator("#share-value").inner_text() == f"{plan['share']:.0%}".replace("%", " %")
+            assert page.locator("#share-value").inner_text() == f"{100 * plan['share']:g} %"
+            assert f"--sparsity {plan['share']} " in page.locator("#line").inner_text()
+            assert figures[-3:-1] == [*plan["sizes"].values()]
             assert float(figures[0].removesuffix(" %")) == pytest.approx(100 * plan["reached"], abs=0.0501)
             kept = sum(width[2] for width in plan["widths"])
             assert figures[4].split(" / ")[0] == f"{kept:,}"

@@ -16,6 +16,7 @@ from secateur.commands.options import SURVEYED, Options, RunOptions
 from secateur.commands.resume import resumable, retry_in_smaller_batches
 from secateur.commands.survey_file import split_survey_rows
 from secateur.commands.survey_model import survey_model
+from secateur.plan.meters import active_meter, byte_meter, cache_meter
 from secateur.plan.plan import check_reachable
 from secateur.plan.plan import plan as solve
 from secateur.plan.problem import Plan, PlanProblem
@@ -26,7 +27,7 @@ from secateur.survey.head_distances import head_distances
 from secateur.text.draw import CalibrationRows
 
 FILE, PAGE = "survey.json", "survey.html"
-SHARES = tuple(percent / 100 for percent in range(10, 65, 5))
+SHARES = tuple(permille / 1000 for permille in range(100, 600, 25))
 """Sparsities for which the page shows a plan."""
 ANY_SHARE = 1e-3
 """Sparsity with which the model is opened: small, so that no model is refused. The survey does not depend on it."""
@@ -98,12 +99,28 @@ def _survey_and_write(run: OpenRun, model: str | Path, out: Path, folder: Output
         "line": line,
     }
     if run.processes.is_first:
-        page = render(page_data(survey, blocks, plans, facts=facts, distances=distances))
+        sizes = {share: _sizes(run, plan) for share, plan in plans.items()}
+        page = render(page_data(survey, blocks, plans, facts=facts, distances=distances, sizes=sizes))
         with folder as partial:
             save_survey(survey, partial / FILE)
             (partial / PAGE).write_text(page, encoding="utf-8")
     parameters = {share: meter.total(plan.widths) for share, plan in plans.items()}
     return SurveySummary(tuple(block.width for block in blocks), plans, parameters, line)
+
+
+def _sizes(run: OpenRun, plan: Plan) -> dict[str, str]:
+    """Return the sizes of the model that a plan leads to, by what they count: bytes, cache and active parameters."""
+    stream, dtype = run.stream, run.dtype
+    meters = {
+        "weights": byte_meter(stream, dtype),
+        "KV cache per token": cache_meter(stream, dtype),
+        "active per token": active_meter(stream),
+    }
+    values = {name: meter.format_value(meter.total(plan.widths)) for name, meter in meters.items()}
+    # Without experts, all parameters are active.
+    if not any(module.experts_per_token for block in stream.blocks for module in block.modules):
+        del values["active per token"]
+    return values
 
 
 def _distances(run: OpenRun, rows: CalibrationRows) -> Distances | None:

@@ -36,6 +36,7 @@ def page_data(
     *,
     facts: Mapping[str, Any],
     distances: Distances | None = None,
+    sizes: Mapping[float, Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Return the data of the page as JSON values.
 
@@ -46,6 +47,7 @@ def page_data(
         facts: `model`, its `family`, its number of `parameters`, the number of `probe_tokens` on which
             costs were measured, and the command `line` that uses the survey.
         distances: Distances between query heads; without them the page does not compare heads.
+        sizes: Further sizes that each plan leads to, as text with its unit, by what they count.
     """
     costs = WidthCosts(survey)
     axes = present([block.width for block in blocks])
@@ -63,7 +65,10 @@ def page_data(
         "kinds": {kind: {"label": _unit_axis(module).total, "role": module.role} for kind, module in modules.items()},
         "blocks": [_numbers(block.width, axes) for block in blocks],
         "modules": [_module(blocks[block], block, kind, found, costs) for (block, kind), found in curves.items()],
-        "plans": [_plan(share, plan, blocks, axes, costs) for share, plan in plans.items()],
+        "plans": [
+            _plan(share, plan, blocks, axes, costs) | {"sizes": dict((sizes or {}).get(share, {}))}
+            for share, plan in plans.items()
+        ],
         "distances": None if distances is None else {index: _triangle(rows) for index, rows in distances.items()},
     }
 

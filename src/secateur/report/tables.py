@@ -140,7 +140,11 @@ def survey_table(result: SurveySummary, out: Path) -> tuple[Table, list[str]]:
             *(f"{after:,}/{units[label]:,}" for label, after in totals(widths).items()),
             f"{plan.cost or 0.0:.3f}",
         )
-    return table, [f"survey.json and survey.html are in {out}", f"Prune from this survey: {result.line}"]
+    page = out / "survey.html"
+    return table, [
+        f"Open {page} in a browser to choose a size; it needs no network. The survey itself is {out / 'survey.json'}",
+        f"Prune from this survey: {result.line}",
+    ]
 
 
 def sizes_table(sizes: Sequence[ModelSize], out: Path) -> tuple[Table, list[str]]:
