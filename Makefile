@@ -44,7 +44,7 @@ LOCK := requirements.lock
 LOCKED := Linux x86_64 3.11
 
 .DELETE_ON_ERROR:
-.PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger fuzz lint demo demo-heal docs lock sbom clean browser
+.PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger fuzz lint gpu demo demo-heal docs lock sbom clean browser
 
 help:
 	@echo "make check      lint, and run the tests of what has changed on this branch; about a minute"
@@ -56,6 +56,7 @@ help:
 	@echo "make test-larger  prune a model of 2 GiB in less than 2 GiB of memory; half an hour"
 	@echo "make fuzz       damage 10,000 inputs (FUZZ=N: N inputs); each must give a right result or a one-line error; half an hour"
 	@echo "make lint       ruff and mypy"
+	@echo "make gpu        on a machine with a GPU: check that it prunes as the CPU does, and print its times"
 	@echo "make demo       prune a small real model, evaluate it, and compare texts from before and after"
 	@echo "make demo-heal  train the demo's pruned model for five minutes, and evaluate it again"
 	@echo "make docs       build the pages of docs/ into site/"
@@ -92,6 +93,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu: $(VENV)/.installed-demo $(VENV)/.installed-test
+	$(BIN)/python benchmarks/gpu.py
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python demo/demo.py
