@@ -68,7 +68,7 @@ class Training:
         None,
         TRAINING,
         "Highest learning rate. It rises to this value in the first steps, then falls to zero as a cosine.",
-        default_text="1e-4, or 1e-3 for adapters",
+        default_text="2e-4, or 1e-3 for adapters",
     )
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class Training:
     @property
     def highest_rate(self) -> float:
         """Learning rate after the first steps."""
-        return (1e-3 if self.rank else 1e-4) if self.learning_rate is None else self.learning_rate
+        return (1e-3 if self.rank else 2e-4) if self.learning_rate is None else self.learning_rate
 
     def steps_of(self, tokens: int) -> int:
         """Return the number of training steps on a number of tokens.
