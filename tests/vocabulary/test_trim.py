@@ -16,8 +16,9 @@ from models import logits_of, relative
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.commands.options import Options
+from secateur.commands.options import Options, RunOptions
 from secateur.commands.prune import prune
+from secateur.commands.survey import survey_page
 from secateur.commands.trim import trim
 from secateur.measure.loading import load
 from secateur.model.checkpoint import open_checkpoint
@@ -178,6 +179,18 @@ def test_tokens_and_blocks_meet_a_target_together(model: Path, latin: tuple[Path
     assert done.parameters[1] <= float(share[7:-1]) / 100 * whole
     with pytest.raises(SecateurError, match=r"met without pruning any block.*use secateur trim"):
         prune(model, tmp_path / "other", target="params=99%", **options)
+
+
+def test_a_survey_of_fewer_tokens_is_for_them_alone(model: Path, text: str, tmp_path: Path) -> None:
+    options = {name: value for name, value in PRUNE.items() if name in ("samples", "length")} | {"calibration": text}
+    survey_page(model, tmp_path / "survey", Options(vocabulary="latin", **options), RunOptions(device="cpu"))
+    page = (tmp_path / "survey" / "survey.html").read_text(encoding="utf-8")
+    assert "Keeping 384 of" in page
+    assert "--vocabulary latin" in page
+    survey = tmp_path / "survey" / "survey.json"
+    prune(model, tmp_path / "out", survey=survey, vocabulary="latin", calibration=text, **PRUNE)
+    with pytest.raises(SecateurError, match="a survey of other calibration rows"):
+        prune(model, tmp_path / "other", survey=survey, calibration=text, **PRUNE)
 
 
 @pytest.mark.parametrize(

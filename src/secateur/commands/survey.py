@@ -97,6 +97,7 @@ def _survey_and_write(run: OpenRun, model: str | Path, out: Path, folder: Output
         "parameters": int(meter.dense),
         "probe_tokens": split_survey_rows(rows.selection)[1].numel(),
         "line": line,
+        "vocabulary": None if run.vocabulary is None else run.vocabulary.describe(),
     }
     if run.processes.is_first:
         sizes = {share: _sizes(run, plan) for share, plan in plans.items()}

@@ -45,7 +45,8 @@ def page_data(
         blocks: All blocks of the dense model.
         plans: The cheapest plan for each sparsity.
         facts: `model`, its `family`, its number of `parameters`, the number of `probe_tokens` on which
-            costs were measured, and the command `line` that uses the survey.
+            costs were measured, the command `line` that uses the survey, and a sentence about the `vocabulary`, or
+            None if all tokens are kept.
         distances: Distances between query heads; without them the page does not compare heads.
         sizes: Further sizes that each plan leads to, as text with its unit, by what they count.
     """
