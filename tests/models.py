@@ -314,6 +314,12 @@ def build(name: str, seed: int = 0, **load: Any) -> nn.Module:
     return model
 
 
+@cache
+def dense(name: str) -> Any:
+    """Return the model of a row, which callers must not change."""
+    return build(name)
+
+
 def token_rows(count: int = 4, length: int = LENGTH, seed: int = 0) -> Tensor:
     """Return random token ids (count x length) without special tokens."""
     return torch.randint(4, WORDS, (count, length), generator=torch.Generator().manual_seed(seed))

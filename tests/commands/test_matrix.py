@@ -28,6 +28,7 @@ from models import (
     blocks_of,
     build,
     config_of,
+    dense,
     layers_of,
     logits_of,
     make_tokenizer,
@@ -73,12 +74,6 @@ ADAPTIVE = ("llama", "gemma2", "olmo2", "phi3", "opt", "gpt2", "gpt_neox")
 """Rows that are also surveyed, refitted and written with a width for each block: one for each kind of block."""
 
 FED: tuple[str, ...] = ("channels", "experts")
-
-
-@cache
-def dense(name: str) -> Any:
-    """Return the model of a row, which must not be changed."""
-    return build(name)
 
 
 @cache

@@ -28,6 +28,7 @@ from models import (
     _config,
     blocks_of,
     build,
+    dense,
     layers_of,
     logits_of,
     masked,
@@ -92,12 +93,6 @@ HYBRID = ("qwen3_5_text", "lfm2")
 """The first block has another kind of layer in the attention's place, the others have heads that can go."""
 FALCON = ("falcon", "falcon new", "falcon biased")
 """Rows of Falcon with one key and value for all heads, for each of several groups, and for each head."""
-
-
-@cache
-def dense(name: str) -> Any:
-    """A row's model; not to be changed."""
-    return build(name)
 
 
 @cache

@@ -7,7 +7,6 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import ROWS, blocks_of, build, layers_of, logits_of, masked, opened, reading, selected, token_rows
+from models import ROWS, blocks_of, dense, layers_of, logits_of, masked, opened, reading, selected, token_rows
 from outputs import error_of
 from secateur.base.errors import SecateurError
 from secateur.criteria.choice import CRITERIA
@@ -48,12 +47,6 @@ CASES: list[tuple[str, str]] = [
 SHARES = (0.25, 0.6)
 INDEX = 1
 """Index of the block that is tested."""
-
-
-@cache
-def dense(name: str) -> Any:
-    """Return a dense model, which must not be changed."""
-    return build(name)
 
 
 def seen(model: Any, module: PrunableModule, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
