@@ -82,6 +82,11 @@ def test_a_wrong_target_is_an_error_with_an_example(text, says):
     assert "for example" in error
 
 
+@pytest.mark.parametrize("text", ["params=100M", "params=80%", "params=1.5B", "bytes=60MB", "bytes=1MiB", "kv=12kB"])
+def test_a_target_is_written_as_it_was_read(text):
+    assert str(parse_target(text)) == text
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
