@@ -95,11 +95,26 @@ def test_llama_cpp_runs_a_gguf_file(tmp_path, monkeypatch):
     program.write_text('#!/bin/sh\n[ "$1" = -m ] && [ -f "$2" ] && echo "$4 Paris."\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(doctor, "_version", lambda _: None)
     (found,) = check_engines(tmp_path / "model.gguf")
-    assert (found.runs, found.message.split(":")[0]) == (None, "not installed")
+    assert found.runs is None
+    assert found.message.startswith("not installed: neither llama-completion nor llama-cli is on the PATH; or pip")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     (found,) = check_engines(tmp_path / "model.gguf")
     assert (found.runs, found.message) == (True, "generates: The capital of France is Paris.")
+
+
+@pytest.mark.usefixtures("here")
+def test_the_library_of_llama_cpp_runs_a_gguf_file(tmp_path, letters_folder, monkeypatch):
+    prune(letters_folder("llama"), tmp_path / "model.gguf", sparsity=0.3, format="gguf", **SMALL)
+    monkeypatch.setenv("PATH", "/nowhere")
+    (found,) = check_engines(tmp_path / "model.gguf")
+    assert found.runs, found.message
+    # The tokenizer has no spaces.
+    assert found.message.startswith("generates: ThecapitalofFranceis")
+    (tmp_path / "model.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:-4096])
+    (found,) = check_engines(tmp_path / "model.gguf")
+    assert found.runs is False
 
 
 @pytest.mark.parametrize(

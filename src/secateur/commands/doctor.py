@@ -31,6 +31,8 @@ NEW_TOKENS = 8
 TIMEOUT = 900
 """Seconds that an engine may take."""
 NOT_INSTALLED = "not installed"
+LLAMA_CPP = "llama_cpp_py_sync"
+"""Package with llama.cpp's library."""
 
 
 class Engine(NamedTuple):
@@ -199,12 +201,15 @@ def _as_gguf(checkpoint: Checkpoint, path: Path) -> Engine:
 
 
 def _run_llama_cpp(path: Path) -> Engine:
-    """Return whether llama.cpp runs a .gguf file; its newer program is preferred to the older one."""
+    """Return whether llama.cpp runs a .gguf file: its newer program, its older one, or else its library."""
     programs = ("llama-completion", "llama-cli")
     program = next(filter(None, map(shutil.which, programs)), None)
     command = f"llama-cli -m {path}"
+    if program is None and (version := _version(LLAMA_CPP)) is not None:
+        runs, message, _ = _try_engine(LLAMA_CPP, {"out": str(path), "prompt": PROMPT, "new": NEW_TOKENS})
+        return Engine("llama.cpp", version, runs, message, command)
     if program is None:
-        message = f"{NOT_INSTALLED}: neither {' nor '.join(programs)} is on the PATH"
+        message = f"{NOT_INSTALLED}: neither {' nor '.join(programs)} is on the PATH; or pip install 'secateur[llama]'"
         return Engine("llama.cpp", None, None, message, command)
     done = _run([program, "-m", str(path), "-p", PROMPT, "-n", str(NEW_TOKENS), "-no-cnv", "--temp", "0"])
     if isinstance(done, str):

@@ -3,7 +3,8 @@
     python -m secateur.commands.doctor_probe PACKAGE JSON
 
 JSON is an object: `out` the folder, `class` the auto class of transformers, `ids` the token ids of a prompt, `new` the
-number of tokens to generate, and `trust` whether code in the folder may run. The last line on standard output is JSON
+number of tokens to generate, and `trust` whether code in the folder may run. For a .gguf file `out` is the file, and
+`prompt` the text before the new tokens. The last line on standard output is JSON
 too: a message, and the generated tokens if there are any.
 """
 
@@ -67,11 +68,25 @@ def _peft(request: dict[str, Any]) -> dict[str, Any]:
     return {"message": f"adds LoRA to {adapted} layers"}
 
 
+def _llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
+    """Generate text with llama.cpp's library, from a .gguf file."""
+    from secateur.measure.generation import greedy_tokens
+    from secateur.measure.subject import LlamaCppFile
+    from secateur.model.tokens import encode
+
+    file = LlamaCppFile.of(request["out"])
+    tokenizer = file.tokenizer()
+    prompt = encode(tokenizer, request["prompt"], special=True)
+    (tokens,) = greedy_tokens(file.load(), [prompt], ends=[], new_tokens=request["new"])
+    return {"message": f"generates: {' '.join(tokenizer.decode([*prompt, *tokens]).split())[-80:]}"}
+
+
 PROBES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "transformers": _transformers,
     "vllm": _vllm,
     "lm_eval": _lm_eval,
     "peft": _peft,
+    "llama_cpp_py_sync": _llama_cpp,
 }
 """Probes by package: each is a function of the request, and returns the message and the tokens."""
 

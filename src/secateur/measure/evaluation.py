@@ -14,12 +14,11 @@ from secateur.base.words import DTYPES
 from secateur.measure.answers import AnswerTest
 from secateur.measure.figures import Evaluation, ModelScore, short
 from secateur.measure.generation import check_prompts, generate
-from secateur.measure.loading import load
 from secateur.measure.perplexity import perplexity
 from secateur.measure.speed import speeds
+from secateur.measure.subject import Model, Subject, open_subject
 from secateur.measure.tasks import OpenTask, open_tasks
 from secateur.measure.zero_shot import zero_shot
-from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.facts import positions_of
 from secateur.model.tokens import begins_with_bos
 from secateur.text import calibration
@@ -33,7 +32,7 @@ PROMPT_TOKENS, NEW_TOKENS = 512, 32
 class _Opened(NamedTuple):
     """A model that is opened but not loaded, with the rows to score it on."""
 
-    checkpoint: Checkpoint
+    subject: Subject
     tokenizer: Any
     rows: dict[str, ScoredRows]
     """Rows by source of text."""
@@ -95,18 +94,18 @@ def evaluate(
         if text == RANDOM:
             raise SecateurError("random token ids cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
-    checkpoints = []
+    subjects = []
     for name in (model,) if against is None else (model, against):
         with busy_reading(watcher, "Opening", name):
-            checkpoints.append(
-                open_checkpoint(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
+            subjects.append(
+                open_subject(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
             )
     # All texts and tasks are read before a model is loaded, so that mistakes are found first.
     opened_tasks = open_tasks(tasks, limit=limit, task_path=task_path, watcher=watcher)
     needs_tokenizer = bool(texts or opened_tasks or prompts)
     opened = [
-        _open(one, needs_tokenizer or (answers and one.has_tokenizer), texts, length, tokens, watcher)
-        for one in checkpoints
+        _open(one, needs_tokenizer or (answers and one.model.has_tokenizer), texts, length, tokens, watcher)
+        for one in subjects
     ]
     if any(not torch.equal(opened[0].rows[text].ids, opened[-1].rows[text].ids) for text in texts):
         watcher.note(
@@ -118,9 +117,9 @@ def evaluate(
     networks: list[Any] = []
     # The second model comes first, as its answers run through the other one.
     for one in reversed(opened):
-        with watcher.busy(f"Loading {one.checkpoint.source}"):
-            network = load(one.checkpoint, getattr(torch, dtype), where, memory=memory, whole=speed, watcher=watcher)
-        scores.insert(0, _score(one, network, opened_tasks, test, prompts, checkpoints[0].dtype, watcher))
+        with watcher.busy(f"Loading {one.subject.model.source}"):
+            network = one.subject.load(getattr(torch, dtype), where, memory=memory, whole=speed, watcher=watcher)
+        scores.insert(0, _score(one, network, opened_tasks, test, prompts, subjects[0].model.dtype, watcher))
         # Both models stay in memory only if they are run in turns.
         networks[:0] = [network] if speed else []
         del network
@@ -131,7 +130,7 @@ def evaluate(
 
 
 def _open(
-    checkpoint: Checkpoint,
+    subject: Subject,
     needs_tokenizer: bool,
     texts: Sequence[str],
     length: int,
@@ -139,11 +138,11 @@ def _open(
     watcher: Watcher,
 ) -> _Opened:
     """Read the tokenizer and the texts of a model."""
-    tokenizer, rows = checkpoint.tokenizer() if needs_tokenizer else None, {}
+    tokenizer, rows = subject.model.tokenizer() if needs_tokenizer else None, {}
     for text in texts:
         with busy_reading(watcher, "Reading", text):
-            rows[text] = scored_rows(checkpoint, tokenizer, text, length, tokens)
-    return _Opened(checkpoint, tokenizer, rows)
+            rows[text] = scored_rows(subject.model, tokenizer, text, length, tokens)
+    return _Opened(subject, tokenizer, rows)
 
 
 def _score(
@@ -156,8 +155,8 @@ def _score(
     watcher: Watcher,
 ) -> ModelScore:
     """Measure all figures of a model but its speed."""
-    checkpoint, tokenizer, rows = opened
-    name = short(checkpoint.source)
+    subject, tokenizer, rows = opened
+    name = short(subject.model.source)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     texts = {
         text: perplexity(network, scored.ids, text_bytes=scored.bytes, watcher=watcher, what=f"{name} on {short(text)}")
@@ -166,7 +165,7 @@ def _score(
     results = zero_shot(network, tokenizer, tasks, watcher=watcher, what=f"{name} on")
     tracked = watcher.track(prompts, f"{name} writes") if prompts else ()
     return ModelScore(
-        checkpoint.source,
+        subject.model.source,
         parameters,
         parameters * stored_dtype.itemsize,
         begins_with_bos=tokenizer is not None and begins_with_bos(tokenizer),
@@ -178,15 +177,15 @@ def _score(
     )
 
 
-def scored_rows(checkpoint: Checkpoint, tokenizer: Any, text: str, length: int, tokens: int | None) -> ScoredRows:
+def scored_rows(model: Model, tokenizer: Any, text: str, length: int, tokens: int | None) -> ScoredRows:
     """Return the rows of a text on which a model is scored."""
     return calibration.consecutive_rows(
         tokenizer,
         text,
         length=length,
         tokens=tokens,
-        vocab_size=checkpoint.config.vocab_size,
-        max_positions=checkpoint.max_positions,
+        vocab_size=model.config.vocab_size,
+        max_positions=model.max_positions,
     )
 
 

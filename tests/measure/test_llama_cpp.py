@@ -1,0 +1,96 @@
+"""GGUF files whose blocks differ in width are measured by llama.cpp, as their folders are by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from command_line import TEXT
+
+from models import relative, save, token_rows
+from secateur import SecateurError, prune
+from secateur.formats.gguf_export import export
+from secateur.measure import subject
+from secateur.measure.answers import agreement
+from secateur.measure.evaluation import evaluate
+from secateur.measure.generation import greedy_tokens
+from secateur.measure.subject import LlamaCppFile, open_subject
+from secateur.report.eval_table import eval_table
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
+NAMES = ["llama", "gemma4_text small"]
+
+
+class Pair(NamedTuple):
+    folder: Path
+    file: Path
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, letters_folder: Any) -> Pair:
+    """Return a pruned model, as a folder and as a GGUF file of the same weights."""
+    place = tmp_path_factory.mktemp("pair")
+    how: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "recovery": "none", "device": "cpu"}
+    prune(letters_folder(request.param), place / "out", sparsity=0.4, **how)
+    return Pair(place / "out", export(place / "out", place / "out.gguf", type="f32").path)
+
+
+def test_both_have_the_same_figures(pair, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    texts = [str(tmp_path / "text.txt")]
+    result = evaluate(str(pair.file), against=str(pair.folder), texts=texts, length=16, tokens=128, speed=True)
+    file, folder = result.models
+    assert file.texts[texts[0]].nll == pytest.approx(folder.texts[texts[0]].nll, abs=1e-3)
+    assert file.texts[texts[0]].bytes == folder.texts[texts[0]].bytes
+    if "gemma4" not in str(open_subject(str(pair.folder)).model.config.model_type):
+        assert file.parameters == folder.parameters
+    assert any("f32 on cpu" in line for line in eval_table(result)[1])
+
+
+def test_logits_are_those_of_transformers(pair):
+    folder, file = (open_subject(str(one)) for one in pair)
+    ids = token_rows(3, 12)
+    network = file.load()
+    expected = folder.load(torch.float32, torch.device("cpu"))(input_ids=ids).logits.detach()
+    assert relative(network(input_ids=ids).logits, expected) < 5e-3
+    # After other rows, which stay in the context, the result is the same.
+    assert relative(network(input_ids=ids.flip(1)).logits, expected) > 0.1
+    assert torch.equal(network(input_ids=ids).logits, network(input_ids=ids).logits)
+
+
+def test_a_batch_of_texts_equals_the_texts_one_by_one(pair):
+    network = LlamaCppFile.of(str(pair.file)).load()
+    batch = greedy_tokens(network, PROMPTS, ends=[], new_tokens=8)
+    alone = [greedy_tokens(network, [prompt], ends=[], new_tokens=8)[0] for prompt in PROMPTS]
+    assert batch == alone
+    assert agreement(network, PROMPTS, batch) == 1.0
+    # A token that ends a text ends it.
+    end = batch[0][3]
+    cut = greedy_tokens(network, PROMPTS, ends=[end], new_tokens=8)
+    assert cut[0] == batch[0][: batch[0].index(end)]
+
+
+def test_without_the_library_one_line_says_what_to_install(pair, monkeypatch, tmp_path):
+    def missing() -> None:
+        raise SecateurError("it is not installed")
+
+    monkeypatch.setattr(subject, "library", missing)
+    with pytest.raises(SecateurError, match=r"so that only llama.cpp runs it, and it is not installed"):
+        open_subject(str(pair.file))
+    (tmp_path / "broken.gguf").write_bytes(pair.file.read_bytes()[:100])
+    with pytest.raises(SecateurError, match="truncated or broken GGUF"):
+        open_subject(str(tmp_path / "broken.gguf"))
+
+
+def test_a_file_that_llama_cpp_does_not_load_gives_one_line(pair, tmp_path):
+    (tmp_path / "short.gguf").write_bytes(pair.file.read_bytes()[:-8192])
+    with pytest.raises(SecateurError, match=r"llama\.cpp does not load|truncated or broken"):
+        open_subject(str(tmp_path / "short.gguf")).load()
+
+
+def test_other_files_are_run_by_transformers(tmp_path, letters_folder):
+    save("llama", tmp_path / "dense")
+    file = export(letters_folder("llama"), tmp_path / "dense.gguf", type="f32").path
+    assert not isinstance(open_subject(str(file)).model, LlamaCppFile)
