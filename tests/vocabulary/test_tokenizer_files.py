@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from secateur.base.errors import SecateurError
@@ -108,6 +108,60 @@ def test_tokens_that_must_be_kept(tmp_path: Path) -> None:
     kept = latin(stored, must_keep=frozenset({token, stored.size + 3}), rows=stored.size + 9)
     assert {token, *stored.model.parts(token)} <= set(kept.ids)
     assert kept.ids[-1] == stored.size + 3  # a row after all tokens
+
+
+def removable(stored: StoredTokenizer) -> str:
+    """Return a token that is removed with all other scripts, and made from others that are."""
+    removed = stored.model.spellings.keys() - set(latin(stored).ids)
+    return stored.model.spellings[max(removed)]
+
+
+NAMES: list[dict[str, Any]] = [
+    {"bos_token": "{}"},
+    {"pad_token": {"content": "{}", "lstrip": False}},
+    {"additional_special_tokens": ["{}"]},
+    {"extra_special_tokens": {"image_token": "{}"}},
+]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("contents", NAMES)
+def test_tokens_that_other_files_name_are_kept(name: str, contents: dict[str, Any], tmp_path: Path) -> None:
+    stored = read_tokenizer(save_tokenizer("gemma", tmp_path))
+    text = removable(stored)
+    (tmp_path / name).write_text(json.dumps(contents).replace("{}", text))
+    naming = read_tokenizer(tmp_path)
+    token = next(token for token, spelling in naming.model.spellings.items() if spelling == text)
+    assert token in latin(naming).ids
+
+
+def test_tokens_that_the_post_processor_inserts_are_kept(tmp_path: Path) -> None:
+    stored = read_tokenizer(save_tokenizer("gemma", tmp_path))
+    text = removable(stored)
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{text} $A", special_tokens=[(text, backend.token_to_id(text))]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    inserting = read_tokenizer(tmp_path)
+    kept = latin(inserting)
+    write_cut(inserting, kept, tmp_path)
+    small = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert small.encode("the dog").ids == [kept.new_ids[token] for token in backend.encode("the dog").ids]
+
+
+def test_unigram_keeps_a_token_with_the_smallest_score(tmp_path: Path) -> None:
+    """The score of unknown characters depends on the smallest score of all tokens."""
+    model = json.loads(save_tokenizer("unigram", tmp_path).joinpath("tokenizer.json").read_text())["model"]
+    model["vocab"].append(["мммм", -100.0])
+    stored = read_tokenizer(edit(tmp_path, model=model))
+    assert stored.size - 1 in latin(stored).ids
+
+
+def test_scripts_of_a_vocabulary(tmp_path: Path) -> None:
+    scripts = read_tokenizer(save_tokenizer("gemma", tmp_path)).scripts()
+    assert scripts[0] == "Latn"
+    assert {"Cyrl", "Grek", "Hani", "Hira", "Arab"} < {*scripts}
 
 
 def test_the_number_of_tokens_is_a_multiple(tmp_path: Path) -> None:
