@@ -17,6 +17,7 @@ TEXTS is a folder that texts.py wrote. The table has, for the whole vocabulary a
 import argparse
 import statistics
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 
 from basket import GROUPS
 from secateur import Options, open_checkpoint, trim
+from secateur.base.errors import SecateurError
 from secateur.base.services import Services
 from secateur.formats.gguf_export import export
 from secateur.measure.loading import load
@@ -75,11 +77,13 @@ def row(name: str, model: Path, whole: Path | None, arguments: argparse.Namespac
     """Return a line of the table for a folder."""
     checkpoint = open_checkpoint(model)
     files = [model.with_suffix(f".{type}.gguf") for type in ("f16", "q8_0")]
-    for file in files:
-        export(model, file, type=file.suffixes[-2].removeprefix("."), overwrite=True)
+    # Some architectures of llama.cpp hold one width for all blocks only.
+    with suppress(SecateurError):
+        for file in files:
+            export(model, file, type=file.suffixes[-2].removeprefix("."), overwrite=True)
     parameters = sum(info.entries for info in checkpoint.weights.values()) / 1e6
     cells = [name, f"{checkpoint.config.vocab_size:,}", f"{parameters:.1f}"]
-    cells += [f"{file.stat().st_size / 1e6:.1f}" for file in files]
+    cells += [f"{file.stat().st_size / 1e6:.1f}" if file.exists() else "" for file in files]
     if arguments.speed and whole is not None:
         ratios = speed_ratios(whole, model, (whole.with_suffix(".q8_0.gguf"), files[1]), arguments.repeats)
         cells += [f"{one:.2f}" for one in ratios]
