@@ -13,8 +13,8 @@ import secateur
 from models import token_rows
 from outputs import record_of
 from secateur.base.options import option_specs
-from secateur.commands import options, prune
-from secateur.commands.options import EFFORTS, Options, RunOptions
+from secateur.commands import options
+from secateur.commands.options import Options, RunOptions
 from secateur.paper.options import PAPER
 
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,15 +47,6 @@ def test_steps_and_command_write_the_same_bytes(case, tmp_path, checkpoint_folde
     assert record_of(tmp_path / "steps")["options"].keys() == option_specs(Options).keys()
 
 
-def test_prune_calls_the_six_steps_in_order():
-    """The body of `prune` fits on one screen."""
-    body = inspect.getsource(prune.prune).split('"""')[-1]
-    steps = ["open_model", "draw_rows", "survey_model", "plan_widths", "fit_blocks", "write_model"]
-    places = [body.index(f"{step}(") for step in steps]
-    assert places == sorted(places)
-    assert len(body.splitlines()) < 16
-
-
 def test_every_option_is_declared_once():
     assert not option_specs(Options).keys() & option_specs(RunOptions).keys()
     assert {one.name for one in inspect.signature(Options).parameters.values()} == option_specs(Options).keys()
@@ -83,16 +74,3 @@ def test_an_unknown_option_is_refused(tmp_path, checkpoint_folder):
 def test_settings_together_with_their_object_are_refused(given, beside, tmp_path, checkpoint_folder):
     with pytest.raises(TypeError, match=f"{next(iter(beside))} is given together with (Options|RunOptions); set it in"):
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", *given, **beside)
-
-
-def test_what_each_effort_stands_for():
-    assert {name: tuple(effort) for name, effort in EFFORTS.items()} == {
-        "quick": (1, 0, False),
-        "normal": (1, 2, True),
-        "best": (2, 2, True),
-    }
-    assert Options().effort == "normal"
-    assert Options(effort="quick").resampled_fits == 0
-    assert Options().resampled_fits == 1
-    assert Options(effort="best").resampled_fits == 2
-    assert Options(recovery="none").resampled_fits == 0

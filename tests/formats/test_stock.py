@@ -100,12 +100,12 @@ RAW = {
     "gpt_neox linear": raw("gpt_neox", rotary_pct=0.5, rotary_emb_base=500, rope_scaling=OLD_LINEAR),
     **{
         f"{kind} {name}": raw(kind, rope_theta=500.0, rope_scaling=scaling)
-        for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2")
+        for kind in ("llama", "gemma2", "olmo2")
         for name, scaling in (("linear", LINEAR), ("old", OLD_LINEAR), ("dynamic", DYNAMIC))
     },
     **{
         f"{kind} {name}": raw(kind, rope_theta=500.0, rope_scaling=scaling)
-        for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+        for kind in ("llama", "qwen3")
         for name, scaling in (("yarn", YARN), ("llama3", LLAMA3))
     },
 }
