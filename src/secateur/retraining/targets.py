@@ -25,7 +25,7 @@ from secateur.model.arena import Activations, Arena
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.retraining.loss import LOGITS_AT_ONCE
+from secateur.retraining.loss import IN_CACHE, LOGITS_AT_ONCE
 from secateur.retraining.rows import TrainingRows
 from secateur.survey.loss import mean_loss
 
@@ -182,9 +182,10 @@ def _likeliest(teacher: BlockStream, head: Callable[[Tensor], Tensor], hidden: T
     vocabulary, found = teacher.checkpoint.config.vocab_size, []
     for some in hidden.flatten(0, 1).split(max(1, LOGITS_AT_ONCE // vocabulary)):
         with teacher.layer_products():
-            logits = head(some).float()
-        values, ids = logits.topk(min(LIKELIEST, vocabulary), sorted=False)
-        found.append((ids.int(), (values - logits.logsumexp(-1, keepdim=True)).half()))
+            logits = head(some)
+        for few in logits.split(max(1, IN_CACHE // vocabulary)):
+            values, ids = few.float().topk(min(LIKELIEST, vocabulary), sorted=False)
+            found.append((ids.int(), (values - few.float().logsumexp(-1, keepdim=True)).half()))
     ids, log_p = (torch.cat(parts) for parts in zip(*found, strict=True))
     return ids, log_p
 
