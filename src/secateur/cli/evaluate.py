@@ -74,6 +74,14 @@ def evaluate(
             show_default="with --against",
         ),
     ] = None,
+    quiz: Annotated[
+        bool,
+        _measured(
+            "--quiz",
+            help="Measure the accuracy on 100 multiple-choice questions about everyday things that come with the "
+            "package: a quick test that needs no download.",
+        ),
+    ] = False,
     prompt: Annotated[
         list[str] | None,
         _measured(
@@ -122,6 +130,7 @@ def evaluate(
         speed=speed,
         answers=against is not None if answers is None else answers,
         prompts=prompt or [],
+        quiz=quiz,
         device=run_options.device,
         memory=run_options.memory,
         dtype=dtype,
