@@ -100,7 +100,7 @@ def _choose(wanted: Wanted, selection: Selection, counts: dict[int, int]) -> Kep
         SecateurError: There is no such script, or the tokens that must be kept are more than the number.
     """
     if wanted.scripts:
-        return selection.by_scripts(parse_scripts(wanted.scripts))
+        return selection.by_scripts(parse_scripts(wanted.scripts, selection.tokenizer.scripts()))
     if wanted.least:
         return selection.by_text(counts, wanted.least)
     return selection.by_number(wanted.number or round(wanted.share * selection.rows), counts)
