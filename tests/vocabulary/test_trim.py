@@ -177,7 +177,7 @@ def test_tokens_and_blocks_meet_a_target_together(model: Path, latin: tuple[Path
     done = prune(model, tmp_path / "out", target=share, **options)
     assert cut > done.parameters[1] > 0.8 * cut
     assert done.parameters[1] <= float(share[7:-1]) / 100 * whole
-    with pytest.raises(SecateurError, match=r"met without pruning any block.*use secateur trim"):
+    with pytest.raises(SecateurError, match=r"needs no block to be pruned.*use secateur trim"):
         prune(model, tmp_path / "other", target="params=99%", **options)
 
 

@@ -110,7 +110,7 @@ def _survey_and_write(run: OpenRun, model: str | Path, out: Path, folder: Output
 
 
 def _sizes(run: OpenRun, plan: Plan) -> dict[str, str]:
-    """Return the sizes of the model that a plan leads to, by what they count: bytes, cache and active parameters."""
+    """Return bytes, cache and active parameters of the model after a plan, as text by name."""
     stream, dtype = run.stream, run.dtype
     meters = {
         "weights": byte_meter(stream, dtype),

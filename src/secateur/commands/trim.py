@@ -41,7 +41,7 @@ def trim(
     Args:
         model: A folder, also one that secateur wrote, a .gguf file or a Hugging Face Hub id.
         out: The new folder; it appears complete or not at all.
-        options: Options, of which `vocabulary` and those of the calibration text are used.
+        options: Options; only `vocabulary`, `calibration` and `length` are used.
         run_options: Device, revision, and whether to replace an existing folder.
         watcher: Receives progress and notes.
         settings: Fields of the two by name: `vocabulary="latin"`, ...

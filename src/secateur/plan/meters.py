@@ -261,7 +261,7 @@ def budget_of(target: Target, meter: Meter) -> float:
         )
     if budget >= meter.dense:
         raise SecateurError(
-            f"target {target} is met without pruning any block, as the smaller vocabulary leaves "
+            f"target {target} needs no block to be pruned, because the smaller vocabulary leaves "
             f"{meter.format_value(meter.dense)}; use secateur trim, or request less"
         )
     return budget

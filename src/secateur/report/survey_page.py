@@ -48,7 +48,7 @@ def page_data(
             costs were measured, the command `line` that uses the survey, and a sentence about the `vocabulary`, or
             None if all tokens are kept.
         distances: Distances between query heads; without them the page does not compare heads.
-        sizes: Further sizes that each plan leads to, as text with its unit, by what they count.
+        sizes: Further sizes of the model after each plan, as text with a unit, by name.
     """
     costs = WidthCosts(survey)
     axes = present([block.width for block in blocks])

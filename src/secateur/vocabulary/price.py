@@ -1,4 +1,4 @@
-"""What a smaller vocabulary costs: bits per byte of a text before and after, as the text is tokenised by each."""
+"""Price of a smaller vocabulary: bits per byte of a text, split into tokens by the old and by the new tokenizer."""
 
 import math
 
