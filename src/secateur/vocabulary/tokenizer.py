@@ -47,7 +47,7 @@ class StoredTokenizer:
         return self.alphabet.keeps_all(self.model)
 
     def keeping(self, ids: Iterable[int], rows: int) -> KeptTokens:
-        """Return the tokens with these ids, together with added tokens whose ids are beyond the rows of the embedding."""
+        """Return the tokens with these ids, and the added tokens whose ids are beyond the rows of the embedding."""
         return KeptTokens(tuple(ids), tuple(sorted(token for token in self.added.values() if token >= rows)))
 
     def named(self) -> set[int]:
