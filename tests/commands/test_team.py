@@ -183,6 +183,11 @@ def test_two_retrain_as_one_and_any_number_resume(together, checkpoint_folder, t
         assert not (tmp_path / out).exists()
         assert bool(list(tmp_path.glob(f".{out}.run/training/checkpoint-*"))) == (out == "steps")
         assert together(1, [{"words": words(out)}])[0][0] == 0
+    # One process alone that is killed in a step goes on to the same bytes.
+    assert together(1, [{"words": words("alone"), "own": {"0": {"step": 5}}}])[0][0] == -9
+    assert together(1, [{"words": words("alone")}])[0][0] == 0
+    alone, one = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "one"))
+    assert alone == one
     wanted = record_of(tmp_path / "one")["retrained"][0]["losses"]
     assert len(wanted) == 8
     for out in ("two", "teacher", "steps"):

@@ -96,6 +96,9 @@ def is_disk_full(error: BaseException) -> bool:
     codes = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
         return error.errno in codes
+    # torch.save does not say why it cannot write on; a full disk is by far the likeliest reason.
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return True
     # safetensors wraps the error of the operating system.
     return type(error).__name__ == "SafetensorError" and any(f"os error {code})" in str(error) for code in codes)
 

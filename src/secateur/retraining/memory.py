@@ -1,5 +1,6 @@
 """Memory of a training: how many rows run together, and whether the insides of blocks are computed again."""
 
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from secateur.retraining.options import Training
 
 STATES = 16
 """Bytes per trained parameter: the weight in float32, its gradient and two moments of AdamW."""
+TOKEN_BYTES = 8
+"""Bytes of a token id, of which all rows are in memory."""
 LOSS_BYTES = 12
 """Bytes per logit of the part of the loss that is computed at once."""
 KEPT = 1.5
@@ -67,7 +70,7 @@ def plan_memory(
         SecateurError: One row at a time needs more than that.
     """
     for rank in training.ranks:
-        plans = _plans(network, rank, training.length, products, share)
+        plans = _plans(network, rank, training, products, share)
         least, limit = plans[-1].bytes, parse_memory(memory)
         if memory is None:
             limit = max(limit, min(round(least), available_bytes()))
@@ -80,11 +83,12 @@ def plan_memory(
     )
 
 
-def _plans(network: Any, rank: int, length: int, products: torch.dtype, share: int) -> list[MemoryPlan]:
+def _plans(network: Any, rank: int, training: Training, products: torch.dtype, share: int) -> list[MemoryPlan]:
     """Return all ways to run a step with adapters of one rank; the fastest is first and the smallest last."""
-    fixed = rss_bytes() + _fixed_bytes(network, rank, products)
-    whole, outside = _row_bytes(network, length, products)
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    fixed = rss_bytes() + _fixed_bytes(network, rank, products) + TOKEN_BYTES * training.token_count
+    whole, outside = _row_bytes(network, training.length, products)
+    divisors = {size for size in range(1, isqrt(share) + 1) if share % size == 0}
+    sizes = sorted(divisors | {share // size for size in divisors}, reverse=True)
     # Keeping everything is faster than larger products; recomputing is the last resort.
     plans = [MemoryPlan(rank, size, False, fixed + size * whole) for size in sizes]
     return plans + [MemoryPlan(rank, size, True, fixed + size * outside) for size in sizes]

@@ -6,6 +6,8 @@ teacher, which runs block by block from disk before the training starts.
 """
 
 import importlib.util
+import os
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -41,9 +43,9 @@ from secateur.retraining.options import Training
 from secateur.retraining.rows import TrainingRows, random_rows, training_rows
 from secateur.retraining.schedule import describe_end, measure_seconds, tokens_in_time
 from secateur.retraining.student import Student
-from secateur.retraining.targets import TextTargets, targets_of, teacher_targets
+from secateur.retraining.targets import TARGET_BYTES, TextTargets, targets_of, teacher_targets
 from secateur.retraining.teacher import open_teacher
-from secateur.retraining.train import train
+from secateur.retraining.train import CHECKPOINT_BYTES, train
 from secateur.retraining.trained_weights import TrainedWeights
 from secateur.retraining.write import write_retrained
 from secateur.text.calibration import cached_token_ids
@@ -51,6 +53,10 @@ from secateur.write.record import read_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+"""Environment variables by which accelerate chooses an engine that is not supported."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,8 @@ def retrain(
     where = pick_device(device)
     checkpoint, target = _open_folder(folder, out, overwrite, services.watcher)
     teacher = open_teacher(checkpoint, training.teacher, services.watcher)
+    if teacher is not None:
+        Output(target.path, overwrite=overwrite, source=teacher.path).check()
     with ExitStack() as stack:
         # The text is needed several times: for the held-out rows and for the rows to train on.
         stack.enter_context(cached_token_ids())
@@ -134,6 +142,8 @@ def retrain(
         student = _load(checkpoint, where, plan, services.watcher)
         dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
         rows = _draw(checkpoint, student, dense, training, plan, services, started)
+        targets_bytes = 0 if dense is None else TARGET_BYTES * rows.train.numel()
+        _check_disk(target.path, checkpoint.bytes + 2 * CHECKPOINT_BYTES * trained + targets_bytes)
         arena = stack.enter_context(Arena(plan.spare_bytes, run_folder_path(target.path)))
         targets = None if dense is None else teacher_targets(dense, rows, arena)
         student.rows, student.targets = rows.train, targets_of(rows.train, targets, training.text_weight)
@@ -163,10 +173,16 @@ def check_retraining(device: str, rank: int | None, reason: str = "") -> None:
         reason: Beginning of the message if peft is missing.
 
     Raises:
-        SecateurError: Peft is missing, or the Trainer cannot use the device.
+        SecateurError: Peft is missing, or the Trainer cannot use the device or accelerate's configuration.
     """
     if rank and importlib.util.find_spec("peft") is None:
         raise SecateurError(f'{reason}LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
+    for variable, engine in ENGINES.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise SecateurError(
+                f"accelerate is configured for {engine}, which divides a model among processes; start retrain with "
+                "torchrun, which gives each process the whole model, and use --rank 16 or --memory if it does not fit"
+            )
     if device not in ("auto", "cpu"):
         raise SecateurError(f"device is '{device}', but the Trainer always takes the first GPU; use auto or cpu")
 
@@ -185,6 +201,21 @@ def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: 
     if "sizes" in read_record(source):
         check_record(source)
     return checkpoint, target
+
+
+def _check_disk(out: Path, needed: int) -> None:
+    """Check that there is room for the new folder and for the state of the run, part of which may be there already.
+
+    Raises:
+        SecateurError: The disk is too small.
+    """
+    present = sum(file.stat().st_size for file in run_folder_path(out).rglob("*") if file.is_file())
+    free = shutil.disk_usage(out.parent).free + present
+    if free < needed:
+        raise SecateurError(
+            f"{out}: the training needs {needed / 1e9:,.2f} GB of disk space for its state and the model, but "
+            f"{free / 1e9:,.2f} GB are free; free some space or choose another path"
+        )
 
 
 def _plan_memory(
@@ -260,7 +291,8 @@ def _draw(
 def _inputs_of(checkpoint: Checkpoint, teacher: Checkpoint | None, training: Training) -> dict[str, Any]:
     """Return all inputs of the training, by which its state is recognised."""
     options = {name: value for name, value in asdict(training).items() if name != "teacher"}
-    text = training_rows(checkpoint, training, training.batch * training.length, Silent())
+    # The held-out rows are the same for every number of tokens.
+    text = training_rows(checkpoint, replace(training, batch=1), training.length, Silent())
     inputs = {"model": checkpoint.fingerprint, "text": hash_rows(text.held_out), "version": secateur.__version__}
     return options | inputs | {"teacher": None if teacher is None else teacher.fingerprint}
 

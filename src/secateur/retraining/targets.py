@@ -31,6 +31,8 @@ from secateur.survey.loss import mean_loss
 
 LIKELIEST = 64
 """Number of tokens of a position whose probabilities are kept; the others count together."""
+TARGET_BYTES = 6 * LIKELIEST
+"""Bytes of the targets of a position: tokens in int32, logarithms of probabilities in float16."""
 ROWS_AT_ONCE = 256
 """Number of rows whose targets one process sends to the others at a time."""
 STEP, FILE = "teacher", "targets"

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import remove
 from secateur.base.processes import Processes, connection_errors
 from secateur.base.quiet import quiet
+from secateur.base.run_folder import saving_state
 from secateur.base.services import Services
 from secateur.model import pass_checkpoint
 from secateur.retraining.options import Training
@@ -22,6 +24,8 @@ MEASUREMENTS = 10
 """Largest number of measurements of perplexity during a training."""
 STEPS_BETWEEN = 16
 """Smallest number of steps between two measurements of perplexity, each of which takes as long as half a step."""
+CHECKPOINT_BYTES = 12
+"""Bytes of a trained parameter in a checkpoint: the weight and two moments of AdamW, in float32."""
 LAST_FILE = "trainer_state.json"
 """Last file that the Trainer writes of a checkpoint."""
 WARM_UP = 0.1
@@ -54,8 +58,11 @@ def train(
 
     Raises:
         SecateurError: The loss of a step is NaN or infinite.
+        StoppedError: A checkpoint cannot be written, or another process has stopped.
     """
-    steps = len(student.rows) // training.batch
+    steps, last = len(student.rows) // training.batch, _last_checkpoint(folder)
+    if services.processes.is_first:
+        _remove_incomplete(folder)
     every = max(-(-steps // MEASUREMENTS), STEPS_BETWEEN)
     bar = cast("Generator[int, None, None]", services.watcher.track(range(steps), "Retrain"))
     # If the training fails, the bar is closed at once, so that it is not drawn after the error.
@@ -86,8 +93,8 @@ def train(
         trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=callbacks)
         # This callback prints the loss of every step.
         trainer.remove_callback(PrinterCallback)
-        with nullcontext() if services.processes.is_single else connection_errors():
-            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        with nullcontext() if services.processes.is_single else connection_errors(), saving_state(folder):
+            trainer.train(resume_from_checkpoint=last)
         next(bar, None)
     return list(trainer.state.log_history)
 
@@ -147,6 +154,13 @@ class _Progress(TrainerCallback):
         loss = float((logs or {}).get("loss", 0.0))
         if not abs(loss) < float("inf"):
             raise SecateurError(f"the loss of step {state.global_step} is {loss}; use a smaller --learning-rate")
+
+
+def _remove_incomplete(folder: Path) -> None:
+    """Remove checkpoints that were not written to the end, for example because the disk was full."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / LAST_FILE).exists():
+            remove(checkpoint)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
