@@ -562,6 +562,8 @@ def test_a_retrained_folder_can_be_retrained(checkpoint_folder: CheckpointFolder
         ({"tokens": "64", "time": "1m"}, "both --tokens and --time are given; leave one of them out"),
         ({"tokens": None, "time": "soon"}, "time is 'soon'; write a time such as 90s, 30m or 2h"),
         ({"rank": -1}, "rank is -1; it must be at least 0"),
+        ({"rank": "8"}, "rank is '8'; it must be a whole number"),
+        ({"tokens": None, "time": "99999999999d"}, "time is '99999999999d'; use at most 10,000d, or --tokens"),
         ({"tokens": "100b", "batch": 10**9}, r"needs at least [\d,]+\.\d+ GB, but .* GB are allowed; raise --memory"),
         ({"rank": 100_000}, r"rank is 100000, but no matrix has more than \d+; use a smaller one, or 0"),
         ({"batch": -1}, "batch is -1; it must be at least 1"),

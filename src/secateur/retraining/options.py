@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from secateur.base.errors import SecateurError
-from secateur.base.options import option
+from secateur.base.options import check_types, option
 from secateur.commands.options import CALIBRATION
 from secateur.text.sources import GENERAL, RANDOM, SELF
 
@@ -15,6 +15,8 @@ ADAPTERS = 16
 """Rank of the adapters that are trained where all weights do not fit into memory."""
 DEFAULT_TOKENS = "128k"
 """Number of tokens to train on, where neither `--tokens` nor `--time` is given."""
+LONGEST = 10_000 * 86400
+"""Most seconds of a training."""
 _THOUSANDS = {"": 1, "k": 1024, "m": 1024**2, "b": 1024**3}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -72,6 +74,7 @@ class Training:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, least in (("batch", 1), ("rank", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise SecateurError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -90,6 +93,8 @@ class Training:
             raise SecateurError("calibration is 'self', but retraining needs text; name a text or data set")
         if self.tokens is not None and self.time is not None:
             raise SecateurError("both --tokens and --time are given; leave one of them out")
+        if self.time is not None:
+            parse_time(self.time)
         # Imported here, so that `secateur retrain --help` does not wait for torch.
         from secateur.text.calibration import check_calibration
 
@@ -166,4 +171,7 @@ def parse_time(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([smhd])", text.strip().lower())
     if match is None or not float(match[1]):
         raise SecateurError(f"time is '{text}'; write a time such as 90s, 30m or 2h")
-    return float(match[1]) * _SECONDS[match[2]]
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds > LONGEST:
+        raise SecateurError(f"time is '{text}'; use at most {LONGEST // _SECONDS['d']:,}d, or --tokens")
+    return seconds
