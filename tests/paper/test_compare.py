@@ -160,6 +160,7 @@ def test_shared_work_is_done_once(grid, run, calls_of):
     # The table has the name of the text, and not its folder.
     said = (grid / "out" / "table.md").read_text()
     assert "calibration text.txt, samples 4" in said
+    assert "Seed 0." in said
     assert str(grid) not in said
 
 

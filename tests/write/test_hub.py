@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from conftest import CheckpointFolder
+from outputs import Notes
 from secateur import prune
 from secateur.base.errors import SecateurError
 
@@ -92,7 +93,9 @@ def test_a_folder_replaces_the_model_in_a_repository(
 ) -> None:
     """The repository is private, and shards of an earlier model are deleted."""
     hub.files["me/smaller"] = {"model-00001-of-00002.safetensors": b"old", "notes.md": b"mine"}
-    prune(checkpoint_folder("llama"), tmp_path / "out", push_to_hub="me/smaller", **SMALL)
+    watcher = Notes()
+    prune(checkpoint_folder("llama"), tmp_path / "out", push_to_hub="me/smaller", watcher=watcher, **SMALL)
+    assert f"Uploaded to {constants.ENDPOINT}/me/smaller" in watcher.said
     assert hub.private == {"me/smaller": True}
     sent = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "README.md", "modeling_secateur.py"} < set(sent)
