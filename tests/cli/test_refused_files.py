@@ -43,11 +43,11 @@ def test_a_source_that_is_not_a_text_is_refused(source, place, run, no_work):
 
 @pytest.mark.parametrize("name", FILES)
 def test_an_unusable_text_is_refused_before_any_work(name, place, run, no_work, monkeypatch):
-    from secateur.measure import evaluation
+    from secateur.measure import subject
 
     data, message = FILES[name]
     Path(name).write_bytes(data)
-    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("a model was loaded"))
     before = listing(place)
     refused(run("prune", "model", "out", *SMALL, "--calibration", name), message)
     refused(

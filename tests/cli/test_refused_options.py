@@ -173,9 +173,9 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[row[0] for row in ARGUMENTS])
 def test_wrong_arguments_are_refused_before_any_work(arguments, message, place, run, no_work, monkeypatch):
-    from secateur.measure import evaluation
+    from secateur.measure import subject
 
-    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("a model was loaded"))
     (place / "full").mkdir()
     (place / "full" / "thesis.tex").write_text("years of work")
     before = listing(place)

@@ -35,7 +35,7 @@ from outputs import Notes
 from secateur import prune
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
-from secateur.measure import evaluation, perplexity, speeds
+from secateur.measure import evaluation, perplexity, speeds, subject
 from secateur.measure.evaluation import evaluate
 
 VOCAB = 128
@@ -319,8 +319,8 @@ def test_only_one_model_is_in_memory_unless_two_take_turns(checkpoint_folder, te
         alive.append(weakref.ref(model))
         return model
 
-    dense_load = evaluation.load
-    monkeypatch.setattr(evaluation, "load", load)
+    dense_load = subject.load
+    monkeypatch.setattr(subject, "load", load)
     folder = str(checkpoint_folder("llama"))
     result = evaluate(folder, against=folder, texts=[text], length=20)
     assert [figure.ratio for figure in result.figures()] == [1.0, 1.0, 1.0, 1.0]
@@ -354,7 +354,7 @@ def test_a_model_that_does_not_fit_is_read_as_it_runs(checkpoint_folder, text, t
         folder = tmp_path / "pruned"
     how: dict[str, Any] = {"texts": [text], "length": 12, "device": "cpu", "dtype": dtype}
     devices: list[str] = []
-    load = evaluation.load
+    load = subject.load
 
     def noted(*given: Any, **named: Any) -> Any:
         network = load(*given, **named)
@@ -362,7 +362,7 @@ def test_a_model_that_does_not_fit_is_read_as_it_runs(checkpoint_folder, text, t
         return network
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(evaluation, "load", noted)
+        patched.setattr(subject, "load", noted)
         narrow, roomy = (evaluate(str(folder), **how, memory=memory).models[0] for memory in ("1B", "100GB"))
     assert devices == ["meta", "cpu"]
     assert narrow == roomy

@@ -347,9 +347,9 @@ def test_two_models_are_compared_by_item(checkpoint_folder, folder):
 
 
 def test_tasks_are_opened_before_a_model_is_loaded(checkpoint_folder, folder, monkeypatch):
-    from secateur.measure import evaluation
+    from secateur.measure import subject
 
-    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SecateurError, match="task gone cannot be loaded"):
         evaluate(str(checkpoint_folder("llama")), texts=[], tasks=["mine", "gone"], task_path=folder)
 

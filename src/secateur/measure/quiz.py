@@ -19,7 +19,7 @@ from secateur.measure.zero_shot import Accuracy, TaskResult
 from secateur.model.tokens import encode
 
 FILE = Path(__file__).with_name("quiz.txt")
-"""One question a line: the beginning of a sentence, the right end of it and three wrong ones, separated by bars."""
+"""File with a question on each line: the start of a sentence, its right end and three wrong ones, between bars."""
 NAME = "quiz"
 
 
