@@ -356,6 +356,9 @@ def test_a_text_with_too_few_tokens_is_used_several_times(
         tuple(window) for row in rows.held_out.tolist() for window in zip(*(row[i:] for i in range(4)), strict=False)
     }
     assert not windows & kept
+    text.write_text("w1 w2 w3 " * 90)
+    with pytest.raises(SecateurError, match="has 270 tokens, of which 5% are held out; rows of 16 tokens need 320"):
+        training_rows(checkpoint, training, 4096, Silent())
 
 
 def test_standard_input_can_be_the_text(checkpoint_folder, tmp_path, text, monkeypatch):

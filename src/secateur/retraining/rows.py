@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher, busy_reading
 from secateur.model.checkpoint import Checkpoint
 from secateur.retraining.options import Training
@@ -54,9 +55,16 @@ def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, watch
         )
 
     with busy_reading(watcher, "Reading", training.calibration), cached_token_ids():
+        text = sum(map(len, text_ids(tokenizer, training.calibration, vocabulary)))
+        # One token of a row may be BOS.
+        if (1 - TRAINED_SHARE) * text < training.length - 1:
+            raise SecateurError(
+                f"{training.calibration}: too short, it has {text:,} tokens, of which {1 - TRAINED_SHARE:.0%} are held "
+                f"out; rows of {training.length} tokens need {training.length / (1 - TRAINED_SHARE):,.0f}, or use a "
+                "smaller --length"
+            )
         train, held_out = draw(count, Portion(0.0, TRAINED_SHARE)), draw(HELD_OUT, Portion(TRAINED_SHARE, 1.0))
-        available = TRAINED_SHARE * sum(map(len, text_ids(tokenizer, training.calibration, vocabulary)))
-    return TrainingRows(train, held_out, count * training.length / available)
+    return TrainingRows(train, held_out, count * training.length / (TRAINED_SHARE * text))
 
 
 def random_rows(checkpoint: Checkpoint, training: Training) -> Tensor:
