@@ -2,8 +2,9 @@
 
     python benchmarks/retrain.py PRUNED --ranks 0 16 --batch 8 --length 128
 
-For each rank the script prints CPU seconds of a step, of its matrix products alone (forward and backward, in the same
-shapes and dtype, measured in the same run), their ratio, and the ten operations that take the longest.
+For each rank the script prints CPU seconds of a step, of the model's and of the adapters' matrix products alone
+(forward and backward, in the same shapes and dtype, measured in the same run), their ratios, and the ten operations
+that take the longest.
 Run it on one thread (OMP_NUM_THREADS=1).
 """
 
@@ -21,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from secateur.base.device import fast_dtype
 from secateur.formats.folder import open_folder
 from secateur.measure.loading import load
+from secateur.retraining.adapters import adapted_layers
 from secateur.retraining.student import Student
 from tables import put
 
@@ -64,6 +66,22 @@ def product_seconds(network: Any, rank: int, tokens: int, dtype: torch.dtype) ->
     return total
 
 
+def adapter_seconds(network: Any, rank: int, tokens: int, dtype: torch.dtype) -> float:
+    """Return the CPU seconds of the adapters' own matrix products in a step."""
+    adapted = [network.get_submodule(name) for name in adapted_layers(network)] if rank else []
+    total = 0.0
+    for (outputs, inputs), count in Counter(tuple(one.weight.shape) for one in adapted).items():
+        sizes = ((tokens, inputs), (tokens, outputs), (tokens, rank), (rank, inputs), (outputs, rank))
+        x, g, u, a, b = (torch.randn(*size).to(dtype) for size in sizes)
+
+        def products(x: Any = x, g: Any = g, u: Any = u, a: Any = a, b: Any = b) -> tuple[Any, ...]:
+            # y = x A' B' and the gradients of B, of u = x A', of A and of x.
+            return x @ a.T, u @ b.T, g.T @ u, g @ b, u.T @ x, u @ a
+
+        total += count * cpu_seconds(products)
+    return total
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,6 +97,7 @@ def main() -> None:
         products = fast_dtype(device)
         network = load(checkpoint, products if rank else torch.float32, device, whole=True)
         floor = product_seconds(network, rank, given.batch * given.length, products)
+        own = adapter_seconds(network, rank, given.batch * given.length, products)
         student = Student(network, rank=rank, products=products)
         student.rows = torch.randint(checkpoint.config.vocab_size, (given.batch, given.length))
         student.targets = RandomTargets(given.batch, given.length, checkpoint.config.vocab_size)
@@ -92,9 +111,13 @@ def main() -> None:
         seconds = cpu_seconds(step)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             step()
-        rows.append(f"| {rank} | {str(products)[6:]} | {seconds:.2f} | {floor:.2f} | {seconds / floor:.2f} |")
+        rows.append(
+            f"| {rank} | {str(products)[6:]} | {seconds:.2f} | {floor:.2f} | {own:.2f} | {seconds / floor:.2f} | "
+            f"{seconds / (floor + own):.2f} |"
+        )
         profiles.append(f"rank {rank}\n{seen.key_averages().table(sort_by='self_cpu_time_total', row_limit=10)}")
-    table = ["| rank | products in | step, CPU s | products, CPU s | ratio |", "|" + "---|" * 5, *rows]
+    names = "| rank | products in | step, CPU s | model's products, CPU s | adapters' products, CPU s | step over the "
+    table = [names + "model's products | step over all products |", "|" + "---|" * 7, *rows]
     print("\n".join(table), *profiles, sep="\n\n")
     if given.out is not None:
         put(given.out, "retrain", table)
