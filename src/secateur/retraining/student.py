@@ -117,7 +117,8 @@ class Student(nn.Module):
             def logits(hidden: Tensor) -> Tensor:
                 stub.hidden = hidden[None]
                 ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-                found: Tensor = self.network(input_ids=ids, use_cache=False).logits[0]
+                # Indexing, unlike squeeze, would copy the gradient into a tensor of zeros.
+                found: Tensor = self.network(input_ids=ids, use_cache=False).logits.squeeze(0)
                 return found
 
             yield logits
