@@ -371,8 +371,9 @@ def begins(name: str) -> bool:
 
 def parameters_in(tensors: dict[str, Tensor], blocks: Sequence[Block]) -> int:
     """Return the number of entries of tensors that are not buffers of the blocks."""
-    buffers = tuple(name for block in blocks for name in block.buffers)
-    return sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith(buffers))
+    # Checkpoints may keep a buffer in another module.
+    buffers = {name.rpartition(".")[2] for block in blocks for name in block.buffers}
+    return sum(tensor.numel() for name, tensor in tensors.items() if name.rpartition(".")[2] not in buffers)
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
