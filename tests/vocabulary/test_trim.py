@@ -202,6 +202,7 @@ def test_a_survey_of_fewer_tokens_is_for_them_alone(model: Path, text: str, tmp_
         ("text:0", "write all, scripts such as latin"),
         ("100%", "write all, scripts such as latin"),
         ("0", "write all, scripts such as latin"),
+        ("1.2.3", "write all, scripts such as latin"),
         ("10", "too few"),
         ("1M", "keeps all tokens"),
     ],

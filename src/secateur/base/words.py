@@ -1,5 +1,6 @@
 """Numbers and lists as text, and names of dtypes."""
 
+import re
 from collections.abc import Sequence
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -9,6 +10,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 def format_count(value: float, digits: int = 2) -> str:
     """Return a number of parameters as text: in millions, such as `134.52 M`, or the plain number below a million."""
     return f"{value / 1e6:,.{digits}f} M" if value >= 1e6 else f"{value:,.0f}"
+
+
+_UNITS = {"": 1, "k": 1024, "m": 1024**2, "b": 1024**3}
+"""Factors of the units of a number of tokens."""
+
+
+def parse_count(text: str, units: str = "kmb") -> int | None:
+    """Return a number of tokens that is written as 131072, 131,072, 128k or 1M; None if the text is something else.
+
+    Args:
+        text: The text.
+        units: Units that may follow the number: k (1,024), m (1,024 k), b (1,024 m).
+    """
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) *([{units}]?)", text.strip().replace(",", "").lower())
+    return None if match is None else round(float(match[1]) * _UNITS[match[2]])
 
 
 def first_few(names: Sequence[str], limit: int = 3) -> str:

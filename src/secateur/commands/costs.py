@@ -117,6 +117,6 @@ def resident_bytes(stream: BlockStream, *, input_steps: bool = False, separate_c
     # Weights of experts that get new values are in memory twice: all weights, or the output projections only.
     expert_copies = (1.2 + (1 if input_steps else 1 / 3)) * experts * stream.expert_bytes / 4
     pruning = 1.2 * (block.parameters - experts) + expert_copies + max(solve, steps) + batch
-    stored = sum(info.entries for info in stream.checkpoint.weights.values())
+    stored = stream.checkpoint.entries
     outside_blocks = stored - sum(block.parameters for block in stream.blocks)
     return round(4.2 * max(pruning, outside_blocks))

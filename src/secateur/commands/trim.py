@@ -63,12 +63,11 @@ def trim(
     with target as folder:
         _write(cut, vocabulary, folder, services.watcher)
         check_written(folder, target.path, "report this as a bug in secateur")
-    before, after = (sum(info.entries for info in one.weights.values()) for one in (checkpoint, cut))
     loading = format_of_folder(checkpoint.path).how_to_load(checkpoint.auto_class.__name__, str(target.path))
     return Trimmed(
         str(target.path),
         vocabulary.tokens,
-        (before, after),
+        (checkpoint.entries, cut.entries),
         (checkpoint.bytes, cut.bytes),
         vocabulary.bits_per_byte,
         loading.line,
@@ -116,7 +115,7 @@ def _records(cut: Checkpoint, vocabulary: KeptVocabulary) -> dict[str, Any]:
         card = read_text(cut.path / CARD)
         return {RECORD: record} | ({} if card is None else {CARD: card})
     (parameters, left), (size, written) = (earlier["sizes"][name] for name in ("parameters", "bytes"))
-    bytes_per_entry = cut.original.bytes / sum(info.entries for info in cut.original.weights.values())
+    bytes_per_entry = cut.original.bytes / cut.original.entries
     record["sizes"] = earlier["sizes"] | {
         "parameters": [parameters, left - vocabulary.parameters],
         "bytes": [size, round(written - vocabulary.parameters * bytes_per_entry)],

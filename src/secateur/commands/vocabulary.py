@@ -118,10 +118,8 @@ def _read_text(checkpoint: Checkpoint, options: Options) -> tuple[dict[int, int]
             f"{options.calibration}; name a text, or scripts such as --vocabulary latin"
         )
     tokenizer, size = checkpoint.tokenizer(), checkpoint.config.vocab_size
-    counted, rest = (
-        text_ids(tokenizer, options.calibration, size, portion)
-        for portion in (Portion(0.0, COUNTED), Portion(COUNTED, 1.0))
-    )
+    kinds = text_ids(tokenizer, options.calibration, size)
+    counted, rest = ([portion.of(ids) for ids in kinds] for portion in (Portion(0.0, COUNTED), Portion(COUNTED, 1.0)))
     each = max(1, PRICED_TOKENS // len(rest))
     held_out = "\n\n".join(tokenizer.decode(ids[:each].tolist(), skip_special_tokens=True) for ids in rest)
     ids, times = torch.cat(counted).unique(return_counts=True)

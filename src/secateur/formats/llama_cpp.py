@@ -27,21 +27,15 @@ def library() -> tuple[Any, Any]:
     except ImportError as error:
         raise SecateurError("llama.cpp's library is not installed; pip install 'secateur[llama]'") from error
     lib, ffi = bindings.get_lib(), bindings.get_ffi()
-    silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
-    lib.llama_log_set(silent, ffi.NULL)
+    lib.llama_log_set(_silence(ffi), ffi.NULL)
     lib.llama_backend_init()
-    # The callback lives as long as the cached result.
-    return lib, _Interface(ffi, silent)
+    return lib, ffi
 
 
-class _Interface:
-    """Foreign function interface of the library, together with the callback that must not be freed."""
-
-    def __init__(self, ffi: Any, callback: Any):
-        self._ffi, self._callback = ffi, callback
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ffi, name)
+@cache
+def _silence(ffi: Any) -> Any:
+    """Return a log function that prints nothing. The cache keeps it alive, because the library goes on calling it."""
+    return ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
 
 
 def quantise(source: Path, out: Path, type: str) -> None:

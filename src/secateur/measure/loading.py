@@ -39,7 +39,7 @@ def load(
     Raises:
         SecateurError: Weights are missing or of another shape, which transformers would replace by random ones.
     """
-    size = sum(info.entries for info in checkpoint.weights.values()) * dtype.itemsize
+    size = checkpoint.entries * dtype.itemsize
     offloads = not whole and device.type == "cpu" and size > parse_memory(memory) - rss_bytes()
     options: dict[str, Any] = {}
     if offloads:

@@ -206,6 +206,11 @@ class Checkpoint(Stored):
         return sum(info.bytes for info in self.weights.values())
 
     @property
+    def entries(self) -> int:
+        """Number of entries of all stored weights."""
+        return sum(info.entries for info in self.weights.values())
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """Files besides config and weights that are copied to the output: tokenizer, chat templates, generation
         settings."""

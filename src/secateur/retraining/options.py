@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from secateur.base.errors import SecateurError
 from secateur.base.options import check_types, option
+from secateur.base.words import parse_count
 from secateur.commands.options import CALIBRATION
 from secateur.text.sources import GENERAL, RANDOM, SELF
 
@@ -17,7 +18,6 @@ DEFAULT_TOKENS = "128k"
 """Number of tokens to train on, where neither `--tokens` nor `--time` is given."""
 LONGEST = 10_000 * 86400
 """Most seconds of a training."""
-_THOUSANDS = {"": 1, "k": 1024, "m": 1024**2, "b": 1024**3}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -149,10 +149,10 @@ def parse_tokens(text: str) -> int:
         >>> parse_tokens("128k")
         131072
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmb]?)", text.strip().replace(",", "").lower())
-    if match is None:
+    count = parse_count(text)
+    if count is None:
         raise SecateurError(f"tokens is '{text}'; write a number such as 131072, 128k or 1M")
-    return round(float(match[1]) * _THOUSANDS[match[2]])
+    return count
 
 
 def parse_time(text: str) -> float:

@@ -26,9 +26,9 @@ class Seconds(NamedTuple):
     """Seconds that the parts of a training take."""
 
     step: float
-    """One step of the training, with its share of the teacher's pass."""
+    """Seconds of one step of the training, with its share of the teacher's pass."""
     measurement: float
-    """One measurement of perplexity on the held-out rows."""
+    """Seconds of one measurement of perplexity on the held-out rows."""
     rest: float
     """All else but measurements: the teacher's blocks are read, and it runs over the held-out rows."""
 

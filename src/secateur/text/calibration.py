@@ -205,12 +205,13 @@ def consecutive_rows(
     enough = MAX_CHARACTERS if tokens is None else max(_CHARACTERS_PER_TOKEN * tokens, _MIN_CHARACTERS)
     text = _text(_require(tokenizer, source), source, split, min(MAX_CHARACTERS, enough))
     encoded = EncodedText.of(tokenizer, text)
-    _check_enough(source, checked_ids(encoded.ids, vocab_size), 1, length, len(bos), SAMPLES)
-    return _rows_of(encoded, bos, length, None if tokens is None else tokens // length)
+    ids = checked_ids(encoded.ids, vocab_size)
+    _check_enough(source, ids, 1, length, len(bos), SAMPLES)
+    return _rows_of(encoded, ids, bos, length, None if tokens is None else tokens // length)
 
 
 def rows_of_text(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int, vocab_size: int) -> ScoredRows:
-    """Cut a text into consecutive rows, as `scored_rows` cuts the text of a source.
+    """Cut a text into consecutive rows, as `consecutive_rows` cuts the text of a source.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -219,18 +220,17 @@ def rows_of_text(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int, 
         vocab_size: Number of rows of the model's embedding; every id is below it.
     """
     encoded = EncodedText.of(tokenizer, text)
-    checked_ids(encoded.ids, vocab_size)
-    return _rows_of(encoded, _bos(tokenizer, vocab_size), length, None)
+    return _rows_of(encoded, checked_ids(encoded.ids, vocab_size), _bos(tokenizer, vocab_size), length, None)
 
 
-def _rows_of(encoded: EncodedText, bos: Tensor, length: int, most: int | None) -> ScoredRows:
+def _rows_of(encoded: EncodedText, ids: Tensor, bos: Tensor, length: int, most: int | None) -> ScoredRows:
     """Return the tokens of a text as rows of a length, at most a number of rows, with the bytes of scored tokens."""
     body = length - len(bos)
-    rows = len(encoded.ids) // body if most is None else min(len(encoded.ids) // body, most)
+    rows = len(ids) // body if most is None else min(len(ids) // body, most)
     # Behind BOS, the first token of the text is scored too.
     not_scored = 1 - len(bos)
     scored = sum(encoded.bytes_of(row * body + not_scored, (row + 1) * body) for row in range(rows))
-    return ScoredRows(_with_bos(bos, torch.tensor(encoded.ids[: rows * body]).view(rows, body)), scored)
+    return ScoredRows(_with_bos(bos, ids[: rows * body].view(rows, body)), scored)
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Tensor:
@@ -243,16 +243,13 @@ def _with_bos(bos: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([bos.expand(len(rows), -1), rows], dim=1)
 
 
-def text_ids(
-    tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int, portion: Portion = WHOLE
-) -> list[Tensor]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int) -> list[Tensor]:
     """Return all token ids of a source of text, without `random` and `self`: one tensor for each kind of text in it.
 
     Args:
         tokenizer: The model's tokenizer.
         source: A source as in `calibration_rows`.
         vocab_size: Number of rows of the model's embedding; every id is below it.
-        portion: The part of each kind of text.
     """
     parts: list[Tensor] = []
     for part in [GENERAL, text] if (text := text_beside_general(source)) else [source]:
@@ -260,7 +257,7 @@ def text_ids(
             parts += _general_ids(tokenizer, vocab_size).values()
         else:
             parts.append(_text_ids(tokenizer, part, "calibration", MAX_CHARACTERS, vocab_size))
-    return [portion.of(ids) for ids in parts]
+    return parts
 
 
 @contextmanager

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from secateur.base.errors import SecateurError
-from secateur.base.json_files import parse_json
 from secateur.model.checkpoint import Checkpoint
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.token_ids import named_ids, renumber_ids, resize_vocabulary
-from secateur.vocabulary.tokenizer import StoredTokenizer
+from secateur.vocabulary.tokenizer import StoredTokenizer, read_json_object
 from secateur.vocabulary.tokenizer_files import stale_files, write_cut
 from secateur.write.files import copy_into, write_json
 
@@ -43,19 +41,4 @@ def write_side_files(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: K
 def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Return the contents of the JSON files that may name token ids, by file name."""
     side = [file for file in checkpoint.files if file.name.endswith("config.json") and "tokenizer" not in file.name]
-    return {file.name: _contents(file) for file in (checkpoint.side_folder / CONFIG, *side)}
-
-
-def _contents(file: Path) -> dict[str, Any]:
-    """Return the contents of a JSON file.
-
-    Raises:
-        SecateurError: The file is not a JSON object.
-    """
-    try:
-        contents = parse_json(file.read_bytes())
-    except ValueError as error:
-        raise SecateurError(f"{file}: not valid JSON ({error}); download it again") from error
-    if not isinstance(contents, dict):
-        raise SecateurError(f"{file}: not a JSON object; download it again")
-    return contents
+    return {file.name: read_json_object(file) for file in (checkpoint.side_folder / CONFIG, *side)}

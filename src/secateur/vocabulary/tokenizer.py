@@ -73,8 +73,8 @@ def read_tokenizer(folder: Path) -> StoredTokenizer:
             f'{folder}: no tokenizer.json, from which a vocabulary is cut; write one: python -c "from transformers '
             f"import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
-    contents = _read_json(path)
-    side_files = {name: _read_json(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
+    contents = read_json_object(path)
+    side_files = {name: read_json_object(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
     try:
         return _tokenizer(folder, contents, side_files)
     except SecateurError as error:
@@ -145,7 +145,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Return the contents of a JSON file.
 
     Raises:

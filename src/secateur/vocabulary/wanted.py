@@ -4,12 +4,12 @@ import re
 from dataclasses import dataclass
 
 from secateur.base.errors import SecateurError
+from secateur.base.words import parse_count
 
 ALL = "all"
 """Value with which every token is kept."""
 TEXT = "text"
 """Value with which the tokens of the calibration text are kept."""
-_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ def parse_vocabulary(text: str) -> Wanted | None:
     elif match := re.fullmatch(r"(\d+(?:\.\d+)?) *%", value):
         wanted = Wanted(share=float(match[1]) / 100)
         is_valid = 0 < wanted.share < 1
-    elif match := re.fullmatch(r"(\d+(?:[.,]\d+)*) *([km]?)", value):
-        wanted = Wanted(number=round(float(match[1].replace(",", "")) * _UNITS[match[2]]))
-        is_valid = wanted.number > 0
+    elif (number := parse_count(value, "km")) is not None:
+        wanted, is_valid = Wanted(number=number), number > 0
     else:
         wanted, is_valid = Wanted(scripts=value), re.fullmatch(r"[a-z_ -]+(\+[a-z_ -]+)*", value) is not None
     if not is_valid:
