@@ -14,7 +14,7 @@ from secateur.base.errors import SecateurError
 from secateur.vocabulary.bpe import Bpe
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.selection import Selection
-from secateur.vocabulary.token_ids import named_ids, renumber_ids, resize_vocabulary
+from secateur.vocabulary.token_ids import fixed_range, named_ids, renumber_ids, resize_vocabulary
 from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
 from secateur.vocabulary.tokenizer_files import stale_files, write_cut
 from tiny_tokenizers import KINDS, SENTENCES, save_tokenizer
@@ -261,6 +261,8 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": [5, 8],
     "pad_token_id": None,
     "image_token_index": 40,
+    "image_start_id": 13,
+    "moe_layer_start_index": 1,
     "ignore_token_id": -1,
     "tie_word_embeddings": True,
     "num_hidden_layers": 13,
@@ -278,6 +280,7 @@ RENUMBERED: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": [3, 4],
     "image_token_index": 8,
+    "image_start_id": 5,
     "text_config": CONFIG["text_config"] | {"boi_token_index": 5},
     "audio_config": {"audio_token_id": 6, "depth": 3},
     "suppress_tokens": [1, 2],
@@ -291,6 +294,11 @@ RENUMBERED: dict[str, Any] = {
 def test_ids_in_configs() -> None:
     assert named_ids(CONFIG, 40) == {1, 2, 3, 5, 8, 13, 21, 34}
     assert renumber_ids(CONFIG, 40, KEPT) == RENUMBERED
+
+
+def test_tokens_whose_ids_code_computes_are_found() -> None:
+    assert fixed_range({"vision_config": {"vocab_offset": 20}}) == "vision_config.vocab_offset"
+    assert fixed_range({"lang_to_id": None, **CONFIG}) is None
 
 
 def test_numbers_of_tokens_in_configs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,28 @@ def test_tokens_and_blocks_meet_a_target_together(model: Path, latin: tuple[Path
     assert done.parameters[1] <= float(share[7:-1]) / 100 * whole
     with pytest.raises(SecateurError, match=r"needs no block to be pruned.*use secateur trim"):
         prune(model, tmp_path / "other", target="params=99%", **options)
+
+
+def test_the_cheapest_number_of_tokens_is_kept(model: Path, text: str, tmp_path: Path) -> None:
+    options = {name: value for name, value in PRUNE.items() if name != "sparsity"}
+    target = {"vocabulary": "auto", "target": "params=60%", "calibration": text}
+    done = prune(model, tmp_path / "out", **target, **options)
+    record = json.loads((tmp_path / "out" / "secateur.json").read_text(encoding="utf-8"))["vocabulary"]
+    choices = {one["tokens"]: one for one in record["choices"]}
+    loss = {
+        tokens: math.log(2) * (one["bits_per_byte"] - one["bits_before"]) + one["blocks"]
+        for tokens, one in choices.items()
+    }
+    most, fewest = max(choices), min(choices)
+    # The scripts' tokens are free, so that blocks pay for all; fewer tokens leave less to blocks.
+    assert choices[most]["bits_per_byte"] == pytest.approx(choices[most]["bits_before"], rel=0.05)
+    assert choices[most]["blocks"] > choices[fewest]["blocks"]
+    assert done.vocabulary is not None
+    assert done.vocabulary[1] == min(loss, key=lambda tokens: loss[tokens])
+    assert done.parameters[1] <= 0.6 * done.parameters[0]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) <= done.vocabulary[1]
+    with pytest.raises(SecateurError, match="vocabulary auto meets a target by tokens and blocks together"):
+        trim(model, tmp_path / "other", vocabulary="auto")
 
 
 def test_a_survey_of_fewer_tokens_is_for_them_alone(model: Path, text: str, tmp_path: Path) -> None:

@@ -108,8 +108,9 @@ class Options:
         "Tokens to keep, beside special tokens and bytes. all; scripts by their Unicode names, such as latin or "
         "latin+cyrillic, each with digits, punctuation and symbols: text of these scripts keeps its tokens and logits; "
         "text or text:5: tokens that occur in the calibration text once, or five times; a number such as 64k or a "
-        "share such as 50%: tokens of the calibration text's scripts first, frequent ones first. Shares in --target "
-        "refer to the model with all tokens.",
+        "share such as 50%: tokens of the calibration text's scripts first, frequent ones first; auto: the number of "
+        "tokens with which tokens and blocks meet --target at the lowest estimated loss. Shares in --target refer to "
+        "the model with all tokens.",
     )
     round: int | None = option(
         None,
@@ -247,6 +248,11 @@ class Options:
                 raise SecateurError(
                     f"{name} and {names[0]} both set what to remove from which blocks; leave one of them out"
                 )
+        if self.chooses_tokens and not (self.target and parse_target(self.target).quantity in WHOLE_MODEL):
+            raise SecateurError(
+                "vocabulary auto meets a target by tokens and blocks together: use it in secateur prune or plan, with "
+                f"a target of {', '.join(WHOLE_MODEL[:-1])} or {WHOLE_MODEL[-1]}, such as --target params=70%"
+            )
         if self.plan is not None and not Path(self.plan).is_file():
             raise SecateurError(f"plan is '{self.plan}', but there is no such file; check the path")
         if self.widths not in WIDTHS and not Path(self.widths).is_file():
@@ -361,6 +367,12 @@ class Options:
         return self.recovery_settings.biases == "added"
 
     @property
+    def chooses_tokens(self) -> bool:
+        """Whether the number of tokens is chosen together with the widths of the blocks."""
+        wanted = parse_vocabulary(self.vocabulary)
+        return wanted is not None and wanted.with_blocks
+
+    @property
     def widths_from_file(self) -> bool:
         """Whether a file sets the width of each block."""
         return self.plan is not None or self.widths not in WIDTHS
@@ -467,6 +479,8 @@ class RunOptions:
     )
 
 
+WHOLE_MODEL = ("params", "active", "bytes")
+"""Quantities of a target that count the vocabulary."""
 SURVEYED = ("vocabulary", "blocks", "modules", "criterion", "ridge", "calibration", "samples", "length", "seed")
 """Options that a survey depends on."""
 

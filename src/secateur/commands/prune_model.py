@@ -7,6 +7,7 @@ from typing import Any
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
+from secateur.commands.choose_tokens import choose_tokens
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.fit_blocks import fit_blocks
 from secateur.commands.open_model import check_options, open_run
@@ -57,10 +58,11 @@ def prune_model(
     with TemporaryDirectory(prefix="secateur-") as folder:
         checkpoint = checkpoint_in_memory(model, tokenizer, Path(folder))
         run = open_run(checkpoint, options, run_options, device=device, services=services)
-        format = run.request.format
-        assert isinstance(format, Folder)
         rows = draw_rows(run)
-        plan = plan_widths(run, rows, survey_model(run, rows))
+        findings = survey_model(run, rows)
+        run, rows = choose_tokens(run, rows, findings)
+        plan, format = plan_widths(run, rows, findings), run.request.format
+        assert isinstance(format, Folder)
         with pruned_model(run, plan, fit_blocks(run, rows, plan), []) as pruned:
             return format.build(pruned).to(model.device)
 

@@ -1,5 +1,6 @@
 """The vocabulary that a run keeps: the choice of tokens, the smaller checkpoint, and what the choice costs."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +29,36 @@ PRICED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
+class TokenChoice:
+    """A number of tokens, and what it costs to meet a target with it."""
+
+    tokens: int
+    bits_before: float
+    """Bits per byte of text whose tokens were not counted, with the whole vocabulary."""
+    bits_per_byte: float
+    """The same with this number of tokens."""
+    blocks: float
+    """Estimated loss increase from pruning the blocks by the rest, in nats per byte of text."""
+
+    @property
+    def price(self) -> float:
+        """Loss increase from cutting tokens, in nats per byte of text."""
+        return (self.bits_per_byte - self.bits_before) * math.log(2)
+
+    @property
+    def loss(self) -> float:
+        """Estimated loss increase, in nats per byte of text."""
+        return self.price + self.blocks
+
+    def describe(self) -> str:
+        """Return a sentence for the user."""
+        return (
+            f"{self.tokens:,} tokens: estimated loss increase {self.loss:.4f} nats per byte, {self.price:.4f} from "
+            f"tokens and {self.blocks:.4f} from blocks"
+        )
+
+
+@dataclass(frozen=True)
 class KeptVocabulary:
     """The tokens that a run keeps; pairs are before and after."""
 
@@ -39,6 +70,8 @@ class KeptVocabulary:
     """Number of parameters that were cut."""
     bits_per_byte: tuple[float, float] | None
     """Bits per byte of calibration text whose tokens were not counted; None where the choice ignores the text."""
+    choices: tuple[TokenChoice, ...] = ()
+    """Numbers of tokens that were compared; empty unless the number was chosen together with the blocks."""
 
     def as_record(self) -> dict[str, Any]:
         """Return the entry of secateur.json."""
@@ -52,6 +85,57 @@ class KeptVocabulary:
             return size
         dense, cut = self.bits_per_byte
         return f"{size}; bits per byte of text whose tokens were not counted: {dense:.3f} before, {cut:.3f} after"
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """A model with its whole vocabulary, and the text by which tokens are chosen."""
+
+    checkpoint: Checkpoint
+    selection: Selection
+    counts: dict[int, int]
+    """How often the counted part of the calibration text has each token that it has; empty without such a text."""
+    held_out: str
+    """The rest of the calibration text; empty without such a text."""
+    length: int
+    """Tokens in a row of the rest."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, options: Options, wanted: Wanted) -> "Cutter":
+        """Read the tokenizer, and the calibration text if the choice of tokens depends on it.
+
+        Raises:
+            SecateurError: The tokenizer cannot be cut, or there is no calibration text.
+        """
+        selection = Selection(
+            read_tokenizer(checkpoint.side_folder), checkpoint.config.vocab_size, ids_in_configs(checkpoint)
+        )
+        counts, held_out = _read_text(checkpoint, options) if wanted.reads_text else ({}, "")
+        return cls(checkpoint, selection, counts, held_out, options.length)
+
+    def choose(self, wanted: Wanted) -> KeptTokens:
+        """Return the tokens to keep.
+
+        Raises:
+            SecateurError: There is no such script, or the tokens that must be kept are more than the number.
+        """
+        selection = self.selection
+        if wanted.with_blocks:
+            return selection.by_scripts(selection.main_scripts(self.counts), self.counts)
+        if wanted.scripts:
+            return selection.by_scripts(parse_scripts(wanted.scripts, selection.tokenizer.scripts()))
+        if wanted.least:
+            return selection.by_text(self.counts, wanted.least)
+        return selection.by_number(wanted.number or round(wanted.share * selection.rows), self.counts)
+
+    def cut(self, kept: KeptTokens) -> Checkpoint:
+        """Return the checkpoint with some of its tokens; the whole one if they are all of them."""
+        whole = len(kept.ids) == self.selection.rows
+        return self.checkpoint if whole else cut_vocabulary(self.checkpoint, self.selection.tokenizer, kept)
+
+    def bits_per_byte(self, checkpoint: Checkpoint, device: torch.device, services: Services) -> float:
+        """Return the bits per byte of the text that was not counted."""
+        return bits_per_byte(checkpoint, self.held_out, length=self.length, device=device, services=services)
 
 
 def with_vocabulary(
@@ -72,38 +156,19 @@ def with_vocabulary(
     if wanted is None:
         return checkpoint, None
     with watcher.busy("Cutting the vocabulary"), services.processes.first_rank_first():
-        tokenizer = read_tokenizer(checkpoint.side_folder)
-        counts, held_out = _read_text(checkpoint, options) if wanted.reads_text else ({}, "")
-        kept = _choose(wanted, Selection(tokenizer, rows, ids_in_configs(checkpoint)), counts)
-        if len(kept.ids) == rows:
-            watcher.note(f"All {rows:,} tokens are kept: --vocabulary {options.vocabulary} leaves none out")
-            return checkpoint, None
-        cut = cut_vocabulary(checkpoint, tokenizer, kept)
-    size: dict[str, Any] = {"length": options.length, "device": device, "services": services}
-    price = (bits_per_byte(checkpoint, held_out, **size), bits_per_byte(cut, held_out, **size)) if held_out else None
+        cutter = Cutter.of(checkpoint, options, wanted)
+        kept = cutter.choose(wanted)
+        cut = cutter.cut(kept)
+    if not cutter.selection.tokenizer.keeps_all_text:
+        watcher.note("Characters without a token become the unknown token, because this tokenizer has no bytes")
+    if cut is checkpoint:
+        watcher.note(f"All {rows:,} tokens are kept: --vocabulary {options.vocabulary} leaves none out")
+        return checkpoint, None
+    scored = [] if wanted.is_free else [cutter.bits_per_byte(one, device, services) for one in (checkpoint, cut)]
+    price = (scored[0], scored[1]) if scored else None
     vocabulary = KeptVocabulary(options.vocabulary, (rows, len(kept.ids)), cut.cut_entries, price)
     watcher.note(vocabulary.describe())
-    if not tokenizer.keeps_all_text:
-        watcher.note("Characters without a token become the unknown token, because this tokenizer has no bytes")
     return cut, vocabulary
-
-
-def _choose(wanted: Wanted, selection: Selection, counts: dict[int, int]) -> KeptTokens:
-    """Return the tokens to keep.
-
-    Args:
-        wanted: What the user asks for.
-        selection: The vocabulary.
-        counts: How often the calibration text has each token that it has.
-
-    Raises:
-        SecateurError: There is no such script, or the tokens that must be kept are more than the number.
-    """
-    if wanted.scripts:
-        return selection.by_scripts(parse_scripts(wanted.scripts, selection.tokenizer.scripts()))
-    if wanted.least:
-        return selection.by_text(counts, wanted.least)
-    return selection.by_number(wanted.number or round(wanted.share * selection.rows), counts)
 
 
 def _read_text(checkpoint: Checkpoint, options: Options) -> tuple[dict[int, int], str]:

@@ -67,7 +67,7 @@ class Selection:
             SecateurError: A config names an id that no token has.
         """
         used = {token for token, count in counts.items() if count >= at_least} & self._tokens
-        required = self._required(self._characters(self._scripts(counts, scripts)))
+        required = self._required(self._characters(scripts or self.main_scripts(counts)))
         kept = self._with_parts(required | used)
         return self._rounded(kept, len(kept), lambda token: (-counts.get(token, 0), token))
 
@@ -83,7 +83,7 @@ class Selection:
             SecateurError: The number is smaller than the number of tokens that are always kept, or a config names an id
                 that no token has.
         """
-        characters = self._characters(self._scripts(counts, scripts))
+        characters = self._characters(scripts or self.main_scripts(counts))
         occurring, kept = self._occurring(characters), self._with_parts(self._required(characters))
         if len(kept) > self._round(number):
             raise SecateurError(
@@ -158,9 +158,11 @@ class Selection:
                 f"{self.tokenizer.folder}: a config names the token id {wrong[0]}, which is no token; correct it"
             )
 
-    def _scripts(self, counts: _Counts, scripts: tuple[str, ...] | None) -> tuple[str, ...]:
-        """Return the given scripts, or the main scripts of a text."""
-        if scripts is not None:
-            return scripts
+    def main_scripts(self, counts: _Counts) -> tuple[str, ...]:
+        """Return the codes of the main scripts of a text.
+
+        Args:
+            counts: Occurrences of tokens in the text.
+        """
         spellings, alphabet = self.tokenizer.model.spellings, self.tokenizer.alphabet
         return main_scripts((alphabet.text_of(spellings.get(token, "")), count) for token, count in counts.items())

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from secateur.base.errors import SecateurError
 from secateur.model.checkpoint import Checkpoint
 from secateur.vocabulary.kept import KeptTokens
-from secateur.vocabulary.token_ids import named_ids, renumber_ids, resize_vocabulary
+from secateur.vocabulary.token_ids import fixed_range, named_ids, renumber_ids, resize_vocabulary
 from secateur.vocabulary.tokenizer import StoredTokenizer, read_json_object
 from secateur.vocabulary.tokenizer_files import stale_files, write_cut
 from secateur.write.files import copy_into, write_json
@@ -14,9 +15,16 @@ CONFIG = "config.json"
 
 
 def ids_in_configs(checkpoint: Checkpoint) -> frozenset[int]:
-    """Return the token ids that config.json, generation_config.json and the configs of processors name."""
-    rows = checkpoint.config.vocab_size
-    return frozenset().union(*(named_ids(contents, rows) for contents in _configs(checkpoint).values()))
+    """Return the token ids that config.json, generation_config.json and the configs of processors name.
+
+    Raises:
+        SecateurError: A config has tokens that cannot get other ids.
+    """
+    rows, configs = checkpoint.config.vocab_size, _configs(checkpoint)
+    for name, contents in configs.items():
+        if key := fixed_range(contents):
+            raise SecateurError(f"the vocabulary cannot be cut: {name} has {key}, which fixes the ids of some tokens")
+    return frozenset().union(*(named_ids(contents, rows) for contents in configs.values()))
 
 
 def write_side_files(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: KeptTokens, folder: Path) -> None:

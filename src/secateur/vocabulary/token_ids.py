@@ -11,9 +11,12 @@ from typing import Any
 from secateur.vocabulary.kept import KeptTokens
 
 _IDS = re.compile(
-    r"(.+_)?token_(id|ids|index|indices)|(begin_)?suppress_tokens|bad_words_ids|force_words_ids|stop_token_ids"
+    r"(.+_)?token_(id|ids|index|indices)|(.+_)?(start|end|patch|newline)_ids?"
+    r"|(begin_)?suppress_tokens|bad_words_ids|force_words_ids"
 )
 """Keys of a token id, or of lists of token ids at any depth."""
+_RANGES = re.compile(r"vocab_offset|vocabulary_map|.+_token_offset|(lang|task)_to_id")
+"""Keys of tokens that the model's code finds by arithmetic or by name, so that they cannot get other ids."""
 SIZE_KEYS = frozenset({"vocab_size", "vocab_size_per_layer_input", "padded_vocab_size", "text_vocab_size"})
 """Keys of a number of tokens."""
 
@@ -35,6 +38,16 @@ def named_ids(config: dict[str, Any], rows: int) -> set[int]:
 
     _changed(config, rows, note)
     return {token for token in found if 0 <= token < rows}
+
+
+def fixed_range(config: dict[str, Any]) -> str | None:
+    """Return the first key, at any depth, whose tokens cannot get other ids; None if there is none."""
+    for key, value in config.items():
+        if _RANGES.fullmatch(key) and value is not None:
+            return key
+        if isinstance(value, dict) and (inner := fixed_range(value)):
+            return f"{key}.{inner}"
+    return None
 
 
 def renumber_ids(config: dict[str, Any], rows: int, kept: KeptTokens) -> dict[str, Any]:
