@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from models import ROWS, logits_of, relative, token_rows
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
+from secateur.base.services import Services
 from secateur.commands.prune import prune
 from secateur.measure import loading, perplexity
 from secateur.measure.loading import load
@@ -177,7 +179,7 @@ def test_experts_are_trained(
     assert experts
     assert not any(torch.equal(before[key], after[key]) for key in experts)
     written = open_checkpoint(out)
-    held_out = training_rows(written, training, 64, Silent()).held_out
+    held_out = training_rows(written, training, 64, Services()).held_out
     found = perplexity(load(written, torch.float32, torch.device("cpu")), held_out).perplexity
     assert found == pytest.approx(done.perplexity[1], rel=2e-2)
 
@@ -297,7 +299,7 @@ def test_the_teacher_is_the_model_that_the_record_names(
     recorded = retrain(folder, tmp_path / "recorded", **settings | {"teacher": None})
     assert recorded.curve == named.curve
     assert recorded.curve.dense is not None
-    rows = training_rows(open_checkpoint(dense), Training(calibration=str(text), length=16, batch=4), 64, Silent())
+    rows = training_rows(open_checkpoint(dense), Training(calibration=str(text), length=16, batch=4), 64, Services())
     network = load(open_checkpoint(dense), torch.float32, torch.device("cpu"))
     assert recorded.curve.dense == pytest.approx(perplexity(network, rows.held_out).perplexity, rel=1e-2)
     dense.rename(tmp_path / "moved")
@@ -344,11 +346,11 @@ def test_a_text_with_too_few_tokens_is_used_several_times(
     text.write_text(" ".join(f"w{number}" for number in drawn.tolist()))
     checkpoint = open_checkpoint(checkpoint_folder("llama"))
     training = Training(calibration=str(text), length=16, batch=4)
-    rows = training_rows(checkpoint, training, 4096, Silent())
+    rows = training_rows(checkpoint, training, 4096, Services())
     assert rows.train.shape == (256, 16)
     assert rows.passes == pytest.approx(4096 / (0.95 * 900), rel=1e-3)
     assert len(rows.train.unique(dim=0)) == 256
-    assert torch.equal(rows.held_out, training_rows(checkpoint, training, 64, Silent()).held_out)
+    assert torch.equal(rows.held_out, training_rows(checkpoint, training, 64, Services()).held_out)
     windows = {
         tuple(window) for row in rows.train.tolist() for window in zip(*(row[i:] for i in range(4)), strict=False)
     }
@@ -358,7 +360,7 @@ def test_a_text_with_too_few_tokens_is_used_several_times(
     assert not windows & kept
     text.write_text("w1 w2 w3 " * 90)
     with pytest.raises(SecateurError, match="has 270 tokens, of which 5% are held out; rows of 16 tokens need 320"):
-        training_rows(checkpoint, training, 4096, Silent())
+        training_rows(checkpoint, training, 4096, Services())
 
 
 def test_standard_input_can_be_the_text(checkpoint_folder, tmp_path, text, monkeypatch):
@@ -368,6 +370,14 @@ def test_standard_input_can_be_the_text(checkpoint_folder, tmp_path, text, monke
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.read_bytes())))
         losses.append(retrain(folder, tmp_path / "out", overwrite=True, **SMALL | {"calibration": source}).losses)
     assert losses[0] == losses[1]
+
+
+def test_one_process_reads_the_text_for_all(dense: Path) -> None:
+    sent = [[[1, 2]], [[3, 4]], 0.5]
+    second: Any = SimpleNamespace(broadcast=lambda make: sent)
+    training = Training(calibration="only-rank-0-has-this.txt", length=2, batch=1)
+    rows = training_rows(open_checkpoint(dense), training, 2, Services(second))
+    assert [rows.train.tolist(), rows.held_out.tolist(), rows.passes] == sent
 
 
 class Noting(Silent):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.hashes import hash_json
-from secateur.base.progress import Silent, Watcher, busy_reading
+from secateur.base.progress import Watcher, busy_reading
+from secateur.base.services import Services
 from secateur.base.words import first_duplicate
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.open_model import OpenRun, open_model
@@ -101,7 +102,7 @@ def open_compared_model(
                 model, rows = opened[group]
                 model = model.with_options(run.options)
                 if run.training is not None:
-                    training_rows(model.stream.checkpoint, run.training, run.training.token_count, Silent())
+                    training_rows(model.stream.checkpoint, run.training, run.training.token_count, Services())
             except SecateurError as error:
                 raise SecateurError(f"{model_runs.name}, {run.row or 'run'}: {error}") from error
             found.append((run, model, rows))

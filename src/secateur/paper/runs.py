@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base.hashes import hash_json, hash_rows
-from secateur.base.progress import Silent
+from secateur.base.services import Services
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.fit_blocks import fit_blocks
 from secateur.commands.open_model import OpenRun
@@ -106,7 +106,7 @@ def planned_runs(model: ComparedModel, scorer: Scorer) -> Iterator[PlannedRun]:
     for run, opened, rows in model.runs:
         training, trained = run.training, None
         if training is not None:
-            trained = training_rows(model.checkpoint, training, training.token_count, Silent())
+            trained = training_rows(model.checkpoint, training, training.token_count, Services())
         own = {
             "options": asdict(opened.options),
             # Random ids that stand in for generated rows decide these together with the options.

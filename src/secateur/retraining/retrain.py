@@ -132,7 +132,7 @@ def retrain(
     with ExitStack() as stack:
         # The text is needed several times: for the held-out rows and for the rows to train on.
         stack.enter_context(cached_token_ids())
-        inputs = _inputs_of(checkpoint, teacher, training)
+        inputs = _inputs_of(checkpoint, teacher, training, services)
         services = stack.enter_context(with_run_folder(services, target.path, inputs, restart=restart))
         stack.enter_context(torch.random.fork_rng())
         set_seed(training.seed)
@@ -279,7 +279,7 @@ def _draw(
     else:
         tokens = services.saved_result("tokens", partial(plan_tokens, training.seconds))
         services.watcher.note(f"Training on {tokens:,} tokens, as many as fit into {training.time}")
-    rows = training_rows(checkpoint, training, tokens, services.watcher)
+    rows = training_rows(checkpoint, training, tokens, services)
     if rows.passes > 1:
         services.watcher.note(
             f"The text is shorter than the {rows.train.numel():,} tokens of the training, which uses it "
@@ -288,11 +288,14 @@ def _draw(
     return rows
 
 
-def _inputs_of(checkpoint: Checkpoint, teacher: Checkpoint | None, training: Training) -> dict[str, Any]:
+def _inputs_of(
+    checkpoint: Checkpoint, teacher: Checkpoint | None, training: Training, services: Services
+) -> dict[str, Any]:
     """Return all inputs of the training, by which its state is recognised."""
     options = {name: value for name, value in asdict(training).items() if name != "teacher"}
     # The held-out rows are the same for every number of tokens.
-    text = training_rows(checkpoint, replace(training, batch=1), training.length, Silent())
+    quiet = replace(services, watcher=Silent())
+    text = training_rows(checkpoint, replace(training, batch=1), training.length, quiet)
     inputs = {"model": checkpoint.fingerprint, "text": hash_rows(text.held_out), "version": secateur.__version__}
     return options | inputs | {"teacher": None if teacher is None else teacher.fingerprint}
 

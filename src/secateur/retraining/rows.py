@@ -1,12 +1,13 @@
 """Rows of token ids for a training, and held-out rows of the same text."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Watcher, busy_reading
+from secateur.base.progress import busy_reading
+from secateur.base.services import Services
 from secateur.model.checkpoint import Checkpoint
 from secateur.retraining.options import Training
 from secateur.text.calibration import Portion, cached_token_ids, calibration_rows, text_ids
@@ -26,20 +27,32 @@ class TrainingRows(NamedTuple):
     """Number of times that the text is used, on average."""
 
 
-def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, watcher: Watcher) -> TrainingRows:
-    """Return the rows of a training.
+def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, services: Services) -> TrainingRows:
+    """Return the rows of a training, which one process reads for all.
 
     Args:
         checkpoint: The pruned model.
         training: Text, length, batch and seed.
         tokens: Number of tokens to train on; rows that do not fill a step are left out.
-        watcher: Progress output.
+        services: Processes and progress output.
 
     Raises:
         SecateurError: The text cannot be read or does not fill a row, or the tokens do not fill a step.
     """
-    count, vocabulary = training.steps_of(tokens) * training.batch, checkpoint.config.vocab_size
-    tokenizer = checkpoint.tokenizer()
+    count = training.steps_of(tokens) * training.batch
+
+    def read() -> list[Any]:
+        train, held_out, text = _read(checkpoint, training, count)
+        return [train.tolist(), held_out.tolist(), count * training.length / (TRAINED_SHARE * text)]
+
+    with busy_reading(services.watcher, "Reading", training.calibration):
+        train, held_out, passes = services.processes.broadcast(read)
+    return TrainingRows(torch.tensor(train), torch.tensor(held_out), passes)
+
+
+def _read(checkpoint: Checkpoint, training: Training, count: int) -> tuple[Tensor, Tensor, int]:
+    """Return a number of rows to train on, the held-out rows, and the number of tokens of the text."""
+    tokenizer, vocabulary = checkpoint.tokenizer(), checkpoint.config.vocab_size
 
     def draw(samples: int, portion: Portion) -> Tensor:
         return calibration_rows(
@@ -54,7 +67,7 @@ def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, watch
             repeats=True,
         )
 
-    with busy_reading(watcher, "Reading", training.calibration), cached_token_ids():
+    with cached_token_ids():
         text = sum(map(len, text_ids(tokenizer, training.calibration, vocabulary)))
         # One token of a row may be BOS.
         if (1 - TRAINED_SHARE) * text < training.length - 1:
@@ -63,8 +76,7 @@ def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, watch
                 f"out; rows of {training.length} tokens need {training.length / (1 - TRAINED_SHARE):,.0f}, or use a "
                 "smaller --length"
             )
-        train, held_out = draw(count, Portion(0.0, TRAINED_SHARE)), draw(HELD_OUT, Portion(TRAINED_SHARE, 1.0))
-    return TrainingRows(train, held_out, count * training.length / (TRAINED_SHARE * text))
+        return draw(count, Portion(0.0, TRAINED_SHARE)), draw(HELD_OUT, Portion(TRAINED_SHARE, 1.0)), text
 
 
 def random_rows(checkpoint: Checkpoint, training: Training) -> Tensor:
