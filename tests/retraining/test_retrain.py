@@ -375,7 +375,7 @@ def test_standard_input_can_be_the_text(checkpoint_folder, tmp_path, text, monke
 def test_one_process_reads_the_text_for_all(checkpoint_folder: CheckpointFolder) -> None:
     sent = [[[1, 2]], [[3, 4]], 0.5]
     second: Any = SimpleNamespace(broadcast=lambda make: sent)
-    training = Training(calibration="only-rank-0-has-this.txt", length=2, batch=1)
+    training = Training(length=2, batch=1)
     rows = training_rows(open_checkpoint(checkpoint_folder("llama")), training, 2, Services(second))
     assert [rows.train.tolist(), rows.held_out.tolist(), rows.passes] == sent
 
