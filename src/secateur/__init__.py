@@ -1,8 +1,8 @@
 """Secateur prunes pretrained language models in one shot: it removes heads, channels and experts.
 
-`prune` runs the whole pipeline. Its seven steps can also be called one by one: `open_model`, `draw_rows`, `survey_model`,
-`choose_tokens`, `plan_widths`, `fit_blocks`, `write_model`. Names are imported on first use, so that `import secateur`
-takes no time.
+`prune` runs the whole pipeline. Its seven steps can also be called one by one: `open_model`, `draw_rows`,
+`survey_model`, `choose_tokens`, `plan_widths`, `fit_blocks`, `write_model`. Names are imported on first use, so that
+`import secateur` takes no time.
 """
 
 from __future__ import annotations
@@ -65,18 +65,8 @@ _MODULES = {
 
 __all__ = ["Bars", "BlockStream", "Options", "Rows", "RunOptions", "SecateurError"]
 __all__ += ["calibration_rows", "choose_tokens", "consecutive_rows", "draw_rows", "fit_blocks", "open_checkpoint"]
-__all__ += [
-    "open_model",
-    "perplexity",
-    "plan_widths",
-    "propose",
-    "prune",
-    "prune_model",
-    "register",
-    "retrain",
-    "speed",
-]
-__all__ += ["survey_model", "trim", "write_model"]
+__all__ += ["open_model", "perplexity", "plan_widths", "propose", "prune", "prune_model", "register", "retrain"]
+__all__ += ["speed", "survey_model", "trim", "write_model"]
 
 
 def __getattr__(name: str) -> Any:
