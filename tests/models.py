@@ -541,7 +541,7 @@ def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[i
     handles = []
     for index, keep in keeps.items():
         layer, block = layers[index], blocks[index]
-        for module in block.modules:
+        for module in block.modules_left:
             if module.kind == "experts":
                 gone = [unit for unit in range(module.units) if unit not in keep["experts"]]
                 home = layer if module.outer_norm else layer.get_submodule(module.output_layer)

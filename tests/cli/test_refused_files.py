@@ -159,8 +159,6 @@ WRONG_FILES = [
     ("prune model out --widths uniform --target ppl=1.1x --recovery bias", "has no biases of output projections"),
     ("prune model out --widths uniform --target ppl=1.1x --modules channels --round 128", "--round 128 leaves nothing"),
     ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "widths; the nearest that fits: --widths"),
-    ("prune adaptive out", "can be evaluated but not pruned again; prune the dense model"),
-    ("plan adaptive", "can be evaluated but not pruned again; prune the dense model"),
     ("export adaptive out.gguf", "adaptive: the tokenizer is WordLevel; GGUF output supports only"),
     ("export gpt2-adaptive out.gguf", "uniform widths; the nearest that fits: prune again with --widths uniform --sp"),
 ]

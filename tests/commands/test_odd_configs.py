@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from models import logits_of, token_rows
 from outputs import weights_of
 from secateur import SecateurError, prune
-from secateur.formats.per_layer import model_class
 from secateur.measure.evaluation import evaluate
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.per_layer import model_class
 
 SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "device": "cpu", "effort": "quick"}
 

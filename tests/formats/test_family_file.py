@@ -16,7 +16,7 @@ from secateur.base.quiet import quiet
 from secateur.families.entry import Experts, Gguf
 from secateur.families.registry import FAMILIES
 from secateur.formats.family_file import read_family
-from secateur.formats.per_layer import model_class
+from secateur.model.per_layer import model_class
 
 EXTEND = Path(__file__).parents[2] / "docs" / "extend.md"
 BIOGPT = EXTEND.read_text().partition('title="biogpt.yaml"\n')[2].partition("```")[0]

@@ -36,9 +36,9 @@ from secateur import SecateurError, prune
 from secateur.commands import doctor
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import DECODER_ONLY, export
-from secateur.formats.per_layer import widths_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.kinds import KINDS
+from secateur.model.per_layer import widths_of
 
 
 def around(case: str, text: dict[str, Any], **keys: Any) -> tuple[str, dict[str, Any]]:

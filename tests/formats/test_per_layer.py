@@ -48,13 +48,14 @@ from secateur.families.registry import FAMILIES
 from secateur.fit.fitted_block import FittedBlock
 from secateur.formats.format import PrunedModel
 from secateur.formats.hf import HfFolder
-from secateur.formats.per_layer import MODELING_FILE, is_per_layer, model_class, per_layer_unsupported, widths_of
+from secateur.formats.per_layer import MODELING_FILE, per_layer_unsupported
 from secateur.formats.stock_folder import StockFolder
 from secateur.measure.evaluation import evaluate
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.layer_sizes import IN_MEMORY
 from secateur.model.modeling_secateur import resize
+from secateur.model.per_layer import is_per_layer, model_class, widths_of
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import assign, first_units

@@ -23,8 +23,8 @@ from secateur.base.quiet import quiet
 from secateur.commands import write_model
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
-from secateur.formats.per_layer import model_class
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
 

@@ -29,9 +29,9 @@ from secateur.formats.format import PrunedModel
 from secateur.formats.gguf_export import export
 from secateur.formats.gguf_meter import gguf_byte_meter
 from secateur.formats.hf import HfFolder
-from secateur.formats.per_layer import model_class
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
 from secateur.model.surgery import slice_block

@@ -39,10 +39,10 @@ from secateur.base.quiet import quiet
 from secateur.commands.doctor import check_engines
 from secateur.fit.fitted_block import FittedBlock
 from secateur.formats.format import PrunedModel, format_class
-from secateur.formats.per_layer import model_class, widths_of
 from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.per_layer import model_class, widths_of
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import first_units

@@ -110,7 +110,7 @@ def resident_bytes(stream: BlockStream, *, input_steps: bool = False, separate_c
     block, d = max(stream.blocks, key=lambda block: block.parameters), stream.width
     costs = costs_of(stream, block)
     a, experts = max(module.solved_inputs for module in costs), sum(module.expert_parameters for module in costs)
-    m = sum(len(module.channel_projections) for module in block.modules)
+    m = sum(len(module.channel_projections) for module in block.modules_left)
     solve = (2.3 + separate_choice) * a * a + (7 + separate_choice) * a * d
     steps = m * (2 * a * a + 6 * a * d) * input_steps
     batch = stream.batch_tokens * (3 * a + 4 * d)

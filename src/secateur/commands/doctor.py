@@ -21,8 +21,9 @@ from secateur.formats.folder import Folder, format_of_folder, open_folder
 from secateur.formats.gguf_choice import choose_architecture
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_tokenizer import vocabulary_of
-from secateur.formats.per_layer import MODELING_FILE, widths_of
+from secateur.formats.per_layer import MODELING_FILE
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.per_layer import widths_of
 from secateur.model.tokens import encode
 
 PROMPT = "The capital of France is"

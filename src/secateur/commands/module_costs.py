@@ -170,7 +170,7 @@ COSTS: dict[str, type[ModuleCosts]] = {
 
 def costs_of(stream: BlockStream, block: Block) -> list[ModuleCosts]:
     """Return the costs of each module of a block."""
-    return [COSTS.get(module.kind, ModuleCosts)(stream, block, module) for module in block.modules]
+    return [COSTS.get(module.kind, ModuleCosts)(stream, block, module) for module in block.modules_left]
 
 
 def step_work(k: int, d: int, m: int, tokens: float, steps: int) -> Work:

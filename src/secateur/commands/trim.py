@@ -20,7 +20,7 @@ from secateur.report.card import BASE_CARD, CARD
 from secateur.report.folder import read_text, readme_and_report
 from secateur.report.summary import Trimmed
 from secateur.text.calibration import check_calibration
-from secateur.vocabulary.map_file import MAP_FILE, map_contents, read_map
+from secateur.vocabulary.map_file import MAP_FILE, map_contents, original_ids
 from secateur.vocabulary.wanted import parse_vocabulary
 from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.record import RECORD, read_record
@@ -98,11 +98,8 @@ def _write(cut: Checkpoint, vocabulary: KeptVocabulary, folder: Path, watcher: W
     write_json(folder / "config.json", without_quantisation(read_config(cut.side_folder)))
     for file in (*cut.files, *format_of_folder(cut.path).code):
         copy_into(folder, file)
-    source = cut.path
-    # A folder that was trimmed before has a map to the original model, which the new map goes on from.
-    earlier = read_map(source)
-    kept = cut.kept_tokens if earlier is None else [earlier[old] for old in cut.kept_tokens]
-    (folder / MAP_FILE).write_text(map_contents(kept), encoding="utf-8")
+    ids = original_ids(cut.path, cut.kept_tokens) or []
+    (folder / MAP_FILE).write_text(map_contents(ids), encoding="utf-8")
     for name, contents in _records(cut, vocabulary).items():
         write_text_or_json(folder / name, contents)
 

@@ -20,7 +20,7 @@ from secateur.report.card import CARD
 from secateur.report.folder import read_text, readme_and_report
 from secateur.report.summary import Summary
 from secateur.text.draw import CalibrationRows
-from secateur.vocabulary.map_file import MAP_FILE, map_contents
+from secateur.vocabulary.map_file import MAP_FILE, map_contents, original_ids
 from secateur.write.hub import upload
 from secateur.write.slice import slice_fitted
 
@@ -114,5 +114,6 @@ def _records(
 
     checkpoint = run.stream.checkpoint
     files = {"secateur.json": record, "timings.json": timings}
-    files |= {MAP_FILE: map_contents(checkpoint.kept_tokens)} if checkpoint.kept_tokens else {}
+    ids = original_ids(checkpoint.path, checkpoint.kept_tokens)
+    files |= {} if ids is None else {MAP_FILE: map_contents(ids)}
     return files | readme_and_report(read_text(checkpoint.path / CARD), record)

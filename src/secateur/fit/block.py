@@ -17,9 +17,9 @@ def fit_block(state: BlockState, pruned: Activations, width: Width, kept: KeptUn
         width: Width that the block gets.
         kept: Units that stay, by kind; kinds that are missing here are chosen.
     """
-    keep: dict[str, tuple[int, ...]] = {}
+    keep: dict[str, tuple[int, ...]] = dict.fromkeys(state.block.kinds, ())
     reports: list[ModuleReport] = []
-    for module in state.block.modules:
+    for module in state.block.modules_left:
         units, report = prune_stage(state, module, pruned, width, kept)
         keep |= units
         reports.append(report)

@@ -7,6 +7,7 @@ Shapes: rows x t x d for stored activations, with t positions and d residual wid
 """
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class BlockState:
     def advance(self, pruned: Activations) -> None:
         """Run the pruned stream through the block in place, and give the memory of the outputs back."""
         for at in self.rows.batches():
-            replay = {module: self.outputs[module.kind][at] for module in self.block.modules}
+            replay = {module: self.outputs[module.kind][at] for module in self.block.modules_left}
             pruned[at] = self.run(pruned, at, replay=replay)
         for output in self.outputs.values():
             self.arena.release(output)
@@ -86,8 +87,8 @@ class BlockState:
 
     def outputs_before(self, module: PrunableModule, at: Batch) -> dict[PrunableModule, Tensor | None]:
         """Return the outputs, in the pruned stream, of the modules that run before a module."""
-        attention = self.block.attention
-        return {} if module is attention else {attention: self.outputs[attention.kind][at]}
+        earlier = takewhile(lambda one: one is not module, self.block.modules_left)
+        return {one: self.outputs[one.kind][at] for one in earlier}
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Let the block compute with new tensors, rounded as they are written."""

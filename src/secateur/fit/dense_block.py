@@ -41,7 +41,7 @@ class DenseBlock:
         with_inputs: bool,
     ) -> "DenseBlock":
         """Run some rows of the dense stream through a filled block, in place, and keep what the fits need."""
-        kinds = stream.blocks[index].kinds
+        kinds = [module.kind for module in stream.blocks[index].modules_left]
 
         def empty(kinds: Collection[str]) -> dict[str, Activations]:
             return {kind: arena.empty(rows, stream.width) for kind in kinds}
@@ -53,7 +53,7 @@ class DenseBlock:
 
     def _run_batch(self, stream: BlockStream, index: int, layer: nn.Module, dense: Activations, at: Batch) -> None:
         """Run one batch of the dense stream, in place."""
-        attention, feed_forward = modules = stream.blocks[index].modules
+        block, modules = stream.blocks[index], stream.blocks[index].modules_left
         with_inputs = [module for module in modules if self.inputs and module.input_projections]
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         watched = [module.output_layer for module in modules] + [module.input_layer for module in with_inputs]
@@ -68,14 +68,12 @@ class DenseBlock:
             hidden = stream.run_through(index, layer, dense[at], at.group, replay=replay, modules_only=True)
             return stream.residual(hidden)
 
-        replay: dict[PrunableModule, Tensor | None] = {attention: self.outputs[attention.kind][at], feed_forward: None}
-        self.residual[attention.kind][at] = replayed(replay)
-        if stream.side_inputs.has_token_inputs:
-            # The block adds a third term to the residual stream, which is no part of either module's target.
-            replay[feed_forward] = self.outputs[feed_forward.kind][at]
-            self.residual[feed_forward.kind][at] = replayed(replay)
-        else:
-            self.residual[feed_forward.kind][at] = stream.residual(after)
+        outputs = {module: self.outputs[module.kind][at] for module in modules}
+        for module in modules:
+            later = dict.fromkeys(block.modules[block.modules.index(module) + 1 :])
+            # A block with token inputs adds a third term to the residual stream, which is no part of any target.
+            is_last = not later and not stream.side_inputs.has_token_inputs
+            self.residual[module.kind][at] = stream.residual(after) if is_last else replayed(outputs | later)
         dense[at] = after
 
     def release(self, arena: Arena) -> None:

@@ -75,7 +75,7 @@ def as_fitted(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> Ite
         assign(layer, name, stream.as_loaded(name, tensor.to(stream.device)))
     tensors = layer.state_dict()
     with ExitStack() as stack:
-        for module in stream.blocks[fitted.index].modules:
+        for module in stream.blocks[fitted.index].modules_left:
             kept = fitted.keep[module.kind]
             if module.kind_inside is not None:
                 stack.enter_context(Mixture(stream, layer, module).only(torch.tensor(kept, device=stream.device)))

@@ -28,7 +28,7 @@ from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.shards import ShardWriter, header_bytes_for
 
 Biases = Mapping[int, tuple[bool, bool]]
-"""Whether the output projections of attention and feed-forward gained a bias that the stock class does not have, by
+"""Whether the output projections of attention and feed-forward have a bias that the stock class does not have, by
 block."""
 
 
@@ -89,13 +89,13 @@ class Folder(Format):
         return self.format_reason(width)
 
     def block_with(self, width: Width, indices: Iterable[int] = ()) -> Block:
-        """Return the first block that has the same axes as a width, preferably one of the given indices."""
-        blocks = self.stream.blocks
+        """Return the first stock block that has the same axes as a width, preferably one of the given indices."""
+        blocks = self.stream.stock.blocks
         candidates = (*(blocks[index] for index in indices), *blocks)
         return next(block for block in candidates if block.width.keys() == width.keys())
 
     def dense(self, width: Width) -> Width:
-        """Return the dense width of the first block that has the same axes."""
+        """Return the width of the first stock block that has the same axes."""
         return self.block_with(width).width
 
     def vllm_unsupported_reason(self, widths: Sequence[Width]) -> str | None:
@@ -119,7 +119,7 @@ class Folder(Format):
                 # Free the tensor before the next block is fitted.
                 del tensor
             writer.close()
-            biases = {index: self._gained(index, writer) for index in plan.widths}
+            biases = self._biases(writer)
             write_json(folder / "config.json", self.config(plan, biases))
             for file in (*self.code, *checkpoint.files):
                 copy_into(folder, file)
@@ -137,13 +137,13 @@ class Folder(Format):
         if (reason := self.unsupported_plan(pruned.plan.widths)) is not None:
             raise SecateurError(reason)
         tensors = dict(self.tensors(pruned))
-        biases = {index: self._gained(index, tensors) for index in pruned.plan.widths}
+        biases = self._biases(tensors)
         return network_of(self.config(pruned.plan, biases), tensors, self.dtype)
 
     def config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the contents of config.json."""
         own = self.language_config(plan, biases)
-        if (outer := self.stream.checkpoint.multimodal_config) is None:
+        if (outer := self.stream.stock.multimodal_config) is None:
             return own
         return self.whole_config(outer, own) | {"dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
 
@@ -181,11 +181,17 @@ class Folder(Format):
         added = {self.stored_name(index, module.bias_name) for index, module in modules if module.may_gain_bias}
         return [*self.stream.checkpoint.tensors, *self.names_inside(plan), *added]
 
-    def _gained(self, index: int, written: Container[str]) -> tuple[bool, bool]:
-        """Return whether the output projections of attention and feed-forward gained a bias."""
+    def _biases(self, written: Container[str]) -> Biases:
+        """Return which output projections have a bias that the stock class does not have."""
+        return {index: self._biases_of(index, written) for index in range(len(self.stream))}
+
+    def _biases_of(self, index: int, written: Container[str]) -> tuple[bool, bool]:
+        """Return the value for one block; a bias from an earlier pruning is never removed."""
+        before, now = self.stream.stock.blocks[index].modules, self.stream.blocks[index].modules
         attention, feed_forward = (
-            module.may_gain_bias and not module.bias and self.stored_name(index, module.bias_name) in written
-            for module in self.stream.blocks[index].modules
+            stock.bias is None
+            and (own.bias is not None or (own.may_gain_bias and self.stored_name(index, own.bias_name) in written))
+            for stock, own in zip(before, now, strict=True)
         )
         return attention, feed_forward
 

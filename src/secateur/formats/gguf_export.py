@@ -23,9 +23,9 @@ from secateur.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from secateur.formats.gguf_types import check_type
 from secateur.formats.gguf_write import check_tensors, write_gguf
 from secateur.formats.llama_cpp import LLAMA_TYPES, library, quantise
-from secateur.formats.per_layer import decoder_class, widths_of
 from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.per_layer import empty_decoder, widths_of
 from secateur.plan.plan import uniform_alternative
 from secateur.write.record import read_record
 
@@ -83,7 +83,7 @@ def export(
     Output(path, suffix=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
-        checkpoint.check_shapes(checkpoint.empty(decoder_class(checkpoint.config, checkpoint.multimodal_config)))
+        checkpoint.check_shapes(empty_decoder(checkpoint))
         model, architecture = _planned(folder, checkpoint, type)
         tensors = file_tensors(model, architecture, type)
         rows = next(tensor.values.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")

@@ -27,7 +27,7 @@ class HfFolder(Folder):
     advice = "report this as a bug in secateur"
 
     def format_reason(self, width: Width) -> str | None:
-        """Return why the first block with these axes cannot be written at a width."""
+        """Return why the first stock block with these axes cannot be written at a width."""
         block = self.block_with(width, self.block_range)
         return per_layer_unsupported(self.stream.checkpoint.config, block, width)
 
@@ -37,16 +37,16 @@ class HfFolder(Folder):
         return next(filter(None, alone), None)
 
     def language_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
-        """Return the dense model's config with the sizes that differ from block to block."""
-        checkpoint = self.stream.checkpoint
+        """Return the stock model's config with the sizes that differ from block to block."""
+        stream, stock = self.stream, self.stream.stock
         return per_layer_config(
-            checkpoint.raw_config,
-            checkpoint.config,
-            widths=plan.widths,
-            blocks=self.stream.blocks,
-            stored_names=self.stream.stored_names,
+            stock.raw_config,
+            stock.config,
+            widths={index: block.width for index, block in enumerate(stream.blocks)} | plan.widths,
+            blocks=stock.blocks,
+            stored_names=stream.stored_names,
             biases=biases,
-            head_dim=head_dim(checkpoint.config),
+            head_dim=head_dim(stock.config),
             dtype=self.dtype,
         )
 

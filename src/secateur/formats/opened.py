@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.formats.per_layer import decoder_class
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.config_file import stock_class
+from secateur.model.config_file import config_of, stock_class
+from secateur.model.per_layer import decoder_class, empty_decoder
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits
 from secateur.model.surgery import slice_block
@@ -54,8 +53,7 @@ def planned_misfit(stream: BlockStream, keeps: Mapping[int, KeptUnits], raw_conf
         keeps: Units that blocks keep, by block.
         raw_config: Contents of config.json.
     """
-    with quiet():
-        config = CONFIG_MAPPING[raw_config["model_type"]].from_dict(raw_config)
+    config = config_of(raw_config)
     tensors = _pruned_tensors(stream, keeps)
     return _misfit(replace(stream.checkpoint, config=config, raw_config=raw_config, tensors=tensors))
 
@@ -71,8 +69,8 @@ def network_of(raw_config: dict[str, Any], tensors: dict[str, Tensor], dtype: to
     Raises:
         SecateurError: Tensors are missing, or do not fit the model's class.
     """
+    config = config_of(raw_config)
     with quiet():
-        config = CONFIG_MAPPING[raw_config["model_type"]].from_dict(raw_config)
         auto = decoder_class(config, None)
         own = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)) if auto is AutoModelForCausalLM else auto
         network, info = own.from_pretrained(
@@ -89,9 +87,7 @@ def network_of(raw_config: dict[str, Any], tensors: dict[str, Tensor], dtype: to
 def _misfit(checkpoint: Checkpoint) -> str | None:
     """Return how a checkpoint's config differs from its tensors, as a clause; None if it does not."""
     with quiet():
-        return checkpoint.difference_from(
-            checkpoint.empty(decoder_class(checkpoint.config, checkpoint.multimodal_config))
-        )
+        return checkpoint.difference_from(empty_decoder(checkpoint))
 
 
 def _pruned_tensors(stream: BlockStream, keeps: Mapping[int, KeptUnits]) -> dict[str, TensorInfo]:

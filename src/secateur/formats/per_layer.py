@@ -1,17 +1,15 @@
-"""Folder with a width for each block: the contents of its config.json, and the classes that load it.
+"""Folder with a width for each block: the contents of its config.json.
 
 The folder carries `modeling_secateur.py`, which builds stock layers of these widths, so that transformers loads the
-folder with trust_remote_code and without this library. Inside this library the same classes are used, and no code of a
-folder runs.
+folder with trust_remote_code and without this library. `secateur.model.per_layer` reads such a folder.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,16 +19,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from secateur.base.errors import SecateurError
-from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES, family_of
-from secateur.formats.stock import config_keys, stock_config
+from secateur.formats.stock import stock_config
 from secateur.model import modeling_secateur
 from secateur.model.axes import FEED_FORWARD, Width, axis_kinds, model_width
-from secateur.model.config_file import TEXT, empty_model, stock_class
-from secateur.model.describe import describe
+from secateur.model.config_file import TEXT, stock_class
 from secateur.model.layer_sizes import BIASES, GROUPS, PER_GROUP, Keys, StoredNames, model_sizes, numbers
 from secateur.model.modeling_secateur import IMAGES, PREFIX, SIZES, WIDTHS, overrides
+from secateur.model.per_layer import ALLOW, layer_keys
 from secateur.model.structure import Block
 from secateur.model.units.heads import KV_GROUPS
 
@@ -71,12 +67,13 @@ def per_layer_config(
     """Return the contents of config.json for a model whose blocks have different widths.
 
     Args:
-        raw_config: Contents of the dense checkpoint's config.json; not changed.
-        config: The config object of the dense model.
-        widths: Widths of the pruned blocks; other blocks are dense.
-        blocks: All dense blocks; the global values are the width of the first block.
+        raw_config: Contents of the stock model's config.json; not changed.
+        config: The config object of the stock model.
+        widths: Widths of the blocks that are narrower than the stock model's.
+        blocks: All blocks of the stock model; the global values are the width of the first block.
         stored_names: Function that returns a tensor's names in the checkpoint, which older transformers use.
-        biases: Whether the output projections (attention, feed-forward) of a block gained a bias.
+        biases: Whether the output projections (attention, feed-forward) of a block have a bias that the stock class
+            does not have.
         head_dim: Entries per head.
 
     Returns:
@@ -130,8 +127,7 @@ def per_layer_config(
     if GROUPS in everywhere:
         # Falcon's fused layer reads this key, although its config has another key for the number.
         stored[GROUPS] = first[KV_GROUPS]
-    # Otherwise transformers 5 refuses to read the global value of a key that a layer overrides.
-    stored["allow_global_per_layer_attribute_access"] = True
+    stored[ALLOW] = True
     return stored
 
 
@@ -155,40 +151,6 @@ def multimodal_per_layer_config(multimodal_config: dict[str, Any], language_conf
     }
 
 
-def is_per_layer(config: Any) -> bool:
-    """Return whether a config object comes from a folder of this format."""
-    return bool(_own_classes(config.architectures))
-
-
-def model_class(config: Any, multimodal_config: Mapping[str, Any] | None = None) -> Any:
-    """Return the class on which to call `from_pretrained`: transformers' auto class, or a class of the modeling file
-    for a folder of this format.
-
-    `multimodal_config` holds the contents of a multimodal model's config.json. No code of the folder runs, and no class
-    is registered.
-    """
-    if ours := _own_classes(
-        config.architectures if multimodal_config is None else multimodal_config.get("architectures")
-    ):
-        try:
-            return getattr(modeling_secateur, ours[0])
-        except (AttributeError, TypeError) as error:
-            raise SecateurError(f"config.json names the class {ours[0]}, which does not exist; prune again") from error
-    return AutoModelForCausalLM if multimodal_config is None else AutoModelForImageTextToText
-
-
-def decoder_class(config: Any, multimodal_config: Mapping[str, Any] | None) -> Any:
-    """Return the class of the language model alone, also inside a multimodal model."""
-    if multimodal_config is None or not _own_classes(multimodal_config.get("architectures")):
-        return model_class(config)
-    return getattr(modeling_secateur, PREFIX + stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)).__name__)
-
-
-def _own_classes(names: Sequence[str] | None) -> list[str]:
-    """Return the names in a config's `architectures` that belong to the modeling file."""
-    return [name for name in names or () if name.startswith(PREFIX)]
-
-
 def register() -> None:
     """Register classes so that AutoModelForCausalLM loads folders of this format without trust_remote_code, in this
     process.
@@ -199,59 +161,6 @@ def register() -> None:
         stock = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, CONFIG_MAPPING[kind])
         ours = getattr(modeling_secateur, PREFIX + stock.__name__)
         AutoModelForCausalLM.register(CONFIG_MAPPING[kind], (stock, ours), exist_ok=True)
-
-
-def widths_of(config: Any) -> list[Width]:
-    """Return the width of every block of a folder that this library wrote, of this format or the stock one.
-
-    Args:
-        config: The config object, or the contents of config.json.
-
-    Raises:
-        SecateurError: config.json gives a layer impossible numbers.
-    """
-    # transformers warns of every global value that is read where layers override it.
-    with quiet():
-        if isinstance(config, Mapping):
-            config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-        stock = empty_model(stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)), config)
-        layers = stock.get_submodule(family_of(config).blocks).children()
-        keys = layer_keys(config)
-        return [_layer_width(config, index, describe(config, layer).width, keys) for index, layer in enumerate(layers)]
-
-
-def _layer_width(config: Any, index: int, everywhere: Width, keys: Keys) -> Width:
-    """Return a layer's width: the one that the global values of a config give, but for the layer's own numbers."""
-    values = overrides(config, index)
-    if odd := next((name for name, value in values.items() if type(value) not in (int, bool) or value < 0), None):
-        raise SecateurError(
-            f"layer {index} of the config has {values[odd]!r} for {odd}, which is not a number; prune again"
-        )
-    counts = dict(everywhere)
-    counts |= {
-        axis: values[key] for (*outer, axis), key in keys.items() if not outer and axis in counts and key in values
-    }
-    for (*outer, axis), key in keys.items():
-        if outer and axis in counts:
-            total = values.get(key, everywhere.product((*outer, axis)))
-            # If an outer axis has no key, each of its units has one nested unit: every head is a KV group.
-            counts |= {name: total for name in outer if (name,) not in keys}
-            counts[axis] = total // max(1, math.prod(counts[name] for name in outer))
-    width = Width(counts)
-    for along, key in keys.items():
-        if key in values and along[0] in counts and width.product(along) != values[key]:
-            raise SecateurError(
-                f"layer {index} of the config has {values[key]} for {key}, but its other numbers give "
-                f"{width.product(along)}; prune again"
-            )
-    return width
-
-
-def layer_keys(config: Any) -> Keys:
-    """Return the config keys of the numbers of units of one layer."""
-    keys = {along: names[0] for along, names in config_keys(family_of(config)).items()}
-    kinds = (kind for kind in axis_kinds().values() if kind.layer_key and all((outer,) in keys for outer in kind.outer))
-    return keys | {(kind.name,): str(kind.layer_key) for kind in kinds}
 
 
 def _feed_forward_key(width: Width, keys: Keys) -> str | None:

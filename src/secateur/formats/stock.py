@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from secateur.families.entry import Family, Stock
+from secateur.families.entry import Stock
 from secateur.families.registry import family_of, twin_of
-from secateur.model.axes import ATTENTION, FEED_FORWARD, ConfigKeys, Width, axis_kinds
+from secateur.model.axes import ATTENTION, FEED_FORWARD, Width, axis_kinds, config_keys
 from secateur.model.units.heads import HEADS
 
 
@@ -108,11 +108,6 @@ def stock_config(
         # have.
         stored["transformers_version"] = transformers.__version__
     return stored
-
-
-def config_keys(family: Family) -> ConfigKeys:
-    """Return the config keys of all numbers of units of a family."""
-    return {along: keys for kind in axis_kinds().values() for along, keys in kind.config_keys(family).items()}
 
 
 def _rope(stock: Stock, config: Any) -> dict[str, Any]:

@@ -87,6 +87,11 @@ def axis_kinds() -> dict[str, AxisKind]:
     }
 
 
+def config_keys(family: Family) -> ConfigKeys:
+    """Return the config keys of all numbers of units of a family."""
+    return {along: keys for kind in axis_kinds().values() for along, keys in kind.config_keys(family).items()}
+
+
 @dataclass(frozen=True)
 class Axis:
     """Axis of one module: a direction along which its tensors can become narrower."""
@@ -156,7 +161,7 @@ class Axis:
         """Return the step between offered numbers: a power of two times the multiple, so that at most `LEVELS` are
         offered."""
         least = math.lcm(multiple, self.multiple)
-        return least * 2 ** max(0, math.ceil(math.log2(self.units / least / LEVELS)))
+        return least * 2 ** max(0, math.ceil(math.log2(max(1, self.units) / least / LEVELS)))
 
 
 class Width(Mapping[str, int]):

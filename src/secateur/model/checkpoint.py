@@ -14,10 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
@@ -166,7 +162,7 @@ class Checkpoint(Stored):
         return AutoModelForCausalLM if self.multimodal_config is None else AutoModelForImageTextToText
 
     def load(self, auto: Any, dtype: torch.dtype, **options: Any) -> Any:
-        """Load the checkpoint with a class of transformers; quantised weights are dequantised here.
+        """Load the checkpoint with an auto class or a class of transformers; quantised weights are dequantised here.
 
         Raises:
             SecateurError: transformers cannot load the checkpoint.
@@ -180,11 +176,8 @@ class Checkpoint(Stored):
             if self.quantised:
                 del config.quantization_config
             values = {name: self.read(name).to(dtype) for name in self.weights}
-            classes = (
-                MODEL_FOR_CAUSAL_LM_MAPPING if self.multimodal_config is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            )
-            stock = stock_class(classes, type(config))
-            return stock.from_pretrained(None, state_dict=values, **options)
+            own = stock_class(auto._model_mapping, type(config)) if hasattr(auto, "_model_mapping") else auto
+            return own.from_pretrained(None, state_dict=values, **options)
         except (SecateurError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -233,17 +226,6 @@ class Checkpoint(Stored):
                         f"{self.source}: {name} holds {largest:,.0f}, but {str(dtype).removeprefix('torch.')} goes "
                         f"only to {most:,.0f}; use bfloat16 or float32"
                     )
-
-    def check_dense(self) -> None:
-        """Raise `SecateurError` for a folder whose blocks differ in width: the stock model would ignore that."""
-        from secateur.model.modeling_secateur import PREFIX
-
-        whole = self.raw_config if self.multimodal_config is None else self.multimodal_config
-        if any(name.startswith(PREFIX) for name in whole.get("architectures") or ()):
-            raise SecateurError(
-                f"{self.source}: its blocks differ in width (per_layer_config in config.json), so it can be evaluated "
-                "but not pruned again; prune the dense model to the smaller size, or a folder of --format stock"
-            )
 
     def empty(self, auto: Any) -> Any:
         """Build the model of the config with a class of transformers, in float32 and without weights.

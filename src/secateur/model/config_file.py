@@ -156,6 +156,26 @@ def _config_object(folder: Path, own_code: bool) -> Any:
         ) from error
 
 
+def config_of(raw: dict[str, Any]) -> Any:
+    """Return the config object of the contents of a config.json whose model_type transformers knows."""
+    with quiet():
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(json.loads(json.dumps(raw), object_hook=_special_float))
+
+
+def prepared_config(raw: dict[str, Any]) -> Any:
+    """Return the config object of `config_of`, with values set so that its blocks can be built one by one."""
+    config = config_of(raw)
+    for part in (config, getattr(config, TEXT, None)):
+        if part is not None:
+            _prepare(part, None)
+    return config
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """Return the number that transformers writes into JSON as an object, such as infinity; or the object itself."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
 def _check_sizes(file: Path, config: Any) -> None:
     """Raise `SecateurError` for a size that is not a whole number."""
     experts = getattr(FAMILIES.get(_family_name(config.model_type)), "experts", None)

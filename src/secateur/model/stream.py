@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from secateur.base.device import fast_dtype, reduced_precision_matmul, to_device
 from secateur.base.errors import SecateurError
@@ -29,12 +28,12 @@ from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.describe import describe
 from secateur.model.expert_matrices import ExpertMatrices
 from secateur.model.hooks import LayerReached, Recorder, replayed, watched, zeroed
+from secateur.model.per_layer import describe_blocks, empty_decoder
 from secateur.model.rows import Rows
 from secateur.model.side_inputs import SideInputs
-from secateur.model.structure import Block, PrunableModule
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import assign
 from secateur.model.weights import read_ahead
 
@@ -50,14 +49,14 @@ class BlockStream:
         model: The transformers model, without weights.
         services: Processes, memory and progress output of the run.
         blocks: Description of each dense block.
+        stock: The stock model, whose blocks are wider if the checkpoint is a pruned folder of the format `hf`.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", services: Services | None = None):
         self.checkpoint, self.services = checkpoint, services or Services()
         self.device = torch.device(device)
         self.family = family_of(checkpoint.config)
-        checkpoint.check_dense()
-        self.model: Any = checkpoint.empty(AutoModelForCausalLM)
+        self.model: Any = empty_decoder(checkpoint)
         self.model.requires_grad_(False)
         self._kept_as_stored: tuple[str, ...] = ()
         """Names of the tensors of experts, which are converted to float32 expert by expert."""
@@ -69,7 +68,7 @@ class BlockStream:
         checkpoint.check_shapes(self.model)
         try:
             self.layers = self.model.get_submodule(self.family.blocks)
-            self.blocks: list[Block] = [describe(checkpoint.config, layer) for layer in self.layers.children()]
+            self.stock, self.blocks = describe_blocks(checkpoint, self.layers.children())
         except AttributeError as error:
             raise SecateurError(
                 f"{checkpoint.source}: the entry for {checkpoint.config.model_type} names a layer that does not exist "
@@ -421,7 +420,7 @@ class BlockStream:
         does."""
         block = self.blocks[index]
         broken = {"the norms": True, "the input": not _finite(hidden_btc)}
-        names = {"the attention module": block.attention, "the feed-forward module": block.feed_forward}
+        names = {f"the {module.role} module": module for module in block.modules_left}
 
         def watcher(name: str) -> Callable[[Tensor, Tensor], None]:
             return lambda x, z: broken.update({name: not (_finite(x) and _finite(z))})

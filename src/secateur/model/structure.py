@@ -158,6 +158,11 @@ class PrunableModule:
             found |= {axis.name: inner for axis in self.axes if axis.name not in found}
         return found
 
+    def can_become(self, width: Mapping[str, int]) -> bool:
+        """Return whether one pruning makes the module this narrow: it removes units along one of nested axes only."""
+        narrower = [name for name in self.output_projection.along if width[name] < self.axis(name).units]
+        return len(narrower) <= 1 and all(width[axis.name] <= axis.units for axis in self.axes)
+
     @property
     def min_units(self) -> int:
         """Smallest number of units with which the module works; zero if the whole module can be removed."""
@@ -174,8 +179,8 @@ class PrunableModule:
         return self.output_projection.bias
 
     def is_prunable(self, kinds: Sequence[str]) -> bool:
-        """Return whether the module has an axis of one of these kinds of units."""
-        return any(axis.kind in kinds for axis in self.axes)
+        """Return whether the module has units of one of these kinds."""
+        return any(axis.kind in kinds and axis.units for axis in self.axes)
 
     @property
     def may_gain_bias(self) -> bool:
@@ -214,7 +219,7 @@ class PrunableModule:
 
 @dataclass(frozen=True)
 class Block:
-    """Description of a dense block: its two modules and the shapes of its tensors."""
+    """Description of a block that is not pruned yet, or not pruned again: its modules, the shapes of its tensors."""
 
     attention: PrunableModule
     feed_forward: PrunableModule
@@ -227,6 +232,11 @@ class Block:
     def modules(self) -> tuple[PrunableModule, PrunableModule]:
         """Attention and feed-forward, in the order in which they run."""
         return self.attention, self.feed_forward
+
+    @property
+    def modules_left(self) -> tuple[PrunableModule, ...]:
+        """Modules that have units, in the order in which they run; an earlier pruning may have removed the others."""
+        return tuple(module for module in self.modules if module.units)
 
     @property
     def axes(self) -> list[Axis]:

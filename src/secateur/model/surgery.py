@@ -126,13 +126,15 @@ def width_of(block: Block, kept: KeptUnits) -> Width:
 
 def first_units(block: Block, width: Width) -> KeptUnits:
     """Return the units of a block at a width: the first ones along each axis. Channels inside experts all stay."""
-    found: dict[str, tuple[int, ...]] = {}
-    for module in block.modules:
-        units = torch.arange(module.units).view([module.axis(name).units for name in module.output_projection.along])
-        for place, name in enumerate(module.output_projection.along):
-            units = units.narrow(place, 0, width[name])
-        found[module.kind] = tuple(units.flatten().tolist())
-    return found
+    return {module.kind: first_units_of(module.output_projection, module, width) for module in block.modules}
+
+
+def first_units_of(slab: Slab, module: PrunableModule, width: Width) -> tuple[int, ...]:
+    """Return the units of one slab of a module at a width: the first ones along each axis."""
+    units = torch.arange(slab.units).view([module.axis(name).units for name in slab.along])
+    for place, name in enumerate(slab.along):
+        units = units.narrow(place, 0, width[name])
+    return tuple(units.flatten().tolist())
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:

@@ -4,7 +4,7 @@ The size of a model (`plan/meters.py`) and the cost of a plan (`survey/width_cos
 widths with the lowest cost are therefore the solution of a separable knapsack problem (`plan/knapsack.py`).
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +18,9 @@ from secateur.plan.knapsack import select_options
 from secateur.plan.problem import PlanProblem
 from secateur.plan.widths import head_widths
 from secateur.survey.width_costs import WidthCosts
+
+UNEQUAL = "its blocks differ in width, and there is no width to which all of them can be cut; use --widths adaptive"
+"""Reason why a model that was pruned before cannot get one width for all blocks."""
 
 
 @dataclass(frozen=True)
@@ -94,26 +97,38 @@ def search_uniform_widths(problem: PlanProblem, *, allow_excess: bool) -> Unifor
         allow_excess: Also accept a width that exceeds the budget, if it is nearer to the budget than the next
             narrower one.
     """
-    dense, meter, budget = problem.reference_block.width, problem.meter, problem.budget
+    meter, budget = problem.meter, problem.budget
     result = UniformWidths([], meter.dense, [])
 
     def size(width: Width) -> float:
         return meter.total(problem.uniform_widths(width))
 
-    for ladder in _width_ladders(problem):
-        if ladder[0] == dense:
+    def removes_nothing(width: Width) -> bool:
+        return problem.uniform_widths(width) == problem.dense_widths
+
+    for every in _width_ladders(problem):
+        if removes_nothing(every[0]):
             continue
-        if (reason := problem.unsupported_reason(ladder[0])) is not None:
+        ladder = _reachable(problem, every)
+        reason = problem.unsupported_reason(ladder[0]) if ladder else UNEQUAL
+        if reason is not None:
             result.unsupported_reasons.append(reason)
             continue
         result.smallest_size = min(result.smallest_size, size(ladder[0]))
         # The first widths of the ladder, as many as `fitting`, are within the budget.
         fitting = bisect_right(ladder, budget, key=size)
         nearest = ladder[max(0, fitting - 1) : fitting + allow_excess]
-        sizes = {width: size(width) for width in nearest if width != dense}
+        sizes = {width: size(width) for width in nearest if not removes_nothing(width)}
         if sizes:
             result.candidates.append(min(sizes.items(), key=lambda item: abs(item[1] - budget)))
     return result
+
+
+def _reachable(problem: PlanProblem, ladder: list[Width]) -> list[Width]:
+    """Return the first widths of a list of widths that all blocks can get; blocks may differ after an earlier
+    pruning."""
+    end = bisect_left(ladder, True, key=lambda width: not problem.can_become(problem.uniform_widths(width)))
+    return ladder[:end]
 
 
 def _width_ladders(problem: PlanProblem) -> Iterator[list[Width]]:

@@ -92,6 +92,8 @@ class LatencyTable:
 
     def module_seconds(self, axes: Sequence[str], width: Width) -> float:
         """Return the seconds of a module with the given axes at a width; a narrower module never takes longer."""
+        if not all(width[axis] for axis in axes):
+            return 0.0
         dense = self.lines[axes[0]][-1][1]
         # Each axis was measured alone. For a module that is narrower along two axes, the speedups of both are
         # multiplied.
@@ -209,7 +211,8 @@ def _measure(
     """Measure the table for blocks with the shapes of one block."""
     block = stream.blocks[index]
     model = _one_layer_model(stream, index, device, dtype)
-    layer = model.get_submodule(stream.family.blocks)[0]
+    layer, stock = model.get_submodule(stream.family.blocks)[0], stream.stock.blocks[index]
+    cut_down(layer, stock, block.width, [name for name in block.shapes if name not in stock.shapes])
     length = _prompt_length(model.config)
     prefill, decode = _record_calls(model, layer, length)
 
@@ -219,11 +222,11 @@ def _measure(
         return _case(model, kind, partial(prefill, narrowed), partial(decode, narrowed))
 
     empty = Width(dict.fromkeys(block.width, 0))
-    lines = {axis.name: _line_widths(module, axis, empty) for module in block.modules for axis in module.axes}
+    lines = {axis.name: _line_widths(module, axis, empty) for module in block.modules_left for axis in module.axes}
     widths = dict.fromkeys(width for line in lines.values() for width in line.values())
     cases: dict[Width | None, Case] = {width: layer_case(width) for width in widths}
     # The smallest number of units along the first axis of each module.
-    small = layer_case(block.width | {m.axes[0].name: list(lines[m.axes[0].name])[1] for m in block.modules})
+    small = layer_case(block.width | {m.axes[0].name: list(lines[m.axes[0].name])[1] for m in block.modules_left})
     # The rest of the model is timed around an empty layer.
     cut_down(layer, block, empty)
     cases[None] = _case(model, kind, _model_call(model, length), _model_call(model, 1))
@@ -233,7 +236,7 @@ def _measure(
         cases = {width: _with_cold_weights(case, small, other_weights) for width, case in cases.items()}
     seconds = dict(zip(cases, medians(list(cases.values()), timer), strict=True))
     # Every line of a module ends at the dense module, whose time must be at least that of all narrower ones.
-    for module in block.modules:
+    for module in block.modules_left:
         module_widths = [width for axis in module.axes for width in lines[axis.name].values()]
         seconds[module_widths[-1]] = max(seconds[width] for width in module_widths)
     overhead = seconds[empty]
@@ -272,7 +275,7 @@ def _line_widths(module: PrunableModule, axis: Axis, empty: Width) -> dict[int, 
 
 def _one_layer_model(stream: BlockStream, index: int, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a model with one layer of the kind of a block, with random weights."""
-    config = copy.deepcopy(stream.checkpoint.config)
+    config = copy.deepcopy(stream.stock.config)
     config.num_hidden_layers = 1
     if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[index : index + 1]

@@ -50,8 +50,7 @@ def _even_survey(problem: PlanProblem) -> Survey:
         ErrorCurve(
             index, module.kind, axis.name, tuple((removed / axis.units) ** 2 for removed in range(axis.units)), 1.0
         )
-        for index in problem.pruned_blocks
-        for module in problem.blocks[index].modules
+        for index, module in problem.modules
         for axis in module.cut_axes
     ]
     return Survey("none", 0.0, 0, tuple(curves))

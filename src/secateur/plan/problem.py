@@ -123,6 +123,10 @@ class PlanProblem:
             for index, dense in self.dense_widths.items()
         }
 
+    def can_become(self, widths: Mapping[int, Width]) -> bool:
+        """Return whether one pruning makes every block as narrow as some widths, which widen no block."""
+        return all(module.can_become(width) for i, width in widths.items() for module in self.blocks[i].modules)
+
     @property
     def block_parameters(self) -> float:
         """Number of parameters of the pruned blocks, of which the sparsity is a share."""

@@ -22,7 +22,7 @@ def read_units(where: str, block: Block, entry: Mapping[str, Any]) -> KeptUnits:
             selection.
     """
     for kind in KINDS:
-        if kind in entry and not any(module.is_prunable([kind]) for module in block.modules):
+        if kind in entry and kind not in [axis.kind for axis in block.axes]:
             raise SecateurError(f"{where} has no {kind}; list its {' and '.join(block.removable_kinds)}")
     kept: dict[str, tuple[int, ...]] = {}
     for module in block.modules:

@@ -14,6 +14,7 @@ import yaml
 from secateur.fit.recovery import all_recoveries
 from secateur.report.record_text import (
     HUB_ID,
+    chain,
     commands,
     expected_cost,
     loading,
@@ -111,7 +112,8 @@ def _instructions(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _making(record: Mapping[str, Any], base_card: str | None) -> Iterator[str]:
-    """Yield the command, retraining, versions and licence."""
+    """Yield the chain of models, the commands, retraining, versions and licence."""
+    yield "\n".join(f"{number}. {_plain(line)}" for number, line in enumerate(chain(record), 1))
     lines = "\n".join(map(_code, commands(record)))
     yield f"```bash\n{lines}\n```"
     if passes := [one["perplexity"] for one in record.get("retrained", [])]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import write_atomically
 from secateur.base.quiet import first_line, quiet
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.per_layer import empty_decoder
 from secateur.report.card import BASE_CARD, CARD, PAGE, card
 from secateur.report.model_page import model_page
 from secateur.report.record_text import model_name
@@ -60,7 +60,7 @@ def _fingerprint(model: str, dtype: torch.dtype, trust_remote_code: bool) -> str
     checkpoint = open_checkpoint(model, dtype=dtype, trust_remote_code=trust_remote_code)
     # Checking shapes drops tensors that the model has no place for, which are not part of the fingerprint.
     with quiet(), suppress(SecateurError):
-        checkpoint.check_shapes(checkpoint.empty(AutoModelForCausalLM))
+        checkpoint.check_shapes(empty_decoder(checkpoint))
     return checkpoint.fingerprint
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from secateur.model.axes import Width, axis_kinds, shares
 from secateur.report.drawing import MARGIN, framed, log_ticks
 from secateur.report.record_text import (
+    chain,
     commands,
     expected_cost,
     loading_code,
@@ -60,7 +61,7 @@ def model_page(
         ),
         "TRAINING": training_section(record.get("retrained", [])),
         "TEXTS": _texts(texts),
-        "COMMAND": escape("\n".join(commands(record))),
+        "COMMAND": escape("\n".join([*(f"# {line}" for line in chain(record)), *commands(record)])),
         "OPENING": escape(loading_code(record, "THIS_FOLDER")),
         "MADE": escape(versions(record)),
     }

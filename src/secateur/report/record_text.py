@@ -37,6 +37,19 @@ def commands(record: Mapping[str, Any]) -> list[str]:
     return [*lines, str(record["command"])]
 
 
+def chain(record: Mapping[str, Any]) -> list[str]:
+    """Return one line for each pruning from the dense model to this one: the model, and the share that was removed.
+
+    The list is empty if the model was pruned once.
+    """
+    lines = []
+    for step in (*record["earlier"], record) if record.get("earlier") else ():
+        share, then = step.get("sparsity", {}).get("reached"), ", then retrained" if step.get("retrained") else ""
+        removed = "pruned" if share is None else f"{share:.1%} of the parameters of its pruned blocks removed"
+        lines.append(f"{model_name(step)}: {removed}{then}")
+    return lines
+
+
 def _name(source: str) -> str:
     return source if HUB_ID.fullmatch(source) else Path(source).name
 

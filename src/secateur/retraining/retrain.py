@@ -30,10 +30,10 @@ from secateur.base.run_folder import CHOICE, run_folder_path
 from secateur.base.services import Services
 from secateur.commands.resume import with_run_folder
 from secateur.formats.folder import open_folder
-from secateur.formats.per_layer import model_class
 from secateur.measure import loading
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.report.folder import check_record
 from secateur.retraining.adapters import adapted_layers, entries_trained, largest_rank

@@ -3,8 +3,9 @@
 from typing import Any
 
 from secateur.base.output import Output
-from secateur.formats.per_layer import MODELING_FILE, is_per_layer
+from secateur.formats.per_layer import MODELING_FILE
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.per_layer import is_per_layer
 from secateur.report.card import BASE_CARD
 from secateur.report.folder import read_text, readme_and_report
 from secateur.retraining.trained_weights import TrainedWeights

@@ -60,7 +60,7 @@ def gradient_scores(
     criteria = Criteria.of(criterion)
     squares = criteria.needs_squared_gradients
     for block in gradients(stream, rows, blocks=blocks, squares=squares):
-        for module in stream.blocks[block.index].modules:
+        for module in stream.blocks[block.index].modules_left:
             # There is no backward pass through experts.
             if module.kind in SCORED_KINDS and (score := criteria.of_kind(module.kind).from_gradients) is not None:
                 found[block.index, module.kind] = score(module, block.weights, block.gradient, block.square)
@@ -108,9 +108,8 @@ def gradients(
                     hidden = after
                     continue
                 block = stream.blocks[index]
-                wanted = [
-                    name for module in block.modules if module.kind in SCORED_KINDS for name in scored_matrices(module)
-                ]
+                scored = [module for module in block.modules_left if module.kind in SCORED_KINDS]
+                wanted = [name for module in scored for name in scored_matrices(module)]
                 found = _through_block(
                     stream, index, layer, rows, inputs[index], hidden, wanted if index in blocks else (), squares
                 )

@@ -62,9 +62,9 @@ class WidthCosts:
             width: Width of the block.
         """
         key = block, module.kind
-        if not all(width[axis.name] for axis in module.axes):
-            return self._removal_costs[key]
         narrower = [axis for axis in module.axes if width[axis.name] < axis.units]
+        if narrower and not all(width[axis.name] for axis in module.axes):
+            return self._removal_costs[key]
         return sum(float(self._curves[key][axis.name][axis.units - width[axis.name]]) for axis in narrower)
 
 

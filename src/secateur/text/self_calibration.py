@@ -19,6 +19,7 @@ from secateur.base.memory import available_bytes, rss_bytes
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.per_layer import model_class
 from secateur.model.tokens import begins_with_bos
 from secateur.text.calibration import check_calibration
 from secateur.text.sources import SELF
@@ -116,7 +117,8 @@ def self_rows(
     rows: list[Tensor] = []
     try:
         with watcher.busy(f"Loading {checkpoint.source}"), quiet():
-            model = checkpoint.load(checkpoint.auto_class, checkpoint.dtype, use_safetensors=True)
+            auto = model_class(checkpoint.config, checkpoint.multimodal_config)
+            model = checkpoint.load(auto, checkpoint.dtype, use_safetensors=True)
             model = model.eval().to(device)
         # The checkpoint's own settings would fill in whatever is not given in the call.
         model.generation_config = _sampling(model, tokenizer, checkpoint, length - kept, opening)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from secateur.base.files import cache_folder, replace_atomically
 from secateur.base.hashes import hash_json
-from secateur.formats.per_layer import decoder_class
 from secateur.model.checkpoint import Checkpoint, described
 from secateur.model.config_file import empty_model, load_config, read_config
+from secateur.model.per_layer import decoder_class, empty_decoder
 from secateur.model.weights import SelectedRows
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.side_files import write_side_files
@@ -85,13 +85,12 @@ def _below(runs: tuple[tuple[int, int], ...], rows: int) -> tuple[tuple[int, int
 
 def _tensors_per_token(checkpoint: Checkpoint) -> set[str]:
     """Return the stored names of all tensors with one row per token: those that grow with the vocabulary."""
-    auto = decoder_class(checkpoint.config, checkpoint.multimodal_config)
-    network, config = checkpoint.empty(auto), copy.deepcopy(checkpoint.config)
+    network, config = empty_decoder(checkpoint), copy.deepcopy(checkpoint.config)
     checkpoint.check_shapes(network)
     for key in SIZE_KEYS:
         if getattr(config, key, None):
             setattr(config, key, getattr(config, key) + ROWS_MORE)
-    larger = empty_model(auto, config).state_dict()
+    larger = empty_model(decoder_class(config, checkpoint.multimodal_config), config).state_dict()
     names = [name for name, tensor in network.state_dict().items() if tensor.shape != larger[name].shape]
     return {piece for name in names for piece in checkpoint.pieces(name)}
 

@@ -32,3 +32,19 @@ def read_map(folder: Path) -> list[int] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise SecateurError(f"{file}: not a map of token ids ({error}); restore the file") from error
     return list(ids)
+
+
+def original_ids(folder: Path, kept: Sequence[int]) -> list[int] | None:
+    """Return the ids that tokens of a folder had in the original model; None if no token was ever cut.
+
+    Args:
+        folder: The folder, from which tokens may have been cut before.
+        kept: Ids of the tokens in the folder; empty for all.
+
+    Raises:
+        SecateurError: The folder's own file is damaged.
+    """
+    earlier = read_map(folder)
+    if earlier is None:
+        return list(kept) or None
+    return [earlier[token] for token in kept] if kept else earlier

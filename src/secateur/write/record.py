@@ -20,7 +20,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def earlier_prunings(folder: Path) -> list[dict[str, Any]]:
     """Return the prunings that made a folder, the first one first; empty for a dense model.
 
-    Anybody may have edited the record, so that only its texts are taken over.
+    Anybody may have edited the record, so that only texts and numbers are taken over.
     """
     record = read_record(folder)
     if not isinstance(record.get("command"), str):
@@ -31,7 +31,16 @@ def earlier_prunings(folder: Path) -> list[dict[str, Any]]:
         {
             "model": str(one.get("model")),
             "command": str(one.get("command")),
+            "sparsity": {"reached": _share_removed(one)},
             "retrained": bool(one.get("retrained")),
         }
         for one in (*steps, record)
     ]
+
+
+def _share_removed(step: dict[str, Any]) -> float | None:
+    """Return the share of the pruned blocks' parameters that a pruning removed; None if its record does not say it."""
+    match step.get("sparsity"):
+        case {"reached": float(share)}:
+            return share
+    return None
