@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import models as tiny
 from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, selected, some_keep
@@ -36,7 +36,7 @@ from secateur.formats.gguf_export import Exported, export
 from secateur.formats.gguf_meter import gguf_byte_meter
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary_of
 from secateur.formats.gguf_types import TYPES
-from secateur.formats.llama_cpp import library
+from secateur.formats.llama_cpp import _tensor_library, library
 from secateur.formats.per_layer import per_layer_config
 from secateur.formats.stock import stock_config
 from secateur.model.axes import alike
@@ -934,6 +934,49 @@ def test_the_library_makes_its_own_types(tmp_path, monkeypatch):
     library.cache_clear()
     with pytest.raises(SecateurError, match=r"library is not installed; pip install 'secateur\[llama\]'"):
         export(tmp_path / "folder", tmp_path / "other.gguf", type="q4_k_m")
+    assert not (tmp_path / "other.gguf").exists()
+    library.cache_clear()
+
+
+def test_types_as_in_the_input(tmp_path, monkeypatch):
+    """One of two blocks is pruned, to a number of channels that fills blocks of 32 weights but none of 256."""
+    config = LlamaConfig(
+        vocab_size=tiny.VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tiny.make_letters().save_pretrained(tmp_path / "dense")
+    source = export(tmp_path / "dense", tmp_path / "input.gguf", type="q4_k_m").path
+    options = {"calibration": "random", "samples": 4, "length": 8, "recovery": "none", "round": 32}
+    prune(source, tmp_path / "out", sparsity=0.2, blocks="0:1", modules=("channels",), **options)
+    exact, done = (export(tmp_path / "out", tmp_path / f"{one}.gguf", type=one).path for one in ("bf16", "as-input"))
+    before, after = ({tensor.name: tensor for tensor in GGUFReader(file).tensors} for file in (source, done))
+    assert {one.tensor_type.name for one in before.values()} == {"F32", "Q4_K", "Q6_K"}
+    for name, tensor in after.items():
+        if "blk.0.ffn" not in name:
+            assert tensor.data.tobytes() == before[name].data.tobytes(), name
+        elif "ffn_down.weight" not in name:
+            assert tensor.tensor_type == before[name].tensor_type
+    smaller = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}[before["blk.0.ffn_down.weight"].tensor_type.name]
+    assert after["blk.0.ffn_down.weight"].tensor_type.name == smaller
+    ids = tiny.token_rows(1, 20).tolist()[0]
+    assert relative(run(done, ids), run(exact, ids)) < 0.2
+    assert {file.name for file in tmp_path.glob("*.gguf")} == {"as-input.gguf", "bf16.gguf", "input.gguf"}
+    with pytest.raises(SecateurError, match="type as-input is only for secateur export"):
+        GgufFormat.check_type("as-input")
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
+    library.cache_clear()
+    _tensor_library.cache_clear()
+    with pytest.raises(SecateurError, match=r"tensor blk\.0\.ffn_.* cannot become q\d_k again: .* pip install"):
+        export(tmp_path / "out", tmp_path / "other.gguf", type="as-input")
+    source.rename(tmp_path / "moved.gguf")
+    with pytest.raises(SecateurError, match=r"but .*input\.gguf is not there; put it back"):
+        export(tmp_path / "out", tmp_path / "other.gguf", type="as-input")
+    with pytest.raises(SecateurError, match="this one was pruned from an unknown model; choose another type"):
+        export(tmp_path / "dense", tmp_path / "other.gguf", type="as-input")
+    source.write_bytes(b"GGUF")
+    with pytest.raises(SecateurError, match=r"input\.gguf: truncated or broken GGUF; restore it"):
+        export(tmp_path / "out", tmp_path / "other.gguf", type="as-input")
     assert not (tmp_path / "other.gguf").exists()
     library.cache_clear()
 

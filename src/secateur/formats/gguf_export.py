@@ -1,6 +1,6 @@
 """`export`: write a folder that `prune` wrote, or that was fine-tuned since, as a GGUF file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.folder import open_folder
 from secateur.formats.gguf_architecture import Architecture
+from secateur.formats.gguf_as_input import AS_INPUT, convert_as_input, input_file
 from secateur.formats.gguf_choice import choose_architecture
 from secateur.formats.gguf_metadata import context_length
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_tensors import FileTensor, file_tensors
 from secateur.formats.gguf_tokenizer import Vocabulary, vocabulary_of
-from secateur.formats.gguf_types import check_type
+from secateur.formats.gguf_types import TYPES, check_type
 from secateur.formats.gguf_write import check_tensors, write_gguf
-from secateur.formats.llama_cpp import LLAMA_TYPES, library, quantise
+from secateur.formats.llama_cpp import library, quantise
 from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import empty_decoder, widths_of
@@ -66,7 +67,7 @@ def export(
             been loaded, trained and saved again.
         out: The file, `*.gguf`.
         type: Type of its weights: f32, f16, bf16, q8_0 or q4_0; or a type that llama.cpp's library makes, such as
-            q4_k_m, if the library is installed.
+            q4_k_m, if the library is installed; or as-input for the types of the .gguf file that was pruned.
         overwrite: Replace a file that exists.
         watcher: Shows the progress.
         at: Path of the file until it is complete; by default a hidden name in the folder of `out`.
@@ -78,8 +79,8 @@ def export(
     watcher = watcher or Silent()
     folder, path = local_path(folder), local_path(out).resolve()
     check_type(type)
-    if type in LLAMA_TYPES:
-        return _quantised(folder, path, type=type, overwrite=overwrite, watcher=watcher)
+    if type not in TYPES:
+        return _converted(folder, path, type=type, overwrite=overwrite, watcher=watcher)
     Output(path, suffix=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
@@ -99,21 +100,35 @@ def export(
     return Exported(path, size, architecture.name, context_length(model, architecture))
 
 
-def _quantised(folder: Path, path: Path, *, type: str, overwrite: bool, watcher: Watcher) -> Exported:
-    """Write a file of a type that llama.cpp's library makes, from a file in the dtype of the folder; see `export`."""
-    library()
+def _converted(folder: Path, path: Path, *, type: str, overwrite: bool, watcher: Watcher) -> Exported:
+    """Write a file of a type that is made from a file in the dtype of the folder; see `export`."""
     target = Output(path, suffix=".gguf", overwrite=overwrite)
     target.check()
+    dtype = open_folder(folder).dtype
+    convert = _converter(folder, type, dtype, watcher)
     with target as partial:
         exact = partial.with_name(f"{partial.name}.exact.gguf")
         try:
-            done = export(folder, exact, type=EXACT.get(open_folder(folder).dtype, "f32"), watcher=watcher)
+            done = export(folder, exact, type=EXACT.get(dtype, "f32"), watcher=watcher)
             with watcher.busy(f"Converting to {type}"):
-                quantise(exact, partial, type)
+                convert(exact, partial)
         finally:
             exact.unlink(missing_ok=True)
         size = sum(int(tensor.n_bytes) for tensor in GGUFReader(partial).tensors)
     return replace(done, path=path, bytes=size)
+
+
+def _converter(folder: Path, type: str, dtype: torch.dtype, watcher: Watcher) -> Callable[[Path, Path], None]:
+    """Return a function that converts a file with the exact weights of a folder to a type, and writes a new file.
+
+    Raises:
+        SecateurError: What the conversion needs is missing.
+    """
+    if type == AS_INPUT:
+        before = input_file(folder)
+        return lambda exact, out: convert_as_input(exact, before, out, dtype, watcher)
+    library()
+    return lambda exact, out: quantise(exact, out, type)
 
 
 def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel, Architecture]:

@@ -7,6 +7,7 @@ import gguf
 from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
+from secateur.formats.gguf_as_input import AS_INPUT
 from secateur.formats.llama_cpp import LLAMA_TYPES
 
 
@@ -62,7 +63,7 @@ TYPES: dict[str, Storage] = {
 """Types that can be written, by name."""
 
 
-def check_type(type: str, known: Collection[str] = (*TYPES, *LLAMA_TYPES)) -> None:
+def check_type(type: str, known: Collection[str] = (*TYPES, *LLAMA_TYPES, AS_INPUT)) -> None:
     """Raise `SecateurError` for a type that cannot be written.
 
     Args:
@@ -73,6 +74,6 @@ def check_type(type: str, known: Collection[str] = (*TYPES, *LLAMA_TYPES)) -> No
         return
     if type.lower() in known:
         raise SecateurError(f"type is '{type}'; write it {type.lower()}")
-    if type.lower() in LLAMA_TYPES:
+    if type.lower() in (*LLAMA_TYPES, AS_INPUT):
         raise SecateurError(f"type {type} is only for secateur export: prune to a folder, then export that")
     raise SecateurError(f"no type {type!r}; choose one of {', '.join(known)}")

@@ -1,10 +1,15 @@
 """llama.cpp's library, which converts the tensors of a GGUF file to types of its own, such as K-quants."""
 
+import ctypes
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
 
@@ -57,3 +62,43 @@ def quantise(source: Path, out: Path, type: str) -> None:
     settings.nthread = torch.get_num_threads()
     if lib.llama_model_quantize(str(source).encode(), str(out).encode(), settings):
         raise SecateurError(f"{out}: llama.cpp cannot convert the model to {type}; use another --type")
+
+
+def quantised_rows(values: np.ndarray[Any, Any], type: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """Return the bytes of a tensor in a type, made by the gguf package if it can, or else by llama.cpp's library.
+
+    Args:
+        values: The weights, float32 and contiguous; each row must fill the type's blocks.
+        type: The type.
+
+    Raises:
+        SecateurError: Neither of the two can make the type.
+    """
+    try:
+        return gguf.quants.quantize(values, type)
+    except NotImplementedError:
+        pass
+    tensors = _tensor_library()
+    if tensors.ggml_quantize_requires_imatrix(int(type)):
+        raise SecateurError("the type needs an importance matrix, which secateur does not have; use another --type")
+    rows = values.reshape(-1, values.shape[-1])
+    out = np.empty((len(rows), int(gguf.quant_shape_to_byte_shape(rows.shape, type)[-1])), np.uint8)
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (rows, out))
+    tensors.ggml_quantize_chunk(int(type), *pointers, *map(ctypes.c_int64, (0, *rows.shape)), None)
+    return out.reshape(*values.shape[:-1], -1)
+
+
+@cache
+def _tensor_library() -> ctypes.CDLL:
+    """Return the part of llama.cpp's library that computes with tensors.
+
+    Raises:
+        SecateurError: The package of the library is not installed.
+    """
+    library()
+    found = find_spec("llama_cpp_py_sync")
+    assert found is not None
+    folder = Path(str(found.origin)).parent
+    tensors = ctypes.CDLL(str(next(file for file in sorted(folder.iterdir()) if "ggml-base" in file.name)))
+    tensors.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    return tensors

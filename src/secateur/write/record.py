@@ -38,6 +38,13 @@ def earlier_prunings(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def original_model(folder: Path) -> str | None:
+    """Return the dense model that a folder was pruned from, as the user named it; None if its record does not say."""
+    record = read_record(folder)
+    source = next(iter(earlier_prunings(folder)), record).get("model")
+    return source if isinstance(source, str) else None
+
+
 def _share_removed(step: dict[str, Any]) -> float | None:
     """Return the share of the pruned blocks' parameters that a pruning removed; None if its record does not say it."""
     match step.get("sparsity"):
