@@ -28,13 +28,12 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Case:
-    """Rows, and how they come in."""
+    """Rows, where they are cut into batches, and the weight of each batch."""
 
     x: Tensor
     t: Tensor
     cuts: list[int]
     weights: list[float]
-    """Weight of each batch."""
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         edges = [0, *sorted(self.cuts), self.x.shape[0]]
@@ -73,7 +72,7 @@ def close(found: Tensor | float, wanted: Tensor | float, size: Tensor | float) -
 
 @given(case=cases(), centre=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_streamed_moments_equal_moments_of_all_rows(case: Case, centre: bool) -> None:
+def test_streamed_moments_equal_moments_of_all_rows(case, centre):
     found = streamed(case, centre=centre)
     x, t, w = case.x.double(), case.t.double(), case.row_weights
     mean_a, mean_o = w @ x / w.sum(), w @ t / w.sum()
@@ -100,16 +99,10 @@ def test_streamed_moments_equal_moments_of_all_rows(case: Case, centre: bool) ->
     assert torch.equal(found.take()[0], gram)
     assert torch.equal(found.mean_square_a(), squares)
     assert found.finite()
-
-
-@given(case=cases(), centre=st.booleans())
-@settings(max_examples=30, deadline=None)
-def test_moments_without_targets_equal_moments_with_targets(case: Case, centre: bool) -> None:
-    """Without targets, the sums over inputs are the same ones."""
-    alone, both = streamed(case, centre=centre, targets=False), streamed(case, centre=centre)
-    assert torch.equal(alone.gram(), both.gram())
-    assert torch.equal(alone.mean_a, both.mean_a)
-    assert torch.equal(alone.mean_square_a(), both.mean_square_a())
+    # Without targets, the sums over inputs are the same ones.
+    alone = streamed(case, centre=centre, targets=False)
+    assert torch.equal(alone.gram(), gram)
+    assert torch.equal(alone.mean_a, found.mean_a)
     assert alone.cross().shape == (case.x.shape[1], 0)
     assert alone.energy() == 0
 
@@ -138,46 +131,28 @@ def test_panels_cover_the_upper_triangle(entries):
         assert int((gram == 0).sum()) > 200, "the lower panels are saved"
 
 
-def test_rows_may_be_bfloat16():
-    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = Moments(3)
-    found.update(x)
-    torch.testing.assert_close(found.gram(), x.float().T @ x.float())
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["inputs", "targets"])
+@pytest.mark.parametrize("where", [0, 1], ids=["inputs", "targets"])
 def test_nan_and_infinity_are_found(value, where):
-    x, t = torch.ones(3, 2), torch.ones(3, 2)
-    (x if where == "inputs" else t)[1, 1] = value
+    rows = [torch.ones(3, 2), torch.ones(3, 2)]
+    rows[where][1, 1] = value
     found = Moments(2, 2)
-    found.update(x, t)
+    found.update(*rows)
     assert not found.finite()
-
-
-def test_empty_moments_are_zero():
-    empty = Moments(2, 1, centre=True)
-    assert empty.count == 0
-    assert not empty.gram().any()
-    assert not empty.mean_a.any()
-    assert empty.energy() == 0
 
 
 @pytest.mark.parametrize("centre", [False, True])
 def test_token_weights_equal_repeated_rows(centre):
     torch.manual_seed(0)
-    x, t, factors = torch.randn(7, 5), torch.randn(7, 3), torch.tensor([1.0, 2.0, 0.0, 3.0, 1.0, 1.0, 2.0])
+    # Rows may be bfloat16.
+    x, t, times = torch.randn(7, 5).bfloat16(), torch.randn(7, 3), torch.tensor([1, 2, 0, 3, 1, 1, 2])
     weighted, repeated = (Moments(5, 3, centre=centre) for _ in range(2))
-    weighted.update(x, t, 0.5, factors)
-    times = factors.long()
-    repeated.update(x.repeat_interleave(times, 0), t.repeat_interleave(times, 0), 0.5)
-    assert weighted.count == pytest.approx(repeated.count)
-    for name in ("gram", "cross", "energy"):
-        assert torch.allclose(
-            torch.as_tensor(getattr(weighted, name)()), torch.as_tensor(getattr(repeated, name)()), atol=1e-5
-        )
-    assert torch.allclose(weighted.mean_a, repeated.mean_a, atol=1e-6)
-    assert torch.allclose(weighted.mean_o, repeated.mean_o, atol=1e-6)
+    weighted.update(x, t, 0.5, times.float())
+    repeated.update(x.float().repeat_interleave(times, 0), t.repeat_interleave(times, 0), 0.5)
+    for name in ("gram", "cross", "energy", "mean_a", "mean_o", "count"):
+        one, two = (getattr(sums, name) for sums in (weighted, repeated))
+        one, two = (one(), two()) if callable(one) else (one, two)
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(two), atol=1e-5, rtol=0, check_dtype=False)
 
 
 class Crew(Processes):
@@ -204,7 +179,7 @@ class Crew(Processes):
 
 @given(case=cases(), size=st.integers(2, 4), centre=st.booleans(), mean=st.sampled_from([0.0, 1000.0]))
 @settings(max_examples=50, deadline=None)
-def test_moments_of_several_processes_equal_those_of_one(case: Case, size: int, centre: bool, mean: float) -> None:
+def test_moments_of_several_processes_equal_those_of_one(case, size, centre, mean):
     """Each process has another first batch, and some may have no rows."""
     case.x, case.t = case.x / case.x.abs().amax(0) + mean, case.t + mean
     crew = [Crew(rank, shared, barrier) for shared, barrier in [([None] * size, Barrier(size))] for rank in range(size)]

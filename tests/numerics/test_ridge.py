@@ -67,6 +67,9 @@ class Layer:
     def energy(self) -> float:
         return float(self.t.square().sum())
 
+    def some(self, kept: set[int]) -> Tensor:
+        return torch.tensor(sorted({one % len(self.old) for one in kept}))
+
 
 def layer(seed: int, n: int, a: int, o: int, *, noise: float = 0.5, spread: float = 1.0, offset: float = 0.0) -> Layer:
     """Correlated inputs of different sizes; targets near what the old weights give."""
@@ -90,6 +93,10 @@ def layers(draw: st.DrawFn, least: int = 2, most: int = 14, offset: float = 0.0)
     return layer(draw(st.integers(0, 2**31)), n, a, draw(st.integers(1, 6)), spread=spread, offset=offset)
 
 
+KEPT = st.sets(st.integers(0, 13), min_size=1)
+"""Kept inputs; a layer takes them modulo its own number."""
+
+
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     """Assert that both are finite and close, relative to the largest entry."""
     found, wanted = found.double(), wanted.double()
@@ -99,23 +106,24 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 # Refit.
 
 
-@given(data=st.data(), case=layers(), ridge=st.sampled_from(RIDGES))
+@given(case=layers(), ridge=st.sampled_from(RIDGES), kept=KEPT)
 @settings(max_examples=120, deadline=None)
-def test_refit_is_least_squares(data: st.DataObject, case: Layer, ridge: float) -> None:
-    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
+def test_refit_is_least_squares(case, ridge, kept):
+    keep = case.some(kept)
     weight, error = least_squares(case.normal(ridge), keep)
     scale = case.gram.diagonal()[keep].sqrt()[:, None]
     assert_near(weight * scale, case.minimiser(ridge, keep) * scale, 2e-4)
     assert error == pytest.approx(case.error(ridge, keep), rel=1e-3, abs=1e-5 * case.energy)
+    other = 1.3 * case.old[keep] - 0.2
+    error = float((case.x[:, keep] @ other - case.t).square().sum())
+    assert squared_error(case.normal(ridge), other, keep) == pytest.approx(error, rel=1e-4, abs=1e-5 * case.energy)
 
 
-@given(case=layers(offset=2.0), ridge=st.sampled_from((0.03, 0.3, 1.0)), intercept=st.booleans(), data=st.data())
+@given(case=layers(offset=2.0), ridge=st.sampled_from((0.03, 0.3, 1.0)), intercept=st.booleans(), kept=KEPT)
 @settings(max_examples=100, deadline=None)
-def test_an_output_projection_fit_is_least_squares(
-    case: Layer, ridge: float, intercept: bool, data: st.DataObject
-) -> None:
+def test_an_output_projection_fit_is_least_squares(case, ridge, intercept, kept):
     """Streamed float32 moments are used; the intercept is not penalised."""
-    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
+    keep = case.some(kept)
     moments = Moments(case.x.shape[1], case.t.shape[1], centre=intercept)
     for x, t in zip(case.x.float().split(5), case.t.float().split(5), strict=True):
         moments.update(x, t)
@@ -132,27 +140,18 @@ def test_an_output_projection_fit_is_least_squares(
     assert error == pytest.approx(seen.error(ridge, keep), rel=1e-3, abs=1e-5 * seen.energy)
 
 
-@given(data=st.data(), case=layers(), ridge=st.sampled_from((1e-3, 0.3, 1.0)))
-@settings(max_examples=40, deadline=None)
-def test_squared_error_of_any_weights(data: st.DataObject, case: Layer, ridge: float) -> None:
-    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(case.old) - 1), min_size=1))))
-    weight = 1.3 * case.old[keep] - 0.2
-    error = float((case.x[:, keep] @ weight - case.t).square().sum())
-    assert squared_error(case.normal(ridge), weight, keep) == pytest.approx(error, rel=1e-4, abs=1e-5 * case.energy)
-
-
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
 @pytest.mark.parametrize("old_as_target", [False, True])
 def test_normal_equations_may_overwrite_the_gram_matrix(ridge, old_as_target):
     case = layer(12, 40, 6, 3)
-    gram, energy = case.gram.float(), case.energy
-    cross = None if old_as_target else (case.x.T @ case.t).float()
-    copied = normal_equations(gram, cross, energy, case.old.float(), ridge)
-    assert torch.equal(gram, case.gram.float())
-    given_away = normal_equations(gram, cross, energy, case.old.float(), ridge, overwrite=True)
-    for one, two in ((copied.matrix_aa, given_away.matrix_aa), (copied.right_ao, given_away.right_ao)):
-        assert torch.equal(one, two)
-    assert copied.energy == given_away.energy
+    gram, cross = case.gram.float(), None if old_as_target else (case.x.T @ case.t).float()
+    copied, overwritten = (
+        normal_equations(gram.clone(), cross, case.energy, case.old.float(), ridge, overwrite=overwrite)
+        for overwrite in (False, True)
+    )
+    assert torch.equal(copied.matrix_aa, overwritten.matrix_aa)
+    assert torch.equal(copied.right_ao, overwritten.right_ao)
+    assert copied.energy == overwritten.energy
 
 
 @pytest.mark.parametrize("ridge", RIDGES)
@@ -166,67 +165,43 @@ def test_the_old_output_as_target_equals_its_cross_moment(ridge):
     weight, error = least_squares(old_as_target, torch.arange(8))
     assert_near(weight, case.old, 1e-4)
     assert abs(error) < 1e-5 * case.energy
-    first, second = eliminate(old_as_target, 1), eliminate(with_cross, 1)
-    assert torch.equal(first.order, second.order)
-    assert_near(first.increases, second.increases, 1e-4)
-    assert_near(first.errors, second.errors, 1e-4)
-
-
-@pytest.mark.parametrize("ridge", RIDGES)
-def test_inputs_that_are_always_zero_keep_their_weights(ridge):
-    case = layer(3, 40, 6, 3)
-    case.x[:, [1, 4]] = 0
-    alive = torch.tensor([0, 2, 3, 5])
-    weight, error = least_squares(case.normal(ridge), torch.arange(6))
-    assert torch.isfinite(weight).all()
-    assert_near(weight[[1, 4]], case.old[[1, 4]], 1e-5)
-    assert_near(weight[alive], case.minimiser(ridge, alive), 2e-4)
-    assert error == pytest.approx(case.error(ridge, alive), rel=1e-3)
+    assert torch.equal(eliminate(old_as_target, 1).order, eliminate(with_cross, 1).order)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("ridge", RIDGES)
-def test_inputs_that_are_always_zero_are_removed_first(ridge, size):
-    """The removal of such inputs costs nothing, whatever the scale of the data."""
-    case = layer(3, 40, 6, 3)
+def test_inputs_that_are_always_zero_keep_their_weights_and_are_removed_first(ridge, size):
+    """Their removal costs nothing, whatever the scale of the data; all inputs may be zero."""
+    case, every = layer(3, 40, 6, 3), torch.arange(6)
     case.x[:, [1, 4]] = 0
     case.x *= size
     case.t *= size
+    weight, error = least_squares(case.normal(ridge), every)
+    alive = torch.tensor([0, 2, 3, 5])
+    assert_near(weight[[1, 4]], case.old[[1, 4]], 1e-5)
+    assert_near(weight[alive], case.minimiser(ridge, alive), 2e-4)
+    assert error == pytest.approx(case.error(ridge, alive), rel=1e-3)
     found = eliminate(case.normal(ridge), 1)
     assert set(found.order[:2].tolist()) == {1, 4}
     assert float(found.increases[:2].abs().max()) < 1e-5 * float(found.increases[2])
     assert_near(found.errors[:3], found.errors[:1].expand(3), 1e-4)
-
-
-def test_all_inputs_may_be_always_zero():
-    case = layer(4, 20, 4, 2)
     case.x *= 0
-    weight, error = least_squares(case.normal(1.0), torch.arange(4))
+    weight, error = least_squares(case.normal(ridge), every)
     assert_near(weight, case.old, 1e-6)
     assert error == pytest.approx(case.energy, rel=1e-5)
-    assert eliminate(case.normal(1.0), 1).order.shape == (3,)
+    assert eliminate(case.normal(ridge), 1).order.shape == (5,)
 
 
-@given(seed=st.integers(0, 1000), ridge=st.sampled_from((0.03, 0.3, 1.0)))
-@settings(max_examples=20, deadline=None)
-def test_fewer_rows_than_inputs_are_solved_with_a_ridge(seed: int, ridge: float) -> None:
-    """The ridge alone makes the system regular."""
-    case = layer(seed, 5, 12, 3)
-    keep = torch.arange(12)
-    scale = case.gram.diagonal().sqrt()[:, None]
-    assert_near(least_squares(case.normal(ridge), keep)[0] * scale, case.minimiser(ridge, keep) * scale, 2e-3)
-
-
-@given(seed=st.integers(0, 1000), few=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]), data=st.data())
+@given(seed=st.integers(0, 1000), few=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]), kept=KEPT)
 @settings(max_examples=60, deadline=None)
-def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, size: float, data: st.DataObject) -> None:
+def test_without_a_ridge_the_nearest_solution_is_taken(seed, few, size, kept):
     """Inputs are linearly dependent, or more than the rows; the reference is the float64 pseudo-inverse."""
     case = layer(seed, 5 if few else 60, 12, 3)
     if not few:
         case.x[:, 7] = case.x[:, :6] @ case.old[:6, 0]
         case.x[:, 2] = -2 * case.x[:, 9]
     case.x *= size
-    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 11), min_size=1))))
+    keep = case.some(kept)
     gram = (case.x.float().T @ case.x.float()).double()
     weight, error = least_squares(normal_equations(gram, case.x.T @ case.t, case.energy, case.old, 0.0), keep)
     x, scale = case.x[:, keep], case.gram.diagonal()[keep].sqrt()[:, None]
@@ -237,20 +212,6 @@ def test_without_a_ridge_the_nearest_solution_is_taken(seed: int, few: bool, siz
     wanted = scale * case.old[keep] + inverse @ (case.t - x @ case.old[keep])
     assert_near(scale * weight, wanted, 1e-3)
     assert error == pytest.approx(float((x @ (wanted / scale) - case.t).square().sum()), abs=1e-4 * case.energy)
-
-
-def test_without_kept_inputs_the_error_is_the_targets_energy() -> None:
-    case = layer(1, 40, 6, 3)
-    weight, error = least_squares(case.normal(0.3), torch.arange(0))
-    assert weight.shape == (0, 3)
-    assert error == pytest.approx(case.energy, rel=1e-5)
-
-
-def test_equations_with_nan_raise_an_error() -> None:
-    case = layer(1, 40, 6, 3)
-    case.x[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        least_squares(case.normal(0.3), torch.arange(6))
 
 
 # Elimination.
@@ -285,7 +246,7 @@ def cheapest(case: Layer, ridge: float, left: list[int], size: int, among: list[
 
 @given(case=layers(least=3), ridge=st.sampled_from((1e-3, 0.03, 0.3, 1.0)))
 @settings(max_examples=60, deadline=None)
-def test_every_increase_equals_a_refit_without_the_unit(case: Layer, ridge: float) -> None:
+def test_every_increase_equals_a_refit_without_the_unit(case, ridge):
     """The unit of the smallest increase is removed."""
     found = eliminate(case.normal(ridge), 1)
     check(case, ridge, found, 1)
@@ -296,18 +257,10 @@ def test_every_increase_equals_a_refit_without_the_unit(case: Layer, ridge: floa
         left.remove(unit)
 
 
-@given(
-    seed=st.integers(0, 2**31),
-    size=st.integers(1, 4),
-    groups=st.integers(1, 3),
-    per_group=st.integers(2, 4),
-    ridge=st.sampled_from((0.03, 1.0)),
-)
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 4), groups=st.integers(1, 3), per_group=st.integers(2, 4))
 @settings(max_examples=40, deadline=None)
-def test_every_step_removes_the_cheapest_unit_of_each_group(
-    seed: int, size: int, groups: int, per_group: int, ridge: float
-) -> None:
-    units = groups * per_group
+def test_every_step_removes_the_cheapest_unit_of_each_group(seed, size, groups, per_group):
+    units, ridge = groups * per_group, 0.1
     case = layer(seed, units * size + 25, units * size, 4)
     found = eliminate(case.normal(ridge), size, groups=groups)
     assert len(found.order) == units - groups
@@ -322,22 +275,13 @@ def test_every_step_removes_the_cheapest_unit_of_each_group(
         left = [unit for unit in left if unit not in removed]
 
 
-@given(data=st.data(), seed=st.integers(0, 2**31), size=st.integers(1, 3), ridge=st.sampled_from((0.03, 0.3, 1.0)))
+@given(data=st.data(), seed=st.integers(0, 2**31), size=st.integers(1, 3), groups=st.sampled_from((1, 3)))
 @settings(max_examples=40, deadline=None)
-def test_a_given_order_is_followed(data: st.DataObject, seed: int, size: int, ridge: float) -> None:
-    units = data.draw(st.integers(2, 7))
+def test_a_given_order_is_followed(data, seed, size, groups):
+    units = data.draw(st.integers(2, 4)) * groups
     case = layer(seed, units * size + 25, units * size, 4)
-    order = torch.tensor(data.draw(st.permutations(range(units)))[: units - 1])
-    found = eliminate(case.normal(ridge), size, order=order)
-    assert torch.equal(found.order, order)
-    check(case, ridge, found, size)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_given_order_by_groups_is_followed(size):
-    case = layer(5, 80, 12 * size, 4)
-    order = torch.tensor([3, 4, 9, 0, 7, 10])
-    found = eliminate(case.normal(0.3), size, groups=3, order=order, stop=2)
+    order = torch.tensor(data.draw(st.permutations(range(units)))[: units - groups])
+    found = eliminate(case.normal(0.3), size, groups=groups, order=order)
     assert torch.equal(found.order, order)
     check(case, 0.3, found, size)
 
@@ -356,13 +300,10 @@ def test_several_units_a_step_cost_what_single_removals_cost(units, size, given_
 
 
 @given(
-    seed=st.integers(0, 2**31),
-    size=st.integers(1, 3),
-    ridge=st.sampled_from((0.0, 0.03, 1.0)),
-    old_as_target=st.booleans(),
+    seed=st.integers(0, 10**6), size=st.integers(1, 3), ridge=st.sampled_from((0.0, 1.0)), old_as_target=st.booleans()
 )
 @settings(max_examples=40, deadline=None)
-def test_weights_at_a_width_equal_a_refit(seed: int, size: int, ridge: float, old_as_target: bool) -> None:
+def test_weights_at_a_width_equal_a_refit(seed, size, ridge, old_as_target):
     """Even if the width ends a step early, or an input is always zero."""
     case = layer(seed, 300, 70 * size, 4)
     case.x[:, 3] = 0
@@ -390,15 +331,6 @@ def test_results_do_not_depend_on_when_the_inverse_is_updated(monkeypatch):
         assert_near(found[0].increases, other.increases, 1e-3)
         assert_near(found[0].errors, other.errors, 1e-3)
     check(case, 0.3, found[1], 1)
-
-
-def test_one_of_two_similar_units_is_kept():
-    """Each unit has a near copy, whose cost rises once the first of the two is removed."""
-    half = layer(5, 200, 14, 4)
-    twin = half.x + 0.05 * layer(6, 200, 14, 4).x
-    case = Layer(torch.cat([half.x, twin], 1), half.t, torch.cat([half.old, half.old]) / 2)
-    order = eliminate(case.normal(0.03), 2, stop=7).order.tolist()
-    assert sorted(unit % 7 for unit in order) == list(range(7))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -431,28 +363,16 @@ def test_a_step_is_greedy_among_its_candidates(seed):
     assert overtaken >= 3
 
 
-def test_errors_are_nan_if_not_asked_for():
-    case = layer(9, 60, 12, 4)
-    full, bare = eliminate(case.normal(0.3), 1), eliminate(case.normal(0.3), 1, with_errors=False)
+def test_elimination_does_not_change_its_equations():
+    """Without errors, which are NaN then, and with nothing to remove as well."""
+    normal = layer(9, 60, 12, 4).normal(0.3)
+    before = [normal.matrix_aa.clone(), normal.cross_ao.clone(), normal.right_ao.clone()]
+    full, bare, none = eliminate(normal, 1), eliminate(normal, 1, with_errors=False), eliminate(normal, 1, stop=12)
     assert torch.equal(full.order, bare.order)
     assert torch.equal(full.increases, bare.increases)
     assert bool(bare.errors[1:].isnan().all())
-    assert not bool(full.errors.isnan().any())
-
-
-def test_elimination_with_nothing_to_remove():
-    case = layer(10, 30, 4, 2)
-    found = eliminate(case.normal(0.3), 1, stop=4)
-    assert found.order.shape == found.increases.shape == (0,)
-    assert float(found.errors[0]) == pytest.approx(case.error(0.3, torch.arange(4)), rel=1e-4)
-
-
-def test_elimination_does_not_change_its_equations():
-    case = layer(11, 60, 12, 4)
-    normal = case.normal(0.3)
-    before = [normal.matrix_aa.clone(), normal.cross_ao.clone(), normal.right_ao.clone()]
-    eliminate(normal, 1)
-    least_squares(normal, torch.arange(6))
+    assert none.order.shape == none.increases.shape == (0,)
+    assert torch.equal(none.errors, full.errors[:1])
     for now, then in zip((normal.matrix_aa, normal.cross_ao, normal.right_ao), before, strict=True):
         assert torch.equal(now, then)
 
@@ -464,15 +384,20 @@ def test_a_singular_matrix_gets_a_small_jitter():
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     matrix = x.T @ x
     matrix[0, 0] -= 1e-6
-    factor = factorise(matrix)
-    assert float((factor @ factor.T - matrix).abs().max()) < 1e-3
-    batch = torch.stack([torch.eye(6), matrix])
-    factors = factorise_each(batch)
+    whole, factors = factorise(matrix), factorise_each(torch.stack([torch.eye(6), matrix]))
     assert torch.equal(factors[0], torch.eye(6))
-    assert float((factors[1] @ factors[1].T - matrix).abs().max()) < 1e-3
+    for factor in (whole, factors[1]):
+        assert float((factor @ factor.T - matrix).abs().max()) < 1e-3
 
 
-def test_an_indefinite_matrix_raises_an_error():
+def test_equations_without_a_solution_and_without_inputs():
+    case = layer(1, 40, 6, 3)
+    weight, error = least_squares(case.normal(0.3), torch.arange(0))
+    assert weight.shape == (0, 3)
+    assert error == pytest.approx(case.energy, rel=1e-5)
+    case.x[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        least_squares(case.normal(0.3), torch.arange(6))
     with pytest.raises(FloatingPointError, match="not positive definite"):
         factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]))
 
@@ -480,7 +405,7 @@ def test_an_indefinite_matrix_raises_an_error():
 @pytest.mark.parametrize(
     ("strength", "dtype"), [(0.0, torch.float64), (0.029, torch.float64), (0.03, torch.float32), (0.3, torch.float32)]
 )
-def test_a_small_ridge_is_solved_in_float64(strength: float, dtype: torch.dtype) -> None:
+def test_a_small_ridge_is_solved_in_float64(strength, dtype):
     assert normal_equations(torch.eye(3), None, 0.0, torch.ones(3, 2), strength).matrix_aa.dtype == dtype
 
 

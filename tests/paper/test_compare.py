@@ -85,7 +85,7 @@ def out(grid: Path, whole: Path) -> Path:
 
 def forget(out: Path, option: str, value: Any) -> None:
     """Delete the results of the runs that have a value of an option."""
-    for file in (out / "runs").iterdir():
+    for file in (out / "runs").glob("*.json"):
         if json.loads(file.read_text())["decided_by"].get("options", {}).get(option) == value:
             file.unlink()
 
@@ -236,13 +236,6 @@ def test_a_killed_comparison_goes_on(grid, run, whole):
     assert not (grid / "out" / ".scratch").exists()
 
 
-def test_two_at_once_are_refused(grid, run):
-    with RunStore(grid / "out"):
-        before = listing(grid)
-        refused(run(*COMPARE), "out: in use by another secateur compare; wait")
-        assert listing(grid) == before
-
-
 def part_heads(folder: Path) -> None:
     """Let the last two heads of each block attend far more sharply than the others: some are alike, some are not."""
     tensors = load_file(folder / "model.safetensors")
@@ -267,21 +260,16 @@ def test_every_recipe_runs(name, row, paper, grid, run, checkpoint_folder):
     shutil.copytree(checkpoint_folder(row), grid / folder)
     if name == "table3":
         part_heads(grid / folder)
-    small = ["--calibration", "text.txt", "--samples", "2,4" if name == "figure4a" else "4"]
-    small += ["--refit-samples", "2,4" if name == "figure4b" else "4"]
-    blocks = "0:3" if name in ALL_BLOCKS else "0:1"
-    small += ["--length", "16", "--tokens", "64", "--seeds", "0", "--blocks", blocks, "--tasks", "none"]
-    small += ["--perplexity", "wikitext2=held.txt", "--perplexity", "ptb=text.txt"]
-    result = run("compare", folder, name, "--out", "out", *small)
+    samples, refit = ("2,4" if name == figure else "4" for figure in ("figure4a", "figure4b"))
+    small = f"--calibration text.txt --samples {samples} --refit-samples {refit} --length 16 --tokens 64 --seeds 0 "
+    small += f"--blocks {'0:3' if name in ALL_BLOCKS else '0:1'} --tasks none "
+    small += "--perplexity wikitext2=held.txt --perplexity ptb=text.txt"
+    result = run("compare", folder, name, "--out", "out", *small.split())
     assert result.code == 0, result.err
     found = json.loads((grid / "out" / "table.json").read_text())
-    if name == "figure5":
-        assert len(found["models"][paper]) == 3
-        assert (grid / "out" / "activations.png").stat().st_size > 10_000
-        return
-    if name == "figure3":
-        assert [list(blocks) for blocks in found["models"].values()] == [["0", "1", "2"]]
-        assert (grid / "out" / "graph.png").stat().st_size > 10_000
+    if plot := {"figure3": "graph", "figure5": "activations"}.get(name):
+        assert [len(blocks) for blocks in found["models"].values()] == [3]
+        assert (grid / "out" / f"{plot}.png").stat().st_size > 10_000
         return
     measured = [row for row in found["rows"] if row["figures"]["ptb"].get("mean") is not None]
     assert len(measured) == found["planned"] == found["finished"]
@@ -313,32 +301,21 @@ def score(folder: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "own",
-    [
-        {"recovery": "paper", "calibration": "self", "refit_samples": 3},
-        {"recovery": "paper", "refit_calibration": "self"},
-    ],
+    "own", [{"calibration": "self", "refit_samples": 3}, {"refit_calibration": "self"}], ids=["calibration", "refit"]
 )
 def test_generated_rows_are_shared_by_all_runs(own, grid, run, calls_of):
-    written = calls_of(draw, "self_rows")
+    """They are written once for each seed, whatever the criterion; and again, to the same end, if a run is missing."""
+    written, own = calls_of(draw, "self_rows"), own | {"recovery": "paper"}
     command = small(grid, runs={"a": {"criterion": "wanda", **own}, "b": {"criterion": "l2", **own}})
-    assert run(*command).code == 0
-    # Once for each seed, whatever the criterion.
-    assert [named["seed"] for *_, named in written] == [0, 1]
-    before = values("a")
-    assert run(*command).code == 0
-    assert len(written) == 2
-    # A restart writes the same anew, for what is missing.
-    for file in (grid / "out" / "runs").iterdir():
-        if json.loads(file.read_text())["decided_by"].get("options", {}).get("criterion") == "wanda":
-            file.unlink()
-    assert run(*command).code == 0
-    assert ([named["seed"] for *_, named in written], values("a")) == ([0, 1, 0, 1], before)
-    summaries = [
-        prune("model", f"hand{seed}", **GRID["options"] | own, criterion="wanda", seed=seed) for seed in (0, 1)
-    ]
-    assert [score(f"hand{seed}") for seed in (0, 1)] == before
-    assert all(summary.sparsity > 0 for summary in summaries)
+    found = []
+    for missing, times in ((None, 1), ("none", 1), ("wanda", 2)):
+        forget(grid / "out", "criterion", missing)
+        assert run(*command).code == 0
+        assert [named["seed"] for *_, named in written] == [0, 1] * times
+        found.append(values("a"))
+    for seed in (0, 1):
+        prune("model", f"hand{seed}", **GRID["options"] | own, criterion="wanda", seed=seed)
+    assert found == [[score("hand0"), score("hand1")]] * 3
 
 
 def test_resampled_rows_are_shared(grid, run, calls_of):
@@ -391,15 +368,6 @@ def test_a_row_can_be_retrained(grid, run):
     assert values("LoRA") != [score("more")]
 
 
-def test_retraining_without_peft_is_named_early(grid, run, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
-    command = small(grid, retrain={"L2": {"rank": 8, "tokens": "128"}})
-    before = listing(grid)
-    refused(run(*command), 'LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
-    assert listing(grid) == before
-
-
 def test_graphs_join_similar_heads(grid, run, monkeypatch):
     shutil.copytree(grid / "model", grid / "other")
     figures: list[Any] = []
@@ -439,58 +407,44 @@ WRONG = [
     ("compare model grid.yaml --out model", "model: holds other files, not a comparison; name a new folder"),
     ("compare model grid.yaml --out missing/out", "missing does not exist; create it"),
     ("compare model grid.yaml --out out --seeds 0,x", "--seeds is '0,x'; write whole numbers separated by commas, for"),
-    ("compare model grid.yaml --out out --seeds 0,0", "--seeds is '0,0', which contains a number twice"),
     ("compare model grid.yaml --out out --seeds=-1", "runs.wanda: seed is -1; it must lie between 0 and"),
-    ("compare model grid.yaml --out out --samples 0", "runs.wanda: samples is 0; it must be at least 1"),
     ("compare model grid.yaml --out out --samples 2,4", "samples is 2, 4, but the recipe has no axis for it; give one"),
-    ("compare model grid.yaml --out out --refit-samples x", "--refit-samples is 'x'; write whole numbers separated by"),
-    (
-        "compare model lora.yaml --out out --refit-samples 0",
-        "retrain.wanda: tokens is 0, but one step takes 1 rows of 16",
-    ),
+    ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: tokens is 0, but one step takes 1 rows of"),
     ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),
-    ("compare model grid.yaml --out out --perplexity self", "rows that a model generates cannot be scored; name a"),
-    ("compare model grid.yaml --out out --length 65", "length is 65, but the model has only 64 positions: choose a"),
     ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
     ("compare model grid.yaml --out out --calibration gone.txt", "gone.txt does not exist: check the path of the text"),
     ("compare model grid.yaml --out out --perplexity a=text.txt --perplexity a=text.txt", "two texts are called a;"),
-    ("compare model grid.yaml --out out --tasks a=piqa,a=boolq", "two tasks are called a; give them different names"),
-    ("compare model grid.yaml --out out --perplexity random", "random token ids cannot be scored; name a text file or"),
     ("compare model grid.yaml --out out --tokens 15", "tokens is 15, which does not fill one row of length 16"),
-    ("compare model grid.yaml --out out --tokens=-5", "tokens is -5"),
     ("compare model grid.yaml --out out --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
     ("compare model grid.yaml --out out --task-path gone", "gone: no such folder; name one with task files"),
     ("compare model grid.yaml --out out --device nonsense", "device 'nonsense' is not available here"),
+    (
+        "compare model peft.yaml --out out",
+        "LoRA retraining needs peft, which is not installed; pip install",
+    ),
+    ("compare model grid.yaml --out busy", "busy: in use by another secateur compare; wait"),
     ("compare model wide.yaml --out out", "model, L1, sparsity 0.9999: sparsity 100.0% is out of reach"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[arguments for arguments, _ in WRONG])
 def test_mistakes_come_before_work(arguments, message, grid, run, monkeypatch):
-    def reached(*_: Any, **__: Any) -> None:
-        raise AssertionError("a mistake was found after long work")
-
-    monkeypatch.setattr(compare_step, "prune_run", reached)
-    monkeypatch.setattr(scorer, "load", reached)
-    wide = GRID | {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.9999]}}
-    (grid / "wide.yaml").write_text(yaml.safe_dump(wide))
-    (grid / "lora.yaml").write_text(yaml.safe_dump(GRID | {"retrain": {"wanda": {}}}))
-    before = listing(grid)
-    refused(run(*arguments.split()), message)
-    assert listing(grid) == before
-
-
-def test_a_task_out_of_reach_is_named_early(grid, run, monkeypatch):
-    from secateur.measure import tasks
-
-    monkeypatch.setattr(tasks, "out_of_reach", lambda: "it is a test")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(grid / "cache"))
-    write = {"output": "multiple_choice", "file": grid / "items.jsonl"}
-    (grid / "far.yaml").write_text(YAML.format(name="far", **write).replace(": json", ": nobody/nothing"))
-    before = listing(grid)
-    result = run("compare", "model", "grid.yaml", "--out", "out", "--tasks", "far", "--task-path", ".")
-    refused(result, "from the hub, which is not reachable (it is a test); give --task-path")
-    assert listing(grid) == before
+    for owner, name in ((compare_step, "prune_run"), (scorer, "load")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("a mistake was found after long work"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    recipes: dict[str, dict[str, Any]] = {
+        "wide": {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.9999]}},
+        "lora": {"retrain": {"wanda": {}}},
+        "peft": {"retrain": {"wanda": {"rank": 8}}},
+    }
+    for name, changes in recipes.items():
+        (grid / f"{name}.yaml").write_text(yaml.safe_dump(GRID | changes))
+    (grid / "busy").mkdir()
+    with RunStore(grid / "busy"):
+        before = listing(grid)
+        refused(run(*arguments.split()), message)
+        assert listing(grid) == before
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "gemma2"])

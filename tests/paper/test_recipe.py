@@ -29,19 +29,15 @@ def small(**fields: Any) -> Recipe:
     return Recipe.model_validate(SMALL | fields)
 
 
-def test_runs_are_every_entry_at_every_point():
-    found = expand(small(), None)
-    assert [(run.row, run.place("seed")) for run in found] == [
+def test_runs_are_every_entry_at_every_point_and_win_over_the_model():
+    on_paper, on_other = expand(small(), "Big"), expand(small(), None)
+    assert [(run.row, run.place("seed")) for run in on_other] == [
         (f"{label}, length {length}", seed) for label in "ab" for length in (8, 16) for seed in (0, 1)
     ]
-    assert found[0].options == Options(sparsity=0.25, ridge=0.5, samples=4, criterion="wanda", length=8, seed=0)
-
-
-def test_a_run_wins_over_the_model_and_the_model_over_all():
-    on_paper, on_other = expand(small(), "Big"), expand(small(), None)
-    assert [on_paper[0].options.ridge, on_paper[-1].options.ridge] == [1, 0.1]
-    assert [on_other[0].options.ridge, on_other[-1].options.ridge] == [0.5, 0.1]
-    assert (on_paper[0].options.blocks, on_other[0].options.blocks) == ("1:3", None)
+    common: dict[str, Any] = {"sparsity": 0.25, "samples": 4, "criterion": "wanda", "length": 8, "seed": 0}
+    assert on_other[0].options == Options(ridge=0.5, **common)
+    assert on_paper[0].options == Options(ridge=1, blocks="1:3", **common)
+    assert on_paper[-1].options.ridge == on_other[-1].options.ridge == 0.1
 
 
 @pytest.mark.parametrize(
@@ -78,10 +74,7 @@ def test_refit_samples_change_only_runs_that_have_the_option():
     assert training == Training(calibration="ptb", tokens="27", length=9, batch=3)
     axis = recipe.model_copy(update={"runs": {"c": {}}, "retrain": {}, "grid": {"refit_samples": [8, 16]}})
     found = expand(changed(axis, refit_samples=(2, 3)), None)
-    assert [(run.row, run.options.refit_samples) for run in found] == [
-        ("c, refit_samples 2", 2),
-        ("c, refit_samples 3", 3),
-    ]
+    assert [(run.row, run.options.refit_samples) for run in found] == [(f"c, refit_samples {n}", n) for n in (2, 3)]
 
 
 def test_a_retraining_is_about_the_runs_own_text_and_seed():
@@ -95,12 +88,8 @@ def test_a_retraining_is_about_the_runs_own_text_and_seed():
 def test_changes_of_an_axis_and_of_the_evaluation():
     recipe = small(grid={"samples": [8, 16], "calibration": ["wikitext2", "random"]})
     found = expand(changed(recipe.model_copy(update={"runs": {}}), samples=(2, 3), calibration="x.txt"), None)
-    assert [(run.options.samples, run.options.calibration) for run in found] == [
-        (2, "x.txt"),
-        (2, "random"),
-        (3, "x.txt"),
-        (3, "random"),
-    ]
+    axes = [(samples, text) for samples in (2, 3) for text in ("x.txt", "random")]
+    assert [(run.options.samples, run.options.calibration) for run in found] == axes
     judged = changed(recipe, perplexity=("a.txt",), tasks=("t",), limit=5, tokens=0).evaluation
     assert (judged.perplexity, judged.tasks, judged.limit, judged.tokens) == (["a.txt"], ["t"], 5, None)
     with pytest.raises(SecateurError, match="samples is 2, 3, but the recipe has no axis for it; give one"):
@@ -116,7 +105,10 @@ def test_a_column_may_have_a_name_of_its_own(tmp_path, monkeypatch):
     assert named("a=b.txt", "x") == ("x", "a=b.txt")
 
 
-@pytest.mark.parametrize("name", recipe_names())
+PAPER = [*(f"table{number}" for number in range(1, 7)), "figure3", "figure4a", "figure4b", "figure5"]
+
+
+@pytest.mark.parametrize("name", sorted({*PAPER, *recipe_names()}))
 def test_recipes_of_the_package_are_valid(name):
     recipe = read_recipe(name)
     judged = {*recipe.evaluation.perplexity, *recipe.evaluation.tasks, AVERAGE}
@@ -130,44 +122,28 @@ def test_recipes_of_the_package_are_valid(name):
             assert set(rows) & set(model.published)
 
 
-def test_the_papers_tables_and_figures_are_there():
-    wanted = {"table1", "table2", "table3", "table4", "table5", "table6", "figure3", "figure4a", "figure4b", "figure5"}
-    assert wanted <= set(recipe_names())
-
-
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"title": None}, "title: input should be a valid string, not None"),
-    ({"criteria": ["l1"]}, "criteria: no such field in a recipe; correct its name or leave it out"),
     ({"evaluation": {"perplexty": ["a"]}}, "evaluation.perplexty: no such field in a recipe"),
     ({"evaluation": {}}, "evaluation: nothing is measured; add perplexity texts, tasks, or both"),
-    ({"evaluation": {"perplexity": "a.txt"}}, "evaluation.perplexity: input should be a valid list, not 'a.txt'"),
     ({"kind": "graph of heads"}, "kind: input should be"),
     ({"runs": {}, "grid": {}}, "no runs are given; add runs, a grid, or both"),
     ({"grid": {"seed": []}}, "grid.seed: the grid is empty; give at least one value"),
     ({"grid": {"seed": [1, 1]}}, "grid.seed: a value occurs twice; leave one out"),
-    ({"grid": {"seed": ["one"]}}, "grid.seed.0 is 'one': input should be a valid integer"),
     ({"grid": {"sparsity": [0.2, 2]}}, "runs.a: sparsity is 2.0; it must lie between 0 and 1"),
     ({"grid": {"criterion": ["l1"]}}, "runs.a.criterion: the grid gives it too; leave one of them out"),
     ({"runs": {"c": {"criterion": "best"}}}, "runs.c: criterion is 'best'; it must be one of surgeon, flap-wifv,"),
-    ({"runs": {}, "grid": {"criterion": ["l1", "best"]}}, "grid: criterion is 'best'; it must be one of surgeon"),
     ({"runs": {"c": {"critrion": "l1"}}}, "runs.c.critrion: no such option; there are sparsity, target, plan, widths"),
     ({"runs": {"c": {"format": "gguf"}}}, "runs.c: transformers scores the runs; use the format hf or stock"),
-    ({"runs": {"c": {"modules": "heads,tails"}}}, "runs.c: modules is 'heads,tails'; give one or more of heads"),
     ({"options": {"samples": "many"}}, "options.samples is 'many': input should be a valid integer"),
-    ({"options": {"blocks": 270}}, "options.blocks is 270: input should be a valid string"),
     ({"models": {"Big": {"id": "x", "options": {"lenght": 8}}}}, "models.Big.options.lenght: no such option"),
     ({"models": {"Big": {}}}, "models.Big.id: missing; a recipe needs it"),
-    ({"models": {"Big": {"id": "x", "published": {"a": {"ptb": "low"}}}}}, "models.Big.published.a.ptb: input should"),
     ({"retrain": {"c": {}}}, "retrain.c: no such run; there are a, b"),
     ({"retrain": {"a": {"rnk": 4}}}, "retrain.a.rnk: no such option; there are calibration, length, seed, tokens"),
-    ({"retrain": {"a": {"rank": "4"}}}, "retrain.a.rank is '4': input should be a valid integer"),
     ({"retrain": {"a": {"rank": -1}}}, "retrain.a: rank is -1; it must be at least 0"),
-    ({"retrain": {"b": {}}}, "retrain.b: calibration is 'random', but random"),
     ({"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}}, "retrain.c: calibration is 'self', but"),
     ({"retrain": {"a": {"time": "1h"}}}, "retrain.a.time: is another training on every machine; give tokens"),
     ({"tau": 0.2}, "tau: only a recipe of the kind graph has it; to prune with it, set it in a run"),
     ({"kind": "graph", "runs": {}, "grid": {}}, "tau is None; a recipe of the kind graph needs one above 0"),
-    ({"kind": "graph", "tau": 0.7, "runs": {}, "grid": {}}, "tau is 0.7; a recipe of the kind graph needs one above"),
     ({"kind": "graph", "tau": 0.2, "runs": {}}, "grid: a recipe of the kind graph prunes nothing; leave this out"),
     ({"kind": "activations"}, "runs: a recipe of the kind activations prunes nothing; leave this out"),
 ]
@@ -184,20 +160,13 @@ def test_a_wrong_recipe(fields, message, tmp_path):
     ("text", "message"),
     [
         (b"", "a recipe is a mapping with title, runs, evaluation"),
-        (b"- 1", "a recipe is a mapping with title, runs, evaluation"),
         (b"title: [", "line 1: not valid YAML"),
         (b"title: a\nruns:\n  x: {}\n  x: {}\n", "line 4: not valid YAML ('x' occurs twice); correct it"),
         (b"title: !!python/object/apply:os.getcwd []", "not valid YAML"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"? [a]\n: b\n", "not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_recipe(text, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text)
     assert message in error_of(read_recipe, str(path))
-
-
-def test_a_recipe_that_does_not_exist():
-    with pytest.raises(SecateurError, match=r"recipe 'table9' does not exist; name a \.yaml file or one of figure3"):
-        read_recipe("table9")

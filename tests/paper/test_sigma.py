@@ -11,9 +11,8 @@ from test_criteria import assert_scores, scores_of, seen, statistics
 from torch import Tensor
 
 from models import build, layers_of, token_rows, wide
-from outputs import record_of
+from outputs import error_of, record_of
 from secateur import prune
-from secateur.base.errors import SecateurError
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.open_model import open_model
 from secateur.criteria.order import error_curve, remaining_units, removal_order
@@ -57,33 +56,24 @@ def values_of(stats: Statistics) -> tuple[Tensor, Tensor]:
 def test_identity_of_attention(name):
     stats, _, _, _ = statistics(name, "heads")
     rows, bias = values_of(stats)
-    module, wanted = stats.module, []
-    for head in range(module.units):
-        score = 0.0
-        for entry in range(module.size):
-            column = stats.weight_ao[head * module.size + entry].double()
-            row, b = rows[head // module.per_group, entry], float(bias[head // module.per_group, entry])
-            score += 0.5 * float(column @ column) * (float(row @ row) + b * b)
-        wanted.append(score)
+    energy = rows.square().sum(-1) + bias.square()
+    columns = stats.weight_ao.double().square().sum(-1).view(stats.module.units, -1)
+    wanted = (0.5 * columns * energy.repeat_interleave(stats.module.per_group, 0)).sum(-1)
     assert_scores(identity(stats), wanted)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama biased", "phi3", "gpt2", "opt", "gpt_neox"])
 def test_identity_of_channels_is_what_standard_normal_inputs_give(name):
     stats, _, _, _ = statistics(name, "channels")
+    plain = identity(stats)
     basis = torch.linalg.qr(torch.randn(96, 48, generator=torch.Generator().manual_seed(0)).double())[0]
     x = torch.cat([basis, -basis]) * 96**0.5
     assert torch.allclose(x.T @ x / len(x), torch.eye(48, dtype=torch.float64), atol=1e-12)
     stats.input_moments = Moments(48)
     stats.input_moments.update(x.float())
-    assert_scores(identity(stats), scores_of("second-moment", stats))
-
-
-def test_identity_sees_no_data():
-    for kind in ("heads", "channels"):
-        one, other = (statistics("llama biased", kind)[0] for _ in range(2))
-        other.inputs, other.moments = None, Moments(other.moments.gram().shape[0])
-        assert torch.equal(identity(one), identity(other))
+    assert_scores(plain, scores_of("second-moment", stats))
+    stats.moments = Moments(stats.moments.gram().shape[0])
+    assert torch.equal(identity(stats), plain), "it sees no data"
 
 
 # Random token ids.
@@ -169,33 +159,31 @@ def test_each_sigma_chooses_other_units(checkpoint_folder, tmp_path, name):
 def test_random_ids_decide_alone(checkpoint_folder, tmp_path):
     options: dict[str, Any] = {"sigma": "random", "calibration": text_file(tmp_path), "refit_samples": 3, **SMALL}
     rows = draw_rows(open_model(checkpoint_folder("llama"), device="cpu", **options), resample=False)
-    scores = rows.grouped.choice_weights
-    assert scores is not None
-    assert rows.random is not None
-    assert [group.shape for group, score in zip(rows.grouped.groups, scores, strict=True) if score] == [(8, 16)]
-    assert torch.equal(rows.grouped.groups[scores.index(1.0)], rows.random)
+    weights = rows.grouped.choice_weights
+    assert weights is not None
+    (at,) = [index for index, weight in enumerate(weights) if weight]
+    assert torch.equal(rows.grouped.groups[at], rows.random)
 
 
 def test_a_survey_belongs_to_its_sigma(checkpoint_folder, tmp_path):
     model, how = checkpoint_folder("llama"), {"calibration": text_file(tmp_path), **SMALL}
-    file = tmp_path / "survey.json"
-    prune(model, tmp_path / "a", sigma="random", survey=file, **how)
-    prune(model, tmp_path / "b", sigma="random", survey=file, **how)
+    for out in ("a", "b"):
+        prune(model, tmp_path / out, sigma="random", survey=tmp_path / "survey.json", **how)
     for other in ("data", "identity"):
-        with pytest.raises(SecateurError, match="a survey with criterion second-moment of random ids instead of"):
-            prune(model, tmp_path / "c", sigma=other, survey=file, **how)
+        message = error_of(prune, model, tmp_path / "c", sigma=other, survey=tmp_path / "survey.json", **how)
+        assert "a survey with criterion second-moment of random ids instead of" in message
 
 
-def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder, tmp_path):
+@pytest.mark.parametrize("options", [{"criterion": "random"}, {"sigma": "random"}, {"criterion": "l1"}], ids=str)
+def test_a_survey_by_chance_belongs_to_its_seed(checkpoint_folder, tmp_path, options):
     """A text of one row is the same for every seed, and still units leave in another order."""
-    model, text, file = checkpoint_folder("llama"), tmp_path / "text.txt", tmp_path / "survey.json"
+    text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 16)[0].tolist()))
-    how = {**SMALL, "samples": 1, "length": 16, "calibration": str(text), "sparsity": 0.3, "recovery": "none"}
-    for number, options in enumerate(({"criterion": "random"}, {"sigma": "random"})):
-        kept = tmp_path / f"{number}.json"
-        prune(model, tmp_path / f"a{number}", survey=kept, seed=0, **{**how, **options})
-        with pytest.raises(SecateurError, match="a survey with seed 0 instead of 1"):
-            prune(model, tmp_path / "b", survey=kept, seed=1, **{**how, **options})
-    how["criterion"] = "l1"
-    prune(model, tmp_path / "c", survey=file, seed=0, **how)
-    prune(model, tmp_path / "d", survey=file, seed=1, **how)
+    how = SMALL | {"samples": 1, "calibration": str(text), "recovery": "none"}
+    again: dict[str, Any] = how | options | {"survey": tmp_path / "survey.json"}
+    prune(checkpoint_folder("llama"), tmp_path / "zero", seed=0, **again)
+    if options == {"criterion": "l1"}:
+        prune(checkpoint_folder("llama"), tmp_path / "one", seed=1, **again)
+    else:
+        message = error_of(prune, checkpoint_folder("llama"), tmp_path / "one", seed=1, **again)
+        assert "a survey with seed 0 instead of 1" in message
