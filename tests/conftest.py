@@ -1,7 +1,5 @@
 """Fixtures of all tests: checkpoints of the tiny models, saved once a session, a browser, and the option `--few`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ Weights are random with activations of order one. Biases are not zero and norm w
 that is forgotten, swapped or shifted changes the logits.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

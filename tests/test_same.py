@@ -1,8 +1,6 @@
 """`benchmarks/same.py compare` notices whatever differs from the record, and nothing else."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,22 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+import differences
+
 RECORD = {"price": 0.25, "seconds": 1.5, "blocks": [{"block": 0, "heads": [0, 2], "channels": [1, 3, 4]}]}
 SAID = "Prune 3 of 3, 0:07\n25.1% of the parameters go\n0.9 s, peak memory 0.38 GB. Written to out\n"
-
-
-@pytest.fixture(scope="module")
-def differences() -> Any:
-    """Import benchmarks/differences.py, which is not in a package."""
-    spec = importlib.util.spec_from_file_location("differences", BENCHMARKS / "differences.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its module up.
-    sys.modules["differences"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def written(folder: Path) -> Path:
@@ -41,36 +27,39 @@ def written(folder: Path) -> Path:
     return folder
 
 
-def change_tensor(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    tensors = load_file(folder / "m.safetensors")
-    save_file(tensors | {"down": change(tensors["down"]).contiguous()}, folder / "m.safetensors")
+def tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "m.safetensors")
+        save_file(tensors | {"down": change(tensors["down"]).contiguous()}, folder / "m.safetensors")
+
+    return apply
 
 
-def change_record(folder: Path, **keys: Any) -> None:
-    (folder / "secateur.json").write_text(json.dumps(RECORD | keys))
+def record(**keys: Any) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "secateur.json").write_text(json.dumps(RECORD | keys))
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a tensor": (lambda one: change_tensor(one, lambda down: down * 1.01), "1 of 2 tensors differ, down most: 0.01 of"),
-    "a width": (lambda one: change_tensor(one, lambda down: down[:, :2]), "other width: tensor down was ((4, 3)"),
+    "a tensor": (tensor(lambda down: down * 1.01), "1 of 2 tensors differ, down most: 0.01 of"),
+    "a width": (tensor(lambda down: down[:, :2]), "other width: tensor down was ((4, 3)"),
     "metadata": (
         lambda one: save_file(load_file(one / "m.safetensors"), one / "m.safetensors", {"format": "pt"}),
         "the same tensors in other bytes",
     ),
-    "a dtype": (lambda one: change_tensor(one, torch.Tensor.half), "now ((4, 3), 'torch.float16')"),
-    "no number": (lambda one: change_tensor(one, lambda down: down * float("nan")), "tensors differ, down most: nan"),
+    "a dtype": (tensor(torch.Tensor.half), "now ((4, 3), 'torch.float16')"),
+    "no number": (tensor(lambda down: down * float("nan")), "tensors differ, down most: nan"),
     "a missing file": (lambda one: (one / "m.safetensors").unlink(), "m.safetensors: is missing now"),
     "a new file": (lambda one: (one / "more").write_text(""), "more: is new"),
-    "a figure": (lambda one: change_record(one, price=0.5), ".price was 0.25, now 0.5"),
-    "a unit": (lambda one: change_record(one, blocks=[{"heads": [0, 1], "channels": [1, 3, 4]}]), "units are others"),
-    "a renamed key": (lambda one: change_record(one, blocks=[{"head": [0, 2], "channels": [1, 3, 4]}]), "the same"),
+    "a figure": (record(price=0.5), ".price was 0.25, now 0.5"),
+    "a unit": (record(blocks=[{"heads": [0, 1], "channels": [1, 3, 4]}]), "units are others"),
+    "a renamed key": (record(blocks=[{"head": [0, 2], "channels": [1, 3, 4]}]), "the same"),
     "a sentence": (lambda one: (one / "stdout").write_text(SAID.replace("go", "stay")), "stdout: 25.1% of the"),
     "a line": (lambda one: (one / "stdout").write_text(f"{SAID}more\n"), "2 lines, now 3"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_difference_is_noticed(change: str, differences: Any, tmp_path: Path) -> None:
+def test_a_difference_is_noticed(change, tmp_path):
     before, after = written(tmp_path / "before"), written(tmp_path / "after")
     assert differences.folder_differences(before, after, differences.Rules()) == []
     act, expected = CHANGES[change]
@@ -78,9 +67,9 @@ def test_a_difference_is_noticed(change: str, differences: Any, tmp_path: Path) 
     assert expected in "\n".join(differences.folder_differences(before, after, differences.Rules()))
 
 
-def test_times_roundings_and_ignored_files_are_no_difference(differences: Any, tmp_path: Path) -> None:
+def test_times_roundings_and_ignored_files_are_no_difference(tmp_path):
     before, after = written(tmp_path / "before"), written(tmp_path / "after")
-    change_tensor(after, lambda down: down * (1 + 1e-6))
+    tensor(lambda down: down * (1 + 1e-6))(after)
     (after / "secateur.json").write_text(json.dumps(RECORD | {"seconds": 9}).replace('"price"', '"cost"'))
     (after / "stdout").write_text(SAID.replace("0:07", "1:07").replace("0.9 s", "1,234.5 s").replace("0.38", "0.40"))
     (after / "report.html").write_text("")

@@ -1,7 +1,5 @@
 """Tiny tokenizers of every kind whose vocabulary can be cut, trained on sentences in eight scripts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import cache

@@ -3,8 +3,6 @@
 `tests/conftest.py` makes the fixtures available to all tests.
 """
 
-from __future__ import annotations
-
 import shutil
 import signal
 import sys

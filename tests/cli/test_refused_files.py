@@ -1,7 +1,5 @@
 """Texts, plans, surveys and outputs that cannot be used are refused in one line, before any work."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Wrong options and arguments are refused in one line, before any work."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from typing import Any

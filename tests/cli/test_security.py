@@ -1,7 +1,5 @@
 """Files of strangers: no command unpickles them, runs their code, leaves their folder or shows their HTML."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

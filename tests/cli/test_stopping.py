@@ -1,7 +1,5 @@
 """Interrupts, kills and full disks leave no partial output."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

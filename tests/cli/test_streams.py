@@ -1,7 +1,5 @@
 """Standard streams that are closed or full, encodings that lack characters, and a user without a home folder."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

@@ -1,8 +1,5 @@
-"""Criteria against their formulas, written out with loops, and the orders of removal that follow from scores."""
+"""Criteria against their formulas, and the orders of removal that follow from scores."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,32 +72,21 @@ def test_criteria_are_registered_under_the_names_in_their_files():
     assert scored >= {name for name, one in all_criteria().items() if one.input_moments} == {"second-moment"}
 
 
-# Second moment.
-
-
 def test_second_moment_of_a_gated_module_with_biases():
     stats, x, _, _ = statistics("llama biased", "channels")
-    w = stats.tensors
-    x = x.double()
-    wanted = []
-    for channel in range(stats.module.units):
-        down = w["mlp.down_proj.weight"][:, channel].double()
-        score = 1.0
-        for name in ("up_proj", "gate_proj"):
-            row, bias = w[f"mlp.{name}.weight"][channel].double(), w[f"mlp.{name}.bias"][channel].double()
-            score *= 0.5 * float(down @ down) * float((x @ row + bias).square().mean())
-        wanted.append(score)
+    w = {name: value.double() for name, value in stats.tensors.items()}
+    wanted = torch.ones(stats.module.units, dtype=torch.float64)
+    for name in ("mlp.up_proj", "mlp.gate_proj"):
+        rows = x.double() @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+        wanted *= 0.5 * w["mlp.down_proj.weight"].square().sum(0) * rows.square().mean(0)
     assert_scores(scores_of("second-moment", stats), wanted)
 
 
 def test_second_moment_of_an_ungated_module_with_biases():
     stats, x, _, _ = statistics("gpt2", "channels")
-    w = stats.tensors
-    wanted = []
-    for channel in range(stats.module.units):
-        down = w["mlp.c_proj.weight"][channel].double()
-        before = x.double() @ w["mlp.c_fc.weight"][:, channel].double() + w["mlp.c_fc.bias"][channel].double()
-        wanted.append(0.5 * float(down @ down) * float(before.square().mean()))
+    w = {name: value.double() for name, value in stats.tensors.items()}
+    rows = x.double() @ w["mlp.c_fc.weight"] + w["mlp.c_fc.bias"]
+    wanted = 0.5 * w["mlp.c_proj.weight"].square().sum(1) * rows.square().mean(0)
     assert_scores(scores_of("second-moment", stats), wanted)
 
 
@@ -126,31 +112,18 @@ def test_second_moment_of_attention_folds_the_probabilities_in(name):
     for head in range(module.units):
         # X^ = P X; every row of P sums to one, so that the bias passes through as it is.
         folded = probabilities[:, head] @ x
-        score = 0.0
-        for entry in range(module.size):
-            row = (head // module.per_group) * module.size + entry
-            column = output[:, head * module.size + entry]
-            score += 0.5 * float(column @ column) * float((folded @ values[row] + bias[row]).square().mean())
-        wanted.append(score)
+        rows, columns = (torch.arange(module.size) + at * module.size for at in (head // module.per_group, head))
+        squares = (folded @ values[rows].T + bias[rows]).square().mean((0, 1))
+        wanted.append(float((0.5 * output[:, columns].square().sum(0) * squares).sum()))
     assert_scores(scores_of("second-moment", stats), wanted)
-
-
-# Wanda, L1, L2, random.
 
 
 @pytest.mark.parametrize("kind", ["heads", "channels"])
 @pytest.mark.parametrize("name", MODELS)
 def test_wanda_equals_its_formula(name, kind):
     stats, _, inner, _ = statistics(name, kind)
-    size, weight = stats.module.size, stats.weight_ao.double()
-    wanted = []
-    for unit in range(stats.module.units):
-        score = 0.0
-        for entry in range(unit * size, (unit + 1) * size):
-            norm = float(inner[:, entry].double().square().mean().sqrt())
-            score += sum(abs(float(w)) for w in weight[entry]) * norm
-        wanted.append(score)
-    assert_scores(scores_of("wanda", stats), wanted)
+    entries = stats.weight_ao.double().abs().sum(1) * inner.double().square().mean(0).sqrt()
+    assert_scores(scores_of("wanda", stats), entries.view(stats.module.units, -1).sum(1))
 
 
 def unit_weights(stats: Statistics, unit: int) -> list[tuple[Tensor, float]]:
@@ -177,14 +150,12 @@ def unit_weights(stats: Statistics, unit: int) -> list[tuple[Tensor, float]]:
 @pytest.mark.parametrize("criterion", ["l1", "l2"])
 def test_magnitudes_equal_their_formulas(criterion, name, kind):
     stats, _, _, _ = statistics(name, kind)
-    wanted = []
-    for unit in range(stats.module.units):
-        parts = unit_weights(stats, unit)
-        if criterion == "l1":
-            wanted.append(sum(share * float(part.double().abs().sum()) for part, share in parts))
-        else:
-            wanted.append(sum(share * float(part.double().square().sum()) for part, share in parts) ** 0.5)
-    assert_scores(scores_of(criterion, stats), wanted)
+    power = {"l1": 1, "l2": 2}[criterion]
+    wanted = [
+        sum(share * float(part.double().abs().pow(power).sum()) for part, share in unit_weights(stats, unit))
+        for unit in range(stats.module.units)
+    ]
+    assert_scores(scores_of(criterion, stats), torch.tensor(wanted) ** (1 / power))
 
 
 def test_random_scores_depend_on_the_seed_only():
@@ -194,76 +165,31 @@ def test_random_scores_depend_on_the_seed_only():
     assert scores[0].unique().numel() == scores[0].numel()
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("kind", ["heads", "channels"])
-def test_criteria_leave_tensors_and_moments_unchanged(criterion, kind):
-    stats, _, _, _ = statistics("llama biased", kind)
-    before = {name: tensor.clone() for name, tensor in stats.tensors.items()}
-    found = ready(criterion, stats.module)
-    first = removal_order(found, stats, stats.module.cut_axes[0].name, 1)
-    assert torch.equal(first, removal_order(found, stats, stats.module.cut_axes[0].name, 1))
-    assert all(torch.equal(stats.tensors[name], tensor) for name, tensor in before.items())
+SEVENS = [float(7 * unit % 72) for unit in range(72)]
 
 
-# Orders.
-
-
-def ordered(scores: list[float]) -> Callable[..., list[int]]:
-    """The removal order for fixed scores."""
+@pytest.mark.parametrize(
+    ("name", "axis", "scores", "order", "remaining"),
+    [
+        ("llama", "channels", SEVENS, [0, 31], tuple(unit for unit in range(72) if SEVENS[unit] > 1)),
+        # Equal scores leave in order.
+        ("llama", "channels", [1.0] * 72, [*range(12)], tuple(range(12, 72))),
+        # Groups by the sum of their heads, of which there are six in three groups.
+        ("llama", KV_GROUPS, [0.0, 9.0, 6.0, 6.0, 5.0, 5.0], [0, 2], (2, 3)),
+        ("llama", KV_GROUPS, [0.0, 9.0, 6.0, 6.0, 5.0, 5.0], [0], (2, 3, 4, 5)),
+        # One head of every group in a round, whatever the sum of the group.
+        ("llama", HEADS_PER_GROUP, [0.0, 9.0, 4.0, 3.0, 8.0, 7.0], [0, 3, 5], (1, 2, 4)),
+        ("qwen2", HEADS_PER_GROUP, [3.0, 1.0, 2.0, 7.0, 9.0, 8.0], [1, 3, 2, 5], (0, 4)),
+        ("qwen2", HEADS_PER_GROUP, [3.0, 1.0, 2.0, 7.0, 9.0, 8.0], [1, 3], (0, 2, 4, 5)),
+    ],
+)
+def test_units_are_removed_by_ascending_score(name, axis, scores, order, remaining):
+    stats = statistics(name, "channels" if axis == "channels" else "heads")[0]
     fixed = Criterion(score=lambda _: torch.tensor(scores, dtype=torch.float64))
-
-    def order(stats: Statistics, axis: str, stop: int) -> list[int]:
-        return removal_order(fixed, stats, axis, stop).tolist()
-
-    return order
-
-
-def llama(kind: str) -> tuple[Statistics, PrunableModule]:
-    stats = statistics("llama", kind)[0]
-    return stats, stats.module
-
-
-def test_channels_are_removed_by_ascending_score():
-    stats, module = llama("channels")
-    scores = [float((7 * unit) % module.units) for unit in range(module.units)]
-    order = ordered(scores)(stats, "channels", 70)
-    assert len(order) == module.units - 70
-    assert [scores[unit] for unit in order] == [0.0, 1.0]
-    assert remaining_units(module, "channels", torch.tensor(order)) == tuple(
-        unit for unit in range(module.units) if scores[unit] > 1
-    )
-
-
-def test_groups_are_removed_by_the_sum_of_their_heads():
-    """Six heads in three groups."""
-    stats, module = llama("heads")
-    order = ordered([0.0, 9.0, 6.0, 6.0, 5.0, 5.0])
-    assert order(stats, KV_GROUPS, 1) == [0, 2]
-    assert order(stats, KV_GROUPS, 2) == [0]
-    assert remaining_units(module, KV_GROUPS, torch.tensor([0, 2])) == (2, 3)
-    assert remaining_units(module, KV_GROUPS, torch.tensor([0])) == (2, 3, 4, 5)
-
-
-def test_each_round_removes_one_head_of_every_group():
-    """The scores of whole groups do not matter."""
-    stats, module = llama("heads")
-    order = ordered([0.0, 9.0, 4.0, 3.0, 8.0, 7.0])(stats, HEADS_PER_GROUP, 1)
-    assert order == [0, 3, 5]
-    assert remaining_units(module, HEADS_PER_GROUP, torch.tensor(order)) == (1, 2, 4)
-
-
-def test_heads_of_a_group_are_removed_by_ascending_score():
-    stats = statistics("qwen2", "heads")[0]
-    order = ordered([3.0, 1.0, 2.0, 7.0, 9.0, 8.0])
-    assert order(stats, HEADS_PER_GROUP, 1) == [1, 3, 2, 5]
-    assert order(stats, HEADS_PER_GROUP, 2) == [1, 3]
-    assert remaining_units(stats.module, HEADS_PER_GROUP, torch.tensor([1, 3])) == (0, 2, 4, 5)
-
-
-def test_equal_scores_are_removed_in_order():
-    stats, module = llama("channels")
-    order = ordered([1.0] * module.units)(stats, "channels", 60)
-    assert order == list(range(module.units - 60))
+    a_round = stats.module.groups if axis == HEADS_PER_GROUP else 1
+    found = removal_order(fixed, stats, axis, stats.module.axis(axis).units - len(order) // a_round)
+    assert found.tolist() == order
+    assert remaining_units(stats.module, axis, found) == remaining
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -271,7 +197,7 @@ def test_equal_scores_are_removed_in_order():
 def test_every_width_along_every_axis_can_be_reached(criterion, name):
     for kind in ("heads", "channels"):
         stats, _, inner, _ = statistics(name, kind)
-        module = stats.module
+        module, before = stats.module, {path: tensor.clone() for path, tensor in stats.tensors.items()}
         found = ready(criterion, module)
         for axis in [one.name for one in module.cut_axes]:
             units = module.axis(axis).units
@@ -289,6 +215,8 @@ def test_every_width_along_every_axis_can_be_reached(criterion, name):
             energy = float((inner.double() @ stats.weight_ao.double()).square().sum())
             assert abs(float(curve.errors[0])) < 1e-4 * energy
             assert 0 < float(curve.errors[-1]) < energy
+            assert float(curve.errors.diff().min()) > -1e-3 * energy
+        assert all(torch.equal(stats.tensors[path], tensor) for path, tensor in before.items())
 
 
 def test_surgeon_equals_elimination():

@@ -167,9 +167,6 @@ def test_bfloat16_rows_reduce_the_error_as_much():
     assert before - left[torch.bfloat16] == pytest.approx(before - left[torch.float32], rel=0.02)
 
 
-# In a model.
-
-
 @pytest.mark.parametrize("name", ROWS | SIMILAR)
 def test_projection_outputs_are_those_of_the_model(checkpoint_folder, name):
     """Up and gate in the right order, with their biases, and with the family's activation."""

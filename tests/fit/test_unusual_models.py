@@ -3,25 +3,20 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_recovery import RIDGE, WIDTHS, matrix, seen
+from test_recovery import RIDGE, matrix, run, seen
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import CheckpointFolder
 from models import SIZES, blocks_of, layers_of, relative, token_rows
-from secateur.base.errors import SecateurError
+from outputs import error_of
 from secateur.commands.prune import prune
-from secateur.fit.loop import refit
-from secateur.fit.method import Method
-from secateur.fit.recovery import recovery_of
-from secateur.model.checkpoint import open_checkpoint
-from secateur.model.stream import BlockStream
 from secateur.model.surgery import kept_inputs
-from secateur.plan.problem import Plan
 
 IDS = token_rows(12, 20, seed=9)
 DIM = 8
@@ -66,6 +61,12 @@ def _faint(tensors: Tensors) -> None:
         _attention(tensors, index, "v").mul_(1e-2)
 
 
+def _silent(tensors: Tensors) -> None:
+    """Output projections of the first block are zero."""
+    _attention(tensors, 0, "o").zero_()
+    tensors["model.layers.0.mlp.down_proj.weight"].zero_()
+
+
 def _nothing(_: Tensors) -> None:
     pass
 
@@ -79,6 +80,7 @@ CASES: dict[str, tuple[Callable[[Tensors], None], Tensor]] = {
     "equal heads": (_equal, IDS),
     "holes in the vocabulary": (_holes, IDS),
     "faint values": (_faint, IDS),
+    "zero outputs": (_silent, IDS),
 }
 
 
@@ -113,13 +115,10 @@ def best(x: Tensor, t: Tensor, old: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_refit_is_least_squares(spoiled: Callable[[str], Path], case: str) -> None:
+def test_the_refit_is_least_squares(spoiled, case):
     """The first attention against float64, as nothing is pruned before it; later blocks only have to be finite."""
     folder, ids = spoiled(case), CASES[case][1]
-    plan = Plan(dict.fromkeys(range(3), WIDTHS["llama"]), 0.3, 0.3)
-    found = list(
-        refit(BlockStream(open_checkpoint(folder)), plan, ids, method=Method(recovery=recovery_of(ridge=RIDGE)))
-    )
+    found = run(folder, "llama", ids, cauchy_scale=1.0)
     for block in found:
         assert all(torch.isfinite(value).all() for value in block.changed.values())
         assert all(report.error >= 0 for report in block.reports)
@@ -132,21 +131,20 @@ def test_the_refit_is_least_squares(spoiled: Callable[[str], Path], case: str) -
     weight = old[kept] if weight is None else weight.double().T[kept]
     # By what they give: of inputs that are alike, weights may be shared out otherwise.
     given, wanted = x[:, kept] @ weight, x[:, kept] @ best(x[:, kept], z, old[kept])
-    assert relative(given, wanted) < 1e-3
+    assert (given - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_whole_run_is_finite(tmp_path: Path, spoiled: Callable[[str], Path], case: str) -> None:
+def test_a_whole_run_is_finite(tmp_path, spoiled, case):
     """Survey, plan and fits with default options. Removing dead units alone leaves the output unchanged."""
     folder, ids = spoiled(case), CASES[case][1]
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in ids.flatten().tolist() if token >= 4))
-    how = {"samples": min(len(ids), 4), "length": max(2, ids.shape[1])}
+    how: dict[str, Any] = {"samples": min(len(ids), 4), "length": max(2, ids.shape[1]), "calibration": str(text)}
     if case == "one token":
-        with pytest.raises(SecateurError, match="tokens"):
-            prune(folder, tmp_path / "out", sparsity=0.1, calibration=str(text), device="cpu", **how)
+        assert "tokens" in error_of(prune, folder, tmp_path / "out", sparsity=0.1, device="cpu", **how)
         return
-    prune(folder, tmp_path / "out", sparsity=0.1, calibration=str(text), device="cpu", **how)
+    prune(folder, tmp_path / "out", sparsity=0.1, device="cpu", **how)
     models = [
         AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=True)
         for place in (folder, tmp_path / "out")
@@ -158,7 +156,7 @@ def test_a_whole_run_is_finite(tmp_path: Path, spoiled: Callable[[str], Path], c
         assert relative(small, dense) < 0.02
 
 
-def test_a_module_of_one_unit_is_kept_or_removed_whole(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> None:
+def test_a_module_of_one_unit_is_kept_or_removed_whole(tmp_path, checkpoint_folder):
     how = {"calibration": "random", "samples": 4, "length": 16, "device": "cpu"}
     found = prune(checkpoint_folder("one of each"), tmp_path / "out", sparsity=0.3, **how)
     assert all(width.heads in (0, 1) and width.channels in (0, 1) for width in found.pruned_widths())

@@ -1,7 +1,5 @@
 """Agreement and loops, on models whose answers are known: a model that counts, and one that says one word."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

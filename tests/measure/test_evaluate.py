@@ -1,7 +1,5 @@
 """Perplexity against a plain computation, and speed by its bookkeeping: no test depends on timings."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

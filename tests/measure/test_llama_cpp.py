@@ -1,7 +1,5 @@
 """GGUF files whose blocks differ in width are measured by llama.cpp, as their folders are by transformers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The quiz: its questions, and the answers that a model ranks first."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Answers' likelihoods against a plain computation, and tasks on local files through lm-eval."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -38,9 +38,6 @@ def on_meta(module: nn.Module) -> bool:
     return all(value.is_meta for value in module.parameters())
 
 
-# Equality with the whole model.
-
-
 @pytest.mark.parametrize("name", STREAMED)
 def test_blocks_alone_equal_the_model(checkpoint_folder, name):
     model, rows = build(name), rows_of_two_lengths()
@@ -112,9 +109,6 @@ def modules(block: Any) -> tuple[PrunableModule, PrunableModule]:
 def test_an_unfilled_block_knows_its_shapes(stream):
     assert stream.blocks == blocks_of(build("llama biased"))
     assert len(stream) == 3
-
-
-# Clean-up.
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
@@ -236,9 +230,6 @@ def test_the_next_block_is_fetched_while_this_one_computes(checkpoint_folder, mo
         assert all(not value.is_meta for value in layer.parameters())
 
 
-# Rows, activations, arena.
-
-
 def test_batches_cover_every_row_once():
     rows = rows_of_two_lengths()
     covered = [torch.zeros(len(group)) for group in rows.groups]
@@ -312,9 +303,6 @@ def test_the_arena_spills_beyond_its_limit(tmp_path):
         # The files have no names, so that none can be left behind.
         assert list(tmp_path.iterdir()) == []
     assert not files[0].alive
-
-
-# In bfloat16.
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])

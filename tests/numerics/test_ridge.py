@@ -103,9 +103,6 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
 
 
-# Refit.
-
-
 @given(case=layers(), ridge=st.sampled_from(RIDGES), kept=KEPT)
 @settings(max_examples=120, deadline=None)
 def test_refit_is_least_squares(case, ridge, kept):
@@ -212,9 +209,6 @@ def test_without_a_ridge_the_nearest_solution_is_taken(seed, few, size, kept):
     wanted = scale * case.old[keep] + inverse @ (case.t - x @ case.old[keep])
     assert_near(scale * weight, wanted, 1e-3)
     assert error == pytest.approx(float((x @ (wanted / scale) - case.t).square().sum()), abs=1e-4 * case.energy)
-
-
-# Elimination.
 
 
 def positions(units: list[int], size: int) -> Tensor:
@@ -375,9 +369,6 @@ def test_elimination_does_not_change_its_equations():
     assert torch.equal(none.errors, full.errors[:1])
     for now, then in zip((normal.matrix_aa, normal.cross_ao, normal.right_ao), before, strict=True):
         assert torch.equal(now, then)
-
-
-# Factors.
 
 
 def test_a_singular_matrix_gets_a_small_jitter():

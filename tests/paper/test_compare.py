@@ -1,7 +1,5 @@
 """Comparisons: figures are those of prune and eval by hand, work is shared, and a killed one goes on where it was."""
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Recipes: which runs they name, what the command line changes, and one line for every mistake."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

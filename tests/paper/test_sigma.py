@@ -1,7 +1,5 @@
 """Covariance of the criterion second-moment: from calibration rows, the identity, or random token ids."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +74,6 @@ def test_identity_of_channels_is_what_standard_normal_inputs_give(name):
     assert torch.equal(identity(stats), plain), "it sees no data"
 
 
-# Random token ids.
-
 TEXT, IDS = token_rows(6, 20, seed=9), token_rows(2, 7, seed=4)
 WIDTHS = {"llama": wide(2, 2, 50), "llama biased": wide(2, 2, 50), "gpt2": wide(4, 1, 60), "opt": wide(4, 1, 60)}
 
@@ -132,8 +128,6 @@ def test_a_survey_orders_by_the_ids_and_measures_on_the_text(checkpoint_folder, 
     assert found.probes
     assert all(probe.divergence == probe.divergence for probe in found.probes)
 
-
-# The command.
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "sparsity": 0.3, "criterion": "second-moment"}
 

@@ -1,7 +1,5 @@
 """Algorithm 2 and what is made of it: thresholds, groups, copies of heads, combinations, and every mistake."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random
@@ -52,9 +50,6 @@ def table(heads: int, near: dict[tuple[int, int], float], far: float = 0.6) -> T
     return result
 
 
-# Algorithm 2.
-
-
 def algorithm2(distances: Tensor, tau: float) -> list[int]:
     """Algorithm 2 as the paper writes it."""
     found: list[int] = []
@@ -80,9 +75,6 @@ def test_algorithm_2(distances, tau):
     free = [head for head in range(len(distances)) if head not in found]
     assert all(distances[i, j] >= tau for i, j in itertools.combinations(free, 2)), "no two that stay are similar"
     assert free
-
-
-# What can go together.
 
 
 def wish_of(folder: CheckpointFolder, name: str) -> PlanProblem:
@@ -118,9 +110,6 @@ def test_a_format_that_allows_fewer_widths(checkpoint_folder):
         wish_of(checkpoint_folder, "gpt2"), unsupported_reason=lambda width: "no" if width.heads % 2 else None
     )
     assert loadable(odd, 0, (0, 2, 3)) == ((0, 2), wide(4, 1, 96))
-
-
-# The threshold.
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
@@ -164,9 +153,6 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder):
     assert first_heads.removed == {0: (0, 1)}
 
 
-# Orders.
-
-
 @pytest.mark.parametrize("criterion", ["surgeon", "wanda"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_similar_heads_are_removed_first_then_by_score(name, criterion):
@@ -191,9 +177,6 @@ def test_similar_heads_are_removed_first_then_by_score(name, criterion):
             own = [head for head in found.tolist() if head // module.per_group == group]
             members = range(group * module.per_group, (group + 1) * module.per_group)
             assert own == sorted(members, key=rank)[: module.per_group - stop]
-
-
-# On models.
 
 
 def copied(name: str, folder: Path, pairs: list[tuple[int, int]], blocks: tuple[int, ...] = (0, 1, 2)) -> Path:
@@ -236,9 +219,6 @@ def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path, name):
     # Without the refit much is lost.
     prune(folder, tmp_path / "cut", tau=1e-4, recovery="none", **SIMILAR)
     assert relative(logits_of(load(tmp_path / "cut"), ids), wanted) > 0.05
-
-
-# Combinations.
 
 
 @pytest.mark.parametrize(
@@ -300,9 +280,6 @@ def test_a_survey_belongs_to_its_criterion(tmp_path, checkpoint_folder):
         run(criterion="similarity+l1", tau=0.17)
     assert "a survey with criterion similarity+l1" in error_of(run, criterion="heads=l1,channels=l1")
     assert "a survey with tau 0.17 instead of 0.16" in error_of(run, criterion="similarity+l1", tau=0.16)
-
-
-# What is written, and every mistake in it.
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Card and page of a pruned folder, README.md and report.html: written, measured, and opened in a browser."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The loss of a training equals its formula, and so does its gradient; the head equals the model's own logits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Retraining: the loss falls, and the written folder holds the trained weights in the same format."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

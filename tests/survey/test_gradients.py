@@ -1,7 +1,5 @@
 """Gradients equal those of one backward pass of the whole model; LLM-Pruner's scores equal their formulas."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 
@@ -68,9 +66,6 @@ def combined(rows: Rows, own: list[dict[str, Tensor]], name: str) -> tuple[Tenso
     stack = torch.stack([found[name] for found in own])
     by_token = weights * tokens / (weights * tokens).sum()
     return torch.tensordot(by_token, stack, 1), torch.tensordot(weights / weights.sum(), stack.square(), 1)
-
-
-# Gradients.
 
 
 @pytest.mark.parametrize(("name", "squares"), [("llama", False), *((name, True) for name in STREAMED)])
@@ -151,9 +146,6 @@ def test_infinite_gradients_are_an_error(checkpoint_folder, monkeypatch):
         list(gradients(stream, token_rows(2)))
 
 
-# Scores.
-
-
 def columns(module: PrunableModule, unit: int) -> list[tuple[str, int, int, float]]:
     """Yield every row or column of a unit: tensor, axis, position, and the share that belongs to the unit."""
     found = []
@@ -197,9 +189,6 @@ def test_scores_equal_their_formulas(checkpoint_folder, name):
             for criterion, values in wanted.items():
                 scores = found[criterion][index, kind]
                 torch.testing.assert_close(scores, torch.tensor(values).double(), rtol=2e-3, atol=1e-6)
-
-
-# The steps.
 
 
 SETTINGS: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "device": "cpu", "sparsity": 0.3}

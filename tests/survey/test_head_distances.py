@@ -1,7 +1,5 @@
 """Distances between heads equal SciPy's, on the attention maps that transformers returns."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -136,9 +134,6 @@ def test_no_tensor_of_all_positions_is_passed(checkpoint_folder):
 
     head_distances(opened(checkpoint_folder("llama")), token_rows(5, 48), distance=count, blocks=range(1))
     assert max(sizes) <= module_under_test.CHUNK < 6 * 48 * 48
-
-
-# The divergence itself.
 
 
 @settings(max_examples=60, deadline=None)

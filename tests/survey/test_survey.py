@@ -1,7 +1,5 @@
 """Surveys equal plain sums over one run of the whole model in float64."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil
@@ -244,8 +242,6 @@ def test_every_criterion_gives_curves_that_rise(checkpoint_folder, criterion):
         assert float(steps.min()) > -1e-3 * curve.energy
         assert curve.errors[0] < 1e-4 * curve.energy
 
-
-# Its file.
 
 ASKED = {"fingerprint": "abc", "blocks": "0:2", "criterion": "l1", "ridge": 0.3}
 SURVEY = Survey(

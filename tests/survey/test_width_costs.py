@@ -1,7 +1,5 @@
 """Costs of widths: interpolation between probes, computed by hand, and properties that hold for any survey."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate, pairwise
