@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import CheckpointFolder
 from models import build, token_rows
 from secateur.fit.final_norm import SCALES, _minimum, final_norm_scale
 from secateur.model.arena import Activations
@@ -36,7 +35,7 @@ def streams(width: int, noise: float) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "noise"), [("llama", 0.3), ("llama", 0.6), ("gemma3_text", 0.1), ("gpt2", 0.6)])
-def test_no_other_scale_has_a_smaller_divergence(checkpoint_folder: CheckpointFolder, name: str, noise: float) -> None:
+def test_no_other_scale_has_a_smaller_divergence(checkpoint_folder, name, noise):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     dense, pruned = streams(stream.width, noise)
     none = torch.empty(0)
@@ -48,7 +47,7 @@ def test_no_other_scale_has_a_smaller_divergence(checkpoint_folder: CheckpointFo
     assert scale == pytest.approx(best, abs=5e-3)
 
 
-def test_equal_streams_get_a_scale_of_one(checkpoint_folder: CheckpointFolder) -> None:
+def test_equal_streams_get_a_scale_of_one(checkpoint_folder):
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     dense, _ = streams(stream.width, 0.0)
     none = torch.empty(0)
@@ -56,11 +55,11 @@ def test_equal_streams_get_a_scale_of_one(checkpoint_folder: CheckpointFolder) -
 
 
 @pytest.mark.parametrize("least", [0.61, 0.7, 0.83, 1.0, 1.02])
-def test_the_minimum_of_a_parabola_lies_between_grid_points(least: float) -> None:
+def test_the_minimum_of_a_parabola_lies_between_grid_points(least):
     assert _minimum([3 * (scale - least) ** 2 + 1 for scale in SCALES]) == pytest.approx(least if least > 0.62 else 0.6)
 
 
-def test_the_scale_stays_inside_the_grid() -> None:
+def test_the_scale_stays_inside_the_grid():
     rising = list(SCALES)
     assert _minimum(rising) == pytest.approx(0.6)
     assert _minimum(rising[::-1]) == pytest.approx(1.05)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recovery import WIDTHS
+from test_recovery import run
 from torch import Tensor
 from transformers.activations import ACT2FN
 
 from models import ROWS, SIMILAR, token_rows
-from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.input_projections import GaussNewtonStep, TangentRows, projection_outputs, tangent_factors
 from secateur.fit.loop import refit
 from secateur.fit.method import Method
@@ -115,10 +114,10 @@ def test_more_iterations_reduce_the_error_and_a_zero_residual_changes_nothing():
         tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, residual, counts)
         changes = tangent.solve(lambda parts=parts: parts, 0.01, steps)
         given = torch.cat([tangent._jvp(part, changes) for part in parts])
-        left.append(float((residual - given).square().sum()))
+        left.append(float((residual - given).square().sum() / residual.square().sum()))
     assert left == sorted(left, reverse=True)
-    assert left[0] == pytest.approx(float(residual.square().sum()))
-    assert left[-1] < 0.9 * left[0]
+    assert left[0] == pytest.approx(1.0)
+    assert left[-1] < 0.9
     tangent, parts = tangent_of(torch.nn.functional.silu, matrices, weight, source, 0 * residual, counts)
     assert all(not change.any() for change in tangent.solve(lambda: parts, 0.3, 4))
 
@@ -190,16 +189,7 @@ def test_projection_outputs_are_those_of_the_model(checkpoint_folder, name):
     torch.testing.assert_close(expected, seen["sink"].reshape(len(source), -1)[:, kept], rtol=1e-4, atol=1e-5)
 
 
-def run(folder: Any, name: str, **recovery: Any) -> list[FittedBlock]:
-    width = WIDTHS.get(name, WIDTHS["llama"])
-    method = Method(recovery=recovery_of(**recovery))
-    plan = Plan(dict.fromkeys(range(3), width), 0.3, 0.3)
-    return list(refit(BlockStream(open_checkpoint(folder)), plan, IDS, method=method))
-
-
-@pytest.mark.parametrize(
-    "name", ["llama biased", "gpt2", "gemma2", "olmo2", "opt", "gpt_neox", "granite biased", "phi3"]
-)
+@pytest.mark.parametrize("name", ["llama biased", "gpt2", "gemma2", "olmo2", "opt", "gpt_neox", "granite biased"])
 def test_the_step_reduces_the_error_of_a_feed_forward(checkpoint_folder, name):
     folder = checkpoint_folder(name)
     alone, both, longer = (run(folder, name, input_steps=steps) for steps in (0, 4, 12))

@@ -1,5 +1,6 @@
 """GGUF files whose blocks differ in width are measured by llama.cpp, as their folders are by transformers."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from command_line import TEXT
 
-from models import relative, save, token_rows
+from models import relative, token_rows
+from outputs import error_of
 from secateur import SecateurError, prune
 from secateur.formats.gguf_export import export
 from secateur.measure import subject
@@ -70,25 +72,17 @@ def test_a_batch_of_texts_equals_the_texts_one_by_one(pair):
     assert cut[0] == batch[0][: batch[0].index(end)]
 
 
-def test_without_the_library_one_line_says_what_to_install(pair, monkeypatch, tmp_path):
+def test_a_broken_file_and_a_missing_library_are_one_line(pair, monkeypatch, tmp_path):
     def missing() -> None:
         raise SecateurError("it is not installed")
 
+    for size, message in ((-8192, r"llama\.cpp does not load|truncated or broken"), (100, "truncated or broken GGUF")):
+        (tmp_path / "broken.gguf").write_bytes(pair.file.read_bytes()[:size])
+        assert re.search(message, error_of(lambda: open_subject(str(tmp_path / "broken.gguf")).load()))
     monkeypatch.setattr(subject, "library", missing)
-    with pytest.raises(SecateurError, match=r"so that only llama.cpp runs it, and it is not installed"):
-        open_subject(str(pair.file))
-    (tmp_path / "broken.gguf").write_bytes(pair.file.read_bytes()[:100])
-    with pytest.raises(SecateurError, match="truncated or broken GGUF"):
-        open_subject(str(tmp_path / "broken.gguf"))
-
-
-def test_a_file_that_llama_cpp_does_not_load_gives_one_line(pair, tmp_path):
-    (tmp_path / "short.gguf").write_bytes(pair.file.read_bytes()[:-8192])
-    with pytest.raises(SecateurError, match=r"llama\.cpp does not load|truncated or broken"):
-        open_subject(str(tmp_path / "short.gguf")).load()
+    assert "so that only llama.cpp runs it, and it is not installed" in error_of(open_subject, str(pair.file))
 
 
 def test_other_files_are_run_by_transformers(tmp_path, letters_folder):
-    save("llama", tmp_path / "dense")
     file = export(letters_folder("llama"), tmp_path / "dense.gguf", type="f32").path
     assert not isinstance(open_subject(str(file)).model, LlamaCppFile)

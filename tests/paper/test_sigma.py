@@ -154,7 +154,6 @@ def test_random_ids_decide_alone(checkpoint_folder, tmp_path):
     options: dict[str, Any] = {"sigma": "random", "calibration": text_file(tmp_path), "refit_samples": 3, **SMALL}
     rows = draw_rows(open_model(checkpoint_folder("llama"), device="cpu", **options), resample=False)
     weights = rows.grouped.choice_weights
-    assert weights is not None
     (at,) = [index for index, weight in enumerate(weights) if weight]
     assert torch.equal(rows.grouped.groups[at], rows.random)
 

@@ -120,7 +120,6 @@ def test_a_plan_of_similar_heads_is_exact(checkpoint_folder, name, tau):
     wish = wish_of(checkpoint_folder, name)
     plan = similar_plan(wish, distances, tau)
     assert plan.lists_units
-    assert plan.first_heads is not None
     before = after = 0.0
     for index, units in plan.units.items():
         gone, width = loadable(wish, index, candidates(distances[index], tau))
@@ -149,7 +148,6 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder):
         assert wanted in message
     assert find_similar_heads({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
     first_heads = similar_plan(wish, distances, 0.31).first_heads
-    assert first_heads is not None
     assert first_heads.removed == {0: (0, 1)}
 
 

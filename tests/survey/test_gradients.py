@@ -138,7 +138,6 @@ def test_infinite_gradients_are_an_error(checkpoint_folder, monkeypatch):
     def steep(index: int, *given: Any, **more: Any) -> Tensor:
         """Finite forward, infinite backward."""
         after = run(index, *given, **more)
-        assert after is not None
         return after + (after - after.detach()).abs().sqrt() if index == 1 else after
 
     monkeypatch.setattr(stream, "run", steep)
