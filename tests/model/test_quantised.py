@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import models
 from models import logits_of, save, token_rows
+from outputs import error_of
 from secateur import prune
-from secateur.base.errors import SecateurError
 from secateur.measure.loading import load
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.quantised import dequantised
@@ -67,22 +68,17 @@ def blocks(weight: Tensor, block: list[int], dtype: torch.dtype = torch.float8_e
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("shape", [(32, 40), (3, 32, 40)])
+@pytest.mark.parametrize("shape", [(32, 40), (3, 32, 40), (2, 37, 45)])
 def test_float8_blocks_as_transformers_reads_them(tmp_path, shape, dtype):
+    """Blocks at the edges may be incomplete, which transformers does not read."""
     parts = blocks(draw(*shape), [16, 20], dtype)
     found = opened(tmp_path, parts | {"w_activation_scale": torch.ones(1)}, **DEEPSEEK)
-    wanted = Fp8Dequantize(None)._dequantize_one(parts["w"], parts["w_scale_inv"], torch.bfloat16)
+    spread = parts["w_scale_inv"].repeat_interleave(16, -2)[..., : shape[-2], :].repeat_interleave(20, -1)
     assert found.keys() == {"w"}
-    assert torch.equal(found["w"], wanted)
-
-
-def test_incomplete_blocks_at_the_edges(tmp_path):
-    weight = draw(2, 37, 45)
-    parts = blocks(weight, [16, 20])
-    found = opened(tmp_path, parts, **DEEPSEEK)["w"]
-    for stack, row, column in torch.cartesian_prod(torch.arange(2), torch.arange(37), torch.arange(45)).tolist():
-        scale = parts["w_scale_inv"][stack, row // 16, column // 20]
-        assert found[stack, row, column] == (parts["w"][stack, row, column].float() * scale).bfloat16()
+    assert torch.equal(found["w"], (parts["w"].float() * spread[..., : shape[-1]]).bfloat16())
+    if shape[-2:] == (32, 40):
+        wanted = Fp8Dequantize(None)._dequantize_one(parts["w"], parts["w_scale_inv"], torch.bfloat16)
+        assert torch.equal(found["w"], wanted)
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(0.25), torch.tensor([0.25]), torch.tensor([[125]], dtype=torch.uint8)])
@@ -109,15 +105,14 @@ SCHEMES = {
 @pytest.mark.parametrize("name", SCHEMES)
 def test_compressed_tensors_as_their_library_reads_them(tmp_path, name):
     weight, args = draw(19, 40).bfloat16(), SCHEMES[name]
-    if args.strategy == "group":
-        low, high = (function(weight.reshape(19, 5, 8), -1) for function in (torch.amin, torch.amax))
-    elif args.strategy == "channel":
-        low, high = (function(weight, 1, keepdim=True) for function in (torch.amin, torch.amax))
-    elif args.strategy == "block":
-        padded = torch.nn.functional.pad(weight, (0, 0, 0, 13)).reshape(2, 16, 2, 20)
-        low, high = (function(padded, (1, 3)) for function in (torch.amin, torch.amax))
-    else:
-        low, high = weight.min().reshape(1), weight.max().reshape(1)
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 13)).reshape(2, 16, 2, 20)
+    parts, axes = {
+        "group": (weight.reshape(19, 5, 8), (2,)),
+        "channel": (weight[:, None], (2,)),
+        "block": (padded, (1, 3)),
+        "tensor": (weight[None], (1, 2)),
+    }[args.strategy]
+    low, high = parts.amin(axes), parts.amax(axes)
     scale, zero = calculate_qparams(low, high, args)
     state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
@@ -192,14 +187,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96}
 
 def test_experts_of_gpt_oss_are_read_and_pruned(tmp_path, monkeypatch):
     row = models.MIXTURES["gpt_oss"]
-
-    def wide() -> Any:
-        config = row()
-        for key, value in WIDE.items():
-            setattr(config, key, value)
-        return config
-
-    monkeypatch.setitem(models.MIXTURES, "gpt_oss", wide)
+    monkeypatch.setitem(models.MIXTURES, "gpt_oss", lambda: type(row())(**(row().to_dict() | WIDE)))
     folder = rewritten(save("gpt_oss", tmp_path / "m", torch.bfloat16), {"quant_method": "mxfp4"}, mxfp4)
     stored, checkpoint = load_file(folder / "model.safetensors"), open_checkpoint(folder)
     for name in ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj"):
@@ -232,8 +220,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_inconsistent_tensors_are_refused(tmp_path, case):
     tensors, message = BROKEN[case]
-    with pytest.raises(SecateurError, match=message):
-        opened(tmp_path, tensors)
+    assert re.search(message, error_of(opened, tmp_path, tensors))
 
 
 REFUSED = {
@@ -253,5 +240,4 @@ REFUSED = {
 def test_unknown_quantisation_is_refused(tmp_path, case):
     how, message = REFUSED[case]
     folder = rewritten(save("llama", tmp_path / "m"), how, lambda name, value: {name: value})
-    with pytest.raises(SecateurError, match=message):
-        open_checkpoint(folder)
+    assert re.search(message, error_of(open_checkpoint, folder))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from models import STREAMED, blocks_of, build, layers_of, opened, relative, save, token_rows, wide
-from secateur.base.errors import SecateurError
+from outputs import error_of
 from secateur.fit.loop import refit
 from secateur.model import rows as rows_module
 from secateur.model import stream as module_under_test
 from secateur.model.arena import Activations, Arena, FileRows
-from secateur.model.rows import Batch, Rows
+from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import assign
@@ -106,11 +106,6 @@ def modules(block: Any) -> tuple[PrunableModule, PrunableModule]:
     return block.attention, block.feed_forward
 
 
-def test_an_unfilled_block_knows_its_shapes(stream):
-    assert stream.blocks == blocks_of(build("llama biased"))
-    assert len(stream) == 3
-
-
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
 def test_weights_are_released_after_the_block(checkpoint_folder, name):
     stream = opened(checkpoint_folder(name))
@@ -125,7 +120,7 @@ def test_weights_are_released_after_the_block(checkpoint_folder, name):
     with Arena() as arena:
         stream.embed(Rows.of(token_rows(2)), arena)
     assert on_meta(stream.model)
-    assert [type(layer) for layer in stream.layers] == [type(layer) for layer in layers_of(build(name))]
+    assert stream.blocks == blocks_of(build(name))
 
 
 def test_weights_are_released_after_an_exception(stream):
@@ -144,8 +139,8 @@ def test_weights_are_released_after_an_exception(stream):
 
 def test_a_broken_embedding_leaves_the_model_whole(stream):
     layers = stream.layers
-    with pytest.raises(SecateurError, match="IndexError"), Arena() as arena:
-        stream.embed(Rows.of(torch.full((2, 8), 100_000)), arena)
+    with Arena() as arena:
+        assert "IndexError" in error_of(stream.embed, Rows.of(torch.full((2, 8), 100_000)), arena)
     assert stream.model.model.layers is layers
     assert on_meta(stream.model)
 
@@ -167,19 +162,15 @@ def test_hooks_are_removed_even_after_an_exception(checkpoint_folder, name):
     block = stream.blocks[0]
     with stream.filled(0) as layer:
         plain = stream.run(0, layer, embedded, 0)
-        for path in (block.attention.input_layer, block.attention.output_layer, block.feed_forward.input_layer):
-            for until in (None, path):
-                with pytest.raises(RuntimeError, match="seen enough"):
-                    stream.run(0, layer, embedded, 0, watch={path: broken}, until=until)
-                assert clean(layer)
-        replay = {block.attention: torch.zeros_like(embedded)}
-        with pytest.raises(RuntimeError, match="seen enough"):
-            stream.run(0, layer, embedded, 0, replay=replay, watch={block.feed_forward.output_layer: broken})
-        assert clean(layer)
-        ignore = {block.feed_forward.output_layer: lambda *_: None}
-        stream.run(
-            0, layer, embedded, 0, replay={block.attention: None}, watch=ignore, until=block.feed_forward.output_layer
-        )
+        paths = (block.attention.input_layer, block.attention.output_layer, block.feed_forward.input_layer)
+        ways: list[dict[str, Any]] = [{"watch": {at: broken}, "until": end} for at in paths for end in (None, at)]
+        last = block.feed_forward.output_layer
+        ways.append({"replay": {block.attention: torch.zeros_like(embedded)}, "watch": {last: broken}})
+        for how in ways:
+            with pytest.raises(RuntimeError, match="seen enough"):
+                stream.run(0, layer, embedded, 0, **how)
+            assert clean(layer)
+        stream.run(0, layer, embedded, 0, replay={block.attention: None}, watch={last: lambda *_: None}, until=last)
         assert clean(layer)
         assert torch.equal(stream.run(0, layer, embedded, 0), plain)
 
@@ -254,27 +245,6 @@ def test_first_position_rows_are_the_most_frequent_tokens(monkeypatch):
     assert rows.with_openings().groups[2].tolist() == [[9], [5]]
 
 
-def test_energy_counts_weights():
-    rows = rows_of_two_lengths()
-    values = Activations([torch.full((5, 24, 2), 2.0), torch.full((3, 17, 2), 3.0)])
-    assert values.energy(rows) == pytest.approx(5 * 24 * 8 + 0.5 * 3 * 17 * 18)
-
-
-def test_activations_are_read_and_written_by_batch():
-    rows, arena = rows_of_two_lengths(), Arena()
-    first, second = arena.empty(rows, 3), arena.empty(rows, 3)
-    for at in rows.batches():
-        ids = rows.ids(at)
-        # Written flat, as some blocks fold rows and positions into one axis.
-        first[at] = (ids[..., None] + torch.arange(3)).reshape(-1, 3).float()
-    for at in rows.batches():
-        second[at] = first[at]
-    for group, ids in enumerate(rows.groups):
-        assert torch.equal(second.parts[group], (ids[..., None] + torch.arange(3)).float())
-    first[Batch(0, slice(0, 1), 1.0, 1.0)] = torch.zeros(24, 3)
-    assert second.parts[0][0].any()
-
-
 def in_files(values: Activations) -> list[bool]:
     return [isinstance(part, FileRows) for part in values.parts]
 
@@ -293,7 +263,7 @@ def test_the_arena_spills_beyond_its_limit(tmp_path):
             assert values.parts[0][1].shape == values.parts[0][1:2][0].shape == (10, 8)
         assert arena.used == 2 * one
         files = [part.close for values in kept[2:] for part in values.parts]
-        assert all(file.alive for file in files)
+        assert [file.alive for file in files] == [True, True]
         arena.release(kept[3])
         assert [file.alive for file in files] == [True, False]
         arena.release(kept[0])
