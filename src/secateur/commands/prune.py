@@ -1,4 +1,4 @@
-"""`prune`: read a checkpoint, and write a smaller one, in six steps, or seven with `--vocabulary auto`."""
+"""`prune`: read a checkpoint, and write a smaller one, in seven steps."""
 
 from pathlib import Path
 from typing import Any
