@@ -31,6 +31,12 @@ def test_version_and_help_list_commands_options_and_panels(run):
     assert re.findall("─ ([A-Z][\\w' ]+) ─", run("prune", "--help").out)[2:] == panels
 
 
+def test_help_names_the_extras_in_brackets(run):
+    """Brackets are markup in help texts, unless they are escaped."""
+    for command, extra in {"export": "llama", "eval": "tasks", "retrain": "lora"}.items():
+        assert f"secateur[{extra}]" in run(command, "--help").out
+
+
 def test_help_does_not_import_torch():
     code = (
         "import sys; sys.argv = ['secateur', 'prune', '--help']\n"

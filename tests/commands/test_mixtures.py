@@ -143,7 +143,7 @@ WRONG = {
     "not there": ({"block": 1, "experts": [0, 1, 2, 9]}, "9 does not exist; use indices from 0 to 7"),
     "of another block": ({"block": 0, "experts": [0, 1, 2]}, "block 0 has no experts; list its heads and channels"),
     "a width too narrow": ({"block": 1, "width": numbers(2, 20)}, "2 experts are not possible; use 3 to 8"),
-    "no channels": ({"block": 1, "width": numbers(8, 0)}, "0 channels in each are not possible; use 1 to 20"),
+    "no channels": ({"block": 1, "width": numbers(8, 0)}, "0 channels in each expert are not possible; use 1 to 20"),
     "channels of which no kernel is": ({"block": 1, "width": numbers(8, 13)}, "a multiple of 8, not 13"),
     "channels of an expert that goes": (
         {"block": 1, "experts": [0, 1, 2], "channels": [*range(8), *range(20, 28), *range(60, 68)]},

@@ -173,7 +173,7 @@ def test_a_model_without_a_cache_has_no_ratio(place):
 
 def test_kept_units_are_counted_by_kind():
     kept = ("6 of 8 query heads", "3 of 4 KV groups", "5 of 10 feed-forward channels")
-    assert units_kept(made()) == f"{' and '.join(kept)} and 15 of 20 expert channels and 3 of 4 experts are kept"
+    assert units_kept(made()) == f"{', '.join(kept)}, 15 of 20 expert channels and 3 of 4 experts are kept"
     assert units_kept(made(blocks=[])) == "all units are kept"
 
 

@@ -239,7 +239,7 @@ def test_wrong_vocabularies_are_refused(model: Path, text: str, tmp_path: Path, 
 def test_trim_refuses_what_it_cannot_do(model: Path, latin: tuple[Path, Trimmed], tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match=r"trim writes a folder.*secateur export"):
         trim(model, tmp_path / "out.gguf", vocabulary="latin")
-    with pytest.raises(SecateurError, match="keeps all tokens, so nothing is to be trimmed"):
+    with pytest.raises(SecateurError, match="keeps all tokens, so there is nothing to trim"):
         trim(latin[0], tmp_path / "out", vocabulary="latin")
     with pytest.raises(SecateurError, match="counts the tokens of the calibration text, but --calibration is random"):
         prune(model, tmp_path / "out", Options(vocabulary="text", calibration="random"))

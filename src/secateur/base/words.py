@@ -27,6 +27,16 @@ def parse_count(text: str, units: str = "kmb") -> int | None:
     return None if match is None else round(float(match[1]) * _UNITS[match[2]])
 
 
+def joined(names: Sequence[str]) -> str:
+    """Return a list in words, such as `a, b and c`.
+
+    Args:
+        names: Items of the list, at least one.
+    """
+    *front, last = names
+    return f"{', '.join(front)} and {last}" if front else last
+
+
 def first_few(names: Sequence[str], limit: int = 3) -> str:
     """Return the first names of a list and the number of the others, such as `a, b, c and 4 more`."""
     more = len(names) - limit

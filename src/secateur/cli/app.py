@@ -13,6 +13,7 @@ from secateur import __version__
 from secateur.base.errors import SecateurError
 from secateur.base.files import is_disk_full
 from secateur.base.launcher import process_place
+from secateur.base.words import joined
 from secateur.cli import terminal
 from secateur.cli.clean import clean
 from secateur.cli.compare import compare
@@ -73,7 +74,7 @@ def top(
     elif context.invoked_subcommand not in DISTRIBUTED and (size := process_place().size) > 1:
         raise SecateurError(
             f"{context.invoked_subcommand} runs in one process, but WORLD_SIZE is {size}: unset WORLD_SIZE; only "
-            f"{' and '.join(DISTRIBUTED)} run in several processes"
+            f"{joined(DISTRIBUTED)} run in several processes"
         )
 
 

@@ -67,7 +67,7 @@ def compare(
     refit_samples: Annotated[
         str | None,
         _replacement(
-            help="Number of rows for the recovery, in runs that use separate rows for it; also of rows to retrain on. "
+            help="Number of rows for the recovery, in runs that use separate rows for it, and for retraining. "
             "If the recipe varies this number: several, separated by commas."
         ),
     ] = None,

@@ -23,8 +23,8 @@ def evaluate(
     against: Annotated[
         str | None,
         _measured(
-            help="A second model to measure, usually the one before pruning. Ratios are the value of MODEL divided by "
-            "that of the second model.",
+            help="A second model to measure, usually the one before pruning. The table also shows ratios: the value of "
+            "MODEL divided by the value of the second model.",
             show_default="none",
         ),
     ] = None,
@@ -78,8 +78,8 @@ def evaluate(
         bool,
         _measured(
             "--quiz",
-            help="Measure the accuracy on 100 multiple-choice questions about everyday things that come with the "
-            "package: a quick test that needs no download.",
+            help="Measure the accuracy on 100 multiple-choice questions about everyday things. The questions come with "
+            "the package, so nothing is downloaded.",
         ),
     ] = False,
     prompt: Annotated[

@@ -22,8 +22,8 @@ def export(
         typer.Option(
             "--type",
             help="Data type of the tensors: f16, f32, bf16, q8_0 or q4_0. With llama.cpp's library (pip install "
-            "'secateur[llama]'), also q2_k to q6_k, q4_k_m, iq4_xs and others of its types. as-input: the type that "
-            "each tensor had in the .gguf file that was pruned.",
+            "'secateur\\[llama]'), also q2_k to q6_k, q4_k_m, iq4_xs and others of its types. If the "
+            "original model was a .gguf file, as-input gives each tensor the type that it had there.",
         ),
     ] = Options.type,
 ) -> None:

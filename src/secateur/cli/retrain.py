@@ -19,9 +19,10 @@ def retrain(
     training: Training,
     run_options: Annotated[RunOptions, Only(("device", "memory", "overwrite", "restart"))],
 ) -> None:
-    """Train a pruned model for a while, so that it regains what pruning took.
+    """Train a pruned model for a while, so that it recovers some of the quality that pruning has cost.
 
-    It learns to predict the same next tokens as the model that was pruned. --rank needs secateur\\[lora].
+    The model learns from a text, and from the next-token distributions of the model before pruning (the teacher).
+    --rank needs secateur\\[lora].
 
     Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-healed --time 30m
     """

@@ -84,10 +84,10 @@ class Options:
     widths: str = option(
         WIDTHS[0],
         TARGET,
-        "How widths vary between blocks. adaptive: modules get the widths that together raise the loss of the model "
-        "least ; uniform: all blocks have the same width, as the standard transformers class "
-        'needs; or a JSON file with the fraction to remove from ranges of blocks, such as {"4:20": 0.2, '
-        '"20:30": {"heads": 0, "channels": 0.4}}.',
+        "How widths vary between blocks. adaptive: each module gets its own width, such that the loss of the whole "
+        "model rises least; uniform: all blocks have the same widths, as the standard transformers class needs; or a "
+        'JSON file with the fraction to remove from ranges of blocks, such as {"4:20": 0.2, "20:30": {"heads": 0, '
+        '"channels": 0.4}}.',
         may_name_file=True,
     )
     blocks: str | None = option(
@@ -105,29 +105,30 @@ class Options:
     vocabulary: str = option(
         ALL,
         TARGET,
-        "Tokens to keep, beside special tokens and bytes. all; scripts by their Unicode names, such as latin or "
-        "latin+cyrillic, each with digits, punctuation and symbols: text of these scripts keeps its tokens and logits; "
-        "text or text:5: tokens that occur in the calibration text once, or five times; a number such as 64k or a "
-        "share such as 50%: tokens of the calibration text's scripts first, frequent ones first; auto: the number of "
-        "tokens with which tokens and blocks meet --target at the lowest estimated loss. Shares in --target refer to "
-        "the model with all tokens.",
+        "Tokens to keep. all: every token; latin or latin+cyrillic: the tokens of these Unicode scripts, and digits, "
+        "punctuation and symbols; text: the tokens that occur in the calibration text; text:5: those that occur at "
+        "least five times; 64k or 50%: this number or share of the tokens, first those of the calibration text's "
+        "scripts, frequent ones before rare ones; auto (only with --target): the number of tokens with the lowest "
+        "estimated loss. Special tokens and bytes are always kept. Percentages in --target refer to the model with all "
+        "tokens.",
     )
     round: int | None = option(
         None,
         TARGET,
-        "Multiple to which changed feed-forward widths are rounded. Kernels are slow unless widths are "
-        "multiples of 16, GGUF stores weights in groups of 32, and some GPUs prefer 64 or 128.",
-        default_text="32 for widths of at least 1,024 channels, otherwise 1",
+        "Channel counts of pruned modules are multiples of this number. Kernels are slow unless channel counts are "
+        "multiples of 16, GGUF stores weights in groups of 32, and some GPUs are fastest with multiples of 64 or 128.",
+        default_text="32 for modules with at least 1,024 channels, otherwise 1",
         minimum=1,
     )
     criterion: str = option(
         "surgeon",
         METHOD,
-        "How to choose the units to remove. surgeon: units whose output the remaining ones reproduce best; "
-        "second-moment (the paper's), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: units with the lowest scores "
-        "from activations; l1, l2: from the norms of weights; llm-pruner-vector, llm-pruner-element1, "
-        "llm-pruner-element2: from gradients; random: units drawn at random. heads=X,channels=Y uses X for heads and Y "
-        f"for channels; experts=Z uses Z for experts: {', '.join(EXPERTS[:-1])} or {EXPERTS[-1]}.",
+        "How to choose the units to remove. surgeon: the units whose output the remaining units reproduce best. Other "
+        "criteria give each unit a score and remove those with the lowest scores. second-moment (the paper's), wanda "
+        "(Wanda-sp), flap-wifv, flap-ifv, flap-wifn: scores from activations; l1, l2: from weights; llm-pruner-vector, "
+        "llm-pruner-element1, llm-pruner-element2: from gradients; random: random scores. heads=X,channels=Y uses X "
+        f"for heads and Y for channels; experts=Z uses Z for experts, which is {', '.join(EXPERTS[:-1])} or "
+        f"{EXPERTS[-1]}.",
     )
     recovery: str = option(
         "refit",
@@ -142,7 +143,7 @@ class Options:
         METHOD,
         "Time spent on --recovery refit. quick: fit the output projections once, to the calibration rows; normal: fit "
         "them to the calibration rows and to a copy of each row in which the model has replaced half of the tokens, "
-        "and fit the up and gate projections too; best: average two fits of the kind normal.",
+        "and fit the up and gate projections too; best: make two such fits and average their weights.",
         choices=tuple(EFFORTS),
         fit_only=True,
     )
@@ -155,11 +156,11 @@ class Options:
     calibration: str = option(
         GENERAL,
         CALIBRATION,
-        "Text to run through the model. general: a mix of texts that comes with secateur; general+TEXT: half of the "
-        "rows from that mix, half from TEXT; or TEXT alone. TEXT is a .txt file, a .jsonl file with the key text or "
-        "messages, - for standard input, or a data set (wikitext2, c4, ptb, bookcorpus or name:config:column). "
-        "Without any text: self (MODEL generates the text; the whole model must fit into memory) or random (random "
-        "token ids).",
+        "Calibration text, on which activations are measured. general: a mix of texts that comes with secateur; "
+        "general+TEXT: half of the rows from that mix, half from TEXT; or TEXT alone. TEXT is a .txt file, a .jsonl "
+        "file with the key text or messages, - for standard input, or a data set (wikitext2, c4, ptb, bookcorpus or "
+        "name:config:column). Without any text: self (MODEL generates the text; the whole model must fit into memory) "
+        "or random (random token ids).",
         may_name_file=True,
     )
     samples: int = option(128, CALIBRATION, "Number of calibration rows, drawn from the text at random.", minimum=1)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from secateur.base.words import joined
 from secateur.commands.fit_blocks import perplexity_ratio, plan_key
 from secateur.commands.open_model import OpenRun
 from secateur.commands.request import check_plan
@@ -60,9 +61,9 @@ def _description(run: OpenRun, plan: Plan) -> str:
     if plan.uniform:
         width, full = max(zip(kept, dense, strict=True), key=lambda pair: len(pair[1]))
         parts = [f"{width[name]:,} of {number:,} {axis_kinds()[name].label}" for name, number in full.items()]
-        units = f"{_joined(parts)} in every block"
+        units = f"{joined(parts)} in every block"
     else:
-        units = _joined([_kept_units(kind, kept, dense) for kind in present(dense)])
+        units = joined([_kept_units(kind, kept, dense) for kind in present(dense)])
     return f"Keeping {units}. Removing {plan.sparsity:.1%} of {pruned_part(run.options.blocks)}{loss}"
 
 
@@ -72,9 +73,3 @@ def _kept_units(kind: AxisKind, kept: list[Width], dense: list[Width]) -> str:
     total, least, most = sum(map(kind.count, dense)), min(counts), max(counts)
     each = f"{least:,} to {most:,}" if least < most else f"{most:,}"
     return f"{sum(counts):,} of {total:,} {kind.total} ({each} per block)"
-
-
-def _joined(parts: list[str]) -> str:
-    """Return a list in words: a, b and c."""
-    *front, last = parts
-    return f"{', '.join(front)} and {last}" if front else last

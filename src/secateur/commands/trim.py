@@ -58,7 +58,7 @@ def trim(
         )
     cut, vocabulary = with_vocabulary(checkpoint, options, device, services)
     if vocabulary is None:
-        raise SecateurError(f"{model}: --vocabulary {options.vocabulary} keeps all tokens, so nothing is to be trimmed")
+        raise SecateurError(f"{model}: --vocabulary {options.vocabulary} keeps all tokens, so there is nothing to trim")
     target = Output(Path(out), overwrite=run_options.overwrite, source=checkpoint.path, expected_bytes=cut.bytes)
     with target as folder:
         _write(cut, vocabulary, folder, services.watcher)

@@ -12,7 +12,7 @@ def _repeated_slopes(arguments: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return {**arguments} if slopes is None else {**arguments, "alibi": slopes.repeat(rows, 1, 1)}
 
 
-ALIBI = "the position of a head decides how fast its attention fades"
+ALIBI = "the position bias of a head depends on the index of the head (ALiBi)"
 BLOOM = Family(
     blocks="transformer.h",
     attention="self_attention",

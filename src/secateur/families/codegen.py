@@ -13,7 +13,7 @@ FAMILIES = {
         gate=None,
         down="fc_out",
         final_norm="transformer.ln_f",
-        heads_locked="its queries, keys and values lie in four equal parts, each with a quarter of the heads",
+        heads_locked="its fused query, key and value layer is stored in four parts, each with a quarter of the heads",
         stock=Stock(channels_key="n_inner", head_counts="dense", theta_key=None),
     ),
 }

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.base.words import format_count
+from secateur.base.words import format_count, joined
 from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
 from secateur.report.summary import pruned_part
@@ -80,7 +80,7 @@ def units_kept(record: Mapping[str, Any]) -> str:
     pruned = {block["block"]: Width(block["width"]) for block in record["blocks"]}
     kept, total = totals([pruned.get(index, width) for index, width in enumerate(dense)]), totals(dense)
     parts = [f"{kept[label]:,} of {number:,} {label}" for label, number in total.items() if kept[label] < number]
-    return f"{' and '.join(parts)} are kept" if parts else "all units are kept"
+    return f"{joined(parts)} are kept" if parts else "all units are kept"
 
 
 def vocabulary_kept(record: Mapping[str, Any]) -> str:

@@ -85,11 +85,10 @@ def render(data: Mapping[str, Any]) -> str:
 
 def _axis(kind: AxisKind) -> dict[str, Any]:
     """Return the name of an axis, the words for it and the axes that enclose it."""
-    outer = [axis_kinds()[name].label.removesuffix("s") for name in kind.outer]
     return {
         "name": kind.name,
         "role": kind.role,
-        "label": " ".join([kind.label, *outer]),
+        "label": kind.label,
         "total": kind.total,
         "outer": list(kind.outer),
     }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from rich.table import Table
 
@@ -105,14 +106,14 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     axes = [axis_kinds()[name] for name in dict.fromkeys(name for width in proposal.dense for name in width)]
     table = Table(title="Plan", title_justify="left")
     # Names of axes take two lines, so that bars fit next to them.
-    for name in ("block", *(kind.label.replace(" ", "\n", 1) for kind in axes)):
+    for name in ("block", *(fill(kind.label, 14) for kind in axes)):
         table.add_column(name, justify="right")
-    table.add_column("kept")
+    table.add_column(f"kept:\n{', '.join(dict.fromkeys(kind.role for kind in axes))}")
     for index, (dense, width) in enumerate(zip(proposal.dense, proposal.pruned_widths(), strict=True)):
         cells = [f"{width[kind.name]:,}/{dense[kind.name]:,}" if kind.name in dense else "" for kind in axes]
         table.add_row(str(index), *cells, " ".join(_bar(share, 12) for share in shares(width, dense).values()))
     before, after = map(format_count, proposal.parameters)
-    lines = [f"{_removed(plan.sparsity, proposal.blocks)}; {before} to {after} in the whole model."]
+    lines = [f"{_removed(plan.sparsity, proposal.blocks)}; the whole model has {after} of {before} parameters."]
     if plan.cost is not None:
         lines.append(
             f"Estimated loss increase: {plan.cost:.3f} nats per token (sum over modules pruned one at a time)."
@@ -130,7 +131,7 @@ def survey_table(result: SurveySummary, out: Path) -> tuple[Table, list[str]]:
     """Return a table of plans, one row for each sparsity, and lines about the files of the survey."""
     table = Table(title="Plans by sparsity", title_justify="left")
     units = totals(result.dense)
-    for name in ("sparsity", "parameters", *units, "nats per token"):
+    for name in ("sparsity", "parameters", *units, "estimated loss increase (nats per token)"):
         table.add_column(name, justify="right")
     for share, plan in result.plans.items():
         widths = [plan.widths.get(index, width) for index, width in enumerate(result.dense)]

@@ -29,7 +29,8 @@ class Training:
         GENERAL,
         CALIBRATION,
         "Text to train on: general, general+TEXT or TEXT, as for secateur prune. TEXT is a file, - for standard "
-        "input, or a data set. A text with fewer tokens than --tokens is used several times, cut into other rows.",
+        "input, or a data set. A text with fewer tokens than --tokens is used several times, cut into other rows each "
+        "time.",
     )
     length: int = option(128, CALIBRATION, "Tokens in each row.")
     seed: int = option(0, CALIBRATION, "Random seed for the rows, their order and the initial adapters.")
@@ -42,22 +43,22 @@ class Training:
     time: str | None = option(
         None,
         TRAINING,
-        "Time for the whole command, such as 30m or 2h, used instead of --tokens. The number of tokens follows from "
-        "the speed of the first steps, which are measured on this machine.",
+        "Time for the whole command, such as 30m or 2h, used instead of --tokens. The number of tokens is chosen from "
+        "the speed of the first steps on this machine.",
         default_text="none",
     )
     teacher: str | None = option(
         None,
         TRAINING,
-        "The model whose next-token distributions are learned: a folder, a hub id or a .gguf file. none: learn the "
-        "tokens of the text.",
+        "The model whose next-token distributions are learned: a folder, a hub id or a .gguf file. With none, the "
+        "model learns from the text only.",
         default_text="the model that was pruned",
     )
     text_weight: float = option(
         0.5,
         TRAINING,
-        "Weight of the text's own tokens in the loss; the teacher's distributions have the rest. More weight follows "
-        "the text, less weight the teacher.",
+        "Weight of the text in the loss, at least 0 and below 1. The teacher has the remaining weight: with 0, the "
+        "model learns from the teacher only.",
     )
     rank: int | None = option(
         None,

@@ -30,7 +30,7 @@ EXPERT_CHANNELS = axis_kind(
     "expert_channels",
     "channels",
     FEED_FORWARD,
-    "channels in each",
+    "channels in each expert",
     "expert channels",
     outer=("experts",),
     config_keys=lambda family: {("expert_channels",): (family.experts.expert_width,)} if family.experts else {},

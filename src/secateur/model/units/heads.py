@@ -21,7 +21,7 @@ HEADS_PER_GROUP = axis_kind(
     "heads_per_group",
     "heads",
     ATTENTION,
-    "heads in each",
+    "heads in each KV group",
     "query heads",
     outer=("kv_groups",),
     total_attributes=("num_attention_heads", "num_heads"),
