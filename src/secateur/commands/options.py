@@ -127,7 +127,7 @@ class Options:
         "criteria give each unit a score and remove those with the lowest scores. second-moment (the paper's), wanda "
         "(Wanda-sp), flap-wifv, flap-ifv, flap-wifn: scores from activations; l1, l2: from weights; llm-pruner-vector, "
         "llm-pruner-element1, llm-pruner-element2: from gradients; random: random scores. heads=X,channels=Y uses X "
-        f"for heads and Y for channels; experts=Z uses Z for experts, which is {', '.join(EXPERTS[:-1])} or "
+        f"for heads and Y for channels; experts=Z uses Z for experts, where Z is {', '.join(EXPERTS[:-1])} or "
         f"{EXPERTS[-1]}.",
     )
     recovery: str = option(

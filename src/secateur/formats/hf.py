@@ -18,7 +18,7 @@ from secateur.plan.problem import Plan
 
 @output_format(
     "hf",
-    help="a folder in which each block has its own width, loaded by transformers with trust_remote_code=True",
+    help="a folder in which each block has its own widths, loaded by transformers with trust_remote_code=True",
 )
 class HfFolder(Folder):
     """Folder of the format `hf`: each block has its own width."""

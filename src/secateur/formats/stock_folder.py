@@ -13,7 +13,7 @@ from secateur.plan.problem import Plan
 
 @output_format(
     "stock",
-    help="a folder in which all blocks have the same width, loaded by the standard transformers class",
+    help="a folder in which all blocks have the same widths, loaded by the standard transformers class",
     uniform=True,
 )
 class StockFolder(Folder):
