@@ -27,7 +27,7 @@ FULL, FEWER, NONE = wide(2, 3, 72), wide(1, 3, 72), wide(0, 0, 72)
         ("qwen3_moe", [wide(3, 2, 20, 8), wide(3, 2, 16, 8)], True, "or keep expert channels with --modules"),
         ("qwen3_moe", [wide(3, 2, 16, 8), wide(3, 2, 16, 8)], False, None),
         ("mixtral", [wide(3, 2, 72, 8), wide(3, 2, 72, 5)], True, None),
-        ("deepseek_v2", [wide(6, 1, 40), wide(5, 1, 40)], True, "has one latent attention for all blocks"),
+        ("deepseek_v2", [wide(6, 1, 40), wide(5, 1, 40)], True, "needs the same latent attention in all blocks"),
         ("deepseek_v2", [wide(6, 1, 40), wide(6, 1, 40)], False, None),
         ("minimax_m2", [wide(3, 2, 72, 8), wide(3, 2, 72, 5)], True, "does not know the router of minimax_m2"),
         ("llama4_text", [wide(3, 2, 64), wide(3, 2, 72, 8)], True, "cannot load the experts of llama4_text"),
@@ -44,4 +44,6 @@ def test_unsupported(name: str, widths: list[Width], per_layer: bool, reason: st
 @pytest.mark.parametrize("per_layer", [True, False])
 def test_inside_a_multimodal_checkpoint(per_layer: bool) -> None:
     found = vllm_unsupported(config_of("llama"), [FULL, FULL], per_layer=per_layer, multimodal=True)
-    assert found == ("its multimodal models have one width for all blocks; use --widths uniform" if per_layer else None)
+    assert found == (
+        "its multimodal models need the same widths in all blocks; use --widths uniform" if per_layer else None
+    )

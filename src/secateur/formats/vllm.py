@@ -36,11 +36,11 @@ def vllm_unsupported(config: Any, widths: Sequence[Width], *, per_layer: bool, m
 def _backend_limits(config: Any, widths: Sequence[Width], multimodal: bool) -> Iterator[tuple[Any, str | None]]:
     """Yield limits of vLLM's transformers backend: whether a model is beyond a limit, and why it then cannot run."""
     family, kind = family_of(config), config.model_type
-    yield multimodal, "its multimodal models have one width for all blocks; use --widths uniform"
+    yield multimodal, "its multimodal models need the same widths in all blocks; use --widths uniform"
     yield True, family.vllm.backend
     yield (
         family.latent,
-        "its transformers backend has one latent attention for all blocks; use --widths uniform",
+        "its transformers backend needs the same latent attention in all blocks; use --widths uniform",
     )
     if (experts := family.experts) is not None:
         routed = [width for width in widths if width.get(EXPERTS)]
@@ -50,7 +50,7 @@ def _backend_limits(config: Any, widths: Sequence[Width], multimodal: bool) -> I
         )
         yield (
             any(width[EXPERT_CHANNELS] != getattr(config, experts.expert_width) for width in routed),
-            "its transformers backend has one number of expert channels for all blocks; use --widths uniform, or "
+            "its transformers backend needs the same number of expert channels in all blocks; use --widths uniform, or "
             "keep expert channels with --modules heads,experts",
         )
         yield (

@@ -66,7 +66,7 @@ class Evaluation:
         models = self.models
         figures = [
             Figure.of("parameters", [model.parameters for model in models], "{:,}"),
-            Figure.of("bytes at equal dtype", [model.bytes for model in models], "{:,}"),
+            Figure.of("bytes in the same dtype", [model.bytes for model in models], "{:,}"),
         ]
         for text in models[0].texts:
             perplexities = [model.texts[text].perplexity for model in models]

@@ -6,7 +6,7 @@ from secateur.measure.answers import ANSWER_TOKENS, LOOP, AnswerScore
 from secateur.measure.figures import Evaluation, Figure, ModelScore, short
 from secateur.report.summary import bos_note
 
-KNOWN = ("parameters", "bytes at equal dtype")
+KNOWN = ("parameters", "bytes in the same dtype")
 """Figures that are known without an evaluation."""
 
 

@@ -157,7 +157,7 @@ def _compute(teacher: BlockStream, rows: TrainingRows, file: Path | None) -> dic
         parts = _empty(arena, Rows.of(mine.groups[0]), teacher)
         with teacher.head() as head:
             batches = [at for at in mine.batches() if at.group == 0]
-            for at in services.watcher.track(batches, "Predict"):
+            for at in services.watcher.track(batches, "Save predictions"):
                 for part, values in zip(parts, _likeliest(teacher, head, hidden[at]), strict=True):
                     part[at] = values
         loss = mean_loss(teacher, every, 1, hidden)
