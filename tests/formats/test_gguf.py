@@ -31,12 +31,13 @@ from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
 from secateur.formats import gguf_export
 from secateur.formats.gguf import GgufFormat
+from secateur.formats.gguf_as_input import _input_storage
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import Exported, export
 from secateur.formats.gguf_meter import gguf_byte_meter
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary_of
 from secateur.formats.gguf_types import TYPES
-from secateur.formats.llama_cpp import _tensor_library, library
+from secateur.formats.llama_cpp import _tensor_library, check_quantises, library
 from secateur.formats.per_layer import per_layer_config
 from secateur.formats.stock import stock_config
 from secateur.model.axes import alike
@@ -962,23 +963,34 @@ def test_types_as_in_the_input(tmp_path, monkeypatch):
     ids = tiny.token_rows(1, 20).tolist()[0]
     assert relative(run(done, ids), run(exact, ids)) < 0.2
     assert {file.name for file in tmp_path.glob("*.gguf")} == {"as-input.gguf", "bf16.gguf", "input.gguf"}
-    with pytest.raises(SecateurError, match="type as-input is only for secateur export"):
-        GgufFormat.check_type("as-input")
-    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
-    library.cache_clear()
-    _tensor_library.cache_clear()
-    with pytest.raises(SecateurError, match=r"tensor blk\.0\.ffn_.* cannot become q\d_k again: .* pip install"):
-        export(tmp_path / "out", tmp_path / "other.gguf", type="as-input")
+    (tmp_path / "direct").mkdir()
+    direct = tmp_path / "direct" / "as-input.gguf"
+    summary = prune(
+        source, direct, sparsity=0.2, blocks="0:1", modules=("channels",), format="gguf", type="as-input", **options
+    )
+    assert direct.read_bytes() == done.read_bytes()
+    assert summary.bytes == tuple(sum(int(one.n_bytes) for one in file.values()) for file in (before, after))
+    with pytest.raises(SecateurError, match="this one comes from no such file; choose another type"):
+        export(tmp_path / "dense", tmp_path / "other.gguf", type="as-input")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "llama_cpp_py_sync", None)
+        forget(library, _tensor_library, check_quantises, _input_storage)
+        with pytest.raises(SecateurError, match=r"input\.gguf: .* is q\d_k: llama\.cpp's library .* pip install"):
+            export(tmp_path / "out", tmp_path / "other.gguf", type="as-input")
+    forget(library)
     source.rename(tmp_path / "moved.gguf")
     with pytest.raises(SecateurError, match=r"but .*input\.gguf is not there; put it back"):
         export(tmp_path / "out", tmp_path / "other.gguf", type="as-input")
-    with pytest.raises(SecateurError, match="this one was pruned from an unknown model; choose another type"):
-        export(tmp_path / "dense", tmp_path / "other.gguf", type="as-input")
     source.write_bytes(b"GGUF")
     with pytest.raises(SecateurError, match=r"input\.gguf: truncated or broken GGUF; restore it"):
         export(tmp_path / "out", tmp_path / "other.gguf", type="as-input")
     assert not (tmp_path / "other.gguf").exists()
-    library.cache_clear()
+
+
+def forget(*functions: Any) -> None:
+    """Clear the caches of functions."""
+    for function in functions:
+        function.cache_clear()
 
 
 def test_refused_tokenizers(tmp_path):

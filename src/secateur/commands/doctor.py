@@ -192,7 +192,7 @@ def _as_gguf(checkpoint: Checkpoint, path: Path) -> Engine:
     command = f"secateur export {path} {path.name}.gguf"
     try:
         model = GgufModel(checkpoint, widths_of(checkpoint.config))
-        architecture = choose_architecture(model, "f16")
+        architecture = choose_architecture(model)
         vocabulary_of(checkpoint.tokenizer(), checkpoint.config.vocab_size)
     except SecateurError as error:
         return Engine("llama.cpp", None, False, str(error).removeprefix(f"{checkpoint.source}: "), command)

@@ -10,12 +10,13 @@ from secateur.base.output import Output
 from secateur.base.progress import Watcher
 from secateur.formats.converted import Converted
 from secateur.formats.format import Loading
+from secateur.formats.gguf_as_input import storage_of
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import export
 from secateur.formats.gguf_meter import gguf_byte_meter
 from secateur.formats.gguf_sizes import STATED_AXES
 from secateur.formats.gguf_tokenizer import vocabulary_of
-from secateur.formats.gguf_types import TYPES, check_type
+from secateur.formats.gguf_types import check_type
 from secateur.formats.registry import output_format
 from secateur.model.axes import Width, axis_kinds
 from secateur.plan.meters import Meter, added_biases
@@ -25,7 +26,7 @@ from secateur.plan.meters import Meter, added_biases
     "gguf",
     help="a file for llama.cpp",
     suffix=".gguf",
-    types=("f16", "f32", "bf16", "q8_0", "q4_0"),
+    types=("f16", "f32", "bf16", "q8_0", "q4_0", "as-input"),
     tokenizer=True,
 )
 class GgufFormat(Converted):
@@ -36,7 +37,7 @@ class GgufFormat(Converted):
     @classmethod
     def check_type(cls, type: str) -> None:
         """Raise `SecateurError` for a type that cannot be written here."""
-        check_type(type, TYPES)
+        check_type(type, cls.declaration.types)
 
     @classmethod
     def how_to_load(cls, auto_class: str, path: str) -> Loading:
@@ -47,7 +48,7 @@ class GgufFormat(Converted):
     def file_bytes(self) -> int:
         """Approximate bytes of the dense model's weights in the file."""
         checkpoint = self.stream.checkpoint
-        return int(checkpoint.bytes / checkpoint.dtype.itemsize * TYPES[self.type].bytes)
+        return int(checkpoint.bytes / checkpoint.dtype.itemsize * storage_of(self.type, checkpoint).bytes)
 
     def unsupported_reason(self, width: Width) -> str | None:
         """Return why the file cannot hold one block of this width (with uniform widths: all pruned blocks); None if it

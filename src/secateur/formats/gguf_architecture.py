@@ -99,10 +99,10 @@ class Architecture:
         """Whether layers may have sliding windows; otherwise every layer attends to all positions."""
         return self.windows is not no_windows
 
-    def sizes(self, model: GgufModel, type: str) -> list[BlockSizes]:
-        """Return the sizes of each block in a file of a type, including channels that fill rows, and idle heads."""
+    def sizes(self, model: GgufModel) -> list[BlockSizes]:
+        """Return the sizes of each block in the file, including channels that fill rows, and idle heads."""
         return [
-            replace(sizes, heads=sizes.heads or idle, kv_heads=sizes.kv_heads or idle).filled(type)
+            replace(sizes, heads=sizes.heads or idle, kv_heads=sizes.kv_heads or idle).filled(model.storage.block)
             for idle, sizes in zip(self._idle_heads(model), model.blocks, strict=True)
         ]
 

@@ -1,6 +1,6 @@
 """`export`: write a folder that `prune` wrote, or that was fine-tuned since, as a GGUF file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,14 @@ from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.folder import open_folder
 from secateur.formats.gguf_architecture import Architecture
-from secateur.formats.gguf_as_input import AS_INPUT, convert_as_input, input_file
 from secateur.formats.gguf_choice import choose_architecture
 from secateur.formats.gguf_metadata import context_length
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_tensors import FileTensor, file_tensors
 from secateur.formats.gguf_tokenizer import Vocabulary, vocabulary_of
-from secateur.formats.gguf_types import TYPES, check_type
+from secateur.formats.gguf_types import check_type
 from secateur.formats.gguf_write import check_tensors, write_gguf
-from secateur.formats.llama_cpp import library, quantise
+from secateur.formats.llama_cpp import LLAMA_TYPES, library, quantise
 from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import empty_decoder, widths_of
@@ -79,20 +78,20 @@ def export(
     watcher = watcher or Silent()
     folder, path = local_path(folder), local_path(out).resolve()
     check_type(type)
-    if type not in TYPES:
-        return _converted(folder, path, type=type, overwrite=overwrite, watcher=watcher)
+    if type in LLAMA_TYPES:
+        return _quantised(folder, path, type=type, overwrite=overwrite, watcher=watcher)
     Output(path, suffix=".gguf", overwrite=overwrite).check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
         checkpoint.check_shapes(empty_decoder(checkpoint))
         model, architecture = _planned(folder, checkpoint, type)
-        tensors = file_tensors(model, architecture, type)
+        tensors = file_tensors(model, architecture)
         rows = next(tensor.values.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
         vocabulary = _vocabulary(folder, checkpoint, rows)
-    _note(watcher, model, architecture, tensors, type)
+    _note(watcher, model, architecture, tensors)
     size = sum(tensor.bytes for tensor in tensors)
     with Output(path, suffix=".gguf", overwrite=overwrite, expected_bytes=size, resume_path=at) as partial:
-        write_gguf(partial, model, architecture, tensors, vocabulary, type=type, name=path.stem, watcher=watcher)
+        write_gguf(partial, model, architecture, tensors, vocabulary, name=path.stem, watcher=watcher)
         if (difference := check_tensors(partial, tensors)) is not None:
             raise SecateurError(
                 f"{out}: the written file was not as planned ({difference}), so it was deleted; report this as a bug"
@@ -100,35 +99,21 @@ def export(
     return Exported(path, size, architecture.name, context_length(model, architecture))
 
 
-def _converted(folder: Path, path: Path, *, type: str, overwrite: bool, watcher: Watcher) -> Exported:
-    """Write a file of a type that is made from a file in the dtype of the folder; see `export`."""
+def _quantised(folder: Path, path: Path, *, type: str, overwrite: bool, watcher: Watcher) -> Exported:
+    """Write a file of a type that llama.cpp's library makes, from a file in the dtype of the folder; see `export`."""
+    library()
     target = Output(path, suffix=".gguf", overwrite=overwrite)
     target.check()
-    dtype = open_folder(folder).dtype
-    convert = _converter(folder, type, dtype, watcher)
     with target as partial:
         exact = partial.with_name(f"{partial.name}.exact.gguf")
         try:
-            done = export(folder, exact, type=EXACT.get(dtype, "f32"), watcher=watcher)
+            done = export(folder, exact, type=EXACT.get(open_folder(folder).dtype, "f32"), watcher=watcher)
             with watcher.busy(f"Converting to {type}"):
-                convert(exact, partial)
+                quantise(exact, partial, type)
         finally:
             exact.unlink(missing_ok=True)
         size = sum(int(tensor.n_bytes) for tensor in GGUFReader(partial).tensors)
     return replace(done, path=path, bytes=size)
-
-
-def _converter(folder: Path, type: str, dtype: torch.dtype, watcher: Watcher) -> Callable[[Path, Path], None]:
-    """Return a function that converts a file with the exact weights of a folder to a type, and writes a new file.
-
-    Raises:
-        SecateurError: What the conversion needs is missing.
-    """
-    if type == AS_INPUT:
-        before = input_file(folder)
-        return lambda exact, out: convert_as_input(exact, before, out, dtype, watcher)
-    library()
-    return lambda exact, out: quantise(exact, out, type)
 
 
 def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel, Architecture]:
@@ -139,9 +124,9 @@ def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel
             nearest plan that GGUF can hold.
     """
     widths = widths_of(checkpoint.config)
-    model = GgufModel(checkpoint, widths)
+    model = GgufModel(checkpoint, widths, type=type)
     try:
-        return model, choose_architecture(model, type)
+        return model, choose_architecture(model)
     except SecateurError as error:
         raise SecateurError(f"{error}{_nearest_plan(folder, widths)}") from error
 
@@ -180,9 +165,7 @@ def _processor_template(folder: Path) -> Any:
         raise SecateurError(f"{file}: not valid JSON with a chat template; download it again, or remove it") from error
 
 
-def _note(
-    watcher: Watcher, model: GgufModel, architecture: Architecture, tensors: Sequence[FileTensor], type: str
-) -> None:
+def _note(watcher: Watcher, model: GgufModel, architecture: Architecture, tensors: Sequence[FileTensor]) -> None:
     """Note what the file lacks: vision towers, positions beyond a window, and quantised types of some tensors."""
     if model.checkpoint.multimodal_config is not None:
         watcher.note(DECODER_ONLY)
@@ -192,8 +175,8 @@ def _note(
             f"llama.cpp's {architecture.name} has no sliding window, so the file allows only {context:,} positions, "
             "over which its output is the same as the model's"
         )
-    unquantised = sum(tensor.type == GGMLQuantizationType.F16 for tensor in tensors)
-    if type.startswith("q") and unquantised:
+    matrices = [tensor for tensor in tensors if tensor.type == GGMLQuantizationType.F16]
+    if unquantised := sum(tensor.values.shape[-1] % model.storage.block > 0 for tensor in matrices):
         watcher.note(
             f"{unquantised} of {len(tensors)} tensors stay f16, because their row length is not a multiple of 32"
         )

@@ -33,9 +33,9 @@ def add_metadata(writer: GGUFWriter, values: Values) -> None:
             getattr(writer, _ADD[type(value)])(name, value)
 
 
-def model_metadata(model: GgufModel, architecture: Architecture, type: str) -> Values:
-    """Return the metadata of a model in a file of a type, a name in `TYPES`."""
-    config, blocks = model.config, architecture.sizes(model, type)
+def model_metadata(model: GgufModel, architecture: Architecture) -> Values:
+    """Return the metadata of a model."""
+    config, blocks = model.config, architecture.sizes(model)
     merged = {found[1] for name in model.checkpoint.tensors if (found := _DEEPSTACK.search(name))}
     return {
         "context_length": context_length(model, architecture),

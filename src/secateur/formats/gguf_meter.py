@@ -13,7 +13,6 @@ from secateur.formats.gguf_choice import choose_architecture
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_sizes import filled
 from secateur.formats.gguf_tensors import block_tensors, bytes_of, file_tensors
-from secateur.formats.gguf_types import TYPES
 from secateur.model.axes import ATTENTION, FEED_FORWARD, Width
 from secateur.model.stream import BlockStream
 from secateur.model.units.channels import CHANNELS
@@ -29,7 +28,7 @@ def gguf_byte_meter(stream: BlockStream, type: str, biases: bool = False) -> Met
 
     Args:
         stream: The dense model.
-        type: Type of the file, a name in `TYPES`.
+        type: Type of the file.
         biases: The recovery adds biases to output projections that have none, unless a norm follows.
 
     Raises:
@@ -39,7 +38,7 @@ def gguf_byte_meter(stream: BlockStream, type: str, biases: bool = False) -> Met
     added = tuple(entries * torch.float32.itemsize for entries in added_biases(stream)) if biases else ()
     bytes_at, dense = _ModuleBytes(stream, type, OUTPUT_LAYERS if any(added) else frozenset()), dense_widths(stream)
     total, original = (
-        sum(tensor.bytes for tensor in file_tensors(model, bytes_at.architecture, type))
+        sum(tensor.bytes for tensor in file_tensors(model, bytes_at.architecture))
         for model in (bytes_at.model, bytes_at.original)
     )
     modules = sum(bytes_at(index, kind, width) for index, width in enumerate(dense) for kind in width.kinds)
@@ -50,14 +49,14 @@ class _ModuleBytes:
     """Bytes that a module takes in a file at a width, computed from headers alone."""
 
     def __init__(self, stream: BlockStream, type: str, added: frozenset[str]):
-        self.stream, self.type = stream, type
+        self.stream = stream
         self.dense = dense_widths(stream)
-        self.model = GgufModel(stream.checkpoint, self.dense, added)
-        self.original = GgufModel(stream.checkpoint.original, self.dense, added)
+        self.model = GgufModel(stream.checkpoint, self.dense, added, type)
+        self.original = GgufModel(stream.checkpoint.original, self.dense, added, type)
         self.architecture = self._architecture(added)
         # Blocks of the same shapes have the same number of bytes, except for the first block, which may have to keep an
         # idle head.
-        shapes = [block.shapes for block in stream.blocks]
+        shapes = [(block.shapes, self.model.storage.types_in(index)) for index, block in enumerate(stream.blocks)]
         self.same = [shapes.index(own, min(index, 1)) for index, own in enumerate(shapes)]
         self._bytes = cache(self._module_bytes)
 
@@ -71,9 +70,9 @@ class _ModuleBytes:
         # this one.
         headless = [*self.dense[:-1], self.dense[-1] | self.stream.blocks[-1].attention.removed]
         try:
-            return choose_architecture(GgufModel(self.stream.checkpoint, headless, added), self.type)
+            return choose_architecture(GgufModel(self.stream.checkpoint, headless, added, self.model.type))
         except SecateurError:
-            return choose_architecture(self.model, self.type)
+            return choose_architecture(self.model)
 
     def __call__(self, index: int, kind: str, width: Width) -> float:
         """Return the bytes of one module of a block, by the kind of its units."""
@@ -81,7 +80,7 @@ class _ModuleBytes:
         kept = {axis: width[axis] for axis in module.removed}
         if kept.get(CHANNELS):
             # Rows are filled up, so that slightly different numbers of channels take the same bytes.
-            kept = {CHANNELS: min(filled(width[CHANNELS], self.type), dense[CHANNELS])}
+            kept = {CHANNELS: min(filled(width[CHANNELS], self.model.storage.block), dense[CHANNELS])}
         return self._bytes(same, kind, dense | kept)
 
     def _module_bytes(self, index: int, kind: str, width: Width) -> int:
@@ -93,11 +92,11 @@ class _ModuleBytes:
         one."""
         shared = self.stream.blocks[index].feed_forward.shared_multiple * width[EXPERT_CHANNELS]
         total = 0
-        for tensor in block_tensors(self.model, self.architecture, index, self.type):
+        for tensor in block_tensors(self.model, self.architecture, index):
             name = tensor.name.split(".", 2)[2]
             if name.startswith(_PREFIXES[FEED_FORWARD]):
                 shape = _expert_shape(name, tensor.values.shape, self.dense[index][EXPERTS], width, shared)
-                total += bytes_of(shape, TYPES[self.type].type_of(name, shape))
+                total += bytes_of(shape, self.model.storage.type_of(tensor.name, shape))
         return total
 
     def _narrowed_bytes(self, index: int, kind: str, width: Width) -> int:
@@ -113,7 +112,7 @@ class _ModuleBytes:
         model.checkpoint = replace(self.model.checkpoint, tensors=tensors)
         model.inside = [*model.inside[:index], inside, *model.inside[index + 1 :]]
         model.blocks = [*model.blocks[:index], model.sizes(index, width), *model.blocks[index + 1 :]]
-        tensors_of_block = block_tensors(model, self.architecture, index, self.type)
+        tensors_of_block = block_tensors(model, self.architecture, index)
         prefixes = tuple(f"blk.{index}.{prefix}" for prefix in _PREFIXES[block.module(kind).role])
         return sum(tensor.bytes for tensor in tensors_of_block if tensor.name.startswith(prefixes))
 

@@ -8,7 +8,9 @@ from typing import Any
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts, Family, Gguf
 from secateur.families.registry import family_of, gguf_of
+from secateur.formats.gguf_as_input import storage_of
 from secateur.formats.gguf_sizes import BlockSizes
+from secateur.formats.gguf_types import Storage
 from secateur.model.axes import Width, model_width
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.facts import head_dim, positions_of
@@ -29,6 +31,10 @@ class GgufModel:
     """Width of each block."""
     added_biases: frozenset[str] = frozenset()
     """llama.cpp's names of layers that will get a bias when the model is pruned."""
+    type: str = "f16"
+    """Type of the file."""
+    storage: Storage = field(init=False)
+    """Types of its tensors."""
     family: Family = field(init=False)
     source: Gguf = field(init=False)
     """The family's entry for GGUF files."""
@@ -45,9 +51,10 @@ class GgufModel:
         """List the tensors.
 
         Raises:
-            SecateurError: llama.cpp has no architecture for the family, or computes something else than the family's
-                class.
+            SecateurError: The type cannot be written, llama.cpp has no architecture for the family, or it computes
+                something else than the family's class.
         """
+        self.storage = storage_of(self.type, self.checkpoint)
         self.source, self.family = gguf_of(self.config), family_of(self.config)
         self._check_family()
         self.inside, self.outside = [{} for _ in self.widths], {}

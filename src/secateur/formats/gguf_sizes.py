@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from secateur.formats.gguf_types import TYPES
 from secateur.model.axes import Width
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
@@ -52,17 +51,16 @@ class BlockSizes:
         experts = {"experts": self.experts, "expert_channels": self.expert_channels} if self.experts else {}
         return heads | experts | ({} if channels is None else {"channels": channels})
 
-    def filled(self, type: str) -> BlockSizes:
-        """Return the sizes with as many channels as the file has; `type` is a name in `TYPES`."""
+    def filled(self, multiple: int) -> BlockSizes:
+        """Return the sizes with as many channels as the file has, a multiple of a number."""
         if self.channels is None or self.experts:
             return self
-        return replace(self, channels=filled(self.channels, type))
+        return replace(self, channels=filled(self.channels, multiple))
 
 
-def filled(channels: int, type: str) -> int:
-    """Return the number of channels in a file: a multiple of the type's block, and at least one such block.
+def filled(channels: int, multiple: int) -> int:
+    """Return the number of channels in a file: a multiple of a number, and not zero.
 
     In a block without channels, llama.cpp would not add the attention's output to the residual stream.
     """
-    multiple = TYPES[type].block
     return max(1, -(-channels // multiple)) * multiple

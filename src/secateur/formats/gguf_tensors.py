@@ -14,7 +14,7 @@ from secateur.formats.gguf_block import FileBlock, place_of
 from secateur.formats.gguf_layers import Tensors, stored_tensor
 from secateur.formats.gguf_lazy import LazyTensor
 from secateur.formats.gguf_model import GgufModel
-from secateur.formats.gguf_types import TYPES
+from secateur.formats.gguf_types import Storage
 from secateur.model.gguf_layout import changes_of
 from secateur.model.gguf_rope import rope_tensors
 
@@ -27,6 +27,7 @@ class FileTensor:
     """llama.cpp's name."""
     values: LazyTensor
     type: GGMLQuantizationType
+    storage: Storage
 
     @property
     def bytes(self) -> int:
@@ -39,12 +40,12 @@ class FileTensor:
         Raises:
             SecateurError: A weight is too large for the type.
         """
-        values = self.values.compute().float().contiguous().numpy()
-        with np.errstate(over="ignore"):
-            data: np.ndarray[Any, Any] = gguf.quants.quantize(values, self.type)
-        if self.type == GGMLQuantizationType.F16 and not np.isfinite(data).all():
-            raise SecateurError(f"tensor {self.name} has weights that are too large for f16; use bf16 or f32")
-        return data
+        return self.storage.data(self.name, self.values.compute().float().contiguous().numpy(), self.type)
+
+    @classmethod
+    def of(cls, name: str, values: LazyTensor, storage: Storage) -> "FileTensor":
+        """Return a tensor in the type that a file gives it."""
+        return cls(name, values, storage.type_of(name, values.shape), storage)
 
 
 def bytes_of(shape: tuple[int, ...], type: GGMLQuantizationType) -> int:
@@ -53,24 +54,24 @@ def bytes_of(shape: tuple[int, ...], type: GGMLQuantizationType) -> int:
     return int(np.prod(shape)) // block * size
 
 
-def file_tensors(model: GgufModel, architecture: Architecture, type: str) -> list[FileTensor]:
+def file_tensors(model: GgufModel, architecture: Architecture) -> list[FileTensor]:
     """Return every tensor of the file, in its order.
 
     Raises:
         SecateurError: A stored tensor is missing, has another shape than config.json gives it, or has no place.
     """
     outside = _outside_blocks(model, architecture).items()
-    tensors = [FileTensor(name, values, TYPES[type].type_of(name, values.shape)) for name, values in outside]
+    tensors = [FileTensor.of(name, values, model.storage) for name, values in outside]
     for index in range(len(model.blocks)):
-        tensors += block_tensors(model, architecture, index, type)
+        tensors += block_tensors(model, architecture, index)
     return tensors
 
 
-def block_tensors(model: GgufModel, architecture: Architecture, index: int, type: str) -> Iterator[FileTensor]:
+def block_tensors(model: GgufModel, architecture: Architecture, index: int) -> Iterator[FileTensor]:
     """Yield the tensors of one block. Errors are the same as in `file_tensors`."""
-    sizes = architecture.sizes(model, type)[index]
+    sizes = architecture.sizes(model)[index]
     for name, values in FileBlock(model, architecture, index, sizes).tensors().items():
-        yield FileTensor(f"blk.{index}.{name}", values, TYPES[type].type_of(name, values.shape))
+        yield FileTensor.of(f"blk.{index}.{name}", values, model.storage)
 
 
 def _outside_blocks(model: GgufModel, architecture: Architecture) -> Tensors:

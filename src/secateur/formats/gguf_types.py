@@ -2,13 +2,17 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import gguf
+import numpy as np
 from gguf import GGMLQuantizationType
 
 from secateur.base.errors import SecateurError
-from secateur.formats.gguf_as_input import AS_INPUT
-from secateur.formats.llama_cpp import LLAMA_TYPES
+from secateur.formats.llama_cpp import LLAMA_TYPES, quantised_rows
+
+AS_INPUT = "as-input"
+"""Value of `--type` for the types that the tensors had in the GGUF file that was pruned."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,36 @@ class Storage:
         float16.
 
         Args:
-            name: llama.cpp's name, inside a block or outside of blocks.
+            name: llama.cpp's name.
             shape: Shape of the tensor.
         """
-        if len(shape) == 1 or name in _EXACT or name.endswith("_norm.weight"):
+        inside = name.split(".", 2)[2] if name.startswith("blk.") else name
+        if len(shape) == 1 or inside in _EXACT or name.endswith("_norm.weight"):
             return GGMLQuantizationType.F32
         if shape[-1] % self.block:
             return GGMLQuantizationType.F16
         return self.embeddings if name in _EMBEDDINGS else self.matrices
+
+    def types_in(self, index: int) -> tuple[str, ...]:
+        """Return what distinguishes the types in a block from those of a block with the same shapes: nothing here."""
+        return ()
+
+    def data(self, name: str, values: np.ndarray[Any, Any], type: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+        """Return the bytes of a tensor in its type.
+
+        Args:
+            name: llama.cpp's name.
+            values: The weights, float32 and contiguous.
+            type: Result of `type_of`.
+
+        Raises:
+            SecateurError: A weight is too large for the type.
+        """
+        with np.errstate(over="ignore"):
+            data = quantised_rows(values, type)
+        if type == GGMLQuantizationType.F16 and not np.isfinite(data).all():
+            raise SecateurError(f"tensor {name} has weights that are too large for f16; use bf16 or f32")
+        return data
 
 
 _EXACT = frozenset({"position_embd.weight", "ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight"})
@@ -60,7 +86,7 @@ TYPES: dict[str, Storage] = {
     "q8_0": Storage(_T.Q8_0, _T.Q8_0, _F.MOSTLY_Q8_0),
     "q4_0": Storage(_T.Q4_0, _T.Q8_0, _F.MOSTLY_Q4_0),
 }
-"""Types that can be written, by name."""
+"""Types that can be written for every model, by name."""
 
 
 def check_type(type: str, known: Collection[str] = (*TYPES, *LLAMA_TYPES, AS_INPUT)) -> None:
@@ -74,6 +100,6 @@ def check_type(type: str, known: Collection[str] = (*TYPES, *LLAMA_TYPES, AS_INP
         return
     if type.lower() in known:
         raise SecateurError(f"type is '{type}'; write it {type.lower()}")
-    if type.lower() in (*LLAMA_TYPES, AS_INPUT):
+    if type.lower() in LLAMA_TYPES:
         raise SecateurError(f"type {type} is only for secateur export: prune to a folder, then export that")
     raise SecateurError(f"no type {type!r}; choose one of {', '.join(known)}")

@@ -13,7 +13,6 @@ from secateur.formats.gguf_metadata import add_metadata, model_metadata
 from secateur.formats.gguf_model import GgufModel
 from secateur.formats.gguf_tensors import FileTensor
 from secateur.formats.gguf_tokenizer import Vocabulary, add_vocabulary
-from secateur.formats.gguf_types import TYPES
 
 
 def write_gguf(
@@ -23,7 +22,6 @@ def write_gguf(
     tensors: Sequence[FileTensor],
     vocabulary: Vocabulary,
     *,
-    type: str,
     name: str,
     watcher: Watcher,
 ) -> None:
@@ -35,7 +33,6 @@ def write_gguf(
         architecture: Result of `choose_architecture`.
         tensors: Result of `file_tensors`.
         vocabulary: Result of `vocabulary_of`.
-        type: A name in `TYPES`.
         name: Name of the model, for people.
         watcher: Shows the progress.
 
@@ -45,10 +42,10 @@ def write_gguf(
     writer = GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(vocabulary.safe_name(name))
-    writer.add_file_type(TYPES[type].file)
+    writer.add_file_type(model.storage.file)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(len(vocabulary.tokens))
-    add_metadata(writer, model_metadata(model, architecture, type))
+    add_metadata(writer, model_metadata(model, architecture))
     add_vocabulary(writer, vocabulary)
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.values.shape, np.dtype(np.float32), tensor.bytes, tensor.type)

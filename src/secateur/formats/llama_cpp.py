@@ -89,6 +89,12 @@ def quantised_rows(values: np.ndarray[Any, Any], type: GGMLQuantizationType) -> 
 
 
 @cache
+def check_quantises(type: GGMLQuantizationType) -> None:
+    """Raise `SecateurError` for a type that `quantised_rows` cannot make; the message does not name the type."""
+    quantised_rows(np.zeros((1, gguf.GGML_QUANT_SIZES[type][0]), np.float32), type)
+
+
+@cache
 def _tensor_library() -> ctypes.CDLL:
     """Return the part of llama.cpp's library that computes with tensors.
 
