@@ -122,7 +122,7 @@ def test_pruning_a_trimmed_folder_and_trimming_while_pruning_write_the_same_weig
     assert all(torch.equal(after[name], at_once[name]) for name in after)
     assert done.vocabulary == latin[1].tokens
     assert done.parameters[0] == latin[1].parameters[0]
-    assert read_map(tmp_path / "at-once") == read_map(latin[0])
+    assert read_map(tmp_path / "at-once") == read_map(tmp_path / "after") == read_map(latin[0])
     assert "vocabulary.json" in (tmp_path / "at-once" / "README.md").read_text(encoding="utf-8")
 
 
@@ -139,6 +139,8 @@ def test_a_pruned_folder_is_trimmed(model: Path, text: str, tmp_path: Path, widt
     record = json.loads((tmp_path / "trimmed" / "secateur.json").read_text(encoding="utf-8"))
     assert record["sizes"]["parameters"][1] == sum(info.entries for info in cut.weights.values())
     assert record["sizes"]["bytes"][1] == cut.bytes
+    prune(tmp_path / "pruned", tmp_path / "again", calibration=text, widths=widths, vocabulary="latin", **PRUNE)
+    assert read_map(tmp_path / "again") == kept
 
 
 def test_trimming_twice_maps_to_the_original_model(
