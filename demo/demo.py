@@ -91,7 +91,7 @@ def prune_and_measure() -> None:
 def heal() -> None:
     """Train the pruned model for a few minutes, and measure it again."""
     heading("5. Train the pruned model for five minutes")
-    console.print("It learns to predict the same next tokens as the model that was pruned.")
+    console.print("The model learns from a text and from the model before pruning.")
     secateur(f"retrain {PRUNED} {HEALED} --time 5m --overwrite")
     secateur(f"eval {HEALED} --against {MODEL} --perplexity {HELD_OUT} --tokens 4096 --no-answers")
 

@@ -46,7 +46,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("--target params=1 --widths uniform", "or allow more in --modules or --blocks"),
     ("--target bytes=1kB", "request bytes=50500, or allow more"),
     ("--target kv=50% --modules channels", "the modules that may be pruned do not change this quantity"),
-    ("--target params=2G", "the dense model has no more than"),
+    ("--target params=2G", "the dense model is within it already"),
     ("--target ppl=1.2x --dry-run", "because it prunes to several sizes; leave out --dry-run"),
     ("--sparsity 0.2 --target params=80%", "--sparsity and --target both set how much to remove; leave one of them"),
     ("--plan text.txt --widths text.txt", "--plan and --widths text.txt both set how much to remove"),

@@ -221,8 +221,8 @@ def _affixes() -> str:
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (_word_level(), "the model is WordLevel; only the vocabularies of BPE and Unigram can be cut"),
-        (_word_piece(), "the model is WordPiece; only"),
+        (_word_level(), "the tokenizer is WordLevel; only vocabularies of BPE and Unigram can be cut"),
+        (_word_piece(), "the tokenizer is WordPiece; only"),
         (_affixes(), "end_of_word_suffix is '</w>', and merges with affixes cannot be cut"),
         ("{", "not valid JSON"),
         ("[]", "not a JSON object"),

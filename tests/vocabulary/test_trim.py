@@ -202,7 +202,7 @@ def test_the_cheapest_number_of_tokens_is_kept(model: Path, text: str, tmp_path:
     assert done.vocabulary[1] == min(loss, key=lambda tokens: loss[tokens])
     assert done.parameters[1] <= 0.6 * done.parameters[0]
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) <= done.vocabulary[1]
-    with pytest.raises(SecateurError, match="vocabulary auto meets a target by tokens and blocks together"):
+    with pytest.raises(SecateurError, match="vocabulary auto needs a target for the whole model"):
         trim(model, tmp_path / "other", vocabulary="auto")
 
 

@@ -251,8 +251,8 @@ class Options:
                 )
         if self.chooses_tokens and not (self.target and parse_target(self.target).quantity in WHOLE_MODEL):
             raise SecateurError(
-                "vocabulary auto meets a target by tokens and blocks together: use it in secateur prune or plan, with "
-                f"a target of {', '.join(WHOLE_MODEL[:-1])} or {WHOLE_MODEL[-1]}, such as --target params=70%"
+                "vocabulary auto needs a target for the whole model: use it in secateur prune or plan, with a target "
+                f"of {', '.join(WHOLE_MODEL[:-1])} or {WHOLE_MODEL[-1]}, such as --target params=70%"
             )
         if self.plan is not None and not Path(self.plan).is_file():
             raise SecateurError(f"plan is '{self.plan}', but there is no such file; check the path")

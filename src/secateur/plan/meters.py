@@ -256,8 +256,8 @@ def budget_of(target: Target, meter: Meter) -> float:
     budget = original * target.value if target.relative else target.value
     if budget >= original:
         raise SecateurError(
-            f"target {target}: the dense model has no more than {meter.format_value(original)}; request less, for "
-            f"example {Target(target.quantity, 0.8, True)}"
+            f"target {target}: the dense model is within it already, with {meter.format_value(original)}; request "
+            f"less, for example {Target(target.quantity, 0.8, True)}"
         )
     if budget >= meter.dense:
         raise SecateurError(

@@ -282,8 +282,8 @@ def _draw(
     rows = training_rows(checkpoint, training, tokens, services)
     if rows.passes > 1:
         services.watcher.note(
-            f"The text is shorter than the {rows.train.numel():,} tokens of the training, which uses it "
-            f"{rows.passes:,.1f} times, cut into other rows each time"
+            f"The text has fewer than the {rows.train.numel():,} tokens to train on, so it is used {rows.passes:,.1f} "
+            "times, cut into other rows each time"
         )
     return rows
 

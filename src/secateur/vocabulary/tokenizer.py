@@ -98,7 +98,7 @@ def _model(stored: dict[str, Any]) -> TokenModel:
     """Return the model of a tokenizer; old files do not state its type."""
     kind = stored.get("type", "BPE" if "merges" in stored else "WordPiece")
     if kind not in _MODELS:
-        raise SecateurError(f"the model is {kind}; only the vocabularies of {' and '.join(_MODELS)} can be cut")
+        raise SecateurError(f"the tokenizer is {kind}; only vocabularies of {' and '.join(_MODELS)} can be cut")
     return _MODELS[kind].read(stored)
 
 
