@@ -35,27 +35,26 @@ _BYTES = [f"<0x{number:02X}>" for number in range(256)]
 _CONTROL = ["<unk>", "<s>", "</s>", "<pad>"]
 
 
-def _byte_level(**model: Any) -> Tokenizer:
-    """Return an untrained tokenizer with byte-level BPE."""
+_SPLIT = pre_tokenizers.Sequence(
+    [pre_tokenizers.Split(_WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+)
+
+
+def _byte_level(split: Any = _SPLIT, normalizer: Any = None, **model: Any) -> Tokenizer:
+    """Return a trained tokenizer with byte-level BPE."""
     tokenizer = Tokenizer(models.BPE(**model))
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _trained(tokenizer: Tokenizer, **options: Any) -> Tokenizer:
-    """Train byte-level BPE."""
+    tokenizer.decoder, tokenizer.pre_tokenizer = decoders.ByteLevel(), split
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        _CORPUS, trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False, **options)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_CORPUS, trainer)
     return tokenizer
 
 
 def gpt2() -> Tokenizer:
     """Byte-level BPE with one special token, which is the last token of the model, as GPT-2's."""
-    tokenizer = _byte_level()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    _trained(tokenizer)
+    tokenizer = _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokenizer.add_special_tokens(["<|endoftext|>"])
     end = ("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))
     tokenizer.post_processor = processors.RobertaProcessing(end, end)
@@ -65,13 +64,6 @@ def gpt2() -> Tokenizer:
 def llama3() -> Tokenizer:
     """Byte-level BPE that turns a known word into its token without merges, as Llama 3's."""
     tokenizer = _byte_level(ignore_merges=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(_WORDS, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    _trained(tokenizer)
     tokenizer.add_special_tokens(["<|begin|>", "<|end|>", "<|reserved|>"])
     begin = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
     template = processors.TemplateProcessing(
@@ -83,15 +75,7 @@ def llama3() -> Tokenizer:
 
 def qwen() -> Tokenizer:
     """Byte-level BPE of composed characters (NFC), as Qwen's, with a padding token."""
-    tokenizer = _byte_level()
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(_WORDS, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    _trained(tokenizer)
+    tokenizer = _byte_level(normalizer=normalizers.NFC())
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False)])
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("<|endoftext|>"), pad_token="<|endoftext|>")
@@ -103,12 +87,9 @@ def _sentencepiece(normalizer: normalizers.Normalizer, fallback: bool) -> Tokeni
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    tokenizer.train_from_iterator(
-        _CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=1100, limit_alphabet=220, special_tokens=_CONTROL + _BYTES * fallback, show_progress=False
-        ),
-    )
+    own = _CONTROL + _BYTES * fallback
+    trainer = trainers.BpeTrainer(vocab_size=1100, limit_alphabet=220, special_tokens=own, show_progress=False)
+    tokenizer.train_from_iterator(_CORPUS, trainer)
     contents = json.loads(tokenizer.to_str())
     vocab: dict[str, int] = contents["model"]["vocab"]
     # Longer tokens that two merges make, such as "aaaa" from "a" and "aaa", so that a token has several merges.
@@ -159,37 +140,28 @@ def characters() -> Tokenizer:
     return tokenizer
 
 
-def _unigram(specials: list[str]) -> Tokenizer:
-    """Return a trained Unigram tokenizer whose normaliser replaces characters by compatible ones, as T5's."""
+def unigram() -> Tokenizer:
+    """Unigram with an unknown token, whose normaliser replaces characters by compatible ones, as T5's."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(" {2,}"), " ")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(
-        _CORPUS,
-        trainers.UnigramTrainer(vocab_size=900, special_tokens=specials, unk_token="<unk>", show_progress=False),
-    )
+    how: dict[str, Any] = {"special_tokens": _CONTROL, "unk_token": "<unk>", "show_progress": False}
+    tokenizer.train_from_iterator(_CORPUS, trainers.UnigramTrainer(vocab_size=900, **how))
     end = ("</s>", tokenizer.token_to_id("</s>"))
     tokenizer.post_processor = processors.BertProcessing(end, end)
     return tokenizer
 
 
-def unigram() -> Tokenizer:
-    """Unigram with an unknown token, as T5's."""
-    return _unigram(_CONTROL)
-
-
 def unigram_bytes() -> Tokenizer:
     """Unigram with bytes for unknown characters."""
-    contents = json.loads(_unigram(_CONTROL).to_str())
+    contents = json.loads(unigram().to_str())
     contents["model"]["vocab"] += [[name, -20.0] for name in _BYTES]
     contents["model"]["byte_fallback"] = True
-    contents["decoder"] = {
-        "type": "Sequence",
-        "decoders": [{"type": "ByteFallback"}, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}],
-    }
+    whole = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
+    contents["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, whole]}
     return Tokenizer.from_str(json.dumps(contents))
 
 

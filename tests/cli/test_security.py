@@ -3,13 +3,14 @@
 import json
 import os
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from command_line import SMALL, TEXT, listing, refused
+
+from models import make_letters
 
 TINY = " ".join(SMALL)
 COMMANDS = [
@@ -28,6 +29,9 @@ COMMANDS = [
 ]
 
 
+BOTH = (["prune", "model", "out", *SMALL], ["eval", "model", "--perplexity", "text.txt"])
+
+
 class Trap:
     """Object that creates a folder when it is unpickled."""
 
@@ -35,9 +39,9 @@ class Trap:
         return os.mkdir, ("trapped",)
 
 
-@pytest.mark.usefixtures("letters")
 def test_no_command_unpickles(place, run, monkeypatch):
     """Pickles that other tools would open are next to the weights, and every way to unpickle raises an error."""
+    make_letters().save_pretrained(place / "model")
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl", "adapter_model.bin"):
         (place / "model" / name).write_bytes(pickle.dumps(Trap()))
     torch.save({"weight": torch.ones(1)}, place / "model" / "consolidated.00.pth")
@@ -62,20 +66,10 @@ def test_no_command_unpickles(place, run, monkeypatch):
     assert not (place / "trapped").exists()
 
 
-@pytest.fixture
-def letters(place: Path) -> None:
-    """Give the model a tokenizer that GGUF can hold."""
-    from models import make_letters
-
-    for file in (place / "model").glob("*token*"):
-        file.unlink()
-    make_letters().save_pretrained(place / "model")
-
-
 def test_pickled_weights_without_safetensors_are_refused(place, run):
     (place / "model" / "model.safetensors").unlink()
     (place / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    for command in (["prune", "model", "out", *SMALL], ["eval", "model", "--perplexity", "text.txt"]):
+    for command in BOTH:
         refused(run(*command), "only pickled weights")
     assert not (place / "trapped").exists()
 
@@ -87,7 +81,7 @@ def test_tokenizer_code_runs_only_with_the_flag(place, run):
     (place / "model" / "tok.py").write_text("import os\nos.mkdir('trapped')\n")
     (place / "model" / "tokenizer.json").unlink()
     before = listing(place)
-    for command in (["prune", "model", "out", *SMALL], ["eval", "model", "--perplexity", "text.txt"]):
+    for command in BOTH:
         assert run(*command).code == 2
     assert listing(place) == before
 

@@ -17,15 +17,19 @@ from secateur import cli
 from secateur.commands import fit_blocks
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
-def after_one_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
-    """Function that makes the work raise an exception after one block."""
+def after_one_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
+    """Function that makes the work call another function after one block."""
     refit = fit_blocks.refit
 
-    def arrange(error: BaseException) -> None:
+    def arrange(call: Callable[[], Any]) -> None:
         def one(*given: Any, **more: Any) -> Iterator[Any]:
             yield next(refit(*given, **more))
-            raise error
+            call()
 
         monkeypatch.setattr(fit_blocks, "refit", one)
 
@@ -37,7 +41,7 @@ def test_an_interrupt_leaves_no_partial_output(there, place, run, after_one_bloc
     if there:
         shutil.copytree(place / "model", place / "out")
     before = listing(place)
-    after_one_block(KeyboardInterrupt())
+    after_one_block(interrupt)
     result = run("prune", "model", "out", *SMALL, *(["--overwrite"] if there else []))
     assert result.code == 130
     assert result.err.splitlines()[-1] == "interrupted: no partial output is left"
@@ -46,41 +50,37 @@ def test_an_interrupt_leaves_no_partial_output(there, place, run, after_one_bloc
     assert listing(place) == before
 
 
+INTERRUPTED = """
+import os, signal, sys
+# Tests that run in the background ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+library, number = sys.argv[1], int(sys.argv[2])
+class Finder:
+    def find_spec(self, name, *_):
+        if name == library:
+            os.kill(os.getpid(), number)
+            sum(range(1000))
+sys.meta_path.insert(0, Finder())
+from secateur import cli
+sys.argv = ["secateur", "families"]
+cli.main()
+"""
+
+
 def test_an_interrupt_during_imports_prints_no_traceback():
     """Some libraries crash if a KeyboardInterrupt is raised while they are imported."""
-    code = (
-        "import os, signal, sys\n"
-        # Tests that run in the background ignore SIGINT.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "library, number = sys.argv[1], int(sys.argv[2])\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == library:\n"
-        "            os.kill(os.getpid(), number)\n"
-        "            sum(range(1000))\n"
-        "sys.meta_path.insert(0, Finder())\n"
-        "from secateur import cli\n"
-        "sys.argv = ['secateur', 'families']\n"
-        "cli.main()\n"
-    )
     for name, number, ended in (("typer", signal.SIGINT, -signal.SIGINT), ("torch", signal.SIGTERM, 130)):
-        command = [sys.executable, "-c", code, name, str(int(number))]
+        command = [sys.executable, "-c", INTERRUPTED, name, str(int(number))]
         result = subprocess.run(command, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (ended, "")
         assert result.stderr == ("interrupted: no partial output is left\n" if ended > 0 else "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_sigterm_and_sighup_leave_no_partial_output(number, place, monkeypatch):
+def test_sigterm_and_sighup_leave_no_partial_output(number, place, monkeypatch, after_one_block):
     """A fork of this process is killed during the work; a terminal that is closed sends SIGHUP."""
-    before, refit = listing(place), fit_blocks.refit
-
-    def one(*given: Any, **more: Any) -> Iterator[Any]:
-        yield next(refit(*given, **more))
-        os.kill(os.getpid(), number)
-        signal.pause()
-
-    monkeypatch.setattr(fit_blocks, "refit", one)
+    before = listing(place)
+    after_one_block(lambda: (os.kill(os.getpid(), number), signal.pause()))
     monkeypatch.setattr(sys, "argv", ["secateur", "prune", "model", "out", *SMALL])
     log = (place.parent / "log").open("w+")
     if not (child := os.fork()):
@@ -110,23 +110,15 @@ def test_a_disk_that_is_full_when_json_is_written(place, run, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     before = listing(place)
     result = run("eval", "model", "--json", "figures.json")
-    assert result.code == 2
-    assert (
-        result.err.splitlines()[-1]
-        == "error: figures.json: the disk is full; free some space and run the same command again (nothing was written)"
-    )
+    message = "figures.json: the disk is full; free some space and run the same command again (nothing was written)"
+    assert (result.code, result.err.splitlines()[-1]) == (2, f"error: {message}")
     assert listing(place) == before
 
 
-@pytest.mark.parametrize(
-    ("out", "left"),
-    [
-        ("out", ".out.partial-1a"),
-        ("o.gguf", ".o.gguf.partial-1a"),
-        ("o.gguf", ".o.gguf.folder-2b"),
-        ("o.gguf", "..o.gguf.folder-2b.partial-1a"),
-    ],
-)
+LEFT = [("out", ".out.partial-1a"), ("o.gguf", ".o.gguf.folder-2b"), ("o.gguf", "..o.gguf.folder-2b.partial-1a")]
+
+
+@pytest.mark.parametrize(("out", "left"), LEFT)
 def test_files_of_a_killed_run_are_named(out, left, place, run, no_work):
     """Unfinished files of this output are reported before the work; unfinished files of another output are not."""
     for name in (left, f".other-{left}"):

@@ -57,15 +57,9 @@ ELSEWHERE = {
     r"secateur eval .+ --tasks piqa,arc_easy": "lm-eval's own tasks read their data from the hub",
 }
 """Patterns of commands that cannot run here, and the reasons."""
-OF_OTHERS = {"--model-impl": "vLLM's", "--nproc-per-node": "torchrun's", "--methods": "benchmarks/quality.py's"}
-OF_OTHERS |= {
-    "--dither": "benchmarks/quantised.py's",
-    "--model": "lm-eval's",
-    "--model_args": "lm-eval's",
-    "--hf-path": "mlx-lm's",
-    "--no-deps": "pip's",
-}
-"""Options of other programs, and the program of each."""
+OF_OTHERS = {"--model-impl", "--nproc-per-node", "--methods", "--dither"}
+OF_OTHERS |= {"--model", "--model_args", "--hf-path", "--no-deps"}
+"""Options of vLLM, torchrun, benchmarks/quality.py and quantised.py, lm-eval, mlx-lm and pip."""
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "tokens": 256, "overwrite": True}
 """Defaults while a page runs. Most commands of a page overwrite the same files."""

@@ -4,39 +4,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from conftest import CheckpointFolder
-
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
 
-def code_cells() -> list[str]:
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 
 
-def test_the_notebook_runs(
-    letters_folder: CheckpointFolder,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_notebook_runs(letters_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = {"MODEL": str(letters_folder("llama")), "OPTIONS": {"sparsity": 0.4, "calibration": "random", "length": 16}}
     names: dict[str, Any] = {}
-    for cell in code_cells():
-        lines = [line for line in cell.splitlines() if not line.startswith("%")]
+    for cell in (cell for cell in CELLS if cell["cell_type"] == "code"):
+        lines = [line.rstrip("\n") for line in cell["source"] if not line.startswith("%")]
         for at, line in enumerate(lines):
             if (name := line.partition(" = ")[0]) in small:
                 lines[at] = f"{name} = {small[name]!r}"
         exec("\n".join(lines), names)
     printed = capsys.readouterr().out
-    assert (
-        f"{names['model'].num_parameters():,} parameters before, {names['smaller'].num_parameters():,} after" in printed
-    )
+    sizes = [names[model].num_parameters() for model in ("model", "smaller")]
+    assert "{:,} parameters before, {:,} after".format(*sizes) in printed
     assert (tmp_path / "smaller.gguf").stat().st_size > 0
 
 
 def test_the_notebook_has_no_outputs() -> None:
-    assert not any(cell.get("outputs") for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"])
+    assert not any(cell.get("outputs") for cell in CELLS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from axe_playwright_python.sync_playwright import Axe
-from command_line import SMALL, Run, refused
+from command_line import SMALL, Run
 from safetensors.torch import load_file, save_file
 
 from models import save
@@ -24,6 +24,7 @@ from secateur.report.model_page import model_page
 from secateur.report.record_text import units_kept
 from secateur.report.tables import prune_table
 
+UNITS = ("heads", "kv_groups", "channels")
 NASTY = '<script>window.broken = 1</script> "quoted" `code` | [link](x) é'
 
 
@@ -49,21 +50,18 @@ def test_a_notebook_shows_a_plan(place):
     asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16}
     found = propose("model", Options(sparsity=0.4, **asked), RunOptions(device="cpu"))
     table = found._repr_html_()
-    first, dense = found.pruned_widths()[0], found.dense[0]
-    cells = (
-        f"{first.heads}/{dense.heads}",
-        f"{first.kv_groups}/{dense.kv_groups}",
-        f"{first.channels}/{dense.channels}",
-    )
-    assert f"<tr><td>0</td><td>{'</td><td>'.join(cells)}</td></tr>" in table
-    (axes,) = found.plot().axes
-    bars = [bar.get_height() for bar in axes.patches]
     blocks = list(zip(found.pruned_widths(), found.dense, strict=True))
-    assert bars[: len(blocks)] == [now.heads / dense.heads for now, dense in blocks]
-    assert bars[len(blocks) :] == [now.channels / dense.channels for now, dense in blocks]
+    cells = [f"{getattr(blocks[0][0], name)}/{getattr(blocks[0][1], name)}" for name in UNITS]
+    assert f"<tr><td>0</td><td>{'</td><td>'.join(cells)}</td></tr>" in table
     done = prune("model", "out", sparsity=0.4, device="cpu", **asked)
     assert done._repr_html_() == table
-    assert len(done.plot().axes[0].patches) == 2 * len(blocks)
+    # A model whose blocks all have linear attention has no cache.
+    columns = prune_table(replace(done, cache_bytes=(0, 0)), Path("out"))[0].columns
+    assert [list(column.cells)[2] for column in columns] == ["KV cache per token", "0 B", "0 B", ""]
+    for shown in (found, done):
+        bars = [bar.get_height() for bar in shown.plot().axes[0].patches]
+        assert bars[: len(blocks)] == [now.heads / dense.heads for now, dense in blocks]
+        assert bars[len(blocks) :] == [now.channels / dense.channels for now, dense in blocks]
 
 
 def test_the_card_says_what_was_done(place, run):
@@ -73,14 +71,9 @@ def test_the_card_says_what_was_done(place, run):
     (place / "model" / "LICENSE").write_text("all rights")
     record = pruned(place, run, "--widths", "uniform")
     text = (place / "out" / "README.md").read_text()
-    assert front(text) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "license": "other",
-        "license_name": "of-its-own",
-        "language": ["en", "de"],
-        "tags": ["pruned", "secateur"],
-    }
+    base = {"license": "other", "license_name": "of-its-own", "language": ["en", "de"]}
+    own = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "secateur"]}
+    assert front(text) == base | own
     assert (place / "out" / "README.base.md").read_text().endswith("# The base model\n")
     assert (place / "out" / "LICENSE").read_text() == "all rights"
     assert f"{record['sparsity']['reached']:.1%} of the blocks' parameters" in text
@@ -97,20 +90,10 @@ def test_the_card_says_what_was_done(place, run):
             assert (place / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        None,
-        "",
-        "# no front matter",
-        "---\n: [\n---\n",
-        "---\nlicense: 5\nlanguage: [1]\n---\n",
-        "---\na: &a [x]\nb: [*a, *a]\nlicense: mit\n---\n",
-        "---\n" + "[" * 100_000 + "\n---\n",
-        "---\nlicense: mit",
-        "---\n- a list\n---",
-    ],
-)
+METADATA = [": [", "license: 5\nlanguage: [1]", "a: &a [x]\nb: [*a, *a]\nlicense: mit", "[" * 100_000, "- a list"]
+
+
+@pytest.mark.parametrize("base", [None, "# none", "---\nlicense: mit", *(f"---\n{one}\n---\n" for one in METADATA)])
 def test_a_base_card_without_readable_metadata(base):
     assert "license" not in front(card(made(), base_card=base))
 
@@ -140,15 +123,6 @@ def made(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-@pytest.mark.parametrize(
-    ("recovery", "words"), [("refit", "were fitted"), ("none", "are unchanged."), ("bias", "biases")]
-)
-def test_the_card_tells_a_fit_from_none(recovery, words):
-    text = card(made(options=made()["options"] | {"recovery": recovery}))
-    assert words in text
-    assert ("were fitted" in text) == (recovery == "refit")
-
-
 def test_the_share_names_the_blocks_that_it_counts(place, run):
     """The terminal, the card and the page; where another plan goes through all blocks, the share is of all."""
     result = run("prune", "model", "out", *SMALL, "--blocks", "1:", "--sparsity", "0.4")
@@ -163,24 +137,21 @@ def test_the_share_names_the_blocks_that_it_counts(place, run):
     assert f"{whole:.1%} of the blocks' parameters were removed" in (place / "again" / "README.md").read_text()
 
 
-def test_a_model_without_a_cache_has_no_ratio(place):
-    """Such a model has only blocks with linear attention."""
-    asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16, "effort": "quick"}
-    found = replace(prune("model", "out", **asked), cache_bytes=(0, 0))
-    table, _ = prune_table(found, Path("out"))
-    assert [list(column.cells)[2] for column in table.columns] == ["KV cache per token", "0 B", "0 B", ""]
+def test_the_card_names_the_base_and_tells_a_fit_from_none():
+    assert front(card(made()))["base_model"] == "owner/name"
+    text = card(made(model="/home/me/models/name"))
+    assert "base_model" not in front(text)
+    assert "/home/me" not in text
+    for recovery, words in (("refit", "were fitted"), ("none", "are unchanged."), ("bias", "biases")):
+        text = card(made(options={"recovery": recovery, "blocks": None}))
+        assert words in text
+        assert ("were fitted" in text) == (recovery == "refit")
 
 
 def test_kept_units_are_counted_by_kind():
     kept = ("6 of 8 query heads", "3 of 4 KV groups", "5 of 10 feed-forward channels")
     assert units_kept(made()) == f"{', '.join(kept)}, 15 of 20 expert channels and 3 of 4 experts are kept"
     assert units_kept(made(blocks=[])) == "all units are kept"
-
-
-def test_a_hub_model_is_named_as_the_base():
-    assert front(card(made()))["base_model"] == "owner/name"
-    assert "base_model" not in front(card(made(model="/home/me/models/name")))
-    assert "/home/me" not in card(made(model="/home/me/models/name"))
 
 
 def test_names_are_escaped():
@@ -199,10 +170,8 @@ def test_measurements_are_added_to_card_and_page(place, run):
     pruned(place, run)
     before = {name: (place / "out" / name).read_text() for name in ("README.md", "report.html")}
     assert "has not been measured yet" in before["README.md"]
-    result = run(
-        *("eval", "out", "--against", "model", "--perplexity", "text.txt", "--length", "16", "--tokens", "64"),
-        *("--prompt", "w1 w2 w3", "--report", "--json", "figures.json"),
-    )
+    asked = ["--perplexity", "text.txt", "--length", "16", "--tokens", "64", "--prompt", "w1 w2 w3"]
+    result = run("eval", "out", "--against", "model", *asked, "--report", "--json", "figures.json")
     assert result.code == 0, result.err
     here, base = json.loads((place / "figures.json").read_text())["models"]
     scores = [model["texts"]["text.txt"]["perplexity"] for model in (base, here)]
@@ -210,49 +179,37 @@ def test_measurements_are_added_to_card_and_page(place, run):
     card_now, page = ((place / "out" / name).read_text() for name in before)
     assert f"| perplexity text.txt | {row} |" in card_now
     assert "has not been measured yet" not in card_now
-    notes = (
-        "bytes) scored in 4 rows of 16; rows begin without BOS, as the tokenizer adds none.",
-        "Prompts: out continues each as text, as it has no chat template.",
-        "Prompts: model continues each as text, as it has no chat template.",
-    )
-    for note in notes:
-        assert note in result.out
-        assert note in card_now
-        assert note in text_of(page)
+    notes = [f"Prompts: {name} continues each as text, as it has no chat template." for name in ("out", "model")]
+    notes.append("bytes) scored in 4 rows of 16; rows begin without BOS, as the tokenizer adds none.")
+    assert all(note in shown for note in notes for shown in (result.out, card_now, text_of(page)))
     wrote = [model["written"]["w1 w2 w3"] for model in (here, base)]
     assert all(20 < len(text.split()) <= 80 for text in wrote)
     assert wrote[0] != wrote[1]
     for text in (*wrote, f"{scores[1]:,.3f}"):
-        assert " ".join(text.split()) in text_of(page)
-        assert " ".join(text.split()) in " ".join(result.out.split())
+        words = " ".join(text.split())
+        assert words in text_of(page)
+        assert words in " ".join(result.out.split())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (
-            ("model", "--against", "out", "--report"),
-            "model: secateur prune did not write this folder (no complete secateur.json)",
+            ["model", "--against", "out", "--report"],
+            "secateur prune did not write this folder (no complete secateur",
         ),
-        (
-            ("out", "--against", "other", "--perplexity", "text.txt", "--report"),
-            "with which the report must compare it",
-        ),
-        (("out", "--report"), "--report needs --against: add --against with the model that MODEL was pruned from"),
-        (("out", "--prompt", " "), "a prompt is empty; give some words"),
-        (("out", "--prompt", "w1 " * 64), "a prompt has 64 tokens, but the model has only 64 positions; shorten it"),
+        (["out", "--against", "other", "--report"], "with which the report must compare it"),
+        (["out", "--report"], "--report needs --against: add --against with the model that MODEL was pruned from"),
+        (["out", "--prompt", " "], "a prompt is empty; give some words"),
+        (["out", "--prompt", "w1 " * 64], "a prompt has 64 tokens, but the model has only 64 positions; shorten it"),
     ],
 )
 def test_eval_refuses(place, run, words, message):
     pruned(place, run)
-    if "other" in words:
-        save("mistral", place / "other")
-        assert run("eval", "out", "--against", "other", "--perplexity", "text.txt", "--length", "16").code == 0
+    save("mistral", place / "other")
     before = (place / "out" / "README.md").read_text()
     result = run("eval", *words)
-    assert (result.code, message in result.err) == (2, True), result.err
-    if "64" not in message:
-        refused(result, message)
+    assert (result.code, message in result.err.splitlines()[-1]) == (2, True), result.err
     assert (place / "out" / "README.md").read_text() == before
 
 
@@ -310,10 +267,8 @@ def test_errors_before_and_after_the_refit(place, run):
     """The refit lowers the error; the error before it equals the error of a run without a refit in the first block."""
     refit = pruned(place, run, "--widths", "uniform", "--modules", "channels", "--effort", "quick")
     none = pruned(place, run, "--plan", "out/secateur.json", "--recovery", "none", out="none")
-    (plain, left), (same, without) = (
-        (one["relative_before"], one["relative"])
-        for one in (record["blocks"][0]["modules"][1] for record in (refit, none))
-    )
+    first, second = (record["blocks"][0]["modules"][1] for record in (refit, none))
+    plain, left, same, without = (one[key] for one in (first, second) for key in ("relative_before", "relative"))
     assert plain > 1.2 * left > 0
     assert same == without
     # A scale: its marks are powers of ten or parts of them.

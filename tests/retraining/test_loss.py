@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from conftest import CheckpointFolder
 from models import ROWS, token_rows
 from secateur.measure.loading import load
 from secateur.model.arena import Activations
@@ -27,6 +26,12 @@ def head() -> torch.nn.Linear:
     return torch.nn.Linear(WIDTH, VOCABULARY).double().requires_grad_(False)
 
 
+def student(folder: Path, rank: int) -> Student:
+    torch.manual_seed(0)
+    network: Any = load(open_checkpoint(folder), torch.float32, torch.device("cpu"))
+    return Student(network, rank=rank, products=torch.float32)
+
+
 @pytest.fixture
 def hidden() -> torch.Tensor:
     """Hidden states of all tokens."""
@@ -35,9 +40,7 @@ def hidden() -> torch.Tensor:
 
 @pytest.mark.parametrize("kept", [1, 5, VOCABULARY])
 @pytest.mark.parametrize("at_once", [VOCABULARY, 5 * VOCABULARY, 10**6])
-def test_the_loss_and_its_gradient_equal_the_formula(
-    monkeypatch: pytest.MonkeyPatch, head: torch.nn.Linear, hidden: torch.Tensor, kept: int, at_once: int
-) -> None:
+def test_the_loss_and_its_gradient_equal_the_formula(monkeypatch, head, hidden, kept, at_once):
     """With some of the teacher's tokens or all of them, and for any number of tokens at a time."""
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
     full = torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(2)).double().log_softmax(-1)
@@ -56,7 +59,7 @@ def test_the_loss_and_its_gradient_equal_the_formula(
 
 
 @pytest.mark.parametrize("kept", [3, VOCABULARY])
-def test_mixed_targets_add_the_next_token_to_the_teachers_distribution(kept: int) -> None:
+def test_mixed_targets_add_the_next_token_to_the_teachers_distribution(kept):
     """The next token gains its weight, whether or not the teacher finds it likely; only the last position has none."""
     generator = torch.Generator().manual_seed(4)
     full = (3 * torch.randn(2, TOKENS, VOCABULARY, generator=generator)).log_softmax(-1)
@@ -78,7 +81,7 @@ def test_mixed_targets_add_the_next_token_to_the_teachers_distribution(kept: int
     torch.testing.assert_close(found[:, -1], top[:, -1])
 
 
-def test_with_one_certain_target_it_is_the_cross_entropy(head: torch.nn.Linear, hidden: torch.Tensor) -> None:
+def test_with_one_certain_target_it_is_the_cross_entropy(head, hidden):
     ids = torch.randint(VOCABULARY, (TOKENS, 1), generator=torch.Generator().manual_seed(3))
     found = distribution_loss(hidden, head, ids, torch.zeros(TOKENS, 1), VOCABULARY)
     torch.testing.assert_close(found.double(), cross_entropy(head(hidden), ids[:, 0]), atol=1e-5, rtol=1e-5)
@@ -86,18 +89,10 @@ def test_with_one_certain_target_it_is_the_cross_entropy(head: torch.nn.Linear, 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "qwen2"])
-def test_the_loss_of_rows_is_that_of_the_models_own_logits(
-    checkpoint_folder: CheckpointFolder, name: str, recompute: bool
-) -> None:
+def test_the_loss_of_rows_is_that_of_the_models_own_logits(checkpoint_folder, name, recompute):
     """In every family, with the gradient of every trained weight, whether or not blocks are computed again."""
     ids = token_rows(3)
-
-    def student() -> Student:
-        torch.manual_seed(0)
-        network: Any = load(open_checkpoint(checkpoint_folder(name)), torch.float32, torch.device("cpu"))
-        return Student(network, rank=0, products=torch.float32)
-
-    one, other = student(), student()
+    one, other = (student(checkpoint_folder(name), rank=0) for _ in range(2))
     one.rows, one.targets = ids, TextTargets(ids)
     if recompute:
         one.recompute()
@@ -114,8 +109,7 @@ def test_the_loss_of_rows_is_that_of_the_models_own_logits(
             assert float((value.grad - reference.grad).abs().max()) < room, path
 
 
-def test_only_what_is_trained_is_saved(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> None:
-    network: Any = load(open_checkpoint(checkpoint_folder("llama")), torch.float32, torch.device("cpu"))
-    student = Student(network, rank=4, products=torch.float32)
-    assert all("lora_" in name for name in student.state_dict())
-    assert student.state_dict().keys() == student.trained().keys()
+def test_only_what_is_trained_is_saved(checkpoint_folder, tmp_path):
+    trained = student(checkpoint_folder("llama"), rank=4)
+    assert all("lora_" in name for name in trained.state_dict())
+    assert trained.state_dict().keys() == trained.trained().keys()
