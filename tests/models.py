@@ -5,8 +5,8 @@ that is forgotten, swapped or shifted changes the logits.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,13 @@ LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 9,
 }
+GRANITE = {"residual_multiplier": 0.6, "attention_multiplier": 0.3, "embedding_multiplier": 1.5, "logits_scaling": 2.0}
+
+
+def _falcon(**keys: Any) -> Callable[[], Any]:
+    return _config("falcon", "intermediate_size", ffn_hidden_size=72, **keys)
+
+
 SIMILAR: dict[str, Callable[[], Any]] = {
     "apertus": _config("apertus", **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
     "arcee": _config("arcee", **GROUPED),
@@ -144,14 +151,10 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "ernie4_5": _config("ernie4_5", **GROUPED, head_dim=12, use_bias=True),
     "exaone4": _config("exaone4", **GROUPED, **WINDOWED),
     "bloom": _config("bloom", "intermediate_size"),
-    "falcon": _config("falcon", "intermediate_size", ffn_hidden_size=72),
-    "falcon new": _config(
-        "falcon", "intermediate_size", ffn_hidden_size=72, num_kv_heads=2, new_decoder_architecture=True
-    ),
-    "falcon biased": _config("falcon", "intermediate_size", ffn_hidden_size=72, multi_query=False, bias=True),
-    "falcon old": _config(
-        "falcon", "intermediate_size", ffn_hidden_size=72, alibi=True, multi_query=False, parallel_attn=False, bias=True
-    ),
+    "falcon": _falcon(),
+    "falcon new": _falcon(num_kv_heads=2, new_decoder_architecture=True),
+    "falcon biased": _falcon(multi_query=False, bias=True),
+    "falcon old": _falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True),
     "gemma": _config("gemma", **TRIPLES, head_dim=12),
     "gemma4_text": _config("gemma4_text", **GEMMA4),
     "gemma4_text small": _config("gemma4_text", "num_hidden_layers", **GEMMA4_SMALL),
@@ -159,14 +162,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
     "mpt": _config("mpt", "intermediate_size", max_seq_len=POSITIONS, attn_config={"clip_qkv": 1.5}),
     "glm": _config("glm", **GROUPED, head_dim=8),
     "glm4": _config("glm4", **TRIPLES, head_dim=8),
-    "granite": _config(
-        "granite",
-        **GROUPED,
-        residual_multiplier=0.6,
-        attention_multiplier=0.3,
-        embedding_multiplier=1.5,
-        logits_scaling=2.0,
-    ),
+    "granite": _config("granite", **GROUPED, **GRANITE),
     "granite biased": _config("granite", **TRIPLES, attention_bias=True, mlp_bias=True, residual_multiplier=1.4),
     "helium": _config("helium", **GROUPED, head_dim=8),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", **GROUPED, head_dim=16),
@@ -207,6 +203,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 SHARED = {"shared_expert_intermediate_size": 28}
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
+PAIRED = ROUTED | {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 MISTRAL4 = LATENT | ROUTED | {"n_group": 2, "topk_group": 2, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}
 LLAMA4 = GROUPED | {
     "num_local_experts": 8,
@@ -253,9 +250,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         "deepseek_v3", **(LATENT | {"q_lora_rank": None}), **ROUTED, n_group=1, topk_group=1, attention_bias=True
     ),
     "glm4_moe": _config("glm4_moe", **GROUPED, **ROUTED, head_dim=12, n_shared_experts=2, use_qk_norm=True),
-    "glm4_moe groups": _config(
-        "glm4_moe", **TRIPLES, **(ROUTED | {"num_experts_per_tok": 2}), head_dim=12, n_group=2, topk_group=1
-    ),
+    "glm4_moe groups": _config("glm4_moe", **TRIPLES, **PAIRED, head_dim=12),
     "glm4_moe_lite": _config(
         "glm4_moe_lite", **LATENT, **ROUTED, mlp_layer_types=["dense", "sparse", "sparse"], norm_topk_prob=True
     ),
@@ -423,37 +418,26 @@ def selected(heads: Sequence[int], channels: Sequence[int] | None = None, **othe
 
 def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> KeptUnits:
     """Return non-contiguous units that differ between blocks: 2/3 of the channels or experts, and some heads."""
-    generator = torch.Generator().manual_seed(index)
-    attention, fed = block.attention, block.feed_forward
+    generator, attention, fed = torch.Generator().manual_seed(index), block.attention, block.feed_forward
+
+    def some(owners: Iterable[int], size: int, stay: int) -> list[int]:
+        """Some units of each owner, whose units follow each other."""
+        picks = [(owner, torch.randperm(size, generator=generator)[:stay].sort().values) for owner in owners]
+        return [owner * size + int(unit) for owner, units in picks for unit in units]
+
     heads = list(range(attention.units))
-    if attention.locked:
-        pass
-    elif "heads" in kinds and axis == KV_GROUPS:
-        gone = index % attention.groups
-        heads = [head for head in heads if head // attention.per_group != gone]
-    elif "heads" in kinds:
-        picks = [torch.randperm(attention.per_group, generator=generator)[1:] for _ in range(attention.groups)]
-        heads = [group * attention.per_group + int(head) for group, pick in enumerate(picks) for head in pick]
-    stay = fed.per_group * 2 // 3 if fed.kind in kinds else fed.per_group
-    picks = [torch.randperm(fed.per_group, generator=generator)[:stay] for _ in range(fed.groups)]
-    kept = sorted(group * fed.per_group + int(unit) for group, pick in enumerate(picks) for unit in pick)
-    inner: list[int] = []
+    if "heads" in kinds and axis == KV_GROUPS and not attention.locked:
+        heads = [head for head in heads if head // attention.per_group != index % attention.groups]
+    elif "heads" in kinds and not attention.locked:
+        heads = some(range(attention.groups), attention.per_group, attention.per_group - 1)
+    kept = some(range(fed.groups), fed.per_group, fed.per_group * 2 // 3 if fed.kind in kinds else fed.per_group)
+    found = {attention.kind: tuple(heads), fed.kind: tuple(kept)}
     if fed.kind == "experts" and "channels" in kinds:
         # Others of each expert, as many as kernels take.
-        picks = [
-            torch.randperm(fed.units_inside, generator=generator)[: fed.units_inside * 2 // 24 * 8].sort().values
-            for _ in kept
-        ]
-        inner = [
-            expert * fed.units_inside + int(channel)
-            for expert, pick in zip(kept, picks, strict=True)
-            for channel in pick
-        ]
-        every = torch.randperm(fed.shared_multiple * fed.units_inside, generator=generator)[
-            : fed.shared_multiple * len(picks[0])
-        ]
-        inner += (fed.units * fed.units_inside + every.sort().values).tolist()
-    return {attention.kind: tuple(sorted(heads)), fed.kind: tuple(kept)} | ({"channels": tuple(inner)} if inner else {})
+        inside, stay = fed.units_inside, fed.units_inside * 2 // 24 * 8
+        own, shared = some(kept, inside, stay), some([0], fed.shared_multiple * inside, fed.shared_multiple * stay)
+        found["channels"] = (*own, *(fed.units * inside + unit for unit in shared))
+    return found
 
 
 def narrowed(model: Any, keeps: dict[int, KeptUnits], changed: dict[int, dict[str, Tensor]] | None = None) -> nn.Module:
@@ -470,62 +454,6 @@ def narrowed(model: Any, keeps: dict[int, KeptUnits], changed: dict[int, dict[st
     return small
 
 
-class _SilencedChannels:
-    """Channels of experts that are silenced: their weights in the output projection are zero."""
-
-    def __init__(self, layer: nn.Module, module: PrunableModule, keep: KeptUnits):
-        axis = next(
-            slab.axis
-            for slab in module.slabs
-            if slab.along == (EXPERT_CHANNELS,) and slab.name == module.output_projection.name
-        )
-        every = torch.zeros((module.units + module.shared_multiple) * module.units_inside)
-        every[list(keep["channels"])] = 1
-        own = module.units * module.units_inside
-        mask = every[:own].view(module.units, module.units_inside)
-        masks = {module.output_projection.name: mask[:, None, :] if axis == 2 else mask[:, :, None]}
-        masks |= {slab.name: every[own:] for slab in module.shared[-1:]}
-        self.weights = [layer.get_parameter(name) for name in masks]
-        self.before = [weight.detach().clone() for weight in self.weights]
-        for weight, part in zip(self.weights, masks.values(), strict=True):
-            weight.data *= part
-
-    def remove(self) -> None:
-        for weight, before in zip(self.weights, self.before, strict=True):
-            weight.data.copy_(before)
-
-
-class _SilencedExperts:
-    """Experts that are silenced: the router gives them logits of minus infinity."""
-
-    def __init__(self, mixture: Any, units: int, gone: list[int]):
-        router = getattr(mixture, "gate", None) or mixture.router
-        self.tensors = [
-            tensor
-            for owner in (mixture, *router.modules())
-            for tensor in (*owner._buffers.values(), *owner._parameters.values())
-            if tensor is not None and units in tensor.shape
-        ]
-        weight = next(tensor for tensor in self.tensors if tensor.dim() == 2 and len(tensor) == units)
-        self.biases = [(tensor, tensor.clone()) for tensor in self.tensors if tensor is not weight]
-        for bias, _ in self.biases:
-            bias[..., gone] = float("-inf")
-        self.linear, self.owner = nn.functional.linear, nn.functional
-
-        def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-            y = self.linear(x, w, bias)
-            if w.data_ptr() == weight.data_ptr() and w.shape == weight.shape:
-                y[..., gone] = float("-inf")
-            return y
-
-        self.before, nn.functional.linear = nn.functional.linear, linear
-
-    def remove(self) -> None:
-        nn.functional.linear = self.before
-        for bias, value in self.biases:
-            bias.copy_(value)
-
-
 @contextmanager
 def masked(model: nn.Module, keeps: dict[int, KeptUnits]) -> Iterator[None]:
     """Silence removed units: their entries in the input of the output projection become zero."""
@@ -536,26 +464,62 @@ def masked(model: nn.Module, keeps: dict[int, KeptUnits]) -> Iterator[None]:
 @contextmanager
 def silenced(layers: Sequence[nn.Module], blocks: Sequence[Block], keeps: dict[int, KeptUnits]) -> Iterator[None]:
     """Silence removed units of blocks that are not part of a causal language model."""
-    handles = []
-    for index, keep in keeps.items():
-        layer, block = layers[index], blocks[index]
-        for module in block.modules_left:
-            if module.kind == "experts":
-                gone = [unit for unit in range(module.units) if unit not in keep["experts"]]
-                home = layer if module.outer_norm else layer.get_submodule(module.output_layer)
-                handles.append(_SilencedExperts(home, module.units, gone))
-                if keep.get("channels"):
-                    handles.append(_SilencedChannels(layer, module, keep))
-                continue
-            mask = torch.zeros(module.units * module.size)
-            mask[kept_inputs(module, keep[module.kind])] = 1
-
-            def before(_: nn.Module, args: tuple[Tensor, ...], mask: Tensor = mask) -> tuple[Tensor, ...]:
-                return (args[0] * mask,)
-
-            handles.append(layer.get_submodule(module.output_layer).register_forward_pre_hook(before))
-    try:
+    with ExitStack() as undo:
+        for index, keep in keeps.items():
+            for module in blocks[index].modules_left:
+                _silence(layers[index], module, keep, undo)
         yield
-    finally:
-        for handle in reversed(handles):
-            handle.remove()
+
+
+def _silence(layer: nn.Module, module: PrunableModule, keep: KeptUnits, undo: ExitStack) -> None:
+    if module.kind == "experts":
+        _silence_experts(layer, module, keep, undo)
+        if keep.get("channels"):
+            _silence_channels(layer, module, keep, undo)
+        return
+    mask = torch.zeros(module.units * module.size)
+    mask[kept_inputs(module, keep[module.kind])] = 1
+    hook = layer.get_submodule(module.output_layer).register_forward_pre_hook(lambda _, args: (args[0] * mask,))
+    undo.callback(hook.remove)
+
+
+def _silence_experts(layer: nn.Module, module: PrunableModule, keep: KeptUnits, undo: ExitStack) -> None:
+    """Make the router give experts logits of minus infinity."""
+    mixture: Any = layer if module.outer_norm else layer.get_submodule(module.output_layer)
+    router = getattr(mixture, "gate", None) or mixture.router
+    gone = [unit for unit in range(module.units) if unit not in keep["experts"]]
+    tensors = [
+        tensor
+        for owner in (mixture, *router.modules())
+        for tensor in (*owner._buffers.values(), *owner._parameters.values())
+        if tensor is not None and module.units in tensor.shape
+    ]
+    weight = next(tensor for tensor in tensors if tensor.dim() == 2 and len(tensor) == module.units)
+    for bias in (tensor for tensor in tensors if tensor is not weight):
+        undo.callback(bias.copy_, bias.clone())
+        bias[..., gone] = float("-inf")
+    linear = nn.functional.linear
+
+    def silent(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = linear(x, w, bias)
+        if w.data_ptr() == weight.data_ptr() and w.shape == weight.shape:
+            y[..., gone] = float("-inf")
+        return y
+
+    undo.callback(setattr, nn.functional, "linear", linear)
+    nn.functional.linear = silent
+
+
+def _silence_channels(layer: nn.Module, module: PrunableModule, keep: KeptUnits, undo: ExitStack) -> None:
+    """Set the weights of channels of experts in the output projection to zero."""
+    output, own = module.output_projection.name, module.units * module.units_inside
+    axis = next(slab.axis for slab in module.slabs if slab.along == (EXPERT_CHANNELS,) and slab.name == output)
+    every = torch.zeros(own + module.shared_multiple * module.units_inside)
+    every[list(keep["channels"])] = 1
+    mask = every[:own].view(module.units, module.units_inside)
+    masks = {output: mask[:, None, :] if axis == 2 else mask[:, :, None]}
+    masks |= {slab.name: every[own:] for slab in module.shared[-1:]}
+    for name, part in masks.items():
+        weight = layer.get_parameter(name)
+        undo.callback(weight.data.copy_, weight.detach().clone())
+        weight.data *= part

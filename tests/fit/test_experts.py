@@ -150,30 +150,6 @@ def test_errors_are_interpolated_within_a_round(checkpoint_folder, monkeypatch, 
         torch.testing.assert_close(first.diff(), ((first[-1] - first[0]) / step).expand(step), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_rerouted_output_equals_the_full_sum(checkpoint_folder, name):
-    """The shortcut by the two experts that change places, against the sum over all experts of a token."""
-    with mixture_of(checkpoint_folder, name) as (mixture, _):
-        routed, every = routed_of(mixture), mixture.all_routed
-        before = mixture.route(routed.x_nd, every)
-        given = routed.output(routed.all_tokens, before)
-        looked_up: list[int] = []
-        whole = routed.output
-        routed.output = lambda tokens, routes: looked_up.append(len(tokens)) or whole(tokens, routes)  # type: ignore[method-assign]
-        size = mixture.module.per_group
-        for ones in ([1], [0, 3]):
-            removed = torch.tensor([one + group * size for one in ones for group in range(mixture.module.groups)])
-            after = mixture.route(routed.x_nd, every[torch.isin(every, removed, invert=True)])
-            found = routed.rerouted_output(routed.all_tokens, before, given, after)
-            torch.testing.assert_close(found, whole(routed.all_tokens, after), rtol=1e-3, atol=1e-4)
-        if mixture.module.groups == 1:
-            # Where one goes, all gates of the others keep their ratios.
-            tokens, looked_up[:] = before.of(1)[0], []
-            after = mixture.route(routed.x_nd[tokens], every[every != 1])
-            routed.rerouted_output(tokens, Routes(before.experts[tokens], before.gates[tokens]), given[tokens], after)
-            assert not looked_up
-
-
 @pytest.mark.parametrize("order", ["reroute", "reap", "frequency", "random"])
 def test_groups_stay_equally_large(checkpoint_folder, order):
     with mixture_of(checkpoint_folder, "glm4_moe groups") as (mixture, _):

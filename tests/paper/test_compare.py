@@ -182,16 +182,14 @@ def test_only_missing_runs_are_executed(grid, run, whole, out, calls_of):
     assert len(prunings) == 8 + 4
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "said", "finished"),
-    [
-        (KeyboardInterrupt(), 130, "interrupted: finished runs are in out; run the same command to resume", 6),
-        (SecateurError("nothing goes"), 2, "error: 2 of 9 runs failed; the first: model L2, sparsity 0.2, seed 1: ", 7),
-    ],
-)
-def test_an_interrupt_ends_all_runs_and_a_failure_no_other(
-    error, code, said, finished, grid, run, whole, out, monkeypatch
-):
+ENDS = [
+    (KeyboardInterrupt(), 130, "interrupted: finished runs are in out; run the same command to resume", 6),
+    (SecateurError("nothing goes"), 2, "error: 2 of 9 runs failed; the first: model L2, sparsity 0.2, seed 1: ", 7),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "said", "finished"), ENDS)
+def test_an_interrupt_ends_all_runs_and_a_failure_no_other(error, code, said, finished, run, whole, out, monkeypatch):
     prune_run = compare_step.prune_run
 
     def broken(opened: Any, *given: Any, **more: Any) -> Any:

@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from outputs import error_of
-from secateur.base.errors import SecateurError
 from secateur.commands.options import Options
 from secateur.paper.comparison import AVERAGE
 from secateur.paper.recipe import Recipe, changed, expand, named, read_recipe
@@ -90,8 +89,7 @@ def test_changes_of_an_axis_and_of_the_evaluation():
     assert [(run.options.samples, run.options.calibration) for run in found] == axes
     judged = changed(recipe, perplexity=("a.txt",), tasks=("t",), limit=5, tokens=0).evaluation
     assert (judged.perplexity, judged.tasks, judged.limit, judged.tokens) == (["a.txt"], ["t"], 5, None)
-    with pytest.raises(SecateurError, match="samples is 2, 3, but the recipe has no axis for it; give one"):
-        changed(small(), samples=(2, 3))
+    assert "samples is 2, 3, but the recipe has no axis for it; give one" in error_of(changed, small(), samples=(2, 3))
 
 
 def test_a_column_may_have_a_name_of_its_own(tmp_path, monkeypatch):
