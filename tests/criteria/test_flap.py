@@ -1,5 +1,7 @@
 """FLAP's criteria and bias against their formulas, and the methods of `benchmarks/peers.py`."""
 
+from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -153,24 +155,19 @@ def test_flap_widths_equal_one_global_sort(checkpoint_folder):
     logits_of(model, rows.groups[0])
     units: list[tuple[float, int, int, str]] = []
     for number, (weight, x) in enumerate(seen):
-        metric = metrics(weight.T.double(), x.reshape(-1, x.shape[-1]).double())["flap-wifv"]
-        if number % 2 == 0:
-            metric = metric**2
+        heads = number % 2 == 0
+        metric = metrics(weight.T.double(), x.reshape(-1, x.shape[-1]).double())["flap-wifv"] ** (2 if heads else 1)
         z = (metric - metric.mean()) / metric.std()
         # A group holds two query heads, a key and a value head of eight entries: 6 * 8 rows or columns of 48.
-        parts, size, what = (z.view(3, 16).mean(1), 48 * 48, "groups") if number % 2 == 0 else (z, 144, "channels")
+        parts, size, what = (z.view(3, 16).mean(1), 48 * 48, "groups") if heads else (z, 144, "channels")
         units += [(float(score), size, number // 2, what) for score in parts]
     units.sort(reverse=True)
-    removed, kept = sum(size for _, size, _, _ in units), {}
-    trail = []
-    for position, (_, size, _, _) in enumerate(units):
-        removed -= size
-        trail.append((abs(removed - 0.3 * sum(block.parameters for block in stream.blocks)), position + 1))
-    for _, _, block, what in units[: min(trail)[1]]:
-        kept[block, what] = kept.get((block, what), 0) + 1
+    sizes, every = list(accumulate(size for _, size, _, _ in units)), sum(block.parameters for block in stream.blocks)
+    nearest = min(range(len(sizes)), key=lambda place: abs(sizes[-1] - sizes[place] - 0.3 * every))
+    kept = Counter((block, what) for _, _, block, what in units[: nearest + 1])
     for index, width in peers.flap_widths(stream, rows, 0.3).items():
-        groups = kept.get((index, "groups"), 0)
-        assert width == wide(groups, 2 if groups else 0, kept.get((index, "channels"), 0))
+        groups = kept[index, "groups"]
+        assert width == wide(groups, 2 if groups else 0, kept[index, "channels"])
 
 
 def test_uniform_obc_regresses_on_the_modules_own_output(checkpoint_folder):

@@ -216,10 +216,9 @@ def restored_registries() -> Iterator[None]:
         table.update(old)
 
 
+@pytest.mark.usefixtures("small", "restored_registries")
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in RECORDS])
-def test_a_page_runs(
-    page: str, place: Path, small: None, restored_registries: None, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_runs(page, place, run, monkeypatch):
     if any("model.gguf" in block.text for block in blocks(page)):
         how = ["--widths", "uniform", "--recovery", "none"]
         assert run("prune", "MODEL", "model.gguf", "--format", "gguf", *how).code == 0
@@ -237,9 +236,7 @@ def test_a_page_runs(
                 carry_out(command, f"{page}:{line}", run, monkeypatch)
         else:
             # Blocks of text are input of other programs.
-            assert block.language in ("formula", "yaml", "text"), (
-                f"{where}: this test cannot run a block of language {block.language or 'none'}"
-            )
+            assert block.language in ("formula", "yaml", "text"), f"{where}: this test cannot run {block.language}"
 
 
 def carry_out(command: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

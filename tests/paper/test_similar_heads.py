@@ -90,16 +90,12 @@ def test_no_larger_set_can_be_removed(checkpoint_folder, name):
     module = wish.blocks[0].attention
     for similar in itertools.chain.from_iterable(itertools.combinations(range(6), n) for n in range(6)):
         least = wish.parameters.dense
-        for count in range(len(similar) + 1):
-            for gone in itertools.combinations(similar, count):
-                kept = [
-                    sum(h // module.per_group == g for h in range(6) if h not in gone) for g in range(module.groups)
-                ]
-                equal = len(set(kept)) == 1
-                if equal or set(kept) == {0, module.per_group}:
-                    groups = sum(map(bool, kept))
-                    width = wide(groups, max(kept), wish.blocks[0].feed_forward.units)
-                    least = min(least, wish.parameters.total({0: width}))
+        for gone in itertools.chain.from_iterable(itertools.combinations(similar, n) for n in range(len(similar) + 1)):
+            left = [head // module.per_group for head in range(6) if head not in gone]
+            kept = {left.count(group) for group in range(module.groups)}
+            if len(kept) == 1 or kept == {0, module.per_group}:
+                width = wide(len(set(left)), max(kept), wish.blocks[0].feed_forward.units)
+                least = min(least, wish.parameters.total({0: width}))
         gone, width = loadable(wish, 0, similar)
         assert wish.parameters.total({0: width}) == least
         assert set(gone) <= set(similar)
