@@ -1,20 +1,14 @@
-"""Models whose blocks differ in width, as the format `hf` stores them: the classes that load them, and their blocks.
+"""Models whose blocks differ in width, as the format `hf` stores them: the classes that load them, and their widths.
 
 config.json has the sizes of the stock class, the numbers that differ in single layers, and the data by which
 `modeling_secateur.py` cuts stock layers down to these numbers. Here the classes of this library's own copy of that file
 are used, and no code of a folder runs.
-
-Such a model can be pruned again. Its blocks are described as narrower stock blocks, and its stock model has what the
-formats need to write it again.
 """
 
-import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -23,33 +17,15 @@ from secateur.base.quiet import quiet
 from secateur.families.registry import family_of
 from secateur.model import modeling_secateur
 from secateur.model.axes import Width, axis_kinds, config_keys
-from secateur.model.checkpoint import Checkpoint, described
-from secateur.model.config_file import TEXT, config_of, empty_model, prepared_config, stock_class
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.config_file import config_of, empty_model, stock_class
 from secateur.model.describe import describe
-from secateur.model.layer_sizes import BIASES, PER_GROUP, Keys
-from secateur.model.modeling_secateur import PREFIX, SIZES, WIDTHS, overrides
-from secateur.model.narrowed import narrowed_block
+from secateur.model.layer_sizes import Keys
+from secateur.model.modeling_secateur import PREFIX, overrides
 from secateur.model.structure import Block
 
 ALLOW = "allow_global_per_layer_attribute_access"
 """Config key without which transformers 5 refuses to read the global value of a key that a layer overrides."""
-
-
-@dataclass(frozen=True)
-class StockModel:
-    """Model as its stock class builds it, with the same sizes in all layers; for a dense model, the model itself.
-
-    For a model whose blocks differ in width, it is the model before the first pruning.
-    """
-
-    config: Any
-    """The config object."""
-    raw_config: dict[str, Any]
-    """Contents of config.json, or its part for the language model."""
-    multimodal_config: dict[str, Any] | None
-    """config.json of a multimodal model."""
-    blocks: list[Block]
-    """Description of each block."""
 
 
 def is_per_layer(config: Any, multimodal_config: Mapping[str, Any] | None = None) -> bool:
@@ -101,62 +77,10 @@ def empty_decoder(checkpoint: Checkpoint) -> Any:
     return checkpoint.empty(decoder_class(config, whole))
 
 
-def describe_blocks(checkpoint: Checkpoint, layers: Iterable[nn.Module]) -> tuple[StockModel, list[Block]]:
-    """Return the stock model of a checkpoint, and the description of each of its own blocks.
-
-    Args:
-        checkpoint: The model.
-        layers: Its layers, from `empty_decoder`.
-
-    Raises:
-        SecateurError: Layers differ from the numbers that config.json gives them.
-    """
-    config, raw, whole = checkpoint.config, checkpoint.raw_config, checkpoint.multimodal_config
-    if not is_per_layer(config, whole):
-        stock = StockModel(config, raw, whole, [describe(config, layer) for layer in layers])
-        return stock, stock.blocks
-    stock = _stock_model(raw if whole is None else whole)
-    return stock, [_own_block(checkpoint, stock, index, layer) for index, layer in enumerate(layers)]
-
-
-def _stock_model(raw: dict[str, Any]) -> StockModel:
-    """Return the stock model of the contents of a config.json."""
-    raw = _without_layers(raw)
-    if isinstance(raw.get(TEXT), dict):
-        raw[TEXT] = _without_layers(raw[TEXT])
-    fields = described(raw, prepared_config(raw))
-    return StockModel(**fields, blocks=_stock_blocks(fields["config"]))
-
-
-def _stock_blocks(config: Any) -> list[Block]:
+def stock_blocks(config: Any) -> list[Block]:
     """Return the description of each block that the stock class makes of a config."""
     network = empty_model(stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)), config)
     return [describe(config, layer) for layer in network.get_submodule(family_of(config).blocks).children()]
-
-
-def _without_layers(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the contents of a config.json, or of a part of it, without what holds for single layers."""
-    # Stock classes that read `per_layer_config` themselves keep it; see `WIDTHS`.
-    stored = WIDTHS if WIDTHS in raw else "per_layer_config"
-    added = {stored, SIZES, ALLOW, "auto_map", PER_GROUP, *BIASES}
-    kept = {key: copy.deepcopy(value) for key, value in raw.items() if key not in added}
-    if kept.get("architectures"):
-        kept["architectures"] = [name.removeprefix(PREFIX) for name in kept["architectures"]]
-    return kept
-
-
-def _own_block(checkpoint: Checkpoint, stock: StockModel, index: int, layer: nn.Module) -> Block:
-    """Return the description of a block that may be narrower than the stock block."""
-    config, block = checkpoint.config, stock.blocks[index]
-    width = _layer_width(config, index, block.width, layer_keys(config))
-    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-    try:
-        return narrowed_block(block, width, shapes)
-    except ValueError as error:
-        raise SecateurError(
-            f"{checkpoint.source}: {SIZES} in config.json does not fit layer {index}: {error}; restore the file, or "
-            "prune again"
-        ) from error
 
 
 def widths_of(config: Any) -> list[Width]:
@@ -174,7 +98,7 @@ def widths_of(config: Any) -> list[Width]:
             config = config_of(dict(config))
         _check_numbers(config)
         keys = layer_keys(config)
-        return [_layer_width(config, i, block.width, keys) for i, block in enumerate(_stock_blocks(config))]
+        return [layer_width(config, i, block.width, keys) for i, block in enumerate(stock_blocks(config))]
 
 
 def _check_numbers(config: Any) -> None:
@@ -187,7 +111,7 @@ def _check_numbers(config: Any) -> None:
                 )
 
 
-def _layer_width(config: Any, index: int, everywhere: Width, keys: Keys) -> Width:
+def layer_width(config: Any, index: int, everywhere: Width, keys: Keys) -> Width:
     """Return a layer's width: the one that the global values of a config give, but for the layer's own numbers."""
     values = overrides(config, index)
     counts = dict(everywhere)
