@@ -22,6 +22,7 @@ import secateur.model.pass_checkpoint
 from conftest import CheckpointFolder
 from models import make_letters
 from secateur import SecateurError, prune
+from secateur.base.cache import cached_folder
 from secateur.base.json_files import read_hashed
 from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
@@ -233,6 +234,18 @@ def test_clean_removes_the_state(stopped, run):
     for said in (r"Deleted .*\.out\.run", "Nothing to delete"):
         assert re.search(said, run("clean", str(stopped)).out)
     assert [file.name for file in stopped.parent.rglob("*")] == ["out", "kept"]
+
+
+def test_the_cache_is_cleared(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, old = (cached_folder(name, lambda folder: (folder / "file").write_bytes(bytes(2000))) for name in "ab")
+    os.utime(old, (0, 0))
+    assert cached_folder("c", lambda _: None).exists()
+    assert first.exists()
+    assert not old.exists()
+    assert "0.0 MB" in run("clean", "--cache").out
+    assert not list(tmp_path.iterdir())
+    assert "name the output of a stopped run, or add --cache" in run("clean").err
 
 
 def test_a_second_run_on_the_same_output_is_refused(stopped, checkpoint_folder):

@@ -19,18 +19,6 @@ def local_path(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))
 
 
-def cache_folder() -> Path:
-    """Return the folder in which secateur keeps files from run to run, such as dequantised models.
-
-    Raises:
-        SecateurError: The user has no home folder, for example in a container.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if home.startswith("~"):
-        raise SecateurError("this user has no home folder for a cache; set XDG_CACHE_HOME to a folder")
-    return Path(home) / "secateur"
-
-
 @contextlib.contextmanager
 def replace_atomically(
     path: Path,

@@ -12,17 +12,30 @@ from secateur.cli.terminal import print_result
 @expand_options
 def clean(
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Output of the stopped run; it is not deleted.", show_default=False)
-    ],
+        Path | None,
+        typer.Argument(metavar="OUT", help="Output of the stopped run; it is not deleted.", show_default=False),
+    ] = None,
+    cache: Annotated[
+        bool,
+        typer.Option("--cache", help="Delete the user's cache: dequantised models, cut vocabularies, measured times."),
+    ] = False,
 ) -> None:
-    """Delete what stopped runs have left next to OUT: saved state and unfinished files.
+    """Delete what stopped runs have left next to OUT (saved state and unfinished files), or the cache.
 
     Example: secateur clean ./SmolLM2-pruned
     """
+    from secateur.base.cache import clear_cache
+    from secateur.base.errors import SecateurError
     from secateur.commands.clean import clean as run
 
-    removed = run(out)
-    lines = [f"Deleted {path}" for path in removed] or [
-        f"Nothing to delete: no stopped run has left files next to {out}"
-    ]
-    print_result({"removed": removed}, None, lines)
+    if out is None and not cache:
+        raise SecateurError("nothing to delete: name the output of a stopped run, or add --cache")
+    removed = [] if out is None else run(out)
+    lines = [f"Deleted {path}" for path in removed]
+    if cache:
+        folder, freed = clear_cache()
+        removed.append(folder)
+        lines.append(f"Deleted {folder}, {freed / 1e6:,.1f} MB")
+    print_result(
+        {"removed": removed}, None, lines or [f"Nothing to delete: no stopped run has left files next to {out}"]
+    )

@@ -18,15 +18,14 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+from secateur.base.cache import cached_folder
 from secateur.base.errors import SecateurError
-from secateur.base.files import cache_folder, replace_atomically
 from secateur.base.quiet import first_line, quiet
 from secateur.model.gguf_file import architecture_of, is_read_here
 from secateur.model.gguf_text import read_tokenizer
 from secateur.model.gguf_transformers import check_read, complete_config
 from secateur.model.gguf_weights import folder_writer
 
-ADVICE = "free some space, or set XDG_CACHE_HOME to another folder"
 _VERSION = "5"
 """Version of the conversion, part of the cache key; to be raised when the conversion changes."""
 
@@ -49,21 +48,8 @@ def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
         start = stream.read(2**20)
     if start[:4] != b"GGUF":
         raise SecateurError(f"{file}: not a GGUF file (it starts with {start[:4]!r}); download it again")
-    folder = cache_folder() / f"{file.stem}-{_key(file, start, dtype)}"
-    if folder.is_dir():
-        return folder
-    reader = _opened(file)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may finish first; its folder is as good as this one.
-        with replace_atomically(folder, keep_existing=True, advice=ADVICE) as partial:
-            partial.mkdir()
-            _convert(file, reader, partial, dtype)
-    except OSError as error:
-        raise SecateurError(
-            f"{folder.parent}: the dequantised model cannot be written ({first_line(error)}); {ADVICE}"
-        ) from error
-    return folder
+    name = f"{file.stem}-{_key(file, start, dtype)}"
+    return cached_folder(name, lambda partial: _convert(file, _opened(file), partial, dtype))
 
 
 def _key(file: Path, start: bytes, dtype: torch.dtype) -> str:

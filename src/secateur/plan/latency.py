@@ -31,8 +31,9 @@ from pydantic import AfterValidator, Field, TypeAdapter
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
+from secateur.base.cache import cache_folder
 from secateur.base.errors import SecateurError
-from secateur.base.files import cache_folder, write_atomically
+from secateur.base.files import write_atomically
 from secateur.base.hashes import hash_json
 from secateur.base.json_files import parse_json
 from secateur.base.progress import Watcher

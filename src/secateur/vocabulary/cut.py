@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from secateur.base.files import cache_folder, replace_atomically
+from secateur.base.cache import cached_folder
 from secateur.base.hashes import hash_json
 from secateur.model.checkpoint import Checkpoint, described
 from secateur.model.config_file import empty_model, load_config, read_config
@@ -21,7 +21,6 @@ from secateur.vocabulary.side_files import write_side_files
 from secateur.vocabulary.token_ids import SIZE_KEYS
 from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
 
-ADVICE = "free some space, or set XDG_CACHE_HOME to another folder"
 ROWS_MORE = 64
 """Number of tokens by which a config is made larger, to find the tensors with one row per token."""
 
@@ -99,10 +98,5 @@ def _side_folder(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: KeptT
     """Return the folder of the cache with config.json, tokenizer and all other files for the kept tokens."""
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     key = hash_json([str(checkpoint.path), checkpoint.fingerprint, stamps, list(kept.ids)])
-    folder = cache_folder() / f"{checkpoint.path.name}-vocabulary-{key}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with replace_atomically(folder, keep_existing=True, advice=ADVICE) as partial:
-            partial.mkdir()
-            write_side_files(checkpoint, tokenizer, kept, partial)
-    return folder
+    name = f"{checkpoint.path.name}-vocabulary-{key}"
+    return cached_folder(name, lambda partial: write_side_files(checkpoint, tokenizer, kept, partial))

@@ -1,0 +1,72 @@
+"""Files that secateur keeps in the cache of the user: dequantised models, cut vocabularies, measured times."""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from secateur.base.errors import SecateurError
+from secateur.base.files import remove, replace_atomically
+
+ADVICE = "free some space, or set XDG_CACHE_HOME to another folder"
+UNUSED_SECONDS = 30 * 86400
+"""A cached folder that was not used for so long is deleted when another one is made."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of the user's cache that belongs to secateur.
+
+    Raises:
+        SecateurError: The user has no home folder, for example in a container.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise SecateurError("this user has no home folder for a cache; set XDG_CACHE_HOME to a folder")
+    return Path(home) / "secateur"
+
+
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache; the first call for a name makes it.
+
+    Args:
+        name: Name of the folder, which differs for different contents.
+        make: Writes the contents into an empty folder.
+
+    Raises:
+        SecateurError: The cache cannot be written.
+    """
+    folder = cache_folder() / name
+    if folder.is_dir():
+        with suppress(OSError):
+            os.utime(folder)
+        return folder
+    _delete_unused()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may finish first; its folder is as good as this one.
+        with replace_atomically(folder, keep_existing=True, advice=ADVICE) as partial:
+            partial.mkdir()
+            make(partial)
+    except OSError as error:
+        raise SecateurError(
+            f"{folder.parent}: the cache cannot be written ({error.strerror or error}); {ADVICE}"
+        ) from error
+    return folder
+
+
+def clear_cache() -> tuple[Path, int]:
+    """Delete everything in the cache, and return its folder and the number of bytes that were freed."""
+    folder = cache_folder()
+    freed = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+    remove(folder)
+    return folder, freed
+
+
+def _delete_unused() -> None:
+    """Delete folders of the cache that were not used for a long time."""
+    oldest = time.time() - UNUSED_SECONDS
+    with suppress(OSError):
+        for folder in cache_folder().iterdir():
+            if folder.is_dir() and folder.stat().st_mtime < oldest:
+                remove(folder)
