@@ -18,8 +18,9 @@ from torch.nn.functional import linear
 
 from scale import SHAPES, make
 from secateur import BlockStream, open_checkpoint
-from secateur.model.expert_matrices import plain_tensor
+from secateur.model.expert_matrices import whole
 from secateur.model.mixture import Mixture, Routes
+from secateur.model.surgery import assign
 
 REPEATS = 3
 
@@ -82,13 +83,13 @@ def main() -> None:
             mixture = Mixture(stream, layer, stream.blocks[0].feed_forward)
             x, every = torch.randn(given.tokens, shape.width), mixture.all_routed
             routes, products = mixture.route(x, every), stream.products_dtype
-            pairs = given.tokens * shape.chosen
+            pairs = given.tokens * shape.more["num_experts_per_tok"]
             floors = {}
             for dtype in {torch.float32, products}:
                 rows, matrix = torch.randn(pairs, shape.width).to(dtype), torch.randn(3 * shape.channels, shape.width)
                 floors[dtype] = seconds(lambda rows=rows, matrix=matrix.to(dtype): linear(rows, matrix))
                 del rows
-            stored = sum(plain_tensor(value.data).nbytes for value in mixture.experts.parameters())
+            stored = sum(whole(value.data).nbytes for value in mixture.experts.parameters())
             print(
                 f"| {pairs:,} pairs; blocks multiply in {products} | CPU s | over one product | GB |\n|---|---|---|---|"
             )
@@ -105,8 +106,8 @@ def main() -> None:
                 name = f"one at a time, separate linear layers, {str(dtype).removeprefix('torch.')}"
                 row(name, dtype, size, lambda layers=layers: run_unfused(layers, x, routes))
                 del layers
-            for value in mixture.experts.parameters():
-                value.data = plain_tensor(value.data).float()
+            for leaf, value in list(mixture.experts.named_parameters()):
+                assign(mixture.experts, leaf, whole(value.data).float())
             stream.model.set_experts_implementation("grouped_mm")
             row(
                 "together, grouped products, float32", torch.float32, 2 * stored, lambda: mixture.output(x[None], every)

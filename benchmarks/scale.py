@@ -3,6 +3,7 @@
     python benchmarks/scale.py 7b --blocks 2 4 8 --samples 32 --limit 6GiB
     python benchmarks/scale.py 0.1b 1b --blocks 2 4 --samples 32 64
     python benchmarks/scale.py 1b --processes 1 2 --threads 2 1
+    python benchmarks/scale.py 671b-a37b --blocks 1 --experts 32 --samples 16 --effort quick
 
 The script writes each model tensor by tensor and prunes it in new processes. A row has wall and CPU seconds, the ratio
 of CPU seconds to the floor (time of the matrix products that are needed, see `floor.py`), the hours that a model of
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from floor import rates
 from secateur.base.memory import LIMITS, parse_memory
@@ -35,6 +36,7 @@ from secateur.commands.draw_rows import draw_rows
 from secateur.commands.dry_run import work_by_effort
 from secateur.commands.machine_speed import Speeds
 from secateur.commands.open_model import open_model
+from secateur.families.registry import experts_of
 from secateur.plan.plan import plan
 from secateur.write.shards import ShardWriter
 from tables import put
@@ -43,7 +45,7 @@ VOCABULARY = 32_000
 
 
 class Shape(NamedTuple):
-    """Sizes of a Llama model, or of a Qwen3 with experts."""
+    """Sizes of a model."""
 
     width: int
     channels: int
@@ -52,61 +54,66 @@ class Shape(NamedTuple):
     groups: int
     depth: int
     experts: int = 0
-    chosen: int = 0
-    head: int = 0
-    """Size of a head; 0: the hidden size over the number of heads."""
+    family: str = "llama"
+    more: dict[str, Any] = {}  # noqa: RUF012 (not changed)
+    """Further keys of the config."""
+
+    def config(self, blocks: int) -> Any:
+        """Return the config of a model with some number of blocks."""
+        keys = {"vocab_size": VOCABULARY, "hidden_size": self.width, "num_hidden_layers": blocks}
+        keys |= {"num_attention_heads": self.heads, "num_key_value_heads": self.groups, **self.more}
+        keys |= {"max_position_embeddings": 4096, "tie_word_embeddings": True, "dtype": torch.bfloat16}
+        if not self.experts:
+            return AutoConfig.for_model(self.family, **keys, intermediate_size=self.channels)
+        config = AutoConfig.for_model(self.family, **keys, moe_intermediate_size=self.channels)
+        setattr(config, experts_of(config).number, self.experts)
+        return config
 
 
+_QWEN = {"head_dim": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+_DEEPSEEK = {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 0}
 SHAPES = {
     "0.1b": Shape(576, 1536, 9, 3, 30),
     "1b": Shape(2048, 8192, 32, 8, 16),
     "7b": Shape(4096, 11_008, 32, 32, 32),
     "8b": Shape(4096, 14_336, 32, 8, 32),
     "70b": Shape(8192, 28_672, 64, 8, 80),
-    "30b-a3b": Shape(2048, 768, 32, 4, 48, experts=128, chosen=8, head=128),
+    "30b-a3b": Shape(2048, 768, 32, 4, 48, 128, "qwen3_moe", _QWEN),
+    "235b-a22b": Shape(4096, 1536, 64, 4, 94, 128, "qwen3_moe", _QWEN),
+    "671b-a37b": Shape(7168, 2048, 128, 128, 61, 256, "deepseek_v3", _DEEPSEEK),
 }
 
 
 def make(shape: Shape, blocks: int, folder: Path) -> None:
     """Write a model of random bfloat16 weights, with one tensor in memory at a time."""
-    head = shape.head or shape.width // shape.heads
-    keys: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": shape.width, "num_hidden_layers": blocks}
-    keys |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.groups, "head_dim": head}
-    keys |= {"max_position_embeddings": 4096, "tie_word_embeddings": True, "dtype": "bfloat16"}
-    if shape.experts:
-        keys |= {"num_experts": shape.experts, "num_experts_per_tok": shape.chosen, "norm_topk_prob": True}
-        keys |= {"moe_intermediate_size": shape.channels, "architectures": ["Qwen3MoeForCausalLM"]}
-        Qwen3MoeConfig(**keys).save_pretrained(folder)
-    else:
-        keys |= {"intermediate_size": shape.channels, "architectures": ["LlamaForCausalLM"]}
-        LlamaConfig(**keys).save_pretrained(folder)
+    config = shape.config(blocks)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
-    d, f = shape.width, shape.channels
-    queries, shared = shape.heads * head, shape.groups * head
-    sizes = {"self_attn.q_proj": (queries, d), "self_attn.k_proj": (shared, d), "self_attn.v_proj": (shared, d)}
-    sizes |= {"self_attn.o_proj": (d, queries)}
-    norms = {"input_layernorm": d, "post_attention_layernorm": d}
-    places = [f"mlp.experts.{expert}" for expert in range(shape.experts)] or ["mlp"]
-    for place in places:
-        sizes |= {f"{place}.gate_proj": (f, d), f"{place}.up_proj": (f, d), f"{place}.down_proj": (d, f)}
-    if shape.experts:
-        sizes["mlp.gate"] = (shape.experts, d)
-        norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
     writer, dice = ShardWriter(folder), torch.Generator().manual_seed(0)
-
-    def add(name: str, *size: int) -> None:
-        writer.add(name, torch.randn(size, generator=dice).mul_(0.02).bfloat16())
-
-    add("model.embed_tokens.weight", VOCABULARY, d)
-    for index in range(blocks):
-        for name, size in sizes.items():
-            add(f"model.layers.{index}.{name}.weight", *size)
-        for norm, size in norms.items():
-            writer.add(f"model.layers.{index}.{norm}.weight", torch.ones(size, dtype=torch.bfloat16))
-    writer.add("model.norm.weight", torch.ones(d, dtype=torch.bfloat16))
+    for name, tensor in model.state_dict().items():
+        for stored, size in stored_sizes(name, tuple(tensor.shape)):
+            # The weights of norms are vectors.
+            values = torch.randn(size, generator=dice).mul_(0.02) if len(size) > 1 else torch.ones(size)
+            writer.add(stored, values.bfloat16())
     writer.close()
+
+
+def stored_sizes(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes of the tensors in which checkpoints store a parameter: experts are stored one by one."""
+    owner, _, leaf = name.rpartition(".")
+    if name == "lm_head.weight":
+        return
+    if not owner.endswith(".experts"):
+        yield name, shape
+        return
+    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+    for expert, part in product(range(shape[0]), parts):
+        yield f"{owner}.{expert}.{part}.weight", (shape[1] // len(parts), shape[2])
 
 
 def bounded(limit: int) -> Path | None:
@@ -165,12 +172,16 @@ class Case(NamedTuple):
         return {"tokens": self.samples, "depth": self.blocks, "width": SHAPES[self.shape].width}
 
 
-def carried_out(case: Case, effort: str, limit: str | None, group: Path | None, where: Path | None) -> tuple[Any, ...]:
+def carried_out(
+    case: Case, experts: int | None, effort: str, limit: str | None, group: Path | None, where: Path | None
+) -> tuple[Any, ...]:
     """Return the measurement of a case, its floor in seconds, and the bytes sent between processes."""
     with tempfile.TemporaryDirectory(dir=where) as folder:
         model, out = Path(folder) / "model", Path(folder) / "out"
         model.mkdir()
-        make(SHAPES[case.shape], case.blocks, model)
+        make(
+            SHAPES[case.shape] if experts is None else SHAPES[case.shape]._replace(experts=experts), case.blocks, model
+        )
         asked = {"calibration": "random", "samples": case.samples, "effort": effort}
         run = open_model(model, **asked)
         work = work_by_effort(run, draw_rows(run, dry=True), plan(run.request.problem, run.options.widths))
@@ -215,6 +226,7 @@ def main() -> None:
         default=[1],
         help="threads of each process, one number for each of --processes",
     )
+    parser.add_argument("--experts", type=int, help="number of experts, to measure a part of a large mixture")
     parser.add_argument("--effort", default="normal")
     parser.add_argument("--limit", help="memory, for example 6GiB")
     parser.add_argument("--folder", type=Path, help="folder for the models; default: a temporary folder")
@@ -229,7 +241,9 @@ def main() -> None:
     print("\n".join(lines), flush=True)
     seconds: dict[Case, tuple[float, float]] = {}
     for case in map(Case._make, product(arguments.shapes, arguments.blocks, arguments.samples, teams)):
-        found, floor, moved = carried_out(case, arguments.effort, arguments.limit, group, arguments.folder)
+        found, floor, moved = carried_out(
+            case, arguments.experts, arguments.effort, arguments.limit, group, arguments.folder
+        )
         seconds[case] = found.cpu, floor
         whole = found.wall / case.blocks * SHAPES[case.shape].depth / 3600
         cells = (case.shape, case.blocks, case.samples, f"`{arguments.effort}`", " x ".join(map(str, case.team)))

@@ -23,6 +23,7 @@ from secateur.families.registry import family_of
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
+from secateur.model.expert_matrices import whole
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.model.surgery import kept_inputs, narrow, slice_block, width_of
@@ -448,7 +449,7 @@ def narrowed(model: Any, keeps: dict[int, KeptUnits], changed: dict[int, dict[st
         block = describe(model.config, layer)
         # They come in the dtype of the output.
         dtype = next(layer.parameters()).dtype
-        own = {name: value.to(dtype) for name, value in (changed or {}).get(index, {}).items()}
+        own = {name: whole(value).to(dtype) for name, value in (changed or {}).get(index, {}).items()}
         tensors = layer.state_dict() | own
         narrow(layer, block, slice_block(block, tensors, keep), width_of(block, keep))
     return small

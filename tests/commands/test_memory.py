@@ -1,16 +1,18 @@
 """The memory limit of a run, and activations in files."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lives import bytes_of
+from torch import Tensor
 
 from secateur import SecateurError, prune
 from secateur.base import memory as amounts
 from secateur.commands import memory
 from secateur.commands.costs import resident_bytes
-from secateur.model import arena
+from secateur.model import arena, matrix_sources
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 
@@ -39,6 +41,28 @@ def test_the_bound_moves_activations_to_files(checkpoint_folder, tmp_path, monke
     with pytest.raises(SecateurError, match=r"memory is \d+ B, but the largest block of .* needs .* GB; allow that"):
         prune(checkpoint_folder("llama"), tmp_path / "less", **ASKED, memory=f"{least - 1} B")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["narrow", "roomy"]
+
+
+def test_experts_are_read_one_at_a_time_if_there_is_no_room(checkpoint_folder, tmp_path, monkeypatch):
+    """Of the 8 experts of a block, old and new matrices of one or two are in memory, and the output stays the same."""
+    read, living, most = matrix_sources.SeparateMatrices.read, list[weakref.ref[Tensor]](), list[int]()
+
+    def counted(self: matrix_sources.SeparateMatrices, expert: int) -> Tensor:
+        living.append(weakref.ref(matrix := read(self, expert)))
+        most.append(sum(one() is not None for one in living))
+        return matrix
+
+    monkeypatch.setattr(matrix_sources.SeparateMatrices, "read", counted)
+    monkeypatch.setattr(memory, "rss_bytes", lambda: 10**8)
+    model = checkpoint_folder("qwen3_moe")
+    prune(model, tmp_path / "roomy", **ASKED)
+    assert max(most) == 2 * 8
+    most.clear()
+    stream = BlockStream(open_checkpoint(model))
+    least = 10**8 + resident_bytes(stream, tokens=ASKED["samples"] * ASKED["length"], input_steps=True)
+    prune(model, tmp_path / "narrow", **ASKED, memory=f"{least} B")
+    assert max(most) <= 4
+    assert bytes_of(tmp_path / "roomy") == bytes_of(tmp_path / "narrow")
 
 
 @pytest.mark.parametrize("wrong", ["", "8", "lots", "8 parsecs", "-1GB", "8%GB"])

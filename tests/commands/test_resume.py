@@ -24,6 +24,7 @@ from models import make_letters
 from secateur import SecateurError, prune
 from secateur.base.cache import cached_folder
 from secateur.base.json_files import read_hashed
+from secateur.base.memory import MemoryBudget
 from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
@@ -259,7 +260,7 @@ def test_a_second_run_on_the_same_output_is_refused(stopped, checkpoint_folder):
 
 def test_a_full_disk_stops_the_run_in_one_line(tmp_path, checkpoint_folder, monkeypatch):
     """The disk is full during resampling, before there is anything to keep."""
-    monkeypatch.setattr(BlockStream, "arena", lambda self: Arena(0, self.services.run_folder.path))
+    monkeypatch.setattr(BlockStream, "arena", lambda self: Arena(MemoryBudget(0), self.services.run_folder.path))
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -19,7 +19,7 @@ from secateur.fit.loop import refit
 from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.expert_matrices import plain_tensor
+from secateur.model.expert_matrices import whole
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
@@ -63,7 +63,7 @@ def test_gated_expert_outputs_add_up_to_the_mixture(checkpoint_folder, name):
     """No token is routed to a removed expert, and afterwards nothing has changed."""
     with mixture_of(checkpoint_folder, name) as (mixture, layer):
         x, module, near = inputs(mixture.stream.width), mixture.module, {"rtol": 1e-4, "atol": 1e-5}
-        before = {key: value.clone() for key, value in layer.state_dict().items()}
+        before = {key: whole(value).clone() for key, value in layer.state_dict().items()}
         routes, dense = mixture.route(x, mixture.all_routed), mixture.output(x[None], mixture.all_routed)
         torch.testing.assert_close(sum_of_experts(mixture, x, routes), dense[0], **near)
         if not module.outer_norm:
@@ -82,7 +82,7 @@ def test_gated_expert_outputs_add_up_to_the_mixture(checkpoint_folder, name):
         torch.testing.assert_close(found, sum_of_experts(mixture, x, routes), **near)
         assert not torch.allclose(found, dense[0], atol=1e-3)
         assert torch.equal(mixture.output(x[None], mixture.all_routed), dense)
-        assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+        assert all(torch.equal(whole(value), before[key]) for key, value in layer.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -105,7 +105,7 @@ def test_experts_stay_in_the_stored_dtype(tmp_path, name):
         together = mixture.names.scales_inputs
         assert {value.dtype for value in stacks.values()} == {torch.float32 if together else torch.bfloat16}
         for leaf, value in stacks.items():
-            assign(own, leaf, plain_tensor(value.data).float())
+            assign(own, leaf, whole(value.data).float())
         assert not torch.equal(*found[-2:])
         assert all(torch.equal(*pair) for pair in zip(found, outputs(), strict=True))
 
@@ -231,7 +231,7 @@ def test_the_refit_of_experts_is_least_squares(checkpoint_folder, channels):
     with torch.no_grad():
         gates, chosen = (x @ mlp.gate.weight[keep].T).softmax(1).topk(3)
         x, wanted, gates = x.double(), wanted.double(), gates.double()
-        new = {key.removeprefix("mlp."): value for key, value in block.changed.items()}
+        new = {key.removeprefix("mlp."): whole(value) for key, value in block.changed.items()}
         tensors = {key: value.double() for key, value in mlp.state_dict().items()}
         always = torch.sigmoid(x @ tensors["shared_expert_gate.weight"].T)
         silu = nn.functional.silu
@@ -342,7 +342,7 @@ def test_every_criterion_orders_the_channels_of_experts(checkpoint_folder, crite
     assert same == criterion.startswith("llm-pruner")
     if criterion == "l2":
         with mixture_of(lambda _: folder, "gpt_oss") as (mixture, _):
-            up, down = mixture.experts.gate_up_proj, mixture.experts.down_proj
+            up, down = whole(mixture.experts.gate_up_proj), whole(mixture.experts.down_proj)
             squares = up.square().sum(1).view(8, -1, 2).sum(2) + down.square().sum(2)
         for expert, units in channels_of(found, 72).items():
             assert units == sorted(squares[expert].argsort(descending=True)[:24].tolist())
@@ -423,7 +423,7 @@ def test_the_share_of_error_after_the_refit_equals_fits_by_hand(checkpoint_folde
 @pytest.mark.parametrize(("experts", "channels"), [(6, None), (6, 8)])
 def test_an_expert_with_few_tokens_keeps_its_weights(checkpoint_folder, experts, channels):
     block = fitted(checkpoint_folder("qwen3_moe"), experts, channels, rows=token_rows(1, 7, seed=5))
-    changed = block.changed["mlp.experts.down_proj"]
+    changed = whole(block.changed["mlp.experts.down_proj"])
     stay = channels_of(block, 20) if channels else {expert: list(range(20)) for expert in block.keep["experts"]}
     with mixture_of(checkpoint_folder, "qwen3_moe") as (mixture, _):
         for expert, units in stay.items():

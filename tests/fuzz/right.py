@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from secateur.commands import write_model
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
 from secateur.model.checkpoint import open_checkpoint
+from secateur.model.expert_matrices import whole
 from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
@@ -103,7 +105,8 @@ def pruned(rng: random.Random, model: Path, out: Path, **settings: Any) -> list[
     cut = write_model.slice_fitted
 
     def noticed(stream: BlockStream, block: FittedBlock, **how: Any) -> Any:
-        blocks.append(block)
+        # The values may be in files that are deleted with the run.
+        blocks.append(replace(block, changed={name: whole(tensor) for name, tensor in block.changed.items()}))
         return cut(stream, block, **how)
 
     with patch.object(write_model, "slice_fitted", noticed):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models import STREAMED, blocks_of, build, layers_of, opened, relative, save, token_rows, wide
 from outputs import error_of
+from secateur.base.memory import MemoryBudget
 from secateur.fit.loop import refit
 from secateur.model import rows as rows_module
 from secateur.model import stream as module_under_test
@@ -252,7 +253,7 @@ def in_files(values: Activations) -> list[bool]:
 def test_the_arena_spills_beyond_its_limit(tmp_path):
     rows = Rows.of(token_rows(4, 10))
     one = 4 * 40 * 8
-    with Arena(2 * one, tmp_path) as arena:
+    with Arena(MemoryBudget(2 * one), tmp_path) as arena:
         kept = [arena.empty(rows, 8) for _ in range(4)]
         assert [in_files(values) for values in kept] == [[False], [False], [True], [True]]
         for number, values in enumerate(kept):
@@ -261,13 +262,13 @@ def test_the_arena_spills_beyond_its_limit(tmp_path):
         for number, values in enumerate(kept):
             assert values.parts[0][:].unique().tolist() == [number]
             assert values.parts[0][1].shape == values.parts[0][1:2][0].shape == (10, 8)
-        assert arena.used == 2 * one
+        assert arena.budget.used == 2 * one
         files = [part.close for values in kept[2:] for part in values.parts]
         assert [file.alive for file in files] == [True, True]
         arena.release(kept[3])
         assert [file.alive for file in files] == [True, False]
         arena.release(kept[0])
-        assert arena.used == one
+        assert arena.budget.used == one
         # Room that was given back is used again.
         assert in_files(arena.empty(rows, 8)) == [False]
         # The files have no names, so that none can be left behind.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models import STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, opened, relative, token_rows
 from outputs import error_of, record_of
+from secateur.base.memory import MemoryBudget
 from secateur.base.progress import Silent
 from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_matrices
@@ -101,7 +102,7 @@ def test_gradients_of_a_range_of_blocks(checkpoint_folder):
 def test_activations_in_files_give_the_same_gradients(checkpoint_folder, tmp_path, monkeypatch):
     rows, seen = some_rows(), []
     held = {b.index: b.gradient for b in gradients(opened(checkpoint_folder("gpt2")), rows)}
-    arena = Arena(0, tmp_path)
+    arena = Arena(MemoryBudget(0), tmp_path)
     monkeypatch.setattr(BlockStream, "arena", lambda _: arena)
     for block in gradients(opened(checkpoint_folder("gpt2")), rows):
         seen.append(sum(file.close.alive for file in arena._files))

@@ -20,6 +20,29 @@ LIMITS = {"": (GROUPS, "memory.max"), "memory": (GROUPS / "memory", "memory.limi
 """Folder and file name of the memory limits of control groups, in version 2 and in version 1."""
 
 
+class MemoryBudget:
+    """Bytes of memory that are shared by activations and weights; what does not fit is kept in files or read again."""
+
+    def __init__(self, limit: int | None = None):
+        """Create a budget of which nothing is used.
+
+        Args:
+            limit: Number of bytes; by default a quarter of the machine's memory.
+        """
+        self.limit = psutil.virtual_memory().total // 4 if limit is None else limit
+        self.used = 0
+
+    def take(self, size: int) -> bool:
+        """Take some bytes if they are left, and return whether they were."""
+        fits = self.used + size <= self.limit
+        self.used += size * fits
+        return fits
+
+    def give_back(self, size: int) -> None:
+        """Give back bytes that were taken."""
+        self.used -= size
+
+
 def parse_memory(amount: str | None) -> int:
     """Return an amount of memory in bytes.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from secateur.base.memory import MemoryBudget
 from secateur.base.processes import Processes
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import RunFolder
@@ -22,8 +23,8 @@ class Services:
     """Processes that share the calibration rows."""
     batch_tokens: int = BATCH_TOKENS
     """Largest number of tokens in a batch; smaller if the memory of the device is small."""
-    activation_bytes: int | None = None
-    """Bytes of activations to keep in memory, the rest goes to files; None for a quarter of the machine's memory."""
+    budget: MemoryBudget = field(default_factory=MemoryBudget)
+    """Memory for activations and for weights that are used again; the rest goes to files, or is read again."""
     run_folder: RunFolder | None = None
     """Folder of the unfinished run, at rank 0 only: results of steps, checkpoints of passes, activations in files."""
     watcher: Watcher = field(default_factory=Silent)

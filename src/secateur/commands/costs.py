@@ -11,6 +11,7 @@ from secateur.commands.work import Work
 from secateur.model.axes import Width
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
+from secateur.model.structure import Block
 
 
 def survey_work(stream: BlockStream, tokens: int, probe_tokens: int, probes: int) -> Work:
@@ -30,7 +31,7 @@ def survey_work(stream: BlockStream, tokens: int, probe_tokens: int, probes: int
     streams = tokens + probe_tokens * (1 + probes * len(blocks))
     passes = Work(
         forward=sum(forward_flops(block, tokens + probe_tokens) for block in blocks) + probed,
-        resident_bytes=resident_bytes(stream),
+        resident_bytes=resident_bytes(stream, tokens=tokens),
         activation_bytes=4 * (stream.columns * streams + kept * (tokens + probe_tokens)),
     )
     return Work.total([passes, *(module.survey(tokens) for block in blocks for module in costs_of(stream, block))])
@@ -73,11 +74,14 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input
         forward=sum(forward_flops(block, rows.tokens + held_out + sum(fits)) for block in stream.blocks),
         resident_bytes=resident_bytes(
             stream,
+            tokens=first,
             input_steps=input_steps > 0
             and any(stream.blocks[index].feed_forward.units_at(width) for index, width in widths.items()),
             separate_choice=rows.choice_weights is not None,
         ),
-        activation_bytes=4 * activations + max(module.activation_bytes for module in modules),
+        activation_bytes=4 * activations
+        + max(module.activation_bytes for module in modules)
+        + max(module.kept_bytes for block in costs.values() for module in block),
     )
     return Work.total([passes, *(module._replace(activation_bytes=0) for module in modules)])
 
@@ -95,28 +99,29 @@ def gradient_work(stream: BlockStream, tokens: int) -> Work:
     )
 
 
-def resident_bytes(stream: BlockStream, *, input_steps: bool = False, separate_choice: bool = False) -> int:
-    """Return the bytes that must be in memory while the largest block is pruned, or the embedding or output layer runs.
+def resident_bytes(
+    stream: BlockStream, *, tokens: int = 0, input_steps: bool = False, separate_choice: bool = False
+) -> int:
+    """Return the bytes that must be in memory while a block is surveyed or pruned, or the embedding or output layer
+    runs: the largest of these numbers.
 
-    Besides the block, these are the workspace of a solve or of the steps of the input projections, whichever is larger,
-    and the activations of one batch. The factors were measured on blocks of LLaMA-7B's shape.
+    For a block, these are its weights, the workspace of the module that needs most, and the activations of one batch.
+    The factors were measured on blocks of LLaMA-7B's shape.
 
     Args:
         stream: The open model.
+        tokens: Number of tokens of one fit, all of which are in memory at a mixture of experts.
         input_steps: Whether input projections are fitted.
         separate_choice: Whether units are chosen on other rows than the weights are fitted to. Each of the two then has
             a Gram matrix and a cross moment.
     """
-    block, d = max(stream.blocks, key=lambda block: block.parameters), stream.width
-    costs = costs_of(stream, block)
-    a, experts = max(module.solved_inputs for module in costs), sum(module.expert_parameters for module in costs)
-    m = sum(len(module.channel_projections) for module in block.modules_left)
-    solve = (2.3 + separate_choice) * a * a + (7 + separate_choice) * a * d
-    steps = m * (2 * a * a + 6 * a * d) * input_steps
-    batch = stream.batch_tokens * (3 * a + 4 * d)
-    # Weights of experts that get new values are in memory twice: all weights, or the output projections only.
-    expert_copies = (1.2 + (1 if input_steps else 1 / 3)) * experts * stream.expert_bytes / 4
-    pruning = 1.2 * (block.parameters - experts) + expert_copies + max(solve, steps) + batch
-    stored = stream.checkpoint.entries
-    outside_blocks = stored - sum(block.parameters for block in stream.blocks)
-    return round(4.2 * max(pruning, outside_blocks))
+
+    def entries(block: Block) -> float:
+        costs, d = costs_of(stream, block), stream.width
+        workspaces = (module.resident_entries(tokens, input_steps, separate_choice) for module in costs)
+        inputs = max((module.solved_inputs for module in costs), default=0)
+        weights = 1.2 * (block.parameters - sum(module.expert_parameters for module in costs))
+        return weights + max(workspaces, default=0) + stream.batch_tokens * (3 * inputs + 4 * d)
+
+    outside_blocks = stream.checkpoint.entries - sum(block.parameters for block in stream.blocks)
+    return round(4.2 * max(outside_blocks, *map(entries, stream.blocks)))

@@ -18,6 +18,15 @@ from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 READS_PER_LOOKUP = 8
 """Number of times that an expert's output for a token is read or written for each lookup."""
 
+EXPERT_COPIES = 6
+"""Largest number of float32 copies of an expert's weights during its fit: old and new ones, changes and gradients."""
+TOKEN_COPIES = 5
+"""Largest number of vectors of a token at a mixture: inputs, targets and outputs, some of them twice."""
+SAMPLE_COPIES = 20
+"""Largest number of vectors of a sampled token in a survey, most of them outputs at several numbers of channels."""
+EXPERT_OUTPUTS = 3
+"""Outputs of single experts that are kept for a sampled token, by the number of experts per token."""
+
 
 class ModuleCosts:
     """Costs of a module with one output projection, such as an attention."""
@@ -40,6 +49,24 @@ class ModuleCosts:
     def expert_parameters(self) -> int:
         """Parameters of all experts."""
         return 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of weights that stay in memory if there is room: of experts, dense and fitted."""
+        return 0
+
+    def resident_entries(self, tokens: int, input_steps: bool, separate_choice: bool) -> float:
+        """Return how many float32 numbers a fit of the module holds in memory, without the weights of the block.
+
+        Args:
+            tokens: Number of tokens.
+            input_steps: Whether input projections are fitted.
+            separate_choice: Whether units are chosen on other rows than the weights are fitted to.
+        """
+        a, d, m = self.solved_inputs, self.width, len(self.module.channel_projections)
+        solve = (2.3 + separate_choice) * a * a + (7 + separate_choice) * a * d
+        steps = m * (2 * a * a + 6 * a * d) * input_steps
+        return max(solve, steps)
 
     def survey(self, tokens: int) -> Work:
         """Return the work of the error curve: a Gram matrix and an elimination."""
@@ -74,6 +101,11 @@ class FeedForwardCosts(ModuleCosts):
 class MixtureCosts(ModuleCosts):
     """Costs of a mixture of experts, each of which has an output projection of its own."""
 
+    def __init__(self, stream: BlockStream, block: Block, module: PrunableModule):
+        super().__init__(stream, block, module)
+        self._reads_one_by_one = stream.reads_experts_one_by_one
+        self._stored_bytes = stream.checkpoint.dtype.itemsize
+
     @property
     def solved_inputs(self) -> int:
         """Channels of one expert."""
@@ -88,6 +120,25 @@ class MixtureCosts(ModuleCosts):
     def expert_parameters(self) -> int:
         """Parameters of all experts."""
         return self._one_expert * self.module.units
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the matrices of all experts, dense and fitted, if they are not in memory anyway."""
+        return 2 * self._stored_bytes * self.expert_parameters if self._reads_one_by_one else 0
+
+    def resident_entries(self, tokens: int, input_steps: bool, separate_choice: bool) -> float:
+        """Return how many float32 numbers a fit of the mixture, or its survey, holds in memory.
+
+        These are the weights of one expert in several copies, or of all experts if they are not read one by one; and
+        the inputs, targets and outputs of all tokens, with the outputs of single experts for some of them.
+        """
+        d, sampled = self.width, min(tokens, MAX_TOKENS)
+        experts = (1.2 + (1 if input_steps else 1 / 3)) * self.expert_parameters
+        if self._reads_one_by_one:
+            experts = EXPERT_COPIES * self._one_expert
+        looked_up = SAMPLE_COPIES + EXPERT_OUTPUTS * self.module.experts_per_token
+        rows = d * (TOKEN_COPIES * tokens + looked_up * sampled)
+        return super().resident_entries(tokens, input_steps, separate_choice) + experts + rows
 
     def survey(self, tokens: int) -> Work:
         """Return the work of the order of experts, of the error curve of their channels, and of the refit's effect.

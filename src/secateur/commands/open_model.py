@@ -10,6 +10,7 @@ import torch
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import leftovers, local_path
+from secateur.base.memory import MemoryBudget
 from secateur.base.processes import Processes
 from secateur.base.progress import Watcher, busy_reading
 from secateur.base.run_folder import PARTIAL_OUTPUT, run_folder_path
@@ -219,10 +220,11 @@ def open_run(
     memory, activations = memory_limit(
         stream,
         run_options.memory,
+        tokens=max(options.samples, options.refit_rows or 0) * options.length // services.processes.size,
         input_steps=options.recovery_settings.input_steps > 0,
         separate_choice=options.separate_choice,
     )
-    stream = stream.using(activation_bytes=activations)
+    stream = stream.using(budget=MemoryBudget(activations))
     return OpenRun(
         stream,
         options,

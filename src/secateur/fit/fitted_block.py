@@ -9,12 +9,13 @@ be averaged, which cancels much of these errors.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from secateur.fit.module_report import ModuleReport
-from secateur.model.expert_matrices import plain_tensor
+from secateur.model.expert_matrices import matrix_by_matrix
 from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits
@@ -42,18 +43,20 @@ def mean_of(fits: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> Fi
 
     def mean(name: str) -> Tensor:
         # A fit that did not change a tensor has the dense one.
-        values = (
-            fit.changed[name] if name in fit.changed else plain_tensor(dense.get_parameter(name).data).cpu()
-            for fit in fits
-        )
-        total = next(values).float()
-        for value in values:
-            total = total + value.float()
-        return (total / len(fits)).to(dtype)
+        values = (fit.changed[name] if name in fit.changed else dense.get_parameter(name).data.cpu() for fit in fits)
+        return matrix_by_matrix(partial(_mean, dtype), *values, dtype=dtype)
 
     names = dict.fromkeys(name for fit in fits for name in fit.changed)
     reports = tuple(_mean_report(same) for same in zip(*(fit.reports for fit in fits), strict=True))
     return FittedBlock(first.index, first.keep, {name: mean(name) for name in names}, reports)
+
+
+def _mean(dtype: torch.dtype, first: Tensor, *others: Tensor) -> Tensor:
+    """Return the mean of several tensors in a dtype."""
+    total = first.float()
+    for tensor in others:
+        total = total + tensor.float()
+    return (total / (1 + len(others))).to(dtype)
 
 
 def _mean_report(reports: Sequence[ModuleReport]) -> ModuleReport:

@@ -26,7 +26,7 @@ from secateur.fit.module_report import ModuleReport, report_module
 from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
-from secateur.model.expert_matrices import plain_tensor
+from secateur.model.expert_matrices import changeable
 from secateur.model.mixture import Mixture
 from secateur.model.structure import KeptUnits, PrunableModule
 from secateur.model.surgery import channels_by_expert
@@ -142,7 +142,7 @@ class MixtureStage:
         names = mixture.stored_names(inputs=self.recovery.input_steps > 0)
         for name in names:
             # Tensors are copied one at a time: they are most of the block, and each exists twice while it is copied.
-            state.set_tensors({name: plain_tensor(state.tensors[name]).to(state.dtype, copy=True)})
+            state.set_tensors({name: changeable(state.tensors[name], state.dtype, state.arena)})
         routes = mixture.route(self.tokens.x_nd, alive)
         for expert in mixture.with_shared(alive):
             regression = ExpertRegression(state, mixture, self.tokens, routes, residual_nd, expert)
@@ -156,7 +156,7 @@ class MixtureStage:
             regression.store(fitted)
             channels[expert] = fitted.keep
         for name in names:
-            state.set_tensors({name: plain_tensor(state.tensors[name])})
+            state.set_tensors({name: state.tensors[name]})
         return unfitted
 
     def _store_outputs(self, alive: Tensor) -> None:

@@ -18,6 +18,7 @@ from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import TEXT
+from secateur.model.expert_matrices import whole
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import first_units, width_of
 from secateur.model.units.channels import CHANNELS
@@ -136,7 +137,7 @@ class Folder(Format):
         """
         if (reason := self.unsupported_plan(pruned.plan.widths)) is not None:
             raise SecateurError(reason)
-        tensors = dict(self.tensors(pruned))
+        tensors = {name: whole(tensor) for name, tensor in self.tensors(pruned)}
         biases = self._biases(tensors)
         return network_of(self.config(pruned.plan, biases), tensors, self.dtype)
 

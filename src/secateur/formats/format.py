@@ -233,7 +233,7 @@ class Format(ABC):
         """Yield a block's tensors in the pieces in which the checkpoint stores them."""
         for name, tensor in tensors.items():
             if name in self.stream.blocks[index].shapes:
-                yield from self.stream.as_stored(index, name, tensor).items()
+                yield from self.stream.as_stored(index, name, tensor)
             else:
                 yield self.stored_name(index, name), tensor
 

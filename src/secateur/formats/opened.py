@@ -99,6 +99,6 @@ def _pruned_tensors(stream: BlockStream, keeps: Mapping[int, KeptUnits]) -> dict
         stored = [stored for name in dense for stored in stream.stored_names(index, name)]
         before = {name: tensors.pop(name) for name in stored}
         for name, tensor in slice_block(block, dense, keep).items():
-            for piece, part in stream.as_stored(index, name, tensor).items():
+            for piece, part in stream.as_stored(index, name, tensor):
                 tensors[piece] = replace(before[piece], shape=tuple(part.shape))
     return tensors

@@ -7,12 +7,12 @@ import weakref
 from pathlib import Path
 from types import TracebackType
 
-import psutil
 import torch
 from torch import Tensor
 
 from secateur.base.errors import StoppedError
 from secateur.base.files import is_disk_full
+from secateur.base.memory import MemoryBudget
 from secateur.model.rows import Batch, Rows
 
 PIECE = 2**24
@@ -95,21 +95,20 @@ class Activations:
 class Arena:
     """Allocator of activations: in memory up to a limit, beyond it in files that are closed on exit."""
 
-    def __init__(self, limit: int | None = None, folder: Path | None = None):
+    def __init__(self, budget: MemoryBudget | None = None, folder: Path | None = None):
         """Create an empty arena.
 
         Args:
-            limit: Largest number of bytes in memory; by default a quarter of the machine's memory.
+            budget: Memory of which the arena takes what is left; by default a quarter of the machine's memory.
             folder: Folder of the files; by default the system's folder for temporary files.
         """
-        self.limit = psutil.virtual_memory().total // 4 if limit is None else limit
-        self.folder = folder
-        self.used = 0
+        self.budget, self.folder = budget or MemoryBudget(), folder
+        self._used = 0
         self._files: weakref.WeakSet[FileRows] = weakref.WeakSet()
 
     def empty(self, rows: Rows, width: int, dtype: torch.dtype = torch.float32) -> Activations:
         """Return uninitialised activations for rows."""
-        return Activations([self._empty((*group.shape, width), dtype) for group in rows.groups])
+        return Activations([self.tensor((*group.shape, width), dtype) for group in rows.groups])
 
     def copy(self, rows: Rows, other: Activations) -> Activations:
         """Return a copy of the activations of some rows."""
@@ -121,19 +120,28 @@ class Arena:
     def release(self, activations: Activations) -> None:
         """Free the memory or file space of activations, which must not be used afterwards."""
         for part in activations.parts:
-            if isinstance(part, FileRows):
-                part.close()
-            else:
-                self.used -= part.numel() * part.element_size()
+            self.free(part)
         activations.parts = []
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | FileRows:
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | FileRows:
+        """Return an uninitialised tensor, in memory or in a file."""
         size = dtype.itemsize * math.prod(shape)
-        if self.used + size > self.limit:
+        if not self.budget.take(size):
             self._files.add(file := FileRows(self.folder, shape, dtype))
             return file
-        self.used += size
+        self._used += size
         return torch.empty(shape, dtype=dtype)
+
+    def free(self, tensor: Tensor | FileRows) -> None:
+        """Free the memory or file space of a result of `tensor`, which must not be used afterwards."""
+        if isinstance(tensor, FileRows):
+            tensor.close()
+        elif self._used:
+            self._give_back(tensor.nbytes)
+
+    def _give_back(self, size: int) -> None:
+        self.budget.give_back(size)
+        self._used -= size
 
     def __enter__(self) -> "Arena":
         return self
@@ -144,6 +152,7 @@ class Arena:
         # The traceback of an error keeps the activations alive.
         for file in self._files:
             file.close()
+        self._give_back(self._used)
 
 
 def memory_of(tensor: Tensor) -> memoryview:

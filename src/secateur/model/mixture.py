@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from secateur.model.axes import Axis, axis_kinds
-from secateur.model.expert_matrices import plain_tensor
+from secateur.model.expert_matrices import stored_matrix
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule, Slab
 from secateur.model.units.channels import CHANNELS
@@ -21,6 +21,9 @@ from secateur.model.units.experts import EXPERTS, layout_of, shared_expert
 
 _TOP_K = ("top_k", "num_experts_per_tok")
 """Names that routers have for the number of experts per token."""
+
+_INPUTS, _OUTPUT = {"gate_proj.weight", "up_proj.weight"}, {"down_proj.weight"}
+"""Names of an expert's matrices, by the tensor of all experts that holds them."""
 
 
 class Routes(NamedTuple):
@@ -180,18 +183,31 @@ class Mixture:
 
     def set_tensors(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Set the values of a routed expert's tensors, by the names of `tensors`."""
-        views = self.tensors(expert)
+        owners = (self.experts.gate_up_proj, self.experts.down_proj)
+        matrices = [stored_matrix(owner, expert).clone() for owner in owners]
+        views = self._named(expert, *matrices)
         for name, tensor in tensors.items():
             views[name].copy_(tensor)
+        for owner, matrix, parts in zip(owners, matrices, (_INPUTS, _OUTPUT), strict=True):
+            if tensors.keys() & parts:
+                owner[expert] = matrix
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
-        """Return the tensors of one expert, as views of the block's tensors."""
+        """Return the tensors of one expert, which the caller must not change."""
         if expert == self._shared_number:
             return {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
+        matrices = (self.experts.gate_up_proj, self.experts.down_proj)
+        return self._named(expert, *(stored_matrix(owner, expert) for owner in matrices))
+
+    def _named(self, expert: int, both: Tensor, down: Tensor) -> dict[str, Tensor]:
+        """Return views of a routed expert's matrices and biases, by the names of an ordinary feed-forward.
+
+        Args:
+            expert: Number of the expert.
+            both: Matrix of the gate and up projections.
+            down: Matrix of the output projection.
+        """
         layout, f = self.layout, self.module.units_inside
-        both, down = (
-            plain_tensor(matrices.data)[expert] for matrices in (self.experts.gate_up_proj, self.experts.down_proj)
-        )
         rows, bias = both.T if layout.inputs_first else both, self._leaf("gate_up_proj_bias", expert)
         parts = [(rows, "weight"), *([] if bias is None else [(bias, "bias")])]
         tensors = {"down_proj.weight": down.T if layout.inputs_first else down}

@@ -51,6 +51,16 @@ class Packed(TensorInfo):
         """Return the dequantised weight in CPU memory."""
         return self.unpack(**{part: read_tensor(info) for part, info in self.stored.items()})
 
+    def read_entry(self, index: int) -> Tensor:
+        """Return the dequantised values at one index of the first axis."""
+        count = self.shape[0]
+        parts = {
+            # A part that is the same for all experts has another length.
+            part: info.read_entry(index)[None] if info.shape[:1] == (count,) else read_tensor(info)
+            for part, info in self.stored.items()
+        }
+        return self.unpack(**parts)[0]
+
 
 class _Weight(NamedTuple):
     """Quantised weight, with the names of its parts."""

@@ -1,6 +1,7 @@
 """Stored tensors of a checkpoint by transformers' names, and the pieces in which they are stored."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts
 from secateur.families.registry import FAMILIES, experts_of
+from secateur.model.matrix_sources import MatrixSource, SeparateMatrices, StackedMatrices
 from secateur.model.weights import TensorInfo
 
 _ALIASES = {"lm_head.": "embed_out."}
@@ -116,17 +118,24 @@ class Stored:
         Raises:
             SecateurError: The parameter is missing.
         """
-        pieces = self.pieces(name)
-        if not pieces:
-            raise SecateurError(f"{self.source}: tensor {name} is missing")
+        pieces = self._existing_pieces(name)
         if len(pieces) == 1:
             return self.read(pieces[0])
-        per_expert = self.matrices_per_expert(name)
-        result = torch.empty(self._shape_of(name, pieces), dtype=self.tensors[pieces[0]].dtype)
-        for expert, joined in enumerate(result):
-            matrices = pieces[expert * per_expert : (expert + 1) * per_expert]
-            torch.cat([self.read(piece) for piece in matrices], out=joined)
+        matrices = self.expert_matrices(name)
+        result = torch.empty(matrices.shape, dtype=matrices.dtype)
+        for expert, place in enumerate(result):
+            place.copy_(matrices.read(expert))
         return result
+
+    def _existing_pieces(self, name: str) -> tuple[str, ...]:
+        """Return the stored names of the pieces of a transformers parameter; see `pieces`.
+
+        Raises:
+            SecateurError: A piece is missing.
+        """
+        if not (pieces := self.pieces(name)):
+            raise SecateurError(f"{self.source}: tensor {name} is missing")
+        return pieces
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the tensor that `read_parameter` returns."""
@@ -140,13 +149,28 @@ class Stored:
         per_expert = self.matrices_per_expert(name)
         return (len(pieces) // per_expert, sum(shape[0] for shape in shapes[:per_expert]), shapes[0][1])
 
-    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Return a parameter's values by stored names, for the experts that are left."""
+    def expert_matrices(self, name: str) -> MatrixSource:
+        """Return the matrices of all experts that a transformers parameter holds, each read when it is used.
+
+        Raises:
+            SecateurError: The parameter is missing.
+        """
+        pieces = self._existing_pieces(name)
+        stored = [self.tensors[piece] for piece in pieces]
+        shape, dtype = self._shape_of(name, pieces), stored[0].dtype
+        if len(pieces) == 1:
+            return StackedMatrices(shape, dtype, stored[0])
+        each = self.matrices_per_expert(name)
+        return SeparateMatrices(shape, dtype, [stored[first : first + each] for first in range(0, len(stored), each)])
+
+    def split(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield a parameter's values with their stored names, for the experts that are left."""
         pieces = self.pieces(name)
         if len(pieces) == 1:
-            return {pieces[0]: self.tensors[pieces[0]].as_stored(tensor)}
+            yield pieces[0], self.tensors[pieces[0]].as_stored(tensor)
+            return
         parts = (part for joined in tensor for part in joined.chunk(self.matrices_per_expert(name)))
-        return dict(zip(pieces, parts, strict=False))
+        yield from zip(pieces, parts, strict=False)
 
     def matrices_per_expert(self, name: str) -> int:
         """Return the number of stored matrices of one expert that a parameter joins."""

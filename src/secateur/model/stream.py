@@ -30,6 +30,7 @@ from secateur.model.axes import ATTENTION
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.expert_matrices import ExpertMatrices
 from secateur.model.hooks import LayerReached, Recorder, replayed, watched, zeroed
+from secateur.model.matrix_sources import KeptMatrices
 from secateur.model.per_layer import empty_decoder
 from secateur.model.rows import Rows
 from secateur.model.side_inputs import SideInputs
@@ -59,13 +60,17 @@ class BlockStream:
         self.family = family_of(checkpoint.config)
         self.model: Any = empty_decoder(checkpoint)
         self.model.requires_grad_(False)
-        self._kept_as_stored: tuple[str, ...] = ()
-        """Names of the tensors of experts, which are converted to float32 expert by expert."""
+        self._matrices_of_experts: tuple[str, ...] = ()
+        """Endings of the names of tensors that hold the matrices of all experts."""
+        if self.family.experts is not None:
+            self._matrices_of_experts = tuple(dict(self.family.experts.stored))
+        self._read_one_by_one: tuple[str, ...] = ()
+        """The same, if a block reads each matrix when it uses the expert, and converts it to float32 then."""
         if self.family.experts is not None and self.device.type != "cuda":
             # Grouped products stay float32 here, and take twice as long as one expert after the other.
             self.model.set_experts_implementation("eager")
         if self.family.experts is not None and self.device.type == "cpu" and not self.family.experts.scales_inputs:
-            self._kept_as_stored = tuple(dict(self.family.experts.stored))
+            self._read_one_by_one = self._matrices_of_experts
         checkpoint.check_shapes(self.model)
         try:
             self.layers = self.model.get_submodule(self.family.blocks)
@@ -101,11 +106,21 @@ class BlockStream:
     @property
     def batch_tokens(self) -> int:
         """Largest number of tokens in a batch; more for mixtures, where each expert gets only some of the tokens."""
-        return self.services.batch_tokens * (MIXED if self._kept_as_stored else 1)
+        return self.services.batch_tokens * (MIXED if self._read_one_by_one else 1)
 
     def stored(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
-        """Return a block's tensors as stored, by their names inside the block, without some of them."""
-        return {name: self._read_block(index, name) for name in self.blocks[index].shapes if name not in without}
+        """Return a block's tensors as stored, by their names inside the block, without some of them.
+
+        Matrices of experts are read when they are used.
+        """
+        names = [name for name in self.blocks[index].shapes if name not in without]
+        return {name: self._stored(index, name) for name in names}
+
+    def _stored(self, index: int, name: str) -> Tensor:
+        """Return a block's tensor as stored; matrices of experts are read when they are used."""
+        if name.endswith(self._matrices_of_experts):
+            return ExpertMatrices.of(self.checkpoint.expert_matrices(self._inside(index, name)))
+        return self._read_block(index, name)
 
     def stored_names(self, index: int, name: str) -> tuple[str, ...]:
         """Return the checkpoint's names of a block's tensor: one name, or the names of its pieces."""
@@ -119,8 +134,8 @@ class BlockStream:
     def _inside(self, index: int, name: str) -> str:
         return f"{self.family.blocks}.{index}.{name}"
 
-    def as_stored(self, index: int, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Return values of a block's tensor by the checkpoint's names."""
+    def as_stored(self, index: int, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the values of a block's tensor with the checkpoint's names."""
         return self.checkpoint.split(self._inside(index, name), tensor)
 
     @property
@@ -150,38 +165,48 @@ class BlockStream:
         return self.read(self._inside(index, name))
 
     def as_loaded(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a block's tensor as it is held in memory: float32, except for the matrices of experts."""
-        return ExpertMatrices.of(tensor) if name.endswith(self._kept_as_stored) else tensor.float()
+        """Return a block's tensor as it is in a loaded block: in float32, or matrices that are converted one by one."""
+        return tensor if isinstance(tensor, ExpertMatrices) else tensor.float()
 
     @property
-    def expert_bytes(self) -> int:
-        """Bytes per entry of the matrices of experts in a loaded block."""
-        return self.checkpoint.dtype.itemsize if self._kept_as_stored else 4
+    def reads_experts_one_by_one(self) -> bool:
+        """Whether a loaded block reads the matrices of experts when it uses them."""
+        return bool(self._read_one_by_one)
 
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
         """Load the weights of one block onto the device, and release them on exit. The next block is read ahead
-        meanwhile."""
-        layer = self.layers.get_submodule(str(index))
+        meanwhile. Matrices of experts stay in memory as far as there is room."""
+        layer, kept = self.layers.get_submodule(str(index)), list[KeptMatrices]()
         try:
             for name in self.blocks[index].shapes:
-                # Copied in the stored dtype, because float32 would be twice as many bytes.
-                assign(layer, name, self.as_loaded(name, to_device(self._read_block(index, name), self.device)))
+                if name.endswith(self._read_one_by_one):
+                    stored = self.checkpoint.expert_matrices(self._inside(index, name))
+                    kept.append(KeptMatrices(stored, self.services.budget))
+                    assign(layer, name, ExpertMatrices.of(kept[-1]))
+                else:
+                    # Copied in the stored dtype, because float32 would be twice as many bytes.
+                    assign(layer, name, to_device(self._read_block(index, name), self.device).float())
             layer.to(self.device)
-            if index + 1 < len(self):
-                names = [
-                    stored for name in self.blocks[index + 1].shapes for stored in self.stored_names(index + 1, name)
-                ]
-                read_ahead(part for name in names for part in self.checkpoint.tensors[name].parts)
+            self._read_ahead(index + 1)
             yield layer
         finally:
             for name, shape in self.blocks[index].shapes.items():
                 assign(layer, name, torch.empty(shape, device="meta"))
             for name in set(dict(layer.named_parameters())) - set(self.blocks[index].shapes):
                 assign(layer, name, None)
-            if self._kept_as_stored:
+            for matrices in kept:
+                matrices.release()
+            if kept:
                 # Thousands of matrices were allocated and freed, which left two gigabytes of holes in the heap.
                 release_freed_memory()
+
+    def _read_ahead(self, index: int) -> None:
+        """Ask the system to read a block, if it exists, from disk in the background."""
+        shapes = self.blocks[index].shapes if index < len(self) else ()
+        names = [name for name in shapes if not name.endswith(self._read_one_by_one)]
+        stored = [self.checkpoint.tensors[piece] for name in names for piece in self.stored_names(index, name)]
+        read_ahead(part for info in stored for part in info.parts)
 
     @contextmanager
     def fast_products(self) -> Iterator[None]:
@@ -219,7 +244,7 @@ class BlockStream:
     def arena(self) -> Arena:
         """Return room for activations, within the memory that the run may take."""
         folder = self.services.run_folder
-        return Arena(self.services.activation_bytes, None if folder is None else folder.path)
+        return Arena(self.services.budget, None if folder is None else folder.path)
 
     def local_rows(self, rows: Rows) -> Rows:
         """Return this process's share of some rows, in batches of `batch_tokens`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.model.axes import Width
+from secateur.model.expert_matrices import select_in_each
 from secateur.model.layer_sizes import BIASES, layer_sizes, numbers
 from secateur.model.modeling_secateur import resize
 from secateur.model.structure import Block, KeptUnits, PrunableModule, Slab
@@ -89,11 +90,9 @@ def _slice_experts(
         if slab.along == (EXPERT_CHANNELS,):
             positions = slab.offset + channels_ec[..., None] * slab.size + torch.arange(slab.size)
             places.setdefault((slab.name, slab.axis), []).append(positions.flatten(1))
-    for (name, axis), parts in places.items():
-        # Experts are sliced one after the other: one index for all entries would be several times the weights' size.
-        each = zip(tensors[name], torch.cat(parts, 1).to(tensors[name].device), strict=True)
-        result[name] = torch.stack([matrix.index_select(axis - 1, index) for matrix, index in each])
-    return result
+    return result | {
+        name: select_in_each(tensors[name], axis, torch.cat(parts, 1)) for (name, axis), parts in places.items()
+    }
 
 
 def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: KeptUnits) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ class TensorInfo:
         """Return the values; see `read_tensor`."""
         return read_tensor(self)
 
+    def read_entry(self, index: int) -> Tensor:
+        """Return the values at one index of the first axis."""
+        shape, size = self.shape[1:], self.bytes // max(1, self.shape[0])
+        return read_tensor(TensorInfo(self.file, shape, self.dtype, self.offset + index * size))
+
     def as_stored(self, tensor: Tensor) -> Tensor:
         """Return new values for the tensor in its stored form."""
         return tensor
@@ -113,6 +119,10 @@ class InMemory(TensorInfo):
         """Return a copy of the values in CPU memory."""
         return self.values.detach().to("cpu", copy=True).contiguous()
 
+    def read_entry(self, index: int) -> Tensor:
+        """Return a copy of the values at one index of the first axis, in CPU memory."""
+        return self.values.detach()[index].to("cpu", copy=True).contiguous()
+
     def samples(self, size: int) -> Iterator[Sample]:
         """Yield up to `size` bytes at the start, middle and end of the tensor."""
         flat = self.values.detach().reshape(-1)
@@ -137,6 +147,10 @@ class Transposed(TensorInfo):
     def read(self) -> Tensor:
         """Return the values."""
         return self.as_stored(self.stored.read())
+
+    def read_entry(self, index: int) -> Tensor:
+        """Return the matrix of one expert."""
+        return self.stored.read_entry(index).T.contiguous()
 
     def as_stored(self, tensor: Tensor) -> Tensor:
         """Return the transposed matrices."""
@@ -187,6 +201,11 @@ class SelectedRows(TensorInfo):
                     raise ended_early(self.file)
                 view = view[(stop - first) * row_bytes :]
         return data.view(self.dtype).view(self.shape)
+
+    def read_entry(self, index: int) -> Tensor:
+        """Return the values of one row."""
+        rows = chain.from_iterable(range(first, stop) for first, stop in self.runs)
+        return self.stored.read_entry(next(islice(rows, index, None)))
 
 
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:

@@ -24,6 +24,7 @@ from secateur.base.device import fast_dtype, pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.hashes import hash_rows
+from secateur.base.memory import MemoryBudget
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import CHOICE, run_folder_path
@@ -138,13 +139,13 @@ def retrain(
         set_seed(training.seed)
         plan, trained = _plan_memory(checkpoint, training, where, services, memory)
         training = replace(training, rank=plan.rank)
-        services = replace(services, activation_bytes=plan.spare_bytes)
+        services = replace(services, budget=MemoryBudget(plan.spare_bytes))
         student = _load(checkpoint, where, plan, services.watcher)
         dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
         rows = _draw(checkpoint, student, dense, training, plan, services, started)
         targets_bytes = 0 if dense is None else TARGET_BYTES * rows.train.numel()
         _check_disk(target.path, checkpoint.bytes + 2 * CHECKPOINT_BYTES * trained + targets_bytes)
-        arena = stack.enter_context(Arena(plan.spare_bytes, run_folder_path(target.path)))
+        arena = stack.enter_context(Arena(services.budget, run_folder_path(target.path)))
         targets = None if dense is None else teacher_targets(dense, rows, arena)
         student.rows, student.targets = rows.train, targets_of(rows.train, targets, training.text_weight)
         history = train(

@@ -47,7 +47,7 @@ class TrainedWeights:
     def _pieces_of(self, name: str) -> dict[str, Tensor]:
         """Return a parameter by stored names: its pieces, if the matrices of experts are stored one by one."""
         weight = self._merged(name) if self._adapters else self._network.get_parameter(name).data
-        return self._checkpoint.split(name, weight)
+        return dict(self._checkpoint.split(name, weight))
 
     def _merged(self, name: str) -> Tensor:
         """Return a stored matrix with its adapter added, rounded to the stored dtype."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.json_files import damaged_state
+from secateur.model.expert_matrices import in_parts
 from secateur.model.weights import DTYPES, INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
@@ -115,7 +116,8 @@ class ShardWriter:
             self._shards.append({})
             self._file = self._path(len(self._shards)).open("wb")
             self._file.write(b" " * (8 + self.header_bytes))
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in in_parts(tensor):
+            self._file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._shards[-1][name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),

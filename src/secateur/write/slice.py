@@ -1,10 +1,13 @@
 """The narrowed tensors of a fitted block."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.fit.fitted_block import FittedBlock
+from secateur.model.expert_matrices import matrix_by_matrix
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import slice_block
 
@@ -18,10 +21,11 @@ def slice_fitted(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype 
         dtype: Dtype of the result; by default the checkpoint's dtype.
 
     Returns:
-        Tensors by their names inside the block.
+        Tensors by their names inside the block. Matrices of experts are computed when they are used.
 
     Raises:
-        SecateurError: A refitted weight is larger than the largest number of the dtype.
+        SecateurError: A refitted weight is larger than the largest number of the dtype; for matrices of experts, the
+            error comes when they are used.
     """
     dtype = dtype or stream.checkpoint.dtype
     tensors = stream.stored(block.index, without=block.changed) | block.changed
@@ -29,10 +33,19 @@ def slice_fitted(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype 
     buffers = {name for name, _ in stream.layers.get_submodule(str(block.index)).named_buffers()}
     rounded = {name: tensor if name in buffers else tensor.to(dtype) for name, tensor in tensors.items()}
     for name in block.changed:
-        if not bool(torch.isfinite(rounded[name]).all()):
-            wanted = str(dtype).removeprefix("torch.")
-            raise SecateurError(
-                f"block {block.index}: a refitted weight of {name} is too large for {wanted}; use --dtype bfloat16 or "
-                "float32"
-            )
+        rounded[name] = matrix_by_matrix(partial(_finite, f"block {block.index}", name), rounded[name], dtype=dtype)
     return slice_block(stream.blocks[block.index], rounded, block.keep)
+
+
+def _finite(where: str, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor unchanged.
+
+    Raises:
+        SecateurError: It has an infinite entry.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        wanted = str(tensor.dtype).removeprefix("torch.")
+        raise SecateurError(
+            f"{where}: a refitted weight of {name} is too large for {wanted}; use --dtype bfloat16 or float32"
+        )
+    return tensor
