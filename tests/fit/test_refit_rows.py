@@ -43,8 +43,8 @@ def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(checkpoint_f
     """The first attention, before which nothing differs; level 2 against least squares in float64."""
     folder = checkpoint_folder(name)
     few = FEW[:1, :6]
-    chosen = run(folder, name, few, criterion)[0]
-    both = run(folder, name, Rows.of(MANY).with_choice_rows(Rows.of(few)), criterion)[0]
+    chosen = run(folder, name, few, criterion=criterion)[0]
+    both = run(folder, name, Rows.of(MANY).with_choice_rows(Rows.of(few)), criterion=criterion)[0]
     assert both.keep["heads"] == chosen.keep["heads"]
     model = build(name).double()
     module = blocks_of(model)[0].attention
