@@ -389,6 +389,17 @@ def layers_of(model: Any) -> list[nn.Module]:
     return list(model.get_submodule(family_of(model.config).blocks))
 
 
+def seen(model: Any, index: int, path: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the input and the output of a layer of a block, one row per token."""
+    found: list[Any] = []
+    layer = layers_of(model)[index].get_submodule(path)
+    hook = layer.register_forward_hook(lambda _, args, output: found.extend((args[0], output)))
+    logits_of(model, ids)
+    hook.remove()
+    x, y = (one[0] if isinstance(one, tuple) else one for one in found)
+    return x.flatten(0, -2), y.flatten(0, -2)
+
+
 def blocks_of(model: Any) -> list[Block]:
     return [describe(model.config, layer) for layer in layers_of(model)]
 

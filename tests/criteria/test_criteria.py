@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models import blocks_of, build, layers_of, token_rows
+from models import blocks_of, build, layers_of, seen, token_rows
 from secateur.base.plugins import preselections
 from secateur.criteria.choice import CRITERIA, IDENTITY
 from secateur.criteria.order import error_curve, remaining_units, removal_order
@@ -21,23 +21,11 @@ from secateur.numerics.moments import Moments
 MODELS = ["llama", "llama biased", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "mistral"]
 
 
-def seen(model: nn.Module, layer: nn.Module, path: str, ids: Tensor) -> Tensor:
-    """Input of a layer, one row a token."""
-    values: list[Tensor] = []
-    hook = layer.get_submodule(path).register_forward_pre_hook(lambda _, args: values.append(args[0]))
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    hook.remove()
-    return values[0].reshape(-1, values[0].shape[-1])
-
-
 def statistics(name: str, kind: str, *, index: int = 1, seed: int = 0) -> tuple[Statistics, Tensor, Tensor, Any]:
     """Statistics of one module of a tiny model, its inputs, its level-2 inputs, and the model."""
     model = build(name, attn_implementation="eager")
-    layer, block = layers_of(model)[index], blocks_of(model)[index]
-    module, ids = block.module(kind), token_rows(6)
-    x, inner = seen(model, layer, module.input_layer, ids), seen(model, layer, module.output_layer, ids)
-    tensors = dict(layer.named_parameters())
+    module, tensors = blocks_of(model)[index].module(kind), dict(layers_of(model)[index].named_parameters())
+    x, inner = (seen(model, index, path, token_rows(6))[0] for path in (module.input_layer, module.output_layer))
     moments, inputs = Moments(inner.shape[1]), Moments(x.shape[1])
     for part in range(0, len(x), 50):
         moments.update(inner[part : part + 50])

@@ -12,7 +12,7 @@ from test_recovery import IDS, WIDTHS, output_error, pruned_model, run
 from torch import Tensor, nn
 
 import peers
-from models import blocks_of, build, layers_of, logits_of, narrowed, relative, selected, token_rows, wide
+from models import blocks_of, build, layers_of, logits_of, narrowed, relative, seen, selected, token_rows, wide
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.fit_blocks import fit_blocks
 from secateur.commands.open_model import open_model
@@ -54,15 +54,6 @@ def test_a_constant_input_has_a_score_of_zero():
         assert 0 <= float(scores[-1]) < 20 * stats.weight_ao.square().sum(1).max()
 
 
-def mean_output(model: nn.Module, index: int, path: str, ids: Tensor) -> Tensor:
-    """Return the mean output of a layer over the calibration tokens."""
-    outputs: list[Tensor] = []
-    hook = layers_of(model)[index].get_submodule(path).register_forward_hook(lambda _, __, y: outputs.append(y))
-    logits_of(model, ids)
-    hook.remove()
-    return outputs[0].reshape(-1, outputs[0].shape[-1]).double().mean(0)
-
-
 def asked(folder: Path, name: str) -> tuple[list[FittedBlock], Tensor]:
     """Return the blocks that `prune --recovery bias` fits, and its calibration rows."""
     options: dict[str, Any] = {"sparsity": 0.3, "criterion": "flap-wifv", "recovery": "bias"}
@@ -92,8 +83,8 @@ def test_the_bias_preserves_the_mean_output(checkpoint_folder, name, whole):
         changed: dict[int, dict[str, Tensor]] = {b.index: b.changed for b in found[: block.index]}
         for module in (described.attention, described.feed_forward):
             whole = narrowed(dense, keeps, changed)
-            wanted, got = (mean_output(m, block.index, module.output_layer, ids) for m in (whole, pruned))
-            assert relative(got, wanted) < 2e-5
+            outputs = [seen(one, block.index, module.output_layer, ids)[1].double() for one in (pruned, whole)]
+            assert relative(*(output.mean(0) for output in outputs)) < 2e-5
             bias = module.bias_name
             keeps[block.index] = selected(block.keep["heads"], tuple(range(described.feed_forward.units)))
             changed[block.index] = {bias: block.changed[bias]}

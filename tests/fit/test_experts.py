@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import CheckpointFolder
-from models import MIXTURES, blocks_of, build, layers_of, token_rows
+from models import MIXTURES, blocks_of, build, layers_of, seen, token_rows
 from secateur.base.processes import Processes
 from secateur.criteria import experts
 from secateur.criteria.experts import expert_order
@@ -190,16 +190,6 @@ def fitted(folder: Any, experts: int, channels: int | None = None, criterion: st
     return block
 
 
-def seen(model: Any, path: str) -> tuple[Tensor, Tensor]:
-    """Return the input and the output of a layer of block 2 on the rows of `fitted`, one row per token."""
-    found: list[Tensor] = []
-    hook = layers_of(model)[2].get_submodule(path).register_forward_hook(lambda _, args, y: found.extend((args[0], y)))
-    with torch.no_grad():
-        model(ROWS)
-    hook.remove()
-    return tuple((x[0] if isinstance(x, tuple) else x).flatten(0, -2) for x in found)
-
-
 def channels_of(block: Any, inner: int) -> dict[int, list[int]]:
     """The channels that each expert keeps."""
     every = [(unit // inner, unit % inner) for unit in block.keep["channels"]]
@@ -226,7 +216,7 @@ def test_the_refit_of_experts_is_least_squares(checkpoint_folder, channels):
     stay = channels_of(block, 20) if channels < 20 else {}
     assert ("channels" in block.keep) == (channels < 20)
     model, keep = build(name), list(block.keep["experts"])
-    x, wanted = seen(model, "mlp")
+    x, wanted = seen(model, 2, "mlp", ROWS)
     mlp: Any = layers_of(model)[2].get_submodule("mlp")
     with torch.no_grad():
         gates, chosen = (x @ mlp.gate.weight[keep].T).softmax(1).topk(3)
@@ -268,7 +258,7 @@ def test_the_shared_expert_is_narrowed_with_the_others(checkpoint_folder, name):
     block = fitted(checkpoint_folder(name), experts, 8, ridge=ridge)
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         module = mixture.module
-        rows = mixture.projection_input(module.units, seen(build(name), module.path)[0]).double()
+        rows = mixture.projection_input(module.units, seen(build(name), 2, module.path, ROWS)[0]).double()
         old = mixture.weight(module.units).double()
     stay = 8 * module.shared_multiple
     assert len(old) == module.shared_multiple * module.units_inside
@@ -308,7 +298,7 @@ def test_input_projections_of_experts_reduce_the_error(checkpoint_folder, name):
     assert block.reports[1].error < 0.95 * plain.reports[1].error
     assert {key.rpartition(".")[2] for key in set(block.changed) - set(plain.changed)} == {"gate_up_proj"}
     with mixture_of(checkpoint_folder, name) as (mixture, layer):
-        x = seen(build(name), mixture.module.output_layer)[0][None]
+        x = seen(build(name), 2, mixture.module.output_layer, ROWS)[0][None]
         wanted = mixture.output(x, mixture.all_routed)[0]
         for key, value in block.changed.items():
             assign(layer, key, value)

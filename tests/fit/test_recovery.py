@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import blocks_of, build, layers_of, narrowed, reading, relative, token_rows, wide
+from models import blocks_of, build, layers_of, narrowed, reading, relative, seen, token_rows, wide
 from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit import block_regression
 from secateur.fit import module as fit_module
@@ -77,17 +77,6 @@ def least_squares(x: Tensor, t: Tensor, old: Tensor, ridge: float = RIDGE, *, in
     return weight, mean_t - mean_x @ weight
 
 
-def seen(model: Any, index: int, path: str, ids: Tensor = IDS) -> tuple[Tensor, Tensor]:
-    """Input and output of a layer, one row a token."""
-    values: list[tuple[Tensor, Tensor]] = []
-    layer = layers_of(model)[index].get_submodule(path)
-    hook = layer.register_forward_hook(lambda _, args, output: values.append((args[0], output)))
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    hook.remove()
-    return tuple(value.reshape(-1, value.shape[-1]) for value in values[0])
-
-
 def matrix(layer: nn.Module, path: str) -> Tensor:
     """A layer's weight, inputs first."""
     weight = layer.get_submodule(path).weight
@@ -103,7 +92,7 @@ def put(layer: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> Non
 
 def fit_level1(module: PrunableModule, dense: Any, pruned: Any, index: int, ridge: float) -> None:
     layer, original = layers_of(pruned)[index], layers_of(dense)[index]
-    x, dense_input = seen(pruned, index, module.input_layer)[0], seen(dense, index, module.input_layer)[0]
+    x, dense_input = seen(pruned, index, module.input_layer, IDS)[0], seen(dense, index, module.input_layer, IDS)[0]
     for path in dict.fromkeys(slab.name.rpartition(".")[0] for slab in module.input_projections):
         old, bias = matrix(original, path), original.get_submodule(path).bias
         target = dense_input @ old + (0 if bias is None else bias)
@@ -116,7 +105,7 @@ def fit_output_projection(
 ) -> None:
     """The kept entries; what goes becomes zero, so that the whole model computes as the narrow one would."""
     layer = layers_of(pruned)[index]
-    x, dense_output = seen(pruned, index, module.output_layer)[0], seen(dense, index, module.output_layer)[1]
+    x, dense_output = seen(pruned, index, module.output_layer, IDS)[0], seen(dense, index, module.output_layer, IDS)[1]
     old = matrix(layers_of(dense)[index], module.output_layer)
     weight, shift = least_squares(x[:, entries], dense_output, old[entries], ridge, intercept=module.bias is not None)
     full = torch.zeros_like(old)
@@ -240,8 +229,8 @@ def test_before_a_norm_each_output_takes_over_its_share_of_the_error(checkpoint_
     described, layer = blocks_of(dense)[0], layers_of(dense)[0]
     module, first = described.feed_forward, described.attention
     pruned = narrowed(dense, {0: found[0].keep}, {0: {k: v.double() for k, v in found[0].changed.items()}})
-    error = seen(dense, 0, first.post_norm)[1] - seen(pruned, 0, first.post_norm)[1]
-    z, (after, own) = seen(dense, 0, module.output_layer)[1], seen(dense, 0, module.post_norm)
+    error = seen(dense, 0, first.post_norm, IDS)[1] - seen(pruned, 0, first.post_norm, IDS)[1]
+    z, (after, own) = seen(dense, 0, module.output_layer, IDS)[1], seen(dense, 0, module.post_norm, IDS)
     assert torch.equal(z, after)
     able, missing = 0.1 * own.square().sum(0), error.square().sum(0)
     share = able / (able + missing)
@@ -249,7 +238,7 @@ def test_before_a_norm_each_output_takes_over_its_share_of_the_error(checkpoint_
     gain, read = layer.get_submodule(module.post_norm)(torch.ones_like(z[:1])), reading(dense, 0, "channels")
     divided = 1 / (z.square().mean(1, keepdim=True) + 1e-6).sqrt()
     kept = torch.tensor(found[0].keep["channels"])
-    x, old = seen(pruned, 0, module.output_layer)[0] * divided, matrix(layer, module.output_layer)[kept]
+    x, old = seen(pruned, 0, module.output_layer, IDS)[0] * divided, matrix(layer, module.output_layer)[kept]
     for repaired in (True, False):
         target = (own + share * error * repaired) * read
         best, _ = least_squares(x, target, old * gain * read, intercept=False)
@@ -258,7 +247,7 @@ def test_before_a_norm_each_output_takes_over_its_share_of_the_error(checkpoint_
     report, wanted = found[0].reports[1], (own + share * error) * read
     fitted = x @ (found[0].changed[module.output_projection.name].double().T[kept] * gain * read)
     assert report.error == pytest.approx(float((fitted - wanted).square().sum(1).mean()), rel=1e-4)
-    stream = seen(dense, 0, "")[1] * read
+    stream = seen(dense, 0, "", IDS)[1] * read
     assert report.relative == pytest.approx(report.error / float(stream.square().sum(1).mean()), rel=1e-4)
 
 
@@ -271,7 +260,7 @@ def test_outputs_muted_by_a_norm_are_fitted_too(checkpoint_folder):
         layer.get_submodule(module.post_norm).weight[:3] = -1
     stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
     norm = PostNorm(FilledModule(stream, 1, layer, module))
-    z = seen(model, 1, module.output_layer)[1]
+    z = seen(model, 1, module.output_layer, IDS)[1]
     assert torch.equal(norm.after(z)[:, :3], torch.zeros(len(z), 3))
     assert relative(norm.unscale(norm.output(z)), z * norm.inverse_rms(z)) < 1e-6
     assert norm.output(z)[:, :3].abs().min() > 0
@@ -327,11 +316,11 @@ def test_tokens_with_a_large_inherited_error_get_smaller_weights(checkpoint_fold
     found = run(checkpoint_folder("llama"), "llama", cauchy_scale=2.0)
     dense, module = build("llama").double(), blocks_of(build("llama"))[0].feed_forward
     pruned = narrowed(dense, {0: found[0].keep}, {0: {k: v.double() for k, v in found[0].changed.items()}})
-    missing = seen(dense, 0, "self_attn.o_proj")[1] - seen(pruned, 0, "self_attn.o_proj")[1]
+    missing = seen(dense, 0, "self_attn.o_proj", IDS)[1] - seen(pruned, 0, "self_attn.o_proj", IDS)[1]
     inherited = missing.square().sum(1)
     root = (1 / (1 + inherited / (2.0 * inherited.median()))).sqrt()[:, None]
     # The narrow model's level-2 input holds the kept channels only.
-    x, target = seen(pruned, 0, module.output_layer)[0], seen(dense, 0, module.output_layer)[1] + missing
+    x, target = seen(pruned, 0, module.output_layer, IDS)[0], seen(dense, 0, module.output_layer, IDS)[1] + missing
     kept = torch.tensor(found[0].keep["channels"])
     old = matrix(layers_of(dense)[0], module.output_layer)[kept]
     best, _ = least_squares(x * root, target * root, old, intercept=False)

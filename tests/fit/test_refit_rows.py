@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_recovery import assert_equal_fits, least_squares, matrix, run, seen
+from test_recovery import assert_equal_fits, least_squares, matrix, run
 
-from models import WORDS, blocks_of, build, layers_of, make_tokenizer, relative, token_rows
+from models import WORDS, blocks_of, build, layers_of, make_tokenizer, relative, seen, token_rows
 from outputs import error_of, record_of
 from secateur import prune
 from secateur.commands.draw_rows import draw_rows

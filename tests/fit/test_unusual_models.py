@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_recovery import RIDGE, matrix, run, seen
+from test_recovery import RIDGE, matrix, run
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import CheckpointFolder
-from models import SIZES, blocks_of, layers_of, relative, token_rows
+from models import SIZES, blocks_of, layers_of, relative, seen, token_rows
 from outputs import error_of
 from secateur.commands.prune import prune
 from secateur.model.surgery import kept_inputs

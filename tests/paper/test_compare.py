@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from command_line import TEXT, Run, listing, refused
 from hypothesis import given
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_tasks import ITEMS, NORM, YAML
 
-from models import GROUPED, _config, build, layers_of, token_rows
+from models import GROUPED, _config, build, seen, token_rows
 from secateur.base.errors import SecateurError
 from secateur.commands import draw_rows, survey_model
 from secateur.commands import open_model as open_step
@@ -447,18 +446,10 @@ def test_magnitudes_are_those_of_the_whole_model(name, checkpoint_folder):
     model, ids = build(name), token_rows(5)
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     expected: list[dict[str, float]] = [{} for _ in stream.blocks]
-    for index, (layer, block) in enumerate(zip(layers_of(model), stream.blocks, strict=True)):
-        places = {"stream": layer, "heads": block.attention.output_layer, "channels": block.feed_forward.output_layer}
-        for place_, where in places.items():
-            target = layer.get_submodule(where) if isinstance(where, str) else where
-
-            def see(_: Any, args: Any, given: Any, at: int = index, what: str = place_) -> None:
-                x = args[0] if args else given["hidden_states"]
-                expected[at][what] = float(x.double().abs().mean())
-
-            target.register_forward_pre_hook(see, with_kwargs=True)
-    with torch.no_grad():
-        model(ids, use_cache=False)
+    for index, block in enumerate(stream.blocks):
+        paths = {"stream": "", "heads": block.attention.output_layer, "channels": block.feed_forward.output_layer}
+        for what, path in paths.items():
+            expected[index][what] = float(seen(model, index, path, ids)[0].double().abs().mean())
     found = magnitudes(stream, ids)
     for one, plain in zip(found, expected, strict=True):
         assert vars(one) == pytest.approx(plain, rel=1e-4)

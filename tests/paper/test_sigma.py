@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_criteria import assert_scores, scores_of, seen, statistics
+from test_criteria import assert_scores, scores_of, statistics
 from torch import Tensor
 
-from models import build, layers_of, token_rows, wide
+from models import build, seen, token_rows, wide
 from outputs import error_of, record_of
 from secateur import prune
 from secateur.commands.draw_rows import draw_rows
@@ -81,9 +81,8 @@ WIDTHS = {"llama": wide(2, 2, 50), "llama biased": wide(2, 2, 50), "gpt2": wide(
 def stats_on(name: str, kind: Any, ids: Tensor) -> Statistics:
     """Statistics of a module of block 0 in the dense model, on some ids."""
     stats, _, _, _ = statistics(name, kind, index=0)
-    model = build(name)
-    layer = layers_of(model)[0]
-    x, inner = (seen(model, layer, path, ids) for path in (stats.module.input_layer, stats.module.output_layer))
+    paths = stats.module.input_layer, stats.module.output_layer
+    x, inner = (seen(build(name), 0, path, ids)[0] for path in paths)
     stats.input_moments, stats.moments = Moments(x.shape[1]), Moments(inner.shape[1])
     stats.input_moments.update(x)
     stats.moments.update(inner)
@@ -114,11 +113,8 @@ def test_a_survey_orders_by_the_ids_and_measures_on_the_text(checkpoint_folder, 
     rows = Rows.of(TEXT).with_choice_rows(Rows.of(IDS))
     found = survey(stream, rows, probe_rows=token_rows(2, 20, seed=1), criterion="second-moment", kinds=("channels",))
     choice, model = stats_on(name, "channels", IDS), build(name)
-    layer = layers_of(model)[0]
-    after: list[Tensor] = []
-    layer.register_forward_hook(lambda _, __, output: after.append(output))
-    inner = seen(model, layer, choice.module.output_layer, TEXT)
-    norms = torch.linalg.vector_norm(after[-1].reshape(len(inner), -1), dim=1, keepdim=True)
+    inner = seen(model, 0, choice.module.output_layer, TEXT)[0]
+    norms = torch.linalg.vector_norm(seen(model, 0, "", TEXT)[1], dim=1, keepdim=True)
     stats = stats_on(name, "channels", TEXT)
     stats.moments = Moments(inner.shape[1])
     stats.moments.update(inner / norms)

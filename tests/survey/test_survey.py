@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from models import ROWS, blocks_of, dense, layers_of, logits_of, masked, opened, reading, selected, token_rows
+from models import ROWS, blocks_of, dense, layers_of, logits_of, masked, opened, reading, seen, selected, token_rows
 from outputs import error_of
 from secateur.criteria.order import remaining_units, removal_order
 from secateur.criteria.registry import SCORED_KINDS, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.model.rows import Rows
-from secateur.model.structure import KeptUnits, PrunableModule
+from secateur.model.structure import KeptUnits
 from secateur.model.surgery import assign, kept_inputs, output_weight, stored_weight
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS
@@ -44,24 +44,6 @@ INDEX = 1
 """Index of the block that is tested."""
 
 
-def seen(model: Any, module: PrunableModule, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return inputs and outputs of the output projection and the residual stream after the block, one row per token."""
-    layer, values = layers_of(model)[INDEX], dict[str, Tensor]()
-
-    def level2(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        values["x"], values["z"] = args[0], output
-
-    hooks = [
-        layer.get_submodule(module.output_layer).register_forward_hook(level2),
-        layer.register_forward_hook(lambda _, __, after: values.update(after=after)),
-    ]
-    logits_of(model, ids)
-    for hook in hooks:
-        hook.remove()
-    x, z, after = (values[name].double() for name in ("x", "z", "after"))
-    return x.reshape(ids.numel(), -1), z.reshape(ids.numel(), -1), after.reshape(ids.numel(), -1)
-
-
 class Plain:
     """Least-squares fit of one module, with rows and targets of all tokens at once."""
 
@@ -74,7 +56,8 @@ class Plain:
             self.read = reading(model, INDEX, kind)
         rows = []
         for ids, weight in zip(FITTED.groups, FITTED.weights, strict=True):
-            x, z, after = seen(model, self.module, ids)
+            x, z = (one.double() for one in seen(model, INDEX, self.module.output_layer, ids))
+            after = seen(model, INDEX, "", ids)[1].double()
             if self.module.post_norm:
                 norm = self.layer.get_submodule(self.module.post_norm)
                 # Gemma adds one to what it stores.
