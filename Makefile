@@ -87,7 +87,7 @@ test-larger: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/larger
 
 fuzz: $(VENV)/.installed-test
-	$(BIN)/python tests/fuzz/run.py
+	FUZZ=$${FUZZ-10000} $(BIN)/python -m pytest -n auto tests/fuzz/test_fuzz.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = few(items, config.getoption("--few").split(","))
 
 
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Count fuzz cases whose input was refused, or was no model, apart from those with a right result."""
+    end = dict(report.user_properties).get("end")
+    return (end, ".", str(end).upper()) if report.when == "call" and report.passed and end else None
+
+
 def few(items: list[pytest.Item], words: list[str]) -> list[pytest.Item]:
     """Return the first case of each test that is not slow, and all its cases with one of the words in their name."""
     first: dict[str, pytest.Item] = {}

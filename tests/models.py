@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from secateur.base.quiet import quiet
 from secateur.base.services import Services
 from secateur.families.registry import family_of
+from secateur.fit.fitted_block import FittedBlock
+from secateur.formats.format import PrunedModel, format_class
 from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
@@ -30,6 +32,8 @@ from secateur.model.surgery import kept_inputs, narrow, slice_block, width_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
+from secateur.plan.problem import Plan
+from secateur.write.slice import slice_fitted
 
 VOCAB = 128
 WORDS = 120
@@ -378,6 +382,29 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         model.save_pretrained(folder)
         make_tokenizer(bos=begins(name)).save_pretrained(folder)
     return folder
+
+
+def write_pruned(
+    source: Path, out: Path, keeps: dict[int, KeptUnits], changed: Any = None, format: str | None = None, **how: Any
+) -> int:
+    """Write some units of a checkpoint as `prune` does, without a fit, and return the bytes of the weights.
+
+    Args:
+        source: Folder of the dense model.
+        out: Folder to write.
+        keeps: Kept units of each pruned block.
+        changed: Changed tensors of each block.
+        format: Output format; by default `stock`, and `hf` for what `stock` cannot hold.
+        how: Further arguments of the format.
+    """
+    stream = BlockStream(open_checkpoint(source))
+    widths = {index: width_of(stream.blocks[index], keep) for index, keep in keeps.items()}
+    if format is None:
+        format = "hf" if format_class("stock")(stream).unsupported_plan(widths) else "stock"
+    fitted = (FittedBlock(index, keeps[index], (changed or {}).get(index, {}), ()) for index in sorted(keeps))
+    tensors = ((block.index, slice_fitted(stream, block, dtype=how.get("dtype"))) for block in fitted)
+    pruned = PrunedModel(Plan(widths, 0.0, 0.0), tensors, {"secateur.json": {"secateur": "0"}}, overwrite=True)
+    return format_class(format)(stream, **how).write(out, pruned)
 
 
 def opened(folder: Path) -> BlockStream:

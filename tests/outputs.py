@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,9 @@ def error_of(call: Callable[..., Any], *given: Any, **named: Any) -> str:
         call(*given, **named)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def assert_error(pattern: str, call: Callable[..., Any], *given: Any, **named: Any) -> None:
+    """Check that a call raises an error whose one line contains a pattern."""
+    message = error_of(call, *given, **named)
+    assert re.search(pattern, message), message

@@ -12,53 +12,22 @@ import signal
 import sys
 import tempfile
 import traceback
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import import_module
 from typing import IO, Any
 
 import torch
-from torch import nn
 
 import secateur.fit.block_regression
 import secateur.model.pass_checkpoint
 import secateur.model.stream
+from secateur import BlockStream
 from secateur.base.services import Services
-from secateur.model.stream import BlockStream
 
 LENGTH, TOGETHER = 24, 4
 """Tokens of a row, and rows of a batch."""
 PATIENCE = 180
 """Seconds."""
-
-
-def end_at(filling: int | None) -> None:
-    """Kill this process when it fills a block for the given time."""
-    filled, count = BlockStream.filled, 0
-
-    def counted(stream: BlockStream, index: int) -> AbstractContextManager[nn.Module]:
-        nonlocal count
-        count += 1
-        if count == filling:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return filled(stream, index)
-
-    BlockStream.filled = counted  # type: ignore[method-assign]
-
-
-def end_at_step(step: int | None) -> None:
-    """Kill this process when it computes the loss of a training step for the given time."""
-    student = import_module("secateur.retraining.student").Student
-    forward, count = student.forward, 0
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return forward(*arguments, **named)
-
-    student.forward = counted
 
 
 def run(words: list[str]) -> int:
@@ -74,24 +43,39 @@ def run(words: list[str]) -> int:
     return 0
 
 
+def kill_at(time: int | None, owner: Any, name: str) -> None:
+    """Kill this process when it calls a function of a module or class for the given time."""
+    function, count = getattr(owner, name), 0
+
+    def counted(*given: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == time:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*given, **named)
+
+    setattr(owner, name, counted)
+
+
 def carry_out(cases: list[dict[str, Any]]) -> int:
     """Run the cases, and return the exit code of the first one that fails, or zero."""
     torch.set_num_threads(1)
     # Rounding is all that may differ; bfloat16 would make much of it.
-    secateur.fit.block_regression.fast_dtype = lambda _: torch.float32
+    exact = ["fit.block_regression"]
+    if any(case["words"][0] == "retrain" for case in cases):
+        exact += ["retraining.retrain", "retraining.targets"]
+    for name in exact:
+        import_module(f"secateur.{name}").fast_dtype = lambda _: torch.float32  # type: ignore[attr-defined]
     join = Services.join
     Services.join = lambda watcher: replace(join(watcher), batch_tokens=TOGETHER * LENGTH)  # type: ignore[method-assign]
     secateur.model.stream.MIXED = 1
     # Every block is kept, whatever that costs.
     secateur.model.pass_checkpoint.SPENT = float("inf")
-    if any(case["words"][0] == "retrain" for case in cases):
-        for name in ("retrain", "targets"):
-            import_module(f"secateur.retraining.{name}").fast_dtype = lambda _: torch.float32  # type: ignore[attr-defined]
     for case in cases:
         own: dict[str, Any] = case.get("own", {}).get(os.environ.get("RANK", "0"), {})
-        end_at(own.get("ends"))
+        kill_at(own.get("ends"), BlockStream, "filled")
         if "step" in own:
-            end_at_step(own["step"])
+            kill_at(own["step"], import_module("secateur.retraining.student").Student, "forward")
         if code := run([*case["words"], *own.get("words", [])]):
             return code
     return 0

@@ -1,7 +1,5 @@
 """A pruned folder whose blocks differ in width is pruned again: it is described, cut and written like a dense one."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`secateur doctor` on folders and files; tests/serving has vLLM."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -10,8 +8,8 @@ from typing import Any
 import pytest
 
 from models import make_letters
+from outputs import assert_error
 from secateur import prune
-from secateur.base.errors import SecateurError
 from secateur.commands import doctor, doctor_probe
 from secateur.commands.doctor import NEW_TOKENS, Engine, check_engines
 
@@ -38,18 +36,15 @@ def by_name(found: list[Engine]) -> dict[str, Engine]:
 
 @pytest.mark.usefixtures("here")
 def test_engines_run_a_folder_with_different_widths(tmp_path, checkpoint_folder):
-    prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
-    make_letters().save_pretrained(tmp_path / "out")
-    found = by_name(check_engines(tmp_path / "out"))
-    assert found["transformers"].runs
+    out = tmp_path / "out"
+    prune(checkpoint_folder("llama"), out, sparsity=0.3, **SMALL)
+    make_letters().save_pretrained(out)
+    found = by_name(check_engines(out))
+    assert all(found[name].runs for name in ("transformers", "lm-eval", "peft")), found
     assert found["transformers"].message == f"generates {NEW_TOKENS} tokens"
     assert "trust_remote_code=True" in found["transformers"].command
-    assert found["lm-eval"].runs, found["lm-eval"].message
     assert found["lm-eval"].message.startswith("scores a text: -")
-    assert found["peft"].runs
-    assert found["vLLM"] == Engine(
-        "vLLM", None, None, "not installed", f"vllm serve {tmp_path / 'out'} --trust-remote-code"
-    )
+    assert found["vLLM"] == Engine("vLLM", None, None, "not installed", f"vllm serve {out} --trust-remote-code")
     assert "(deci)" in found["llama.cpp"].message
 
 
@@ -63,29 +58,27 @@ def test_an_unsupported_folder_gets_reasons(tmp_path, checkpoint_folder):
     assert "one width for all blocks" in found["llama.cpp"].message
 
 
-def test_a_changed_modeling_file_does_not_run(tmp_path, checkpoint_folder):
+def test_a_missing_or_changed_modeling_file_does_not_run(tmp_path, checkpoint_folder):
     prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
     with (tmp_path / "out" / "modeling_secateur.py").open("a") as file:
         file.write("raise SystemExit\n")
-    with pytest.raises(SecateurError, match="opening the folder runs it; read it, then add --trust-remote-code"):
-        check_engines(tmp_path / "out")
-    with pytest.raises(SecateurError, match="name a folder that secateur prune wrote"):
-        check_engines(tmp_path / "missing")
+    said = "opening the folder runs it; read it, then add --trust-remote-code"
+    assert_error(said, check_engines, tmp_path / "out")
+    assert_error("name a folder that secateur prune wrote", check_engines, tmp_path / "missing")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_other_code_in_the_folder_does_not_run(file, tmp_path, checkpoint_folder):
     """Neither another Python file, nor code of another repository that a config names."""
-    prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
-    (tmp_path / "out" / "more.py").write_text("raise SystemExit\n")
-    with pytest.raises(SecateurError, match=r"more\.py: .*opening the folder runs it"):
-        check_engines(tmp_path / "out")
-    (tmp_path / "out" / "more.py").unlink()
-    stored = json.loads((tmp_path / "out" / file).read_text())
+    out = tmp_path / "out"
+    prune(checkpoint_folder("llama"), out, sparsity=0.3, **SMALL)
+    (out / "more.py").write_text("raise SystemExit\n")
+    assert_error(r"more\.py: .*opening the folder runs it", check_engines, out)
+    (out / "more.py").unlink()
+    stored = json.loads((out / file).read_text())
     stored.setdefault("auto_map", {})["AutoTokenizer"] = [None, "me/mine--more.Own"]
-    (tmp_path / "out" / file).write_text(json.dumps(stored))
-    with pytest.raises(SecateurError, match=f"{file}: .*opening the folder runs it"):
-        check_engines(tmp_path / "out")
+    (out / file).write_text(json.dumps(stored))
+    assert_error(f"{file}: .*opening the folder runs it", check_engines, out)
 
 
 def test_llama_cpp_runs_a_gguf_file(tmp_path, monkeypatch):

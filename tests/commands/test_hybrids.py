@@ -1,41 +1,16 @@
 """Models where another kind of layer stands in the attention's place in some blocks: heads go from the others."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from models import blocks_of, build
-from secateur.base.errors import SecateurError
-from secateur.commands.prune import prune
+from outputs import assert_error
+from secateur import SecateurError, prune
 
 NAMES = ("qwen3_5_text", "lfm2")
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random", "device": "cpu", "effort": "quick"}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_stock_class_has_one_number_of_heads(tmp_path, checkpoint_folder, name):
-    folder, out = checkpoint_folder(name), tmp_path / "out"
-    found = prune(folder, out, **SMALL, modules=("heads",), sparsity=0.1, widths="uniform", recovery="none")
-    mixer, *others = (found.widths[index] for index in range(3))
-    blocks = blocks_of(build(name))
-    full = blocks[1].width
-    assert mixer == blocks[0].width
-    assert others[0] == others[1]
-    assert others[0].heads < full.heads
-    config = json.loads((out / "config.json").read_text())
-    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (others[0].heads, others[0].kv_groups)
-    before, after = (load_file(path / "model.safetensors") for path in (folder, out))
-    beside = [key for key in before if ".layers.0." in key]
-    assert all(torch.equal(before[key], after[key]) for key in beside)
-    rows = {key: (len(before[key]), len(after[key])) for key in before if key.endswith("q_proj.weight")}
-    assert len(rows) == 2
-    # With a gate, a head has twice as many.
-    assert all(now * full.heads == dense * others[0].heads for dense, now in rows.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,8 +46,7 @@ def test_a_plan_keeps_token_mixers_whole(tmp_path, checkpoint_folder, kept):
 
 def test_requests_that_token_mixers_rule_out_are_refused(tmp_path, checkpoint_folder):
     folder, out = checkpoint_folder("lfm2"), tmp_path / "out"
-    with pytest.raises(SecateurError, match="the time of token mixers"):
-        prune(folder, out, **SMALL, target="decode=1.05x")
+    assert_error("the time of token mixers", prune, folder, out, **SMALL, target="decode=1.05x")
     with pytest.raises(SecateurError, match="heads cannot be removed exactly, because a token mixer stands"):
         prune(folder, out, **SMALL, modules=("heads",), sparsity=0.1, blocks="0:1")
     with pytest.raises(SecateurError, match="no biases of output projections, which --recovery bias adds"):

@@ -1,8 +1,6 @@
 """Every family and variant × heads, channels, both: cutting units out is the same as silencing them, and what is
 written is what was computed."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -41,9 +39,7 @@ from models import (
     token_rows,
 )
 from outputs import record_of
-from secateur.base.errors import SecateurError
-from secateur.commands.options import Options
-from secateur.commands.prune import prune
+from secateur import BlockStream, Options, Rows, SecateurError, calibration_rows, open_checkpoint, prune
 from secateur.families.registry import FAMILIES, family_of
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
@@ -51,17 +47,11 @@ from secateur.fit.loop import refit
 from secateur.fit.method import Method
 from secateur.fit.recovery import recovery_of
 from secateur.model.axes import Width
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.expert_matrices import whole
-from secateur.model.facts import head_dim
 from secateur.model.kinds import KINDS
-from secateur.model.rows import Rows
-from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.model.surgery import assign, width_of
-from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan
-from secateur.text.calibration import calibration_rows
 from secateur.text.resample import resample_tokens
 from secateur.write.slice import slice_fitted
 
@@ -118,15 +108,12 @@ def keeps_of(name: str, kinds: tuple[str, ...], axis: str) -> dict[int, KeptUnit
 
 def test_every_family_has_a_row():
     assert {config_of(name).model_type for name in MATRIX} == set(FAMILIES)
-    with_heads = {
+    attentions = {
         name: next(block.attention for block in blocks_of(dense(name)) if block.attention.kind == "heads")
         for name in MATRIX
     }
-    widths = {name: (attention.groups, attention.units) for name, attention in with_heads.items()}
-    grouped = {config_of(name).model_type for name, (groups, heads) in widths.items() if 1 < groups < heads}
+    grouped = {config_of(name).model_type for name, one in attentions.items() if 1 < one.groups < one.units}
     assert grouped == {kind for kind, family in FAMILIES.items() if not family.ungrouped and family.latent is None}
-    wide = {config_of(name).model_type for name in ROWS if head_dim(config_of(name)) * 6 != 48}
-    assert wide == {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3"}
 
 
 def test_the_models_have_random_biases_and_norms():
@@ -209,18 +196,6 @@ def writable_channels(name: str) -> bool:
     )
 
 
-def heads_share(name: str) -> float:
-    """Return the sparsity that removing one group, or one head of every group, amounts to."""
-    block, width = first_block(name), first_block(name).width
-    if any(one.name == KV_GROUPS for one in block.attention.cut_axes):
-        smaller = width | {KV_GROUPS: width.kv_groups - 1}
-    else:
-        smaller = width | {HEADS_PER_GROUP: width.heads_per_group - 1}
-    blocks = blocks_of(dense(name))
-    gone = len(blocks) * (block.parameters - block.parameters_at(smaller))
-    return gone / sum(block.parameters for block in blocks)
-
-
 def jobs() -> Iterator[Job]:
     """Yield a job for each row, in the stock format if that can hold fewer channels; test_per_layer.py writes all."""
     for position, name in enumerate(MATRIX):
@@ -229,7 +204,7 @@ def jobs() -> Iterator[Job]:
         if writable_channels(name):
             # Heads alone need no file for each family: this job writes heads as well.
             if name in HEADS_ALONE:
-                yield Job(name, ("heads",), heads_share(name), source)
+                yield Job(name, ("heads",), 0.1, source)
             recovery = "refit" if name in HEADS_ALONE else "none"
             yield Job(name, KINDS if writable_heads(name) else FED, 0.3, source, recovery=recovery)
         # Adaptive widths and fits of the input projections, also of every third mixture.
@@ -280,8 +255,7 @@ class Pruned:
     def __init__(self, folder: Path):
         self.folder = folder
         self.text = folder / "text.txt"
-        picks = token_rows(1, 600, seed=3)[0] - 4
-        self.text.write_text(" ".join(f"w{int(i)}" for i in picks))
+        self.text.write_text(" ".join(f"w{int(token) - 4}" for token in token_rows(1, 600, seed=3)[0]))
         self.ids = token_rows()
 
     def model(self, job: Job) -> Path:
@@ -291,27 +265,21 @@ class Pruned:
     def source(self, job: Job) -> str:
         return str(self.text) if job.calibration == "text" else "random"
 
-    def options(self, job: Job) -> dict[str, Any]:
-        wishes = {"modules": job.modules, "sparsity": job.sparsity, "widths": job.widths, "recovery": job.recovery}
-        return settings(**wishes, effort=job.effort, calibration=self.source(job))
-
     @cache  # noqa: B019
     def out(self, job: Job) -> Path:
         path = self.folder / str(job).replace(" ", "-")
-        prune(self.model(job), path, **self.options(job))
+        wishes = {"modules": job.modules, "sparsity": job.sparsity, "widths": job.widths, "recovery": job.recovery}
+        prune(self.model(job), path, **settings(**wishes, effort=job.effort, calibration=self.source(job)))
         return path
-
-    def record(self, job: Job) -> dict[str, Any]:
-        return record_of(self.out(job))
 
     @cached_property
     def reloaded(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Logits and loading reports by job."""
         folders = {str(self.out(job)): name for name, job in JOBS.items()}
         arguments = [json.dumps(self.ids.tolist()), str(self.folder), json.dumps(list(folders))]
-        command = [sys.executable, "-c", RELOAD, *arguments]
         # Code that comes with a folder is copied to a cache before it runs.
         places = os.environ | {"HF_MODULES_CACHE": str(self.folder / "modules")}
+        command = [sys.executable, "-c", RELOAD, *arguments]
         ended = subprocess.run(command, capture_output=True, text=True, env=places)
         assert ended.returncode == 0, ended.stderr
         logits = load_file(self.folder / "logits.safetensors")
@@ -358,7 +326,7 @@ def rounded_model(name: str, dtype: torch.dtype) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_reloaded_equals_memory(pruned, job):
-    record = pruned.record(job)
+    record = record_of(pruned.out(job))
     stream = stream_of(pruned.model(job))
     bos = begins(job.name)
     draw = {"samples": SAMPLES, "length": ROW, "seed": 0, "vocab_size": VOCAB}
@@ -393,7 +361,7 @@ def test_reloaded_equals_memory(pruned, job):
 
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_the_plan_counts_what_the_file_holds(pruned, job):
-    record, blocks = pruned.record(job), blocks_of(dense(job.name))
+    record, blocks = record_of(pruned.out(job)), blocks_of(dense(job.name))
     written = load_file(pruned.out(job) / "model.safetensors")
     stored = load_file(pruned.model(job) / "model.safetensors")
     whole = job.widths == "uniform" and job.name not in MIXTURES

@@ -8,13 +8,12 @@ import pytest
 from lives import bytes_of
 from torch import Tensor
 
-from secateur import SecateurError, prune
+from outputs import assert_error
+from secateur import BlockStream, SecateurError, open_checkpoint, prune
 from secateur.base import memory as amounts
 from secateur.commands import memory
 from secateur.commands.costs import resident_bytes
 from secateur.model import arena, matrix_sources
-from secateur.model.checkpoint import open_checkpoint
-from secateur.model.stream import BlockStream
 
 ASKED: dict[str, Any] = {"calibration": "random", "samples": 24, "length": 24, "device": "cpu"}
 
@@ -67,8 +66,7 @@ def test_experts_are_read_one_at_a_time_if_there_is_no_room(checkpoint_folder, t
 
 @pytest.mark.parametrize("wrong", ["", "8", "lots", "8 parsecs", "-1GB", "8%GB"])
 def test_an_invalid_amount_of_memory_is_refused(wrong):
-    with pytest.raises(SecateurError, match=r"memory is .*; write an amount with a unit such as 8GB, or 50%"):
-        amounts.parse_memory(wrong)
+    assert_error(r"memory is .*; write an amount with a unit such as 8GB, or 50%", amounts.parse_memory, wrong)
 
 
 def test_amounts_of_memory(monkeypatch):

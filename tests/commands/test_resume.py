@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from lives import bytes_of
 import secateur.model.pass_checkpoint
 from conftest import CheckpointFolder
 from models import make_letters
-from secateur import SecateurError, prune
+from outputs import assert_error
+from secateur import BlockStream, Options, RunOptions, SecateurError, propose, prune
 from secateur.base.cache import cached_folder
 from secateur.base.json_files import read_hashed
 from secateur.base.memory import MemoryBudget
@@ -30,13 +31,10 @@ from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
 from secateur.commands import resume
 from secateur.commands.clean import clean
-from secateur.commands.options import Options, RunOptions
-from secateur.commands.plan import propose
 from secateur.commands.sizes import sizes
 from secateur.commands.survey import survey_page
 from secateur.model.arena import Arena
 from secateur.model.pass_checkpoint import PassCheckpoint
-from secateur.model.stream import BlockStream
 from secateur.write.shards import ShardWriter
 
 ASKED: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 24, "device": "cpu"}
@@ -45,6 +43,16 @@ KILLED: dict[str, tuple[int, dict[str, Any]]] = {
     "a file": (3, {"format": "gguf", "effort": "quick"}),
     "a size that is searched": (2, {"target": "ppl=1.2x", "effort": "quick"}),
 }
+
+
+SPENT = secateur.model.pass_checkpoint.SPENT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _every_block_is_kept() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +82,16 @@ class Stopping(Silent):
     """Watcher that stops a step before one of its items, as Ctrl-C would."""
 
     def __init__(self, what: str = "Prune", item: int = 2, times: int = 1):
-        self.what, self.item, self.shared_multiple = what, item, times
+        self.what, self.item, self.times = what, item, times
         self.notes: list[str] = []
         self.seen: dict[str, list[Any]] = {}
 
     def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
         for item in items:
-            if (what, item) == (self.what, self.item) and self.seen.get(what, []).count(
-                item
-            ) == self.shared_multiple - 1:
+            seen = self.seen.setdefault(what, [])
+            if (what, item, seen.count(item)) == (self.what, self.item, self.times - 1):
                 raise KeyboardInterrupt
-            self.seen.setdefault(what, []).append(item)
+            seen.append(item)
             yield item
 
     def note(self, text: str) -> None:
@@ -95,19 +102,16 @@ class Stopping(Silent):
 def stopped_run(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: CheckpointFolder) -> Path:
     """Return the state of a run that was stopped before its third block."""
     folder, watcher = tmp_path_factory.mktemp("stopped"), Stopping()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
-        with pytest.raises(KeyboardInterrupt):
-            prune(checkpoint_folder("llama"), folder / "out", **ASKED, watcher=watcher)
+    with pytest.raises(KeyboardInterrupt):
+        prune(checkpoint_folder("llama"), folder / "out", **ASKED, watcher=watcher)
     assert [file.name for file in folder.iterdir()] == [".out.run"]
     assert any("the same command resumes it" in note for note in watcher.notes)
     return folder / ".out.run"
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, stopped_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(tmp_path: Path, stopped_run: Path) -> Path:
     """Return the output of this run, with a copy of the state."""
-    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
     shutil.copytree(stopped_run, tmp_path / ".out.run")
     return tmp_path / "out"
 
@@ -126,8 +130,7 @@ def test_a_resumed_run_repeats_no_block(stopped, checkpoint_folder):
     assert sorted(file.name for file in stopped.parent.iterdir()) == ["out", "whole"]
 
 
-def test_sizes_resume_within_a_size(tmp_path, checkpoint_folder, monkeypatch):
-    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
+def test_sizes_resume_within_a_size(tmp_path, checkpoint_folder):
     asked = {name: value for name, value in ASKED.items() if name != "device"}
     options = [Options(**asked, sparsity=share) for share in (0.2, 0.4)]
 
@@ -150,8 +153,7 @@ def test_sizes_resume_within_a_size(tmp_path, checkpoint_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("beside", ["out", "survey"])
-def test_a_plan_resumes_within_its_survey(beside, tmp_path, checkpoint_folder, monkeypatch):
-    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
+def test_a_plan_resumes_within_its_survey(beside, tmp_path, checkpoint_folder):
     options = Options(**{name: value for name, value in ASKED.items() if name != "device"})
     run_options = RunOptions(device="cpu", survey=tmp_path / "survey.json" if beside == "survey" else None)
     out = tmp_path / "plan.json" if beside == "out" else None
@@ -166,19 +168,19 @@ def test_a_plan_resumes_within_its_survey(beside, tmp_path, checkpoint_folder, m
     assert not state.exists()
 
 
-OTHERS: list[tuple[dict[str, Any], str]] = [
-    ({"sparsity": 0.3}, "sparsity none, this command has 0.3"),
-    ({"effort": "quick"}, "effort normal, this command has quick"),
-    ({"dtype": "bfloat16"}, "dtype (float32|none), this command has bfloat16"),
-    ({"format": "stock", "widths": "uniform"}, "widths adaptive, this command has uniform"),
-]
-
-
-@pytest.mark.parametrize(("others", "said"), OTHERS)
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ({"sparsity": 0.3}, "sparsity none, this command has 0.3"),
+        ({"effort": "quick"}, "effort normal, this command has quick"),
+        ({"dtype": "bfloat16"}, "dtype (float32|none), this command has bfloat16"),
+        ({"format": "stock", "widths": "uniform"}, "widths adaptive, this command has uniform"),
+    ],
+)
 def test_a_resume_with_other_options_is_refused(others, said, stopped, checkpoint_folder):
     before = bytes_of(stopped.with_name(".out.run"))
-    with pytest.raises(SecateurError, match=f"({said}); use the same .* --restart"):
-        prune(checkpoint_folder("llama"), stopped, **ASKED | others)
+    said = f"({said}); use the same .* --restart"
+    assert_error(said, prune, checkpoint_folder("llama"), stopped, **ASKED | others)
     assert bytes_of(stopped.with_name(".out.run")) == before
 
 
@@ -190,17 +192,16 @@ def test_a_resume_with_another_model_or_version_is_refused(stopped, checkpoint_f
         prune(checkpoint_folder("llama"), stopped, **ASKED)
 
 
-def test_a_resume_with_another_text_is_refused(tmp_path, checkpoint_folder, monkeypatch):
-    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
-    text = tmp_path / "text.txt"
+def test_a_resume_with_another_text_is_refused(tmp_path, checkpoint_folder):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(" ".join(f"w{number % 40}" for number in range(2000)))
     asked = ASKED | {"calibration": str(text)}
     with pytest.raises(KeyboardInterrupt):
-        prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=Stopping())
+        prune(checkpoint_folder("llama"), out, **asked, watcher=Stopping())
     text.write_text(" ".join(f"w{number % 39}" for number in range(2000)))
-    with pytest.raises(SecateurError, match=r"text.txt: the rows of this text differ .*, or add --restart"):
-        prune(checkpoint_folder("llama"), tmp_path / "out", **asked)
-    prune(checkpoint_folder("llama"), tmp_path / "out", **asked, restart=True)
+    said = r"text.txt: the rows of this text differ .*, or add --restart"
+    assert_error(said, prune, checkpoint_folder("llama"), out, **asked)
+    prune(checkpoint_folder("llama"), out, **asked, restart=True)
 
 
 def test_restart_starts_over(stopped, checkpoint_folder):
@@ -222,8 +223,7 @@ def test_a_damaged_state_is_refused(pattern, how, stopped, checkpoint_folder):
         file.write_bytes(data)
     else:
         file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(SecateurError, match=r"damaged, .* add --restart"):
-        prune(checkpoint_folder("llama"), stopped, **ASKED)
+    assert_error(r"damaged, .* add --restart", prune, checkpoint_folder("llama"), stopped, **ASKED)
     assert not stopped.exists()
     if how == "cut short":
         prune(checkpoint_folder("llama"), stopped, **ASKED, restart=True)
@@ -253,33 +253,27 @@ def test_a_second_run_on_the_same_output_is_refused(stopped, checkpoint_folder):
     with (stopped.with_name(".out.run") / "lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         for act in (lambda: prune(checkpoint_folder("llama"), stopped, **ASKED), lambda: clean(stopped)):
-            with pytest.raises(SecateurError, match="another run is using this folder; wait"):
-                act()
+            assert_error("another run is using this folder; wait", act)
     clean(stopped)
 
 
 def test_a_full_disk_stops_the_run_in_one_line(tmp_path, checkpoint_folder, monkeypatch):
     """The disk is full during resampling, before there is anything to keep."""
     monkeypatch.setattr(BlockStream, "arena", lambda self: Arena(MemoryBudget(0), self.services.run_folder.path))
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(SecateurError, match=r"\.out\.run: the disk is full and cannot hold the activations; free"):
-        prune(checkpoint_folder("llama"), tmp_path / "out", **ASKED)
+    said = r"\.out\.run: the disk is full and cannot hold the activations; free"
+    assert_error(said, prune, checkpoint_folder("llama"), tmp_path / "out", **ASKED)
     assert list(tmp_path.iterdir()) == []
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("where", ["activations", "weights"])
 def test_a_run_resumes_after_the_disk_was_full(where, tmp_path, checkpoint_folder, monkeypatch):
-    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
-    out = tmp_path / "out"
     with monkeypatch.context() as patched:
         save, add = PassCheckpoint._save, ShardWriter.add
-
-        def full(*_: Any) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         def save_full(self: PassCheckpoint, done: int, *given: Any) -> None:
             if done == 2 and "shards" in self._savers:
@@ -287,32 +281,39 @@ def test_a_run_resumes_after_the_disk_was_full(where, tmp_path, checkpoint_folde
             save(self, done, *given)
 
         def add_full(self: ShardWriter, name: str, tensor: Any) -> None:
-            if "layers.2" in name:
-                full()
-            add(self, name, tensor)
+            full() if "layers.2" in name else add(self, name, tensor)
 
         if where == "activations":
             patched.setattr(PassCheckpoint, "_save", save_full)
         else:
             patched.setattr(ShardWriter, "add", add_full)
-        with pytest.raises(SecateurError, match=r"the disk is full; (make room|free some space) and run"):
-            prune(checkpoint_folder("llama"), out, **ASKED)
-    assert not out.exists()
+        said = r"the disk is full; (make room|free some space) and run"
+        assert_error(said, prune, checkpoint_folder("llama"), tmp_path / "out", **ASKED)
+    assert not (tmp_path / "out").exists()
     watcher = Stopping(what="never")
-    prune(checkpoint_folder("llama"), out, **ASKED, watcher=watcher)
+    prune(checkpoint_folder("llama"), tmp_path / "out", **ASKED, watcher=watcher)
     assert watcher.seen["Prune"] == ([1, 2] if where == "activations" else [2])
 
 
-@pytest.mark.parametrize("command", ["plan", "survey", "sizes"])
-def test_other_commands_use_smaller_batches_on_a_small_device(command, tmp_path, checkpoint_folder, monkeypatch):
+@pytest.fixture
+def small_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that makes blocks run out of memory with more than some number of tokens."""
     run = BlockStream.run
 
-    def small(self: BlockStream, index: int, layer: Any, hidden: Any, *given: Any, **named: Any) -> Any:
-        if hidden.numel() // hidden.shape[-1] > 300:
-            raise torch.OutOfMemoryError
-        return run(self, index, layer, hidden, *given, **named)
+    def make(room: int, blocks: Container[int] = range(3)) -> None:
+        def limited(self: BlockStream, index: int, layer: Any, hidden: Any, *given: Any, **named: Any) -> Any:
+            if index in blocks and hidden.numel() // hidden.shape[-1] > room:
+                raise torch.OutOfMemoryError
+            return run(self, index, layer, hidden, *given, **named)
 
-    monkeypatch.setattr(BlockStream, "run", small)
+        monkeypatch.setattr(BlockStream, "run", limited)
+
+    return make
+
+
+@pytest.mark.parametrize("command", ["plan", "survey", "sizes"])
+def test_other_commands_use_smaller_batches_on_a_small_device(command, tmp_path, checkpoint_folder, small_device):
+    small_device(300)
     watcher, run_options = Stopping("never"), RunOptions(device="cpu")
     options = Options(0.25, calibration="random", length=24)
     model, out = checkpoint_folder("llama"), tmp_path / "out"
@@ -325,37 +326,28 @@ def test_other_commands_use_smaller_batches_on_a_small_device(command, tmp_path,
     assert "256 tokens at a time" in [note for note in watcher.notes if "tokens at a time" in note][-1]
 
 
-@pytest.mark.parametrize("room", [300, 30])
-def test_prune_uses_smaller_batches_on_a_small_device(room, tmp_path, checkpoint_folder, monkeypatch):
+@pytest.mark.parametrize(("room", "tried"), [(300, ["1,024", "512", "256"]), (30, ["1,024", "512", "256", "128"])])
+def test_prune_uses_smaller_batches_on_a_small_device(room, tried, tmp_path, checkpoint_folder, small_device):
     """It says how many tokens run at a time, or that even the smallest batch does not fit."""
-    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", float("inf"))
-    run = BlockStream.run
-
-    def small(self: BlockStream, index: int, layer: Any, hidden: Any, *given: Any, **named: Any) -> Any:
-        if index == 2 and hidden.numel() // hidden.shape[-1] > room:
-            raise torch.OutOfMemoryError
-        return run(self, index, layer, hidden, *given, **named)
-
-    monkeypatch.setattr(BlockStream, "run", small)
-    watcher, asked = Stopping(what="never"), ASKED | {"samples": 32}
+    small_device(room, [2])
+    watcher, model, out = Stopping(what="never"), checkpoint_folder("llama"), tmp_path / "out"
+    asked = ASKED | {"samples": 32, "watcher": watcher}
     if room < resume.MIN_BATCH_TOKENS:
-        with pytest.raises(SecateurError, match="out of memory even with 128 tokens at a time; use a device with"):
-            prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=watcher)
+        assert_error("out of memory even with 128 tokens at a time; use a device with", prune, model, out, **asked)
         # For another device to go on with.
         assert [file.name for file in tmp_path.iterdir()] == [".out.run"]
     else:
-        prune(checkpoint_folder("llama"), tmp_path / "out", **asked, watcher=watcher)
+        prune(model, out, **asked)
         assert [file.name for file in tmp_path.iterdir()] == ["out"]
         # What was done before is not done again.
         assert watcher.seen["Resample"][:2] == [0, 1]
         assert watcher.seen["Resample"].count(0) == watcher.seen["Prune"].count(0) == 1
     said = [note for note in watcher.notes if "tokens at a time" in note]
-    assert [note.split("with ")[1].split()[0] for note in said] == (
-        ["1,024", "512", "256"] if room == 300 else ["1,024", "512", "256", "128"]
-    )
+    assert [note.split("with ")[1].split()[0] for note in said] == tried
 
 
 def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", SPENT)
     clock = [0.0]
     monkeypatch.setattr(secateur.model.pass_checkpoint, "perf_counter", lambda: clock[0])
 

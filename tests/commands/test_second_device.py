@@ -3,8 +3,6 @@
 The device is `second_device.py`: torch's rules of one device an operation hold, and no GPU is needed.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The six public steps and the command line, which calls `prune`, write the same bytes for all kinds of options."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from typing import Any
@@ -12,9 +10,9 @@ from lives import bytes_of
 import secateur
 from models import token_rows
 from outputs import record_of
+from secateur import Options, RunOptions
 from secateur.base.options import option_specs
 from secateur.commands import options
-from secateur.commands.options import Options, RunOptions
 from secateur.paper.options import PAPER
 
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {

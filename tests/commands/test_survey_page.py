@@ -1,10 +1,8 @@
 """`secateur survey`: its file against what `prune` makes of it, its page against the file and in a real browser."""
 
-from __future__ import annotations
-
 import json
+import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,11 @@ from safetensors.torch import load_file
 from conftest import CheckpointFolder
 from models import blocks_of, build, wide
 from outputs import Opened, record_of
-from secateur.base.errors import SecateurError
+from secateur import Options, SecateurError
 from secateur.base.progress import Silent
 from secateur.commands import survey as survey_page
 from secateur.commands import survey_model
 from secateur.commands.clean import clean
-from secateur.commands.options import Options
 from secateur.commands.survey import survey_page as write_page
 from secateur.model.structure import Block
 from secateur.plan.problem import Plan
@@ -36,47 +33,27 @@ FACTS = {"model": "m", "family": "llama", "parameters": 1000, "probe_tokens": 64
 NASTY = '</script><script>window.broken = 1</script><!-- & "quoted" \\ \u2028 é'
 
 
-class _Scripts(HTMLParser):
-    """Parser that collects the scripts of a page as a browser does."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.texts: list[str] = []
-        self.inside = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.inside = tag == "script"
-        if self.inside:
-            self.texts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = self.inside and tag != "script"
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.texts[-1] += data
-
-
 def data_of(page: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_Scripts(page).texts[0])
-    return found
+    """Return the data of a page: its first script, which ends where a browser ends it."""
+    found = re.search("<script[^>]*>(.*?)</script", page, re.DOTALL | re.IGNORECASE)
+    return json.loads(found[1] if found else "")
+
+
+def page_of(folder: Path) -> dict[str, Any]:
+    return data_of((folder / "survey.html").read_text(encoding="utf-8"))
 
 
 def synthetic(channels: int, count: int, *, heads: int = 32) -> tuple[Survey, list[Block]]:
     """Return a survey with smooth error curves and units removed from the last to the first, and its `count` blocks."""
     block = blocks_of(build("llama every head"))[0]
-    attention, feed_forward = (
-        replace(
-            module,
-            axes=(replace(module.axes[0], units=units), *module.axes[1:]),
-            groups=groups,
-            output_projection=output_projection,
-        )
-        for module, units, groups in ((block.attention, heads, heads), (block.feed_forward, channels, 1))
-        for output_projection in [replace(module.output_projection, units=units)]
-    )
-    larger = replace(block, attention=attention, feed_forward=feed_forward)
+
+    def enlarged(module: Any, units: int, groups: int) -> Any:
+        axes = (replace(module.axes[0], units=units), *module.axes[1:])
+        output = replace(module.output_projection, units=units)
+        return replace(module, axes=axes, groups=groups, output_projection=output)
+
+    modules = enlarged(block.attention, heads, heads), enlarged(block.feed_forward, channels, 1)
+    larger = replace(block, attention=modules[0], feed_forward=modules[1])
     curves, probes = [], []
     for index in range(count):
         for kind, axis, units in (("heads", "kv_groups", heads), ("channels", "channels", channels)):
@@ -168,23 +145,19 @@ def test_nothing_in_the_data_ends_the_script(found):
 def test_prune_reads_the_survey_file(options, place, run, calls_of):
     surveys = calls_of(survey_model, "survey")
     result = run("survey", "model", *SMALL, *options)
-    assert result.code == 0, result
     assert sorted(file.name for file in (place / "survey").iterdir()) == ["survey.html", "survey.json"]
-    data = data_of((place / "survey" / "survey.html").read_text(encoding="utf-8"))
-    found = load_survey(place / "survey" / "survey.json", {})
-    assert [(m["block"], m["kind"]) for m in data["modules"]] == list(
-        dict.fromkeys((curve.block, curve.kind) for curve in found.curves)
-    )
+    data, found = page_of(place / "survey"), load_survey(place / "survey" / "survey.json", {})
+    modules = dict.fromkeys((curve.block, curve.kind) for curve in found.curves)
+    assert [(module["block"], module["kind"]) for module in data["modules"]] == list(modules)
     line = next(line for line in result.out.splitlines() if line.startswith("Prune from this survey: "))
     assert data["line"] == line.removeprefix("Prune from this survey: ")
     assert run(*data["line"].split()[1:]).code == 0
     assert len(surveys) == 1, "the survey was made again"
     record = record_of(place / "OUT")
     shown = next(one for one in data["plans"] if one["share"] == 0.25)
+    axes = [axis["name"] for axis in data["axes"]]
     for block in record["blocks"]:
-        width = block["width"]
-        names = [axis["name"] for axis in data["axes"]]
-        assert dict(zip(names, shown["widths"][block["block"]], strict=True)) == width
+        assert dict(zip(axes, shown["widths"][block["block"]], strict=True)) == block["width"]
     assert shown["reached"] == pytest.approx(record["sparsity"]["reached"], rel=1e-3)
     kept = sum(tensor.numel() for tensor in load_file(place / "OUT" / "model.safetensors").values())
     assert data["parameters"] - shown["removed"] == kept
@@ -204,14 +177,11 @@ def test_curves_hold_the_order_of_removal(place, run, checkpoint_folder):
 
 
 def test_the_page_omits_sparsities_out_of_reach(place, run):
-    result = run("survey", "model", *SMALL, "--modules", "heads")
-    assert result.code == 0, result
-    data = data_of((place / "survey" / "survey.html").read_text(encoding="utf-8"))
-    most = max(one["share"] for one in data["plans"])
-    assert [one["share"] for one in data["plans"]] == [share for share in survey_page.SHARES if share <= most]
-    refused(
-        run("prune", "model", "OUT", *SMALL, "--modules", "heads", "--sparsity", f"{most + 0.05}"), "is out of reach"
-    )
+    only = [*SMALL, "--modules", "heads"]
+    assert run("survey", "model", *only).code == 0
+    shares = [one["share"] for one in page_of(place / "survey")["plans"]]
+    assert shares == [share for share in survey_page.SHARES if share <= max(shares)]
+    refused(run("prune", "model", "OUT", *only, "--sparsity", f"{max(shares) + 0.05}"), "is out of reach")
 
 
 def test_an_error_leaves_no_folder(place, monkeypatch):
@@ -234,7 +204,7 @@ def test_the_page_is_written_without_similar_heads(place, run, monkeypatch):
     result = run("survey", "model", *SMALL)
     assert result.code == 0
     assert "The page will not show which heads are similar: no attention here" in result.err
-    assert data_of((place / "survey" / "survey.html").read_text(encoding="utf-8"))["distances"] is None
+    assert page_of(place / "survey")["distances"] is None
 
 
 # In a browser.
@@ -244,28 +214,34 @@ def test_the_page_is_written_without_similar_heads(place, run, monkeypatch):
 def page_file(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the page of the tiny Llama, whose name contains HTML."""
     folder = tmp_path_factory.mktemp("page")
-    text = folder / "text.txt"
-    text.write_text(TEXT)
-    options = Options(calibration=str(text), samples=6, length=16)
+    (folder / "text.txt").write_text(TEXT)
+    options = Options(calibration=str(folder / "text.txt"), samples=6, length=16)
     write_page(checkpoint_folder("llama"), folder / "survey", options, watcher=Silent())
     file = folder / "survey" / "survey.html"
-    file.write_text(render({**data_of(file.read_text(encoding="utf-8")), "model": NASTY}), encoding="utf-8")
+    file.write_text(render({**page_of(file.parent), "model": NASTY}), encoding="utf-8")
     return file
+
+
+CUT_OFF = """[...document.querySelectorAll('main *, header *')].filter(node => !node.closest('.scroll, pre, nav')
+  && node.getBoundingClientRect().right > document.documentElement.clientWidth + 1).length"""
+"""Number of elements that are wider than the screen, outside what scrolls by itself."""
+
+
+CONTROLS = """[...document.querySelectorAll('a, button, input, select, [tabindex="0"]')]
+  .filter(node => node.getClientRects().length).length"""
+
+
+FOCUS = """(() => { const node = document.activeElement; node.dataset.seen = '1';
+  return getComputedStyle(node).outlineStyle; })()"""
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
 def test_the_page_fits_the_screen_and_loads_nothing_else(browser, page_file, width, scheme):
+    """axe looks, among others, for names of all elements, and landmarks of all parts of the page."""
     with Opened(browser, page_file, width, scheme) as opened:
         page = opened.page
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        # No text is cut off either, outside what scrolls by itself.
-        assert (
-            page.evaluate(
-                """[...document.querySelectorAll('main *, header *')].filter(node => !node.closest('.scroll, pre, nav')
-              && node.getBoundingClientRect().right > document.documentElement.clientWidth + 1).length"""
-            )
-            == 0
-        )
+        assert page.evaluate(CUT_OFF) == 0
         ground, text = page.evaluate("(style => [style.backgroundColor, style.color])(getComputedStyle(document.body))")
         light = sum(map(int, ground[4:-1].split(","))) > sum(map(int, text[4:-1].split(",")))
         assert light == (scheme == "light")
@@ -274,127 +250,107 @@ def test_the_page_fits_the_screen_and_loads_nothing_else(browser, page_file, wid
         assert page.evaluate("window.broken") is None
         assert opened.complaints == []
         assert opened.requests == [page_file.as_uri()]
-
-
-def test_axe_finds_no_fault(browser, page_file):
-    """Among others, every element has a name, and every part of the page a landmark."""
-    with Opened(browser, page_file) as opened:
-        assert Axe().run(opened.page).response["violations"] == []
+        assert Axe().run(page).response["violations"] == []
 
 
 def test_every_control_has_visible_keyboard_focus(browser, page_file):
     with Opened(browser, page_file) as opened:
-        page = opened.page
-        wanted = page.evaluate(
-            """[...document.querySelectorAll('a, button, input, select, [tabindex="0"]')]
-              .filter(node => node.getClientRects().length).length"""
-        )
-        seen = []
+        page, seen = opened.page, set()
+        wanted = page.evaluate(CONTROLS)
         for _ in range(wanted):
             page.keyboard.press("Tab")
-            seen.append(
-                page.evaluate(
-                    """(() => { const node = document.activeElement; node.dataset.seen = '1';
-                  return getComputedStyle(node).outlineStyle; })()"""
-                )
-            )
+            seen.add(page.evaluate(FOCUS))
         assert page.locator("[data-seen]").count() == wanted
-        assert set(seen) == {"solid"}
+        assert seen == {"solid"}
 
 
 def test_the_slider_shows_the_plans(browser, page_file):
-    plans = data_of(page_file.read_text(encoding="utf-8"))["plans"]
     with Opened(browser, page_file) as opened:
         page = opened.page
         page.focus("#share")
         page.keyboard.press("Home")
-        for plan in plans:
+        for plan in page_of(page_file.parent)["plans"]:
             figures = page.locator("#figures dd").all_inner_texts()
             assert page.locator("#share-value").inner_text() == f"{100 * plan['share']:g} %"
             assert f"--sparsity {plan['share']} " in page.locator("#line").inner_text()
             assert figures[-3:-1] == [*plan["sizes"].values()]
             assert float(figures[0].removesuffix(" %")) == pytest.approx(100 * plan["reached"], abs=0.0501)
-            kept = sum(width[2] for width in plan["widths"])
-            assert figures[4].split(" / ")[0] == f"{kept:,}"
-            rows = page.locator("#plan-table tbody tr").all_inner_texts()
-            for block, row in enumerate(rows):
-                each, groups, channels = plan["widths"][block]
-                assert row.split()[:4] == [str(block), f"{groups * each}/6", f"{groups}/3", f"{channels}/72"]
+            assert figures[4].split(" / ")[0] == f"{sum(width[2] for width in plan['widths']):,}"
+            rows = [row.split()[:4] for row in page.locator("#plan-table tbody tr").all_inner_texts()]
+            assert rows == [
+                [str(block), f"{groups * each}/6", f"{groups}/3", f"{channels}/72"]
+                for block, (each, groups, channels) in enumerate(plan["widths"])
+            ]
             page.keyboard.press("ArrowRight")
         assert opened.complaints == []
 
 
-@pytest.mark.parametrize("place_of", ["plan-table", "pair-table"])
-def test_tables_can_be_sorted_by_keyboard(browser, page_file, place_of):
+def test_tables_can_be_sorted_by_keyboard(browser, page_file):
     with Opened(browser, page_file) as opened:
-        table = opened.page.locator(f"#{place_of} table")
+        table = opened.page.locator("#plan-table table")
         heads = table.locator("th")
 
         def column(index: int) -> list[float]:
             cells = table.locator(f"tbody td:nth-child({index + 1})").all_inner_texts()
-            words = [cell.replace(",", "").replace(" %", "").split("/")[0] for cell in cells]
-            return [float(word) for word in words if word not in ("query heads", "feed-forward channels")]
+            return [float(cell.replace(",", "").replace(" %", "").split("/")[0]) for cell in cells]
 
         for index in range(heads.count()):
             heads.nth(index).locator("button").focus()
             for _ in range(2):
                 opened.page.keyboard.press("Enter")
-                order = heads.nth(index).get_attribute("aria-sort")
-                assert [heads.nth(i).get_attribute("aria-sort") for i in range(heads.count()) if i != index] == [
-                    "none"
-                ] * (heads.count() - 1)
+                orders = [heads.nth(i).get_attribute("aria-sort") for i in range(heads.count())]
+                order = orders.pop(index)
+                assert set(orders) == {"none"}
                 assert column(index) == sorted(column(index), reverse=order == "descending")
-        assert opened.complaints == []
 
 
 def test_choosing_a_block_updates_all_parts(browser, page_file):
     with Opened(browser, page_file) as opened:
         page = opened.page
-        page.focus("#block")
-        page.keyboard.press("End")
-        assert page.locator("#score-block-value").inner_text() == "2"
-        assert page.locator("#large-title").inner_text().startswith("Block 2: ")
-        page.locator("#tiles button").nth(1).focus()
-        page.keyboard.press("Enter")
-        assert page.locator("#block-value").inner_text() == "1"
+
+        def press(place: str, *keys: str) -> None:
+            page.locator(place).nth(1 if place == "#tiles button" else 0).focus()
+            for key in keys:
+                page.keyboard.press(key)
+
+        def shown(place: str) -> str:
+            return page.locator(place).inner_text()
+
+        press("#block", "End")
+        assert shown("#score-block-value") == "2"
+        assert shown("#large-title").startswith("Block 2: ")
+        press("#tiles button", "Enter")
+        assert shown("#block-value") == "1"
         assert page.locator("#tiles button[aria-pressed=true]").count() == 1
-        assert page.locator("#unit-table caption").inner_text() == "Block 1, query heads"
-        page.locator("#costs-channels svg").focus()
-        page.keyboard.press("ArrowRight")
-        page.keyboard.press("Enter")
-        assert page.locator("#block-value").inner_text() == "2"
+        assert shown("#unit-table caption") == "Block 1, query heads"
+        press("#costs-channels svg", "ArrowRight", "Enter")
+        assert shown("#block-value") == "2"
         assert page.evaluate("document.activeElement.tagName") == "svg"
-        assert (
-            page.locator("#costs-channels .read")
-            .inner_text()
-            .startswith("block 2, at least 100 % of the feed-forward channels")
-        )
+        assert shown("#costs-channels .read").startswith("block 2, at least 100 % of the feed-forward channels")
         page.select_option("#score-kind", "channels")
         assert page.locator("#unit-table tbody tr").count() == 72
         assert opened.complaints == []
 
 
 def test_edges_follow_tau(browser, page_file):
-    upper = data_of(page_file.read_text(encoding="utf-8"))["distances"]
+    upper = page_of(page_file.parent)["distances"]
+    every = [distance for one in upper.values() for distance in one]
     with Opened(browser, page_file) as opened:
-        page = opened.page
         for tau in (0.0, 0.1, 0.3, 0.69):
-            page.locator("#tau").fill(str(tau))
-            assert page.locator("#graph line").count() == sum(distance < tau for distance in upper["0"])
-            every = [distance for one in upper.values() for distance in one]
+            opened.page.locator("#tau").fill(str(tau))
+            assert opened.page.locator("#graph line").count() == sum(distance < tau for distance in upper["0"])
             near = sum(distance < tau for distance in every)
-            assert page.locator("#tau-count").inner_text().startswith(f"{near} of {len(every)} pairs")
+            assert opened.page.locator("#tau-count").inner_text().startswith(f"{near} of {len(every)} pairs")
 
 
 def test_a_page_without_distances_and_plans(browser, tmp_path):
-    blocks = blocks_of(build("llama"))
     survey = Survey("l1", 0.3, 64, (ErrorCurve(1, "channels", "channels", (0.0,), 0.5),))
-    (tmp_path / "p.html").write_text(render(page_data(survey, blocks, {}, facts=FACTS)), encoding="utf-8")
+    page = render(page_data(survey, blocks_of(build("llama")), {}, facts=FACTS))
+    (tmp_path / "p.html").write_text(page, encoding="utf-8")
     with Opened(browser, tmp_path / "p.html", 360) as opened:
         assert opened.complaints == []
-        assert not opened.page.locator("#likeness").is_visible()
-        assert not opened.page.locator("nav a[href='#likeness']").is_visible()
-        assert not opened.page.locator("#share").is_visible()
+        for hidden in ("#likeness", "nav a[href='#likeness']", "#share"):
+            assert not opened.page.locator(hidden).is_visible()
         assert "10 %, is more than the surveyed modules can lose" in opened.page.locator("#reach").inner_text()
 
 

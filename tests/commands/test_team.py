@@ -1,7 +1,5 @@
 """Several processes prune as one does, go on with what one began, and end together."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -23,16 +21,13 @@ from typer.testing import CliRunner
 from conftest import CheckpointFolder
 from models import token_rows
 from outputs import error_of, record_of
-from secateur import SecateurError
+from secateur import Rows, SecateurError, open_model, prune
 from secateur.base.launcher import ProcessPlace, process_place
 from secateur.base.memory import available_bytes
 from secateur.base.processes import Processes
 from secateur.base.services import BATCH_TOKENS, Services
 from secateur.cli.app import app
-from secateur.commands.open_model import open_model
-from secateur.commands.prune import prune
 from secateur.model.kinds import KINDS
-from secateur.model.rows import Rows
 
 pytestmark = pytest.mark.slow
 

@@ -38,10 +38,15 @@ PLANS: dict[tuple[str, str], list[dict[str, int]]] = {
 """Number of units that each block keeps, by row and format."""
 DENSE = [LLAMA, MIXTURE]
 CASES = list(PLANS)
-OF_LLAMA = [case for case in CASES if case[0] == LLAMA]
 
 Case = tuple[str, str]
 Folders = Callable[[Case], Path]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Return the row and the format of a pruned folder; each test runs with all."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +95,18 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 
 IDS = token_rows(2, 24)
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Train on the same rows in each step, and return the losses before the steps."""
+    losses = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.fixture(autouse=True)

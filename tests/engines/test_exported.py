@@ -12,7 +12,7 @@ from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from torch import Tensor, nn
 
-from conftest import IDS, LLAMA, MIXTURE, Case, Folders, load, logits
+from conftest import IDS, LLAMA, MIXTURE, load, logits
 from models import relative
 
 NAMES = {"input_names": ["input_ids"], "output_names": ["logits"]}
@@ -34,7 +34,7 @@ class Logits(nn.Module):
 
 
 @pytest.mark.parametrize("case", EXPORTED, ids="-".join)
-def test_onnx_runtime_and_openvino_compute_the_same(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_onnx_runtime_and_openvino_compute_the_same(folders, case, tmp_path):
     file, expected = str(tmp_path / "model.onnx"), logits(load(folders(case)))
     model = Logits(folders(case)).eval()
     torch.onnx.export(model, (IDS,), file, dynamo=True, dynamic_shapes=SIZES, verbose=False, **NAMES)
@@ -48,7 +48,7 @@ def test_onnx_runtime_and_openvino_compute_the_same(folders: Folders, case: Case
 
 
 @pytest.mark.parametrize("case", EXPORTED, ids="-".join)
-def test_executorch_computes_the_same(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_executorch_computes_the_same(folders, case, tmp_path):
     graph = torch.export.export(Logits(folders(case)).eval(), (IDS,))
     program = to_edge_transform_and_lower(graph, partitioner=[XnnpackPartitioner()]).to_executorch()
     (tmp_path / "model.pte").write_bytes(program.buffer)

@@ -48,7 +48,7 @@ def scored(file: Path) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize("format", PLANS)
-def test_quantised_files_predict_almost_the_same(files: dict[str, Path], format: str, tmp_path: Path) -> None:
+def test_quantised_files_predict_almost_the_same(files, format, tmp_path):
     expected, perplexity = scored(files[format])
     assert math.isfinite(perplexity)
     for name, (number, near) in TYPES.items():

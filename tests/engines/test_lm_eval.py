@@ -3,10 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-from conftest import LLAMA, MIXTURE, Folders
+from conftest import LLAMA, MIXTURE
 from secateur.measure.evaluation import evaluate
 
 ITEMS = [{"query": f"w{i} w{i + 1}", "choices": ["w3 w4", "w50", f"w{i} w9 w9"], "gold": i % 3} for i in range(10, 60)]
@@ -34,7 +33,7 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "secateur"
 """
 
 
-def test_scores_equal_those_of_secateur_eval(folders: Folders, tmp_path: Path) -> None:
+def test_scores_equal_those_of_secateur_eval(folders, tmp_path):
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     (tmp_path / "mine.yaml").write_text(YAML.format(file=tmp_path / "items.jsonl"))
     # One process for both folders, as lm-eval reads all its tasks at every start.

@@ -9,7 +9,7 @@ import torch
 from mlx_lm import convert
 from mlx_lm import load as mlx_load
 
-from conftest import DENSE, IDS, Case, Folders, apart, load, logits
+from conftest import DENSE, IDS, apart, load, logits
 from models import relative
 
 
@@ -19,7 +19,7 @@ def found(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", [(row, "stock") for row in DENSE], ids="-".join)
-def test_stock_folders_compute_the_same(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_stock_folders_compute_the_same(folders, case, tmp_path):
     expected = logits(load(folders(case)))
     assert relative(found(folders(case)), expected) < 1e-5
     convert(str(folders(case)), mlx_path=str(tmp_path / "q8"), quantize=True, q_bits=8, q_group_size=32)
@@ -27,7 +27,7 @@ def test_stock_folders_compute_the_same(folders: Folders, case: Case, tmp_path: 
 
 
 @pytest.mark.parametrize("case", [(row, "hf") for row in DENSE], ids="-".join)
-def test_hf_folders_are_refused(folders: Folders, case: Case) -> None:
+def test_hf_folders_are_refused(folders, case):
     """If this works one day, docs/engines.md is out of date."""
     with pytest.raises((ValueError, KeyError), match=r"Missing \d+ parameters|experts"):
         mlx_load(str(folders(case)))

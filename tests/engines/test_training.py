@@ -1,6 +1,5 @@
 """Pruned folders can be trained with peft, transformers' Trainer and trl, merged, saved and opened."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from conftest import CASES, IDS, MIXTURE, Case, Folders, load, logits
+from conftest import CASES, IDS, MIXTURE, load, logits, train
 from models import relative
 
 HOW: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
@@ -21,17 +20,11 @@ LORA = [(case, targets) for case in CASES for targets in TARGETS if targets or c
 
 
 @pytest.mark.parametrize(("case", "targets"), LORA, ids=str)
-def test_lora_trains_merges_and_opens(folders: Folders, case: Case, targets: Any, tmp_path: Path) -> None:
+def test_lora_trains_merges_and_opens(folders, case, targets, tmp_path):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(load(folders(case)), config)
     optimizer = torch.optim.AdamW((weight for weight in model.parameters() if weight.requires_grad), lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, optimizer, 6)
     assert losses[-1] < 0.95 * losses[0]
     trained = logits(model.eval())
     model.save_pretrained(tmp_path / "adapter")
@@ -42,8 +35,7 @@ def test_lora_trains_merges_and_opens(folders: Folders, case: Case, targets: Any
     assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_the_trainer_trains_and_saves(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_the_trainer_trains_and_saves(folders, case, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in IDS.tolist()] * 4
     trainer = Trainer(load(folders(case)), TrainingArguments(str(tmp_path), **HOW), train_dataset=rows)
     assert falls(trainer)
@@ -51,8 +43,7 @@ def test_the_trainer_trains_and_saves(folders: Folders, case: Case, tmp_path: Pa
     assert torch.equal(logits(load(tmp_path / "saved")), logits(trainer.model.eval()))
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_trl_trains_an_adapter(folders: Folders, case: Case, tmp_path: Path) -> None:
+def test_trl_trains_an_adapter(folders, case, tmp_path):
     trainer = SFTTrainer(
         load(folders(case)),
         # The loss that balances experts needs the same number of experts in all blocks.

@@ -8,7 +8,6 @@ import pytest
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
-from conftest import CheckpointFolder
 from formats.test_gguf import byte_level
 from secateur import prune
 from secateur.formats.format import format_class
@@ -28,15 +27,13 @@ SIZES: dict[str, Callable[[Path], int]] = {
 """Bytes of the weights in an output, by its format."""
 
 
-def test_every_format_has_a_row() -> None:
+def test_every_format_has_a_row():
     assert set(SIZES) == set(FORMATS)
     assert all(format_class(name).declaration is found for name, found in FORMATS.items())
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_an_output_has_the_bytes_that_were_counted(
-    tmp_path: Path, checkpoint_folder: CheckpointFolder, name: str
-) -> None:
+def test_an_output_has_the_bytes_that_were_counted(tmp_path, checkpoint_folder, name):
     model, out = tmp_path / "dense", tmp_path / f"out{FORMATS[name].suffix or ''}"
     shutil.copytree(checkpoint_folder("llama"), model)
     byte_level().save_pretrained(model)

@@ -1,6 +1,7 @@
 """GGUF files with the language model of a multimodal checkpoint compute the logits of the whole model for a text."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,11 @@ from torch import Tensor
 
 import models as tiny
 from models import SIZES, relative
-from outputs import Notes
-from secateur import SecateurError, prune
+from outputs import Notes, assert_error
+from secateur import SecateurError, open_checkpoint, prune
 from secateur.commands import doctor
 from secateur.formats.gguf_choice import gguf_unsupported
 from secateur.formats.gguf_export import DECODER_ONLY, export
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.kinds import KINDS
 from secateur.model.per_layer import widths_of
 
@@ -149,7 +149,7 @@ def bound(architecture: str) -> float:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_dense_and_pruned(tmp_path: Path, name: str) -> None:
+def test_dense_and_pruned(tmp_path, name):
     """Pruning into a file writes the same bytes as exporting the pruned folder, without the tower."""
     architecture, kinds = WRITTEN[name]
     dense, notes = saved(name, tmp_path / "dense"), Notes()
@@ -173,7 +173,7 @@ def test_dense_and_pruned(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "architecture"), {"mistral3": "deci", "llava": "deci", "gemma4 small": "gemma4"}.items()
 )
-def test_a_width_for_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, architecture: str) -> None:
+def test_a_width_for_each_block(tmp_path, monkeypatch, name, architecture):
     dense, out = saved(name, tmp_path / "dense"), tmp_path / "out"
     found = prune(dense, out, **SMALL | {"widths": "adaptive"}, sparsity=0.3)
     assert not found.uniform
@@ -185,26 +185,7 @@ def test_a_width_for_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert llama_cpp.message.startswith(f"can run its language model as a .gguf file ({architecture}): export it")
 
 
-def test_tensor_names_of_newer_checkpoints(tmp_path: Path) -> None:
-    folder = saved("llava", tmp_path / "dense")
-    before = export(folder, tmp_path / "m.gguf").path.read_bytes()
-    test_multimodal.rename_as_newer_checkpoints(folder)
-    assert export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes() == before
-
-
-def test_checkpoints_of_qwen_in_their_published_form(tmp_path: Path) -> None:
-    """The config has the language model's keys among all others, and experts' matrices have inputs first."""
-    folder = saved("qwen2_vl", tmp_path / "dense")
-    before = export(folder, tmp_path / "m.gguf").path.read_bytes()
-    test_multimodal.write_config_of_older_checkpoints(folder, TURNED["rope_theta"])
-    assert export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes() == before
-    folder = saved("qwen3_vl_moe", tmp_path / "mixture")
-    before = export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes()
-    save_file(turned(folder), folder / "model.safetensors", metadata={"format": "pt"})
-    assert export(folder, tmp_path / "m.gguf", overwrite=True).path.read_bytes() == before
-
-
-def test_the_chat_template_of_a_processor(tmp_path: Path) -> None:
+def test_the_chat_template_of_a_processor(tmp_path):
     """Older checkpoints have a file for it; a template of the tokenizer is preferred."""
     folder, template = saved("llava", tmp_path / "dense"), tmp_path / "dense" / "chat_template.json"
 
@@ -216,66 +197,13 @@ def test_the_chat_template_of_a_processor(tmp_path: Path) -> None:
     assert written() is None
     template.write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert written() == "{{ messages }}"
+    for damaged in ("{", "[]"):
+        template.write_text(damaged)
+        assert_error(r"chat_template\.json: not valid JSON with a chat template; download it again", written)
     tokenizer = byte_level()
     tokenizer.chat_template = "{{ own }}"
     tokenizer.save_pretrained(folder)
     assert written() == "{{ own }}"
-    byte_level().save_pretrained(folder)
-    (folder / "chat_template.jinja").unlink()
-    for damaged in ("{", "[]"):
-        template.write_text(damaged)
-        with pytest.raises(
-            SecateurError, match=r"chat_template\.json: not valid JSON with a chat template; download it again"
-        ):
-            written()
-
-
-ENDS = {
-    **{f"v.patch_embd.{leaf}": f"patch_embedding.{leaf}" for leaf in ("weight", "bias")},
-    **{f"v.post_ln.{leaf}": f"post_layernorm.{leaf}" for leaf in ("weight", "bias")},
-    "v.position_embd.weight": "position_embedding.weight",
-    "mm.input_projection.weight": "mm_input_projection_weight",
-    "mm.soft_emb_norm.weight": "mm_soft_emb_norm.weight",
-}
-INSIDE = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_out": "out_proj"}
-INSIDE |= {"ln1": "layer_norm1", "ln2": "layer_norm2", "ffn_up": "fc1", "ffn_down": "fc2"}
-ENDS |= {f"v.blk.0.{ours}.{leaf}": f"{name}.{leaf}" for ours, name in INSIDE.items() for leaf in ("weight", "bias")}
-"""Ends of stored names of Gemma 3's tower and projector, by llama.cpp's names."""
-
-
-def mmproj(file: Path, kind: str, tensors: dict[str, Tensor], *, gelu: bool = True, **more: Any) -> Path:
-    """A second file, with tower and projector for a language model of width 48."""
-    writer = GGUFWriter(file, "clip")
-    writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_bool("clip.use_gelu", gelu)
-    writer.add_string("clip.projector_type", kind)
-    more |= {"block_count": 1, "patch_size": 4, "projection_dim": 48, "embedding_length": 16, "attention.head_count": 2}
-    for key, number in more.items():
-        writer.add_uint32(f"clip.vision.{key}", number)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
-    for key in ("mean", "std"):
-        writer.add_array(f"clip.vision.image_{key}", [0.5] * 3)
-    # Whether what comes out of the tower's one block is handed on.
-    writer.add_array("clip.vision.is_deepstack_layers", ["v.deepstack.0.norm.bias" in tensors])
-    for name, values in tensors.items():
-        writer.add_tensor(name, values.contiguous().numpy())
-    write_out(writer)
-    return file
-
-
-def towers(folder: Path, file: Path) -> Path:
-    """The second file of a tiny Gemma 3."""
-    tower = {
-        key: value
-        for key, value in load_file(folder / "model.safetensors").items()
-        if key.startswith(("vision_tower.", "multi_modal_projector.")) and ".head." not in key
-    }
-    tensors = dict[str, Tensor]()
-    for ours, end in ENDS.items():
-        (values,) = (value for key, value in tower.items() if key.endswith(end))
-        # The norm of the projector is stored less one.
-        tensors[ours] = values + 1 if "soft_emb_norm" in ours else values
-    return mmproj(file, "gemma3", tensors, image_size=8, feed_forward_length=24, **{"projector.scale_factor": 1})
 
 
 QWEN = {"v.blk.0.ln1": "blocks.0.norm1", "v.blk.0.ln2": "blocks.0.norm2", "v.blk.0.attn_out": "blocks.0.attn.proj"}
@@ -290,7 +218,7 @@ QWEN3 |= {f"v.deepstack.0.{leaf}": f"deepstack_merger_list.0.linear_{leaf}" for 
 
 
 def qwen_towers(folder: Path, file: Path) -> Path:
-    """The second file of a tiny Qwen2-VL or Qwen3-VL of one block."""
+    """Write the second file, with tower and merger, of a tiny Qwen2-VL or Qwen3-VL of one block and width 48."""
     tower = {
         key.removeprefix("model.").removeprefix("visual."): value
         for key, value in load_file(folder / "model.safetensors").items()
@@ -301,14 +229,29 @@ def qwen_towers(folder: Path, file: Path) -> Path:
     tensors = {f"{ours}.{leaf}": tower[f"{own}.{leaf}"] for ours, own in names.items() for leaf in ("weight", "bias")}
     kernel = tower["patch_embed.proj.weight"]
     tensors |= {"v.patch_embd.weight": kernel[:, :, 0], "v.patch_embd.weight.1": kernel[:, :, 1]}
-    sizes = {"image_size": 32, "spatial_merge_size": 2, "feed_forward_length": 24 if third else 32}
     if third:
         tensors["v.patch_embd.bias"] = tower["patch_embed.proj.bias"]
-        return mmproj(file, "qwen3vl_merger", tensors | {"v.position_embd.weight": tower["pos_embed.weight"]}, **sizes)
-    for leaf in ("weight", "bias"):
+        tensors["v.position_embd.weight"] = tower["pos_embed.weight"]
+    for leaf in () if third else ("weight", "bias"):
         for letter, rows in zip("qkv", tower[f"blocks.0.attn.qkv.{leaf}"].chunk(3), strict=True):
             tensors[f"v.blk.0.attn_{letter}.{leaf}"] = rows
-    return mmproj(file, "qwen2vl_merger", tensors, gelu=False, **sizes)
+    sizes = {"image_size": 32, "patch_size": 4, "spatial_merge_size": 2, "feed_forward_length": 24 if third else 32}
+    sizes |= {"block_count": 1, "projection_dim": 48, "embedding_length": 16, "attention.head_count": 2}
+    writer = GGUFWriter(file, "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.use_gelu", third)
+    writer.add_string("clip.projector_type", "qwen3vl_merger" if third else "qwen2vl_merger")
+    for key, number in sizes.items():
+        writer.add_uint32(f"clip.vision.{key}", number)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
+    for key in ("mean", "std"):
+        writer.add_array(f"clip.vision.image_{key}", [0.5] * 3)
+    # Whether what comes out of the tower's one block is handed on.
+    writer.add_array("clip.vision.is_deepstack_layers", [third])
+    for name, values in tensors.items():
+        writer.add_tensor(name, values.contiguous().numpy())
+    write_out(writer)
+    return file
 
 
 def seen(file: Path, second: Path, picture: Tensor, text: bytes) -> tuple[list[int], Tensor]:
@@ -344,27 +287,9 @@ def seen(file: Path, second: Path, picture: Tensor, text: bytes) -> tuple[list[i
             mtmd.mtmd_free(both)
 
 
-def test_a_picture_through_the_second_file_of_the_dense_model(tmp_path: Path) -> None:
-    dense = saved("gemma3", tmp_path / "dense")
-    prune(dense, tmp_path / "out", **SMALL, sparsity=0.3)
-    done = export(tmp_path / "out", tmp_path / "m.gguf", type="f32")
-    picture = torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    second = towers(dense, tmp_path / "mmproj.gguf")
-    found, logits = seen(done.path, second, picture, b"the sea <__media__> takes the steps")
-    assert found.count(IMAGE) == 4
-    ids = torch.tensor([found])
-    more = {"attention_mask": torch.ones_like(ids), "token_type_ids": (ids == IMAGE).long()}
-    pixels = (picture.permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
-    small = opened(tmp_path / "out")
-    with torch.no_grad():
-        wanted, blank = (small(ids, pixel_values=values, **more).logits[0, -1] for values in (pixels, 0 * pixels))
-    assert relative(logits, wanted) < 1e-3
-    assert relative(blank, wanted) > 0.1
-
-
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "qwen3_vl_moe"])
-def test_a_picture_at_positions_in_sections(tmp_path: Path, name: str) -> None:
-    """The tower of Qwen3-VL also gives inputs to the first block."""
+def test_a_picture_through_the_second_file_of_the_dense_model(tmp_path, name):
+    """Positions of a picture come in sections. The tower of Qwen3-VL also gives inputs to the first block."""
     dense, kinds = saved(f"{name} merging", tmp_path / "dense"), WRITTEN[name][1]
     prune(dense, tmp_path / "out", **SMALL | {"modules": kinds}, sparsity=0.3)
     done = export(tmp_path / "out", tmp_path / "m.gguf", type="f32")
@@ -397,11 +322,31 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(tmp_path: Path, name: str) -> None:
+def test_refused(tmp_path, name):
     checkpoint = open_checkpoint(saved(name, tmp_path / "dense"))
     assert REFUSED[name] in (gguf_unsupported(checkpoint, widths_of(checkpoint.config)) or "")
-    with pytest.raises(SecateurError, match="dense: "):
-        export(tmp_path / "dense", tmp_path / "m.gguf")
+    assert_error("dense: ", export, tmp_path / "dense", tmp_path / "m.gguf")
     with pytest.raises(SecateurError):
         prune(tmp_path / "dense", tmp_path / "m.gguf", **SMALL, sparsity=0.3, format="gguf")
     assert [entry.name for entry in tmp_path.iterdir()] == ["dense"]
+
+
+def exports_the_same(folder: Path, change: Callable[[], Any]) -> bool:
+    """Return whether a changed folder gives the same file."""
+    out = folder.with_suffix(".gguf")
+    before = export(folder, out).path.read_bytes()
+    change()
+    return export(folder, out, overwrite=True).path.read_bytes() == before
+
+
+def test_checkpoints_in_other_forms(tmp_path):
+    """Newer ones have other names of tensors. In Qwen's published form, the config has the language model's keys among
+    all others, and experts' matrices have inputs first."""
+    folder = saved("llava", tmp_path / "llava")
+    assert exports_the_same(folder, lambda: test_multimodal.rename_as_newer_checkpoints(folder))
+    qwen = saved("qwen2_vl", tmp_path / "qwen")
+    theta = TURNED["rope_theta"]
+    assert exports_the_same(qwen, lambda: test_multimodal.write_config_of_older_checkpoints(qwen, theta))
+    mixture = saved("qwen3_vl_moe", tmp_path / "mixture")
+    file, form = mixture / "model.safetensors", {"format": "pt"}
+    assert exports_the_same(mixture, lambda: save_file(turned(mixture), file, metadata=form))

@@ -37,30 +37,26 @@ from models import (
     parameters_in,
     relative,
     save,
-    selected,
     token_rows,
     wide,
+    write_pruned,
 )
-from secateur.base.errors import SecateurError
+from outputs import assert_error
+from secateur import BlockStream, open_checkpoint, prune
 from secateur.base.quiet import quiet
-from secateur.commands.prune import prune
 from secateur.families.registry import FAMILIES
-from secateur.fit.fitted_block import FittedBlock
 from secateur.formats.format import PrunedModel
 from secateur.formats.hf import HfFolder
 from secateur.formats.per_layer import MODELING_FILE, per_layer_unsupported
 from secateur.formats.stock_folder import StockFolder
 from secateur.measure.evaluation import evaluate
 from secateur.model.axes import Width
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.layer_sizes import IN_MEMORY
 from secateur.model.modeling_secateur import resize
 from secateur.model.per_layer import is_per_layer, model_class, widths_of
-from secateur.model.stream import BlockStream
-from secateur.model.structure import Block, KeptUnits
+from secateur.model.structure import Block
 from secateur.model.surgery import assign, first_units
 from secateur.plan.problem import Plan
-from secateur.write.slice import slice_fitted
 
 TOLERANCE = 1e-5
 """Largest deviation of a logit over the largest logit."""
@@ -129,37 +125,19 @@ def plan_of(name: str, case: str) -> dict[int, Width]:
     return {i: own_axes(every_block(name)[i], width) for i, width in widths.items()}
 
 
-def picked(units: int, count: int, seed: int) -> tuple[int, ...]:
-    return tuple(sorted(torch.randperm(units, generator=torch.Generator().manual_seed(seed))[:count].tolist()))
-
-
-def keep_of(block: Block, width: Width, seed: int) -> KeptUnits:
-    """Units that are no run: some groups, and other heads in each of them."""
-    attention, heads = block.attention, []
-    if attention.fixed:
-        return first_units(block, width) | {"channels": picked(block.feed_forward.units, width.channels, seed + 50)}
-    for group in picked(attention.groups, width.kv_groups, seed) if width.heads else ():
-        kept = picked(attention.per_group, width.heads_per_group, seed + group + 1)
-        heads += [group * attention.per_group + head for head in kept]
-    return selected(tuple(heads), picked(block.feed_forward.units, width.channels, seed + 50))
-
-
 class Written:
     """A folder of the format, with the units that it keeps and the biases that it adds."""
 
     def __init__(self, name: str, case: str, intercept: bool, source: Path, folder: Path):
         self.widths = plan_of(name, case)
-        self.keeps = {i: keep_of(every_block(name)[i], width, seed=i) for i, width in self.widths.items()}
+        self.keeps = {i: first_units(every_block(name)[i], width) for i, width in self.widths.items()}
         self.changed: dict[int, dict[str, Tensor]] = {i: {} for i in self.keeps}
         for index, tensors in self.changed.items() if intercept else ():
             for module in without_bias(every_block(name)[index]):
-                tensors[f"{module.output_layer}.bias"] = 0.3 * token_noise(dense(name).config.hidden_size, index)
+                noise = torch.randn(dense(name).config.hidden_size, generator=torch.Generator().manual_seed(index))
+                tensors[f"{module.output_layer}.bias"] = 0.3 * noise
         self.folder, self.source = folder, source
-        stream = BlockStream(open_checkpoint(source))
-        fitted = [FittedBlock(i, self.keeps[i], self.changed[i], ()) for i in sorted(self.keeps)]
-        plan = Plan(self.widths, 0.0, 0.0)
-        tensors = ((block.index, slice_fitted(stream, block)) for block in fitted)
-        self.bytes = HfFolder(stream).write(folder, PrunedModel(plan, tensors))
+        self.bytes = write_pruned(source, folder, self.keeps, self.changed, "hf")
 
     def load(self, **how: Any) -> tuple[Any, dict[str, Any]]:
         """The model through the classes of this library, and what was missing."""
@@ -177,10 +155,6 @@ def without_bias(block: Block) -> list[Any]:
     return [module for module in block.modules if module.bias is None and module.may_gain_bias]
 
 
-def token_noise(size: int, seed: int) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
-
-
 def silenced_logits(name: str, written: Written, ids: Tensor) -> Tensor:
     """Logits of the dense model with the removed units silenced and the same new biases."""
     model = copy.deepcopy(dense(name))
@@ -194,17 +168,14 @@ def silenced_logits(name: str, written: Written, ids: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = tmp_path_factory.mktemp("written")
-    sources: dict[str, Path] = {}
 
-    made: dict[Path, Written] = {}
+    @cache
+    def source(name: str) -> Path:
+        return save(name, place / name.replace(" ", "-"))
 
+    @cache
     def make(name: str, case: str, intercept: bool = False) -> Written:
-        if name not in sources:
-            sources[name] = save(name, place / name.replace(" ", "-"))
-        folder = place / f"{name} {case} {intercept}".replace(" ", "-")
-        if folder not in made:
-            made[folder] = Written(name, case, intercept, sources[name], folder)
-        return made[folder]
+        return Written(name, case, intercept, source(name), place / f"{name} {case} {intercept}".replace(" ", "-"))
 
     return make
 
@@ -245,26 +216,22 @@ def test_what_is_written_is_what_was_meant(written, name, case, intercept):
 def test_the_folder_says_what_it_holds(written, name, case, intercept):
     made, block = written(name, case, intercept), block_of(name)
     stored = json.loads((made.folder / "config.json").read_text())
-    config = open_checkpoint(made.folder).config
+    config, source = (open_checkpoint(folder).config for folder in (made.folder, made.source))
     assert is_per_layer(config)
-    assert not is_per_layer(dense(name).config)
-    expected = [made.widths.get(index, every_block(name)[index].width) for index in range(BLOCKS)]
-    for given in (stored, config):
-        assert widths_of(given) == expected
-    assert stored["model_type"] == dense(name).config.model_type
+    assert not is_per_layer(source)
+    dense_widths = [one.width for one in every_block(name)]
+    assert widths_of(source) == dense_widths
+    expected = [made.widths.get(index, width) for index, width in enumerate(dense_widths)]
+    assert widths_of(stored) == widths_of(config) == expected
+    assert stored["model_type"] == source.model_type
     # Falcon's class derives it, and takes none.
     assert stored.get("head_dim") == (None if name in FALCON else block.attention.size)
     assert set(stored["auto_map"]) >= {"AutoModel", "AutoModelForCausalLM"}
     assert (made.folder / MODELING_FILE.name).read_bytes() == MODELING_FILE.read_bytes()
-    source = open_checkpoint(made.source)
     cut = ((every_block(name)[index], width) for index, width in made.widths.items())
     removed = sum(block.parameters - block.parameters_at(width) for block, width in cut)
     added = sum(tensor.numel() for tensors in made.changed.values() for tensor in tensors.values())
-    assert made.bytes == source.bytes - 4 * removed + 4 * added
-
-
-def test_widths_of_a_stock_folder(written):
-    assert widths_of(open_checkpoint(written("gpt2", "uneven").source).config) == [block_of("gpt2").width] * BLOCKS
+    assert made.bytes == open_checkpoint(made.source).bytes - 4 * removed + 4 * added
 
 
 ALONE = """
@@ -374,27 +341,28 @@ def test_generation(written, name, case):
     model, _ = written(name, case).load()
     ids, mask = token_rows(2, 8), torch.ones(2, 8, dtype=torch.long)
     how = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 2}
-    expected = model.generate(ids, use_cache=False, **how)
-    assert torch.equal(model.generate(ids, use_cache=True, **how), expected)
-    if name in HYBRID:
-        return
-    mask[0, :3] = 0
-    for more in ({}, {"num_beams": 3}):
-        expected = model.generate(ids, use_cache=False, **how, **more)
-        assert torch.equal(model.generate(ids, use_cache=True, **how, **more), expected)
-    static = {"cache_implementation": "static", "disable_compile": True}
-    assert torch.equal(model.generate(ids, **static, **how), model.generate(ids, use_cache=False, **how))
+
+    def check(cache: dict[str, Any], **more: Any) -> None:
+        assert torch.equal(
+            model.generate(ids, **cache, **how, **more), model.generate(ids, use_cache=False, **how, **more)
+        )
+
+    check({"use_cache": True})
+    if name not in HYBRID:
+        mask[0, :3] = 0
+        check({"use_cache": True})
+        check({"use_cache": True}, num_beams=3)
+        check({"cache_implementation": "static", "disable_compile": True})
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma3_text"])
 def test_attention_implementations(written, name):
     made, ids = written(name, "gone"), token_rows(2, 20)
-    expected = silenced_logits(name, made, ids)
     model, _ = made.load(attn_implementation="eager")
-    assert relative(logits_of(model, ids), expected) < TOLERANCE
-    # Every layer follows, the ones with a config of their own too.
-    model.set_attn_implementation("sdpa")
-    assert relative(logits_of(model, ids), expected) < TOLERANCE
+    for implementation in ("eager", "sdpa"):
+        # Every layer follows, the ones with a config of their own too.
+        model.set_attn_implementation(implementation)
+        assert relative(logits_of(model, ids), silenced_logits(name, made, ids)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt after"])
@@ -410,13 +378,6 @@ def test_saved_and_loaded_again(written, tmp_path, name):
         again = model_class(config).from_pretrained(tmp_path / "again", device_map="cpu").eval()
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
     assert torch.equal(logits_of(copy.deepcopy(again), ids), logits_of(model, ids))
-
-
-def test_half_precision(written):
-    made, ids = written("qwen2", "gone", True), token_rows(2, 20)
-    model, _ = made.load(dtype=torch.bfloat16)
-    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
-    assert relative(logits_of(model, ids).float(), silenced_logits("qwen2", made, ids)) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -476,34 +437,14 @@ def test_the_modeling_file_names_no_family_and_no_layer():
 
 
 def test_unsupported_reasons(written, tmp_path):
-    olmo, llama = block_of("olmo2"), block_of("llama")
-    config = dense("olmo2").config
     fewer, none = wide(2, 2, 72), wide(0, 0, 72)
-    assert "olmo2 keeps all 6 heads of a block or none, as its query" in (
-        per_layer_unsupported(config, olmo, fewer) or ""
-    )
-    assert per_layer_unsupported(config, olmo, none) is None
-    assert per_layer_unsupported(dense("llama").config, llama, wide(0, 0, 0)) is None
     stream = BlockStream(open_checkpoint(written("olmo2", "gone").source))
-    with pytest.raises(SecateurError, match="keeps all 6 heads of a block or none"):
-        HfFolder(stream).write(tmp_path / "out", PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ()))
-    with pytest.raises(SecateurError, match="one width for all blocks; use --format hf"):
-        StockFolder(stream).write(tmp_path / "out", PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ()))
+    assert HfFolder(stream).unsupported_reason(none) is None
+    assert per_layer_unsupported(dense("llama").config, block_of("llama"), wide(0, 0, 0)) is None
+    pruned = PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ())
+    for kind, said in (
+        (HfFolder, "olmo2 keeps all 6 heads of a block or none, as its query"),
+        (StockFolder, "one width for all blocks; use --format hf"),
+    ):
+        assert_error(said, kind(stream).write, tmp_path / "out", pruned)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "blocks", "width", "biases"),
-    [
-        ("gpt2", range(3), wide(4, 1, 96), False),
-        ("gemma2 every head", range(3), wide(5, 1, 72), False),
-        ("llama", range(3), wide(0, 0, 72), False),
-        ("llama", range(2), wide(2, 2, 72), False),
-        ("llama", range(3), wide(2, 2, 72), True),
-    ],
-)
-def test_the_stock_format_points_to_this_one(written, name, blocks, width, biases):
-    stream = BlockStream(open_checkpoint(written(name, "uneven").source))
-    stock, hf = (kind(stream, block_range=blocks, biases=biases) for kind in (StockFolder, HfFolder))
-    assert (stock.unsupported_reason(width) or "").endswith("or use --format hf")
-    assert hf.unsupported_reason(width) is None

@@ -14,12 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import secateur.model.pass_checkpoint
 from models import ROWS, SIZES, make_letters, save
-from secateur import prune
+from secateur import draw_rows, open_model, prune, survey_model
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.open_model import open_model
-from secateur.commands.survey_model import survey_model
 from secateur.families.registry import FAMILIES
 from secateur.formats import family_file
 
@@ -31,6 +28,11 @@ TEXT = " ".join(f"w{i * 37 % 116}" for i in range(600))
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY = AutoConfig.for_model("llama", **SIZES | NARROW | {"intermediate_size": 24})
 """Config of the smallest model, which most inputs are made from."""
+
+
+EXTEND = Path(__file__).parents[2] / "docs" / "extend.md"
+BIOGPT = yaml.safe_load(EXTEND.read_text().partition('title="biogpt.yaml"\n')[2].partition("```")[0])
+"""Contents of the family file in docs/extend.md."""
 
 
 class Stopping(Silent):
@@ -121,7 +123,7 @@ class Bench:
     def biogpt(self) -> Path:
         """Folder of a model whose family only a YAML file describes."""
         family_file._READ.add("biogpt")
-        with known("biogpt"):
+        with patch.dict(FAMILIES):
             family_file.read_family(self.described)
             return self.saved("biogpt", AutoConfig.for_model("biogpt", **SIZES))
 
@@ -135,28 +137,3 @@ class Bench:
         """Save a random model of a config."""
         with patch.dict(ROWS, {name: lambda: config}):
             return save(name, self.place / name)
-
-
-BIOGPT: dict[str, Any] = {
-    "model_type": "biogpt",
-    "blocks": "biogpt.layers",
-    "output": "out_proj",
-    "feed_forward": None,
-    "up": "fc1",
-    "gate": None,
-    "down": "fc2",
-    "final_norm": "biogpt.layer_norm",
-    "ungrouped": True,
-    "stock": {"head_counts": "dense", "theta_key": None},
-}
-
-
-@contextlib.contextmanager
-def known(kind: str) -> Iterator[None]:
-    """Restore the registry of families afterwards."""
-    before = dict(FAMILIES)
-    try:
-        yield
-    finally:
-        FAMILIES.clear()
-        FAMILIES.update(before)

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import safetensors
 import torch
 import yaml
-from bench import BIOGPT, NEVER, SMALL, TEXT, Bench, known
+from bench import BIOGPT, NEVER, SMALL, TEXT, Bench
 from mutate import changed, damaged, damaged_file, damaged_header, spelled
 from option_cases import options
 from recipes import RECIPES
@@ -27,20 +27,23 @@ from right import TOLERANCE, Fault, Skipped, command, compare, limits, loaded, p
 from transformers import AutoConfig
 
 from models import MIXTURES, ROWS, SIMILAR, logits_of, make_tokenizer, relative, save, token_rows
-from secateur import prune
-from secateur.base.errors import SecateurError
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.open_model import open_model
-from secateur.commands.plan_widths import plan_widths
-from secateur.commands.survey_model import survey_model
+from secateur import (
+    SecateurError,
+    calibration_rows,
+    draw_rows,
+    open_checkpoint,
+    open_model,
+    plan_widths,
+    prune,
+    retrain,
+    survey_model,
+)
+from secateur.families.registry import FAMILIES
 from secateur.formats.gguf_export import export
 from secateur.measure.evaluation import evaluate
-from secateur.model.checkpoint import open_checkpoint
 from secateur.paper.recipe import expand, read_recipe
 from secateur.paper.recipes import FOLDER
 from secateur.retraining.options import Training
-from secateur.retraining.retrain import retrain
-from secateur.text.calibration import calibration_rows
 
 CONFIGS = ("llama", "llama biased", "mistral window", "gpt2", "gemma2", "phi3", "opt", "qwen3_moe")
 """Rows whose config.json is damaged."""
@@ -249,7 +252,7 @@ def family(bench: Bench, rng: random.Random, at: Path) -> None:
         file.write_text(spelled(changed(rng, BIOGPT)), errors="surrogatepass")
     else:
         file.write_bytes(damaged(rng, bench.described.read_bytes()))
-    with known("biogpt"):
+    with patch.dict(FAMILIES):
         blocks = pruned(rng, model, at / "out", family=file, recovery="none")
         compare(model, at / "out", blocks, "none")
 
@@ -378,7 +381,7 @@ def kind_of(number: int) -> str:
 
 
 def run(bench: Bench, number: int) -> str:
-    """Run a case and return `right`, `refused` or `skipped`; raise `Fault` with its number for anything else."""
+    """Run a case and return `right`, `refused` or `no model`; raise `Fault` with its number for anything else."""
     kind, rng = kind_of(number), random.Random(number)
     at = Path(tempfile.mkdtemp(prefix=f"case-{number}-", dir=bench.place))
     why = ""
@@ -389,7 +392,7 @@ def run(bench: Bench, number: int) -> str:
     except SecateurError as error:
         end, why = "refused", str(error)
     except Skipped:
-        end = "skipped"
+        end = "no model"
     except KeyboardInterrupt:
         raise
     except BaseException as error:

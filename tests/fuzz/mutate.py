@@ -4,7 +4,6 @@ import copy
 import json
 import random
 import struct
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,7 @@ def _near(rng: random.Random, value: Any) -> Any:
 def _places(value: Any) -> list[tuple[Any, Any]]:
     """Return the containers and keys of all values inside a value, at most 60 of each inner container."""
     found = []
-    entries: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, dict):
-        entries = list(value.items())
-    elif isinstance(value, list):
-        entries = list(enumerate(value))
-    for key, inner in entries:
+    for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
         found.append((value, key))
         if isinstance(inner, dict | list):
             found += _places(inner)[:60]
@@ -79,7 +73,7 @@ def changed(rng: random.Random, value: Any, odd: tuple[Any, ...] = ODD, times: i
     """Return a JSON value with a few values replaced, and keys removed, renamed or duplicated."""
     whole = [copy.deepcopy(value)]
     for _ in range(rng.choice([1, 1, times])):
-        places = _places(whole[0])
+        places = _places(whole[0]) if isinstance(whole[0], dict | list) else []
         if not places or rng.random() < 0.02:
             whole[0] = rng.choice(odd)
             continue
@@ -103,53 +97,19 @@ def changed(rng: random.Random, value: Any, odd: tuple[Any, ...] = ODD, times: i
     return whole[0]
 
 
-def _cut(rng: random.Random, data: bytearray) -> None:
-    del data[rng.randrange(len(data)) :]
-
-
-def _flip(rng: random.Random, data: bytearray) -> None:
-    for _ in range(rng.choice([1, 1, 2, 8])):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-
-
-def _noise(rng: random.Random, data: bytearray) -> None:
-    start = rng.randrange(len(data))
-    data[start : start + 16] = rng.randbytes(min(16, len(data) - start))
-
-
-def _zero(rng: random.Random, data: bytearray) -> None:
-    start, count = rng.randrange(len(data)), rng.choice([1, 8, 4096])
-    data[start : start + count] = bytes(len(data[start : start + count]))
-
-
-def _insert(rng: random.Random, data: bytearray) -> None:
-    start = rng.randrange(len(data))
-    data[start:start] = rng.choice([b"\0", b'"', b"{", b"\xff", b"9", b"-", b",", rng.randbytes(8)])
-
-
-def _lose(rng: random.Random, data: bytearray) -> None:
-    start = rng.randrange(len(data))
-    del data[start : start + rng.choice([1, 1, 8, 100])]
-
-
-def _repeat(rng: random.Random, data: bytearray) -> None:
-    start = rng.randrange(len(data))
-    data[start:start] = data[start : start + rng.choice([1, 16, 500])]
-
-
-def _extreme(rng: random.Random, data: bytearray) -> None:
-    start, size = rng.randrange(len(data)), rng.choice([4, 8])
-    number = rng.choice([0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]) % 2 ** (8 * size)
-    data[start : start + size] = number.to_bytes(size, "little")
-
-
-def _append(rng: random.Random, data: bytearray) -> None:
-    data += rng.choice([b"\0", b"}", b"\n", rng.randbytes(64)])
-
-
-_DAMAGES: tuple[Callable[[random.Random, bytearray], None], ...] = (
-    *(_cut, _flip, _flip, _noise, _zero, _insert, _lose, _repeat, _extreme, _extreme, _append),
-)
+def _damage(rng: random.Random, data: bytearray) -> None:
+    """Flip bits, or put other bytes in the place of some: of none, of as many, of some more, or of all the rest."""
+    start, size = rng.randrange(len(data)), rng.choice([1, 1, 4, 8, 16, 100, 500])
+    if rng.random() < 0.2:
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        return
+    number = rng.choice([0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1])
+    extreme = number.to_bytes(8, "little")[: rng.choice([4, 8])]
+    puts = [b"", bytes(size), rng.randbytes(size), bytes(data[start : start + size]), extreme, extreme]
+    put = rng.choice([*puts, rng.choice([b'"', b"{", b"}", b"\n", b"\xff", b"9", b"-", b","])])
+    drop = rng.choice([0, len(put), len(put), size, len(data)])
+    data[start : start + drop] = put
 
 
 def damaged(rng: random.Random, data: bytes, within: int | None = None) -> bytes:
@@ -160,7 +120,7 @@ def damaged(rng: random.Random, data: bytes, within: int | None = None) -> bytes
         if not head:
             break
         rest = found[len(head) :]
-        rng.choice(_DAMAGES)(rng, head)
+        _damage(rng, head)
         found = head if head is found else head + rest
     return bytes(found)
 

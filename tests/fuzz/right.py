@@ -18,16 +18,13 @@ from bench import SMALL
 from transformers import AutoConfig
 
 from models import blocks_of, layers_of, logits_of, masked, narrowed, relative, token_rows
-from secateur import cli, prune
-from secateur.base.errors import SecateurError
+from secateur import BlockStream, SecateurError, cli, open_checkpoint, prune
 from secateur.base.quiet import quiet
 from secateur.commands import write_model
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.expert_matrices import whole
 from secateur.model.per_layer import model_class
-from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
 
 SECONDS = 10

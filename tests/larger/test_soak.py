@@ -1,7 +1,6 @@
 """Memory, open files and threads do not grow between the 30th and the 60th prune in one process."""
 
 import gc
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,7 +20,7 @@ def state() -> tuple[int, int, int]:
     return process.memory_info().rss, process.num_fds(), process.num_threads()
 
 
-def test_nothing_grows(tmp_path: Path) -> None:
+def test_nothing_grows(tmp_path):
     names = ("llama", "gemma2", "gpt2", "qwen3_moe")
     folders = [save(name, tmp_path / name) for name in names]
     how: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 24, "device": "cpu", "overwrite": True}

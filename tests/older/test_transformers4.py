@@ -17,9 +17,8 @@ from torch import Tensor
 
 from conftest import CheckpointFolder
 from models import MIXTURES, ROWS, SIMILAR, config_of, logits_of, relative, token_rows
-from secateur.base.errors import SecateurError
+from secateur import SecateurError, prune
 from secateur.base.quiet import quiet
-from secateur.commands.prune import prune
 
 IDS = token_rows(2, 20, seed=3)
 KNOWN = Path(os.environ["TRANSFORMERS4"]) / "transformers" / "models"
@@ -104,7 +103,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Checkpo
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("row", CASES)
-def test_it_computes_the_same(folders: Folders, row: str, name: str) -> None:
+def test_it_computes_the_same(folders, row, name):
     from transformers import AutoModelForCausalLM
 
     if (row, name) not in folders.written:

@@ -1,7 +1,5 @@
 """`prune` with adaptive widths: the written model reaches its target, one survey serves many sizes, in every format."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -13,16 +11,13 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from models import wide
-from outputs import Notes, record_of, weights_of
-from secateur.base.errors import SecateurError
+from outputs import Notes, assert_error, record_of, weights_of
+from secateur import Options, RunOptions, open_checkpoint, prune
 from secateur.base.progress import Silent
 from secateur.commands import survey_model as survey_step
-from secateur.commands.options import Options, RunOptions
-from secateur.commands.prune import prune
 from secateur.commands.sizes import sizes
 from secateur.formats.gguf_export import export
 from secateur.model.axes import Width
-from secateur.model.checkpoint import open_checkpoint
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
 
@@ -127,10 +122,9 @@ def test_a_survey_with_other_settings_is_refused(tmp_path, checkpoint_folder, ca
         ({"seed": 1}, "a survey of other calibration rows; use the same --calibration, --samples"),
         ({"samples": 40}, "a survey of other calibration rows; "),
     ):
-        with pytest.raises(SecateurError, match=message):
-            prune(model, tmp_path / "other", survey=file, **SMALL | change)
-    with pytest.raises(SecateurError, match="a survey of other weights"):
-        prune(checkpoint_folder("mistral"), tmp_path / "other", survey=file, **SMALL)
+        assert_error(message, prune, model, tmp_path / "other", survey=file, **SMALL | change)
+    other = checkpoint_folder("mistral")
+    assert_error("a survey of other weights", prune, other, tmp_path / "other", survey=file, **SMALL)
     assert not (tmp_path / "other").exists()
     assert len(surveys) == 1
 
@@ -142,17 +136,15 @@ def test_sizes_uses_one_survey_for_all_sizes(tmp_path, checkpoint_folder, calls_
     common = {"run_options": RunOptions(device="cpu"), "watcher": Silent()}
     options = [Options(sparsity=share, **SMALL) for share in (0.1, 0.5)]
     wrong = [Options(sparsity=0.9999, **SMALL), *options]
-    with pytest.raises(SecateurError, match=r"sparsity 100\.0% is out of reach"):
-        sizes(model, out, wrong, texts=[], tokens=None, **common)
+    assert_error(r"sparsity 100\.0% is out of reach", sizes, model, out, wrong, texts=[], tokens=None, **common)
     assert not out.exists()
     assert not surveys
     found = sizes(model, out, options, texts=[str(text)], tokens=256, **common)
     assert len(surveys) == 1
     assert [size.folder for size in found] == [str(model), str(out / "sparsity-0.1"), str(out / "sparsity-0.5")]
     for size in found:
-        assert {"params": size.parameters, "bytes": size.bytes} == {
-            key: taken(Path(size.folder))[key] for key in ("params", "bytes")
-        }
+        held = taken(Path(size.folder))
+        assert (size.parameters, size.bytes) == (held["params"], held["bytes"])
         assert size.perplexity[str(text)] > 1
     stored = json.loads((out / "sizes.json").read_text())
     assert [size["parameters"] for size in stored] == [size.parameters for size in found]
@@ -169,19 +161,18 @@ def test_gguf_output_equals_the_export_of_a_folder(tmp_path, letters_folder, typ
     model = letters_folder("llama")
     summary = prune(model, tmp_path / "out.gguf", format="gguf", type=type, **wishes, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["out.gguf"]
-    tensors = GGUFReader(tmp_path / "out.gguf").tensors
-    held = sum(int(tensor.n_bytes) for tensor in tensors)
-    assert summary.format == "gguf"
-    assert summary.bytes[1] == held
+    held = sum(int(tensor.n_bytes) for tensor in GGUFReader(tmp_path / "out.gguf").tensors)
+    assert (summary.format, summary.bytes[1]) == ("gguf", held)
     if "target" in wishes:
         assert held <= 0.6 * summary.bytes[0]
         return
     prune(model, tmp_path / "folder", **wishes, **SMALL)
     assert record_of(tmp_path / "folder")["sparsity"]["reached"] == summary.sparsity
     export(tmp_path / "folder", tmp_path / "again.gguf", type=type)
-    again = GGUFReader(tmp_path / "again.gguf").tensors
-    assert [tensor.name for tensor in again] == [tensor.name for tensor in tensors]
-    assert all((one.data == two.data).all() for one, two in zip(again, tensors, strict=True))
+    found, again = (GGUFReader(tmp_path / name).tensors for name in ("out.gguf", "again.gguf"))
+    for one, two in zip(again, found, strict=True):
+        assert one.name == two.name
+        assert (one.data == two.data).all()
 
 
 def test_gguf_holds_one_width_from_a_ratio_file(tmp_path, letters_folder):
@@ -204,11 +195,9 @@ def test_the_final_norm_is_scaled_as_recorded(tmp_path, checkpoint_folder):
 
 @pytest.mark.parametrize(("name", "said"), [("gemma3_text", 1), ("llama", 0)])
 def test_no_bias_is_fitted_before_a_norm(name, said, tmp_path, checkpoint_folder):
-    watcher = Notes()
-    prune(
-        checkpoint_folder(name), tmp_path / "out", sparsity=0.3, **SMALL, recovery="bias", format="hf", watcher=watcher
-    )
-    assert sum(line.startswith("No bias is fitted: this model has a norm after") for line in watcher.said) == said
+    how, notes = SMALL | {"sparsity": 0.3, "recovery": "bias", "format": "hf"}, Notes()
+    prune(checkpoint_folder(name), tmp_path / "out", **how, watcher=notes)
+    assert sum(line.startswith("No bias is fitted: this model has a norm after") for line in notes.said) == said
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert any("down_proj.bias" in one for one in names) == (not said)
 

@@ -1,7 +1,5 @@
 """The knapsack solver equals an enumeration of all selections."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Sequence
@@ -36,7 +34,6 @@ def check(instance: Instance) -> None:
     if least is None:
         assert found is None
         return
-    assert found is not None
     assert found.proven
     assert found.cost == pytest.approx(sum(cost[o] for cost, o in zip(costs, found.options, strict=True)))
     assert found.size == pytest.approx(sum(size[o] for size, o in zip(sizes, found.options, strict=True)))
@@ -90,24 +87,8 @@ def test_a_selection_may_fill_the_budget_exactly():
         options = rng.integers(0, 4, 4)
         budget = float(sum(size[o] for size, o in zip(sizes, options, strict=True)))
         found = select_options(costs, sizes, budget)
-        assert found is not None
         assert found.size <= budget
         assert found.cost <= sum(cost[o] for cost, o in zip(costs, options, strict=True)) + 1e-9
-
-
-def test_no_selection_fits_a_small_budget():
-    sizes = [np.array([3.0, 2.0]), np.array([5.0, 9.0])]
-    costs = [np.zeros(2), np.zeros(2)]
-    assert select_options(costs, sizes, 6.999) is None
-    found = select_options(costs, sizes, 7.0)
-    assert found is not None
-    assert found.options == (1, 0)
-
-
-def test_selections_without_cost_that_fit():
-    found = select_options([np.array([0.0, 1.0])] * 3, [np.array([2.0, 1.0])] * 3, 100.0)
-    assert found is not None
-    assert (found.options, found.cost, found.proven) == ((0, 0, 0), 0.0, True)
 
 
 def large(seed: int, modules: int, options: int, convex: bool) -> Instance:
@@ -122,21 +103,26 @@ def large(seed: int, modules: int, options: int, convex: bool) -> Instance:
     return costs, sizes, 0.7 * sum(size.max() for size in sizes)
 
 
+def test_selections_that_are_easily_told():
+    sizes, costs = [np.array([3.0, 2.0]), np.array([5.0, 9.0])], [np.zeros(2), np.zeros(2)]
+    assert select_options(costs, sizes, 6.999) is None
+    assert select_options(costs, sizes, 7.0).options == (1, 0)
+    found = select_options([np.array([0.0, 1.0])] * 3, [np.array([2.0, 1.0])] * 3, 100.0)
+    assert (found.options, found.cost, found.proven) == ((0, 0, 0), 0.0, True)
+
+
 @pytest.mark.parametrize("convex", [True, False])
-@pytest.mark.parametrize(("modules", "options"), [(60, 200), (160, 100), (64, 1500)])
+@pytest.mark.parametrize(("modules", "options"), [(160, 100), (64, 1500)])
 def test_large_instances_are_solved_fast(modules, options, convex):
     costs, sizes, budget = large(1, modules, options, convex)
     start = time.process_time()
     found = select_options(costs, sizes, budget)
-    taken = time.process_time() - start
-    assert found is not None
-    assert found.size <= budget
-    bound = dual_bound(costs, sizes, budget)
-    assert bound <= found.cost * (1 + 1e-9)
-    # Where curves are not convex, the bound itself is below the best selection.
-    assert found.cost <= bound * (1.001 if convex else 1.01)
     # Far above what it takes: it is here to catch another order of growth.
-    assert taken < 60
+    assert time.process_time() - start < 60
+    bound = dual_bound(costs, sizes, budget)
+    assert found.size <= budget
+    # Where curves are not convex, the bound itself is below the best selection.
+    assert bound * (1 - 1e-9) <= found.cost <= bound * (1.001 if convex else 1.01)
 
 
 def dual_bound(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> float:
@@ -156,18 +142,14 @@ def dual_bound(costs: Sequence[Any], sizes: Sequence[Any], budget: float) -> flo
 
 def test_a_limit_on_partial_sums_gives_a_good_unproven_selection(monkeypatch):
     monkeypatch.setattr(knapsack, "MAX_STATES", 3)
-    rng = np.random.default_rng(2)
-    proven = 0
+    rng, proven = np.random.default_rng(2), 0
     for _ in range(30):
         sizes = [rng.integers(1, 1000, 5).astype(float) for _ in range(5)]
         costs = [1000 / size + rng.random(5) for size in sizes]
         budget = float(sum(np.median(size) for size in sizes))
         found, least = select_options(costs, sizes, budget), brute(costs, sizes, budget)
-        assert found is not None
-        assert least is not None
         assert found.size <= budget
         assert found.cost >= least - 1e-9
-        if found.proven:
-            proven += 1
-            assert found.cost == pytest.approx(least)
+        assert not found.proven or found.cost == pytest.approx(least)
+        proven += found.proven
     assert proven < 30

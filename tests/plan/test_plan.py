@@ -1,10 +1,7 @@
 """Plans reach their target, have the lowest cost, and use possible widths only."""
 
-from __future__ import annotations
-
 import itertools
 import random
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,14 +12,12 @@ import torch
 
 from conftest import CheckpointFolder
 from models import ROWS
-from outputs import error_of
-from secateur.base.errors import SecateurError
+from outputs import assert_error, error_of
+from secateur import BlockStream, SecateurError, open_checkpoint
 from secateur.base.progress import Silent
 from secateur.criteria.registry import SCORED_KINDS
 from secateur.formats.format import format_class
 from secateur.model.axes import LEVELS, Axis, Width
-from secateur.model.checkpoint import open_checkpoint
-from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
@@ -46,19 +41,11 @@ def make_problem(checkpoint_folder: CheckpointFolder) -> MakeProblem:
         stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
         parameters = meter = parameter_meter(stream)
         wanted = parse_target(target) if isinstance(target, str) else target
-        if not isinstance(wanted, float):
-            meter = meter_of(
-                wanted,
-                stream,
-                dtype=torch.float32,
-                output_bytes=lambda: byte_meter(stream, torch.float32),
-                device=stream.device,
-                watcher=Silent(),
-            )
-        chosen = more.pop("pruned_blocks", range(len(stream)))
-        return PlanProblem(
-            blocks=stream.blocks, pruned_blocks=chosen, parameters=parameters, target=wanted, meter=meter, **more
-        )
+        if isinstance(target, str):
+            how: dict[str, Any] = {"dtype": torch.float32, "device": stream.device, "watcher": Silent()}
+            meter = meter_of(wanted, stream, output_bytes=lambda: byte_meter(stream, torch.float32), **how)
+        rest = {"pruned_blocks": range(len(stream)), "parameters": parameters, "target": wanted, "meter": meter}
+        return PlanProblem(blocks=stream.blocks, **rest | more)
 
     return make
 
@@ -120,6 +107,9 @@ def test_an_adaptive_plan_has_the_requested_sparsity(make_problem):
     assert 0.4 <= found.sparsity < 0.4 + TOLERANCE
     assert (found.requested_sparsity, found.note, found.units) == (0.4, None, {})
     assert not found.uniform
+    # A target requests no sparsity.
+    found = plan(make_problem("params=70%"), "adaptive", survey_of(problem.blocks))
+    assert (found.requested_sparsity, found.note) == (found.sparsity, None)
 
 
 def test_widths_without_a_survey_are_even_and_on_target(make_problem):
@@ -129,13 +119,6 @@ def test_widths_without_a_survey_are_even_and_on_target(make_problem):
     assert 0.4 <= found.sparsity < 0.4 + TOLERANCE
     channels = [width[CHANNELS] for width in found.widths.values()]
     assert max(channels) - min(channels) <= 2
-
-
-def test_a_target_requests_no_sparsity(make_problem):
-    problem = make_problem("params=70%")
-    found = plan(problem, "adaptive", survey_of(problem.blocks))
-    assert found.requested_sparsity == found.sparsity
-    assert found.note is None
 
 
 @pytest.mark.parametrize("multiple", [1, 7, 16, 72])
@@ -178,20 +161,17 @@ def test_experts_keep_at_least_some_channels(make_problem):
 @pytest.mark.parametrize("kinds", [("heads",), ("channels",)])
 def test_modules_that_were_not_requested_stay_dense(make_problem, kinds):
     problem = make_problem(0.1, kinds=kinds)
+    axes = [CHANNELS] if kinds == ("heads",) else HEADS
     for width in plan(problem, "adaptive", survey_of(problem.blocks)).widths.values():
-        if kinds == ("heads",):
-            assert width[CHANNELS] == 72
-        else:
-            assert (width[KV_GROUPS], width[HEADS_PER_GROUP]) == (3, 2)
+        assert all(width[axis] == problem.blocks[0].width[axis] for axis in axes)
 
 
 @pytest.mark.parametrize("target", [0.3, "params=95%"])
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])
 def test_blocks_outside_the_range_stay_dense(make_problem, widths, target):
     problem = make_problem(target, pruned_blocks=range(1, 2))
-    found = plan(problem, widths, survey_of(problem.blocks))
+    found, block = plan(problem, widths, survey_of(problem.blocks)), problem.blocks[1]
     assert found.widths.keys() == {1}
-    block = problem.blocks[1]
     removed = block.parameters - block.parameters_at(found.widths[1])
     assert removed == problem.parameters.dense - problem.parameters.total(found.widths)
     if target == 0.3:
@@ -214,33 +194,24 @@ def test_no_plan_has_a_width_that_the_format_cannot_hold(make_problem):
         check_reachable(replace(problem, target=0.9))
     refused = replace(problem, unsupported_reason=lambda _: "nothing fits")
     for check in (check_reachable, uniform_plans):
-        with pytest.raises(SecateurError, match="the format cannot hold any narrower width: nothing fits"):
-            check(refused)
+        assert_error("the format cannot hold any narrower width: nothing fits", check, refused)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_whole_modules_are_removed_only_if_the_format_can_hold_that(checkpoint_folder, name):
+def test_whole_modules_are_removed_only_if_the_format_can_hold_that(make_problem, checkpoint_folder, name):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     block = stream.blocks[0]
     for format in ("hf", "stock"):
-        offered = {
-            kind: module_widths(block, block.module(kind), 1, format_class(format)(stream).unsupported_reason)
-            for kind in SCORED_KINDS
-        }
-        assert all(widths[0] == block.width for widths in offered.values())
-        empty = [not offered["heads"][-1].product(HEADS), not offered["channels"][-1][CHANNELS]]
-        assert empty == [format == "hf"] * 2, format
+        reason = format_class(format)(stream).unsupported_reason
+        heads, channels = (module_widths(block, block.module(kind), 1, reason) for kind in SCORED_KINDS)
+        assert heads[0] == channels[0] == block.width
+        assert [not heads[-1].product(HEADS), not channels[-1][CHANNELS]] == [format == "hf"] * 2, format
         if block.attention.locked:
             # All or nothing.
-            assert len(offered["heads"]) == (2 if format == "hf" else 1)
+            assert len(heads) == (2 if format == "hf" else 1)
         elif format == "hf":
-            assert len(offered["heads"]) == len(head_widths(block, SCORED_KINDS)) + 1
-    assert all(width.product(HEADS) for one in uniform_plans(_problem(stream)) for width in one.widths.values())
-
-
-def _problem(stream: BlockStream) -> PlanProblem:
-    meter = parameter_meter(stream)
-    return PlanProblem(blocks=stream.blocks, pruned_blocks=range(3), parameters=meter, target=0.4, meter=meter)
+            assert len(heads) == len(head_widths(block, SCORED_KINDS)) + 1
+    assert all(width.product(HEADS) for one in uniform_plans(make_problem(0.4, name)) for width in one.widths.values())
 
 
 # One width.
@@ -255,14 +226,11 @@ def test_a_uniform_plan_is_within_half_a_percentage_point(make_problem, share):
     assert gaps[-1] <= TOLERANCE
     assert all(one.uniform and one.note is None and one.cost is None for one in plans)
     assert len({(one.widths[0][KV_GROUPS], one.widths[0][HEADS_PER_GROUP]) for one in plans}) == len(plans)
-    for one in plans:
+    for one, gap in zip(plans, gaps, strict=True):
         # One channel more or less in every block comes no nearer.
-        for step in (-1, 1):
-            channels = one.widths[0][CHANNELS] + step
-            if not 1 <= channels <= 72:
-                continue
+        for channels in {one.widths[0][CHANNELS] - 1, one.widths[0][CHANNELS] + 1} & {*range(1, 73)}:
             other = problem.sparsity(dict.fromkeys(range(3), one.widths[0] | {CHANNELS: channels}))
-            assert abs(other - share) >= abs(one.sparsity - share) - 1e-12
+            assert abs(other - share) >= gap - 1e-12
     assert plan(problem, "uniform") == plans[0]
 
 
@@ -280,14 +248,12 @@ def test_a_target_is_an_upper_bound(make_problem, target):
 
 def test_a_plan_knows_whether_it_is_uniform_and_lists_units(make_problem):
     problem = make_problem(0.2)
-    dense = problem.blocks[0].width
-    assert problem.plan(dict.fromkeys(range(3), dense)).uniform is True
+    dense, settled = problem.blocks[0].width, {"heads": (0,), "channels": (1,)}
+    assert problem.plan(dict.fromkeys(range(3), dense)).uniform
     several = problem.plan({0: dense, 1: dense | {CHANNELS: 1}})
-    assert several.uniform is False
-    assert several.lists_units is False
-    settled = {"heads": (0,), "channels": (1,)}
-    assert replace(several, units={0: settled, 1: settled}).lists_units is True
-    assert replace(several, units={0: settled, 1: {"heads": (0,)}}).lists_units is False
+    assert not several.uniform
+    for units, lists in (({}, False), ({0: settled, 1: settled}, True), ({0: settled, 1: {"heads": (0,)}}, False)):
+        assert replace(several, units=units).lists_units == lists
 
 
 def test_the_cheapest_uniform_plan_is_chosen(make_problem):
@@ -299,27 +265,21 @@ def test_the_cheapest_uniform_plan_is_chosen(make_problem):
         places.add(costs.index(min(costs)))
         assert plan(problem, "uniform", survey) == replace(plans[costs.index(min(costs))], cost=min(costs))
     assert len(places) > 1
-
-
-def test_the_only_uniform_plan_has_its_cost(make_problem):
+    # The only plan has its cost as well.
     problem = make_problem(0.2, kinds=("heads",))
     (alone,) = uniform_plans(problem)
-    survey = survey_of(problem.blocks, 0)
     assert plan(problem, "uniform", survey).cost == WidthCosts(survey).total(problem.blocks, alone.widths) > 0
 
 
 def test_a_plan_far_from_the_target_has_a_note(make_problem):
     found = plan(make_problem(0.2, kinds=("heads",)), "uniform")
     assert abs(found.sparsity - 0.2) > TOLERANCE
-    assert found.note is not None
-    assert f"sparsity is {found.sparsity:.1%} instead of 20.0%: this is the nearest among the widths" in found.note
-
-
-def test_units_that_contribute_nothing_are_removed_beyond_the_target(make_problem):
+    assert f"{found.sparsity:.1%} instead of 20.0%: this is the nearest among the widths" in (found.note or "")
+    # Units that contribute nothing are removed beyond the target.
     problem = make_problem(0.1)
     found = problem.plan({index: block.width | {CHANNELS: 9} for index, block in enumerate(problem.blocks)}, 0.0)
-    assert (
-        found.note == f"sparsity is {found.sparsity:.1%} instead of 10.0%: all removed units contribute next to nothing"
+    assert found.note == (
+        f"sparsity is {found.sparsity:.1%} instead of 10.0%: all removed units contribute next to nothing"
     )
 
 
@@ -334,19 +294,15 @@ def test_units_that_contribute_nothing_are_removed_beyond_the_target(make_proble
         (0.9, {"kinds": ("channels",)}, r"; only channels may be removed"),
         ("params=100", {}, r"target params=100 is out of reach: the smallest possible value is .*; request params=\d"),
         ("params=5%", {}, r"target params=5% is out of reach: .*; request params=\d\d(\.\d)?%, or allow more"),
-        ("kv=90%", {"kinds": ("channels",)}, "the modules that may be pruned do not change this quantity"),
+        ("kv=90%", {"kinds": ("channels",)}, "the modules that may be pruned do not change|nothing can be removed"),
         ("params=1G", {}, "the dense model is within it already, with .*; request less"),
     ],
 )
 def test_an_unreachable_target_is_an_error(make_problem, widths, target, more, message):
     problem = make_problem(target, **more)
-    calls: list[Callable[[], Any]] = [lambda: plan(problem, widths, survey_of(problem.blocks))]
+    assert_error(message, plan, problem, widths, survey_of(problem.blocks))
     if widths == "adaptive":
-        calls.append(lambda: check_reachable(problem))
-    if widths == "uniform" and target == "kv=90%":
-        message = "do not change this quantity|nothing can be removed"
-    for call in calls:
-        assert re.search(message, error_of(call))
+        assert_error(message, check_reachable, problem)
 
 
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])

@@ -1,22 +1,19 @@
 """Plan files and ratio files: their contents, every possible error, and the models that they give."""
 
-from __future__ import annotations
-
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from models import blocks_of, build, wide
-from outputs import error_of, record_of
-from secateur.base.errors import SecateurError
-from secateur.commands.prune import prune
-from secateur.model.checkpoint import open_checkpoint
+from outputs import assert_error, error_of, record_of
+from secateur import open_checkpoint, prune
 from secateur.model.structure import Block
 from secateur.model.units.heads import HEADS
 from secateur.plan.plan_file import read_plan
@@ -83,23 +80,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "not JSON": ("{", "not readable as JSON"),
     "a list": ([], "must be a JSON object, as secateur.json is"),
     "no blocks": ({"fingerprint": FINGERPRINT}, "not a plan: 'blocks' must be a list of entries, each with block,"),
-    "empty": ({"blocks": []}, "not a plan: 'blocks' must be a list of entries"),
     "a survey": ({"blocks": "0:2", "curves": []}, "not a plan: 'blocks' must be a list of entries"),
-    "numbers for blocks": ({"blocks": [1, 2]}, "not a plan: 'blocks' must be a list of entries"),
     "another model": ({"fingerprint": "4567", **one(heads=[0])}, "made for another model; remove 'fingerprint' to use"),
     "no such block": ({"blocks": [{"block": 3, "heads": []}]}, "block 3 does not exist; the model has blocks 0 to 2"),
-    "negative block": ({"blocks": [{"block": -1, "heads": []}]}, "block -1 does not exist"),
-    "no block": ({"blocks": [{"heads": []}]}, "block None does not exist"),
     "true for a block": ({"blocks": [{"block": True, "heads": []}]}, "block True does not exist"),
     "two entries for a block": ({"blocks": [{"block": 1, "heads": []}] * 2}, "block 1 has two entries"),
     "a head twice": (one(heads=[0, 1, 1]), "block 0, heads: 1 is listed twice"),
-    "a channel twice": (one(channels=[5, 4, 5]), "block 0, channels: 5 is listed twice"),
     "too large a head": (one(heads=[6]), "block 0, heads: 6 does not exist; use indices from 0 to 5"),
-    "too large a channel": (one(channels=[0, 72]), "block 0, channels: 72 does not exist; use indices from 0 to 71"),
     "negative": (one(channels=[-1]), "block 0, channels: -1 does not exist"),
     "no list": (one(heads=3), "block 0, heads: must be a list of the indices to keep"),
-    "fractions": (one(channels=[0.5]), "block 0, channels: must be a list of the indices to keep"),
-    "a width of booleans": ({"blocks": [{"block": 0, "width": numbers(True, True, 4)}]}, "block 0: list the heads and"),
     "booleans": (one(heads=[True, False]), "block 0, heads: must be a list of the indices to keep"),
     "groups of different sizes": (one(heads=[0, 1, 2]), "(group 0 keeps 2, group 1 keeps 1)"),
     "lists in some blocks only": (
@@ -109,9 +98,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an empty entry": (one(), f"list the heads and channels to keep, {NAMES}"),
     "part of a width": (one(width={"kv_groups": 2, "channels": 9}), NAMES),
     "more than a width": (one(width={"kv_groups": 2, "heads_per_group": 2, "channels": 9, "depth": 1}), NAMES),
-    "half a channel": (one(width=numbers(2, 2, 9.5)), "or give a width with whole numbers"),
     "too wide": (one(width=numbers(3, 2, 73)), "73 channels are not possible; use 1 to 72"),
-    "negative width": (one(width=numbers(3, 2, -1)), "-1 channels are not possible; use 1 to 72"),
     "both fewer": (one(width=numbers(2, 1, 72)), "the width is narrower along kv_groups and heads_per_group"),
 }
 
@@ -161,58 +148,47 @@ def test_a_ratio_file_gives_ratios_for_ranges_of_blocks(file):
         ("[0.5]", "must be a JSON object"),
         ({"0": 0.5}, "'0' is not a range of blocks; write first:end within 0:3"),
         ({"0:4": 0.5}, "'0:4' is not a range of blocks"),
-        ({"2:1": 0.5}, "'2:1' is not a range of blocks"),
         ({"1:1": 0.5}, "'1:1' is not a range of blocks"),
         ({"-1:2": 0.5}, "'-1:2' is not a range of blocks"),
         ({"0:2": 0.5, "1:3": 0.5}, "block 1 is in two ranges"),
         ({"0:2": 1.5}, "0:2: write the share to remove, from 0 to 1, or one share each for heads, channels, experts"),
         ({"0:2": -0.1}, "write the share to remove"),
-        ({"0:2": "half"}, "write the share to remove"),
         ({"0:2": True}, "write the share to remove"),
         ({"0:2": {"heads": 0.5, "layers": 0.5}}, "write the share to remove"),
         ({"0:2": float("nan")}, "write the share to remove"),
         ({}, "no unit is removed; add a range, or increase the ratios"),
-        ({"0:3": 0}, "no unit is removed"),
         ({"0:3": 0.001}, "no unit is removed"),
     ],
 )
 def test_an_error_names_what_is_wrong_with_a_ratio_file(file, contents, message):
-    path = file(contents)
-    refused(read_ratios, path, blocks(), 1, message=message)
+    refused(read_ratios, file(contents), blocks(), 1, message=message)
 
 
 # Models pruned by a plan file.
 
 
-def test_a_byte_order_mark_is_ignored(file):
-    path = file("\ufeff" + json.dumps({"0:1": 0.5}))
-    assert read_ratios(path, blocks(), 1) == {0: wide(3, 1, 36)}
+def test_a_byte_order_mark_is_ignored(file, tmp_path):
+    assert read_ratios(file("\ufeff" + json.dumps({"0:1": 0.5})), blocks(), 1) == {0: wide(3, 1, 36)}
+    assert_error("not readable as JSON", read_plan, tmp_path, blocks(), "")
 
 
-def test_an_unreadable_file_is_an_error(tmp_path):
-    with pytest.raises(SecateurError, match="not readable as JSON"):
-        read_plan(tmp_path, blocks(), "")
+def kept_units(folder: Path) -> list[Any]:
+    return [(block["width"], block["heads"], block["channels"]) for block in record_of(folder)["blocks"]]
 
 
 def test_secateur_json_is_a_plan_file(tmp_path, checkpoint_folder):
     """The same units and text give the same weights, up to the rounding of sums; another text refits the same units."""
-    model, wishes = checkpoint_folder("llama"), {"sparsity": 0.4, **SMALL}
-    prune(model, tmp_path / "first", **wishes)
-    plan = {"plan": str(tmp_path / "first" / "secateur.json")}
-    again = prune(model, tmp_path / "again", **SMALL, **plan)
-    first, same = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again"))
+    model, plan = checkpoint_folder("llama"), str(tmp_path / "first" / "secateur.json")
+    prune(model, tmp_path / "first", sparsity=0.4, **SMALL)
+    again = prune(model, tmp_path / "again", **SMALL, plan=plan)
+    prune(model, tmp_path / "other", **SMALL | {"seed": 1}, plan=plan)
+    folders = [tmp_path / name for name in ("first", "again", "other")]
+    first, same, other = (load_file(folder / "model.safetensors") for folder in folders)
     assert_close(same, first, rtol=1e-4, atol=1e-5)
-    config = [(tmp_path / name / "config.json").read_bytes() for name in ("first", "again")]
-    assert config[0] == config[1]
-    records = [record_of(tmp_path / name) for name in ("first", "again")]
-    assert again.sparsity == records[0]["sparsity"]["reached"] >= 0.4
-    units = [[(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] for record in records]
-    assert units[0] == units[1]
-    prune(model, tmp_path / "other", **{**SMALL, "seed": 1}, **plan)
-    other = load_file(tmp_path / "other" / "model.safetensors")
     assert max(float((other[name] - first[name]).abs().max()) for name in first) > 1e-3
-    record = record_of(tmp_path / "other")
-    assert [(b["width"], b["heads"], b["channels"]) for b in record["blocks"]] == units[0]
+    assert (folders[0] / "config.json").read_bytes() == (folders[1] / "config.json").read_bytes()
+    assert again.sparsity == record_of(folders[0])["sparsity"]["reached"] >= 0.4
+    assert kept_units(folders[0]) == kept_units(folders[1]) == kept_units(folders[2])
 
 
 def test_units_may_have_a_width_that_secateur_plan_never_chooses(tmp_path, checkpoint_folder):
@@ -227,13 +203,8 @@ def test_units_may_have_a_width_that_secateur_plan_never_chooses(tmp_path, check
 
 
 def test_models_with_different_weights_have_different_fingerprints(tmp_path, checkpoint_folder):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    folder = checkpoint_folder("llama")
-    shutil.copytree(folder, tmp_path / "copy")
-    first = open_checkpoint(folder).fingerprint
+    shutil.copytree(checkpoint_folder("llama"), tmp_path / "copy")
+    first = open_checkpoint(checkpoint_folder("llama")).fingerprint
     assert open_checkpoint(tmp_path / "copy").fingerprint == first
     tensors = load_file(tmp_path / "copy" / "model.safetensors")
     # The first or the last row of the embeddings alone is much less than all of them.
@@ -242,4 +213,3 @@ def test_models_with_different_weights_have_different_fingerprints(tmp_path, che
         changed[name][row] += 1e-3
         save_file(changed, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
         assert open_checkpoint(tmp_path / "copy").fingerprint != first
-    assert len({open_checkpoint(checkpoint_folder(name)).fingerprint for name in ("llama", "mistral", "gpt2")}) == 3

@@ -1,7 +1,5 @@
 """Targets as users write them."""
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 
@@ -10,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outputs import error_of
-from secateur.base.errors import SecateurError
+from secateur import SecateurError
 from secateur.plan.target import QUANTITIES, Target, parse_target
 
 RATIOS = ("prefill", "decode", "ppl")
@@ -24,19 +22,13 @@ AMOUNTS = tuple(name for name in QUANTITIES if name not in RATIOS)
         ("params=1.5B", 1.5e9, False),
         ("params=2g", 2e9, False),
         ("params=250k", 250e3, False),
-        ("params=123456789", 123456789, False),
         ("params=1e8", 1e8, False),
-        ("params=80%", 0.8, True),
         (" Params = 12.5 % ", 0.125, True),
-        ("bytes=60MB", 60e6, False),
         ("bytes=60mb", 60e6, False),
         ("bytes=1.5GiB", 1.5 * 2**30, False),
         ("bytes=700B", 700, False),
-        ("bytes=50%", 0.5, True),
-        ("kv=12KB", 12e3, False),
         ("kv=12KiB", 12 * 1024, False),
         ("kv=.5MiB", 2**19, False),
-        ("prefill=1.5x", 1.5, True),
         ("decode=2X", 2.0, True),
         ("ppl=1.2x", 1.2, True),
     ],
@@ -50,29 +42,21 @@ def test_a_target_is_parsed(text, value, relative):
     ("text", "says"),
     [
         ("", "params=80%"),
-        ("params", "params=80%"),
         ("80%", "params=80%"),
         ("sparsity=0.2", "one of params, active, bytes, kv"),
         ("params=", "'' is not a number"),
-        ("params=many", "'many' is not a number"),
         ("params=1.2.3M", "'1.2.3M' is not a number"),
         ("params=nan", "'nan' is not a number"),
-        ("params=inf", "'inf' is not a number"),
         ("params=1e999M", "write a number|is not a number"),
         ("params=60MB", "'MB' is not a unit of params"),
         ("bytes=60M", "'M' is not a unit of bytes.*bytes=60MB"),
-        ("bytes=2x", "'x' is not a unit of bytes"),
-        ("params=0", "at least 1"),
         ("params=-5M", "at least 1"),
         ("params=0.8", "write 80% for a share"),
         ("params=0%", "between 0% and 100%"),
         ("params=100%", "between 0% and 100%"),
-        ("kv=-3%", "between 0% and 100%"),
         ("prefill=1x", "above 1x"),
-        ("decode=0.5x", "above 1x"),
         ("prefill=1.5", "'' is not a unit of prefill .use x."),
         ("prefill=60%", "'%' is not a unit of prefill .use x."),
-        ("ppl=1x", "above 1x"),
         ("ppl=12", "ppl=1.2x"),
     ],
 )
@@ -80,11 +64,6 @@ def test_a_wrong_target_is_an_error_with_an_example(text, says):
     error = error_of(parse_target, text)
     assert re.search(says, error)
     assert "for example" in error
-
-
-@pytest.mark.parametrize("text", ["params=100M", "params=80%", "params=1.5B", "bytes=60MB", "bytes=1MiB", "kv=12kB"])
-def test_a_target_is_written_as_it_was_read(text):
-    assert str(parse_target(text)) == text
 
 
 @pytest.mark.parametrize(

@@ -15,40 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import (
-    _EXPERTS,
-    GEMMA,
-    GEMMA4,
-    GEMMA4_SMALL,
-    GROUPED,
-    LATENT,
-    LINEAR,
-    ROUTED,
-    ROWS,
-    TRIPLES,
-    _config,
-    blocks_of,
-    build,
-    own_axes,
-    relative,
-    selected,
-    token_rows,
-    wide,
-)
+import models as tiny
+from models import _config, blocks_of, build, own_axes, relative, token_rows, wide, write_pruned
+from secateur import open_checkpoint
 from secateur.base.quiet import quiet
 from secateur.commands.doctor import check_engines
-from secateur.fit.fitted_block import FittedBlock
-from secateur.formats.format import PrunedModel, format_class
 from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.per_layer import model_class, widths_of
-from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import first_units
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
-from secateur.plan.problem import Plan
-from secateur.write.slice import slice_fitted
 
 # In this process, on one thread, with a small cache.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -63,52 +40,56 @@ HEAD = {"head_dim": 32}
 HEADS = HEAD | {"global_head_dim": 32}
 WIDE = {"hidden_size": 192}
 SIZE, FED = {"hidden_size": 64}, {"moe_intermediate_size": 64}
-SIZED = LATENT | {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+SIZED = tiny.LATENT | {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
 SIZED |= dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), 32)
-LEAD = ROUTED | {"first_k_dense_replace": 0}
-ROWS |= {
-    "llama": _config("llama", **GROUPED, **HEAD),
+LEAD = tiny.ROUTED | {"first_k_dense_replace": 0}
+tiny.ROWS |= {
+    "llama": _config("llama", **tiny.GROUPED, **HEAD),
     "llama every head": _config("llama", num_key_value_heads=6, **HEAD),
-    "mistral window": _config("mistral", **TRIPLES, **HEAD, sliding_window=5),
-    "qwen2": _config("qwen2", **TRIPLES, **WIDE),
-    "qwen2 window": _config("qwen2", **GROUPED, **WIDE, sliding_window=6, use_sliding_window=True, max_window_layers=1),
-    "qwen3": _config("qwen3", **GROUPED, **HEAD),
-    "gemma2": _config("gemma2", **(GEMMA | HEAD)),
-    "gemma3_text": _config("gemma3_text", **(GEMMA | HEAD)),
-    "phi3": _config("phi3", **GROUPED, **WIDE, partial_rotary_factor=0.5),
-    "olmo2": _config("olmo2", **GROUPED, **WIDE),
+    "mistral window": _config("mistral", **tiny.TRIPLES, **HEAD, sliding_window=5),
+    "qwen2": _config("qwen2", **tiny.TRIPLES, **WIDE),
+    "qwen2 window": _config(
+        "qwen2", **tiny.GROUPED, **WIDE, sliding_window=6, use_sliding_window=True, max_window_layers=1
+    ),
+    "qwen3": _config("qwen3", **tiny.GROUPED, **HEAD),
+    "gemma2": _config("gemma2", **(tiny.GEMMA | HEAD)),
+    "gemma3_text": _config("gemma3_text", **(tiny.GEMMA | HEAD)),
+    "phi3": _config("phi3", **tiny.GROUPED, **WIDE, partial_rotary_factor=0.5),
+    "olmo2": _config("olmo2", **tiny.GROUPED, **WIDE),
     "opt": _config("opt", "intermediate_size", **WIDE, ffn_dim=96, word_embed_proj_dim=192),
     "gpt2": _config("gpt2", "intermediate_size", **WIDE, n_inner=96),
     "gpt_neox": _config("gpt_neox", **WIDE, rotary_pct=0.5, intermediate_size=96),
-    "gemma4_text served": _config("gemma4_text", **GEMMA4 | HEADS),
-    "gemma4_text small served": _config("gemma4_text", "num_hidden_layers", **GEMMA4_SMALL | HEADS),
+    "gemma4_text served": _config("gemma4_text", **tiny.GEMMA4 | HEADS),
+    "gemma4_text small served": _config("gemma4_text", "num_hidden_layers", **tiny.GEMMA4_SMALL | HEADS),
     "gemma4_text mixture served": _config(
-        "gemma4_text", **GEMMA4 | HEADS, **SIZE, **_EXPERTS | FED, enable_moe_block=True, top_k_experts=3
+        "gemma4_text", **tiny.GEMMA4 | HEADS, **SIZE, **tiny._EXPERTS | FED, enable_moe_block=True, top_k_experts=3
     ),
     # Kernels of experts need sizes that are multiples of 32.
-    "qwen3_moe served": _config("qwen3_moe", **GROUPED, **HEAD, **SIZE, **_EXPERTS | FED, norm_topk_prob=True),
+    "qwen3_moe served": _config(
+        "qwen3_moe", **tiny.GROUPED, **HEAD, **SIZE, **tiny._EXPERTS | FED, norm_topk_prob=True
+    ),
     "glm4_moe served": _config(
-        "glm4_moe", **GROUPED, **HEAD, **SIZE, **LEAD | FED, n_shared_experts=2, n_group=1, topk_group=1
+        "glm4_moe", **tiny.GROUPED, **HEAD, **SIZE, **LEAD | FED, n_shared_experts=2, n_group=1, topk_group=1
     ),
     "llama4_text served": _config(
-        "llama4_text", **GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96, num_experts_per_tok=1
+        "llama4_text", **tiny.GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96, num_experts_per_tok=1
     ),
     "qwen3_5_text served": _config(
         "qwen3_5_text",
-        **TRIPLES | HEAD | WIDE,
+        **tiny.TRIPLES | HEAD | WIDE,
         linear_num_key_heads=3,
         linear_num_value_heads=6,
         linear_key_head_dim=64,
         linear_value_head_dim=64,
-        layer_types=LINEAR["layer_types"],
+        layer_types=tiny.LINEAR["layer_types"],
     ),
     "deepseek_v2 served": _config("deepseek_v2", **WIDE, **LEAD | FED, **SIZED),
-    "phimoe served": _config("phimoe", **GROUPED, **WIDE, num_local_experts=6, intermediate_size=96),
+    "phimoe served": _config("phimoe", **tiny.GROUPED, **WIDE, num_local_experts=6, intermediate_size=96),
     "ernie4_5_moe served": _config(
-        "ernie4_5_moe", **GROUPED, **HEAD, **SIZE, **FED, moe_num_experts=6, moe_k=2, moe_layer_start_index=0
+        "ernie4_5_moe", **tiny.GROUPED, **HEAD, **SIZE, **FED, moe_num_experts=6, moe_k=2, moe_layer_start_index=0
     ),
-    "granitemoe served": _config("granitemoe", **GROUPED, **WIDE, num_local_experts=6, intermediate_size=96),
-    "mixtral served": _config("mixtral", **GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96),
+    "granitemoe served": _config("granitemoe", **tiny.GROUPED, **WIDE, num_local_experts=6, intermediate_size=96),
+    "mixtral served": _config("mixtral", **tiny.GROUPED, **HEAD, **SIZE, num_local_experts=6, intermediate_size=96),
 }
 
 PLANS: dict[str, Callable[[Width], list[Width]]] = {
@@ -195,41 +176,14 @@ def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
     return {i: own_axes(blocks[i], width) if blocks[i].attention.fixed else width for i, width in widths.items()}
 
 
-def last_units(block: Block, width: Width) -> KeptUnits:
-    """Return the last units of a block: here only their number matters."""
-    if block.attention.fixed:
-        return first_units(block, width)
-    full = block.width
-    groups = range(full.kv_groups - width.kv_groups, full.kv_groups)
-    heads = [full.heads_per_group * (group + 1) - 1 - head for group in groups for head in range(width.heads_per_group)]
-    fed, some = (
-        block.feed_forward.kind,
-        range(block.feed_forward.units - block.feed_forward.units_at(width), block.feed_forward.units),
-    )
-    units = {fed: tuple(some)}
-    if width.experts and width.channels < full.channels:
-        units["channels"] = tuple(
-            full.channels * (one + 1) - 1 - c for one in some for c in reversed(range(width.channels))
-        )
-        beside = range(block.feed_forward.shared_multiple * width.channels)
-        units["channels"] += tuple(full.experts * full.channels + channel for channel in beside)
-    return selected(tuple(sorted(heads)), **units)
-
-
 def write_case(case: Case, source: Path, folder: Path) -> None:
     """Prune the checkpoint of a row to the widths of a case."""
-    stream = BlockStream(open_checkpoint(source))
     blocks = blocks_of(build(case.row))
-    block, widths = blocks[0], widths_by_block(case, blocks)
-    noise = torch.randn(stream.checkpoint.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    sinks = (
-        [f"{module.output_layer}.bias" for module in (block.attention, block.feed_forward)] if case.intercept else []
-    )
-    changed = dict.fromkeys(sinks, 0.3 * noise)
-    fitted = (FittedBlock(i, last_units(blocks[i], width), changed, ()) for i, width in widths.items())
-    tensors = ((found.index, slice_fitted(stream, found)) for found in fitted)
-    kind = format_class("hf" if isinstance(case.plan, str) else "stock")
-    kind(stream).write(folder, PrunedModel(Plan(widths, 0.0, 0.0), tensors))
+    keeps = {i: units_at(blocks[i], width) for i, width in widths_by_block(case, blocks).items()}
+    noise = torch.randn(build(case.row).config.hidden_size, generator=torch.Generator().manual_seed(1))
+    layers = [module.output_layer for module in (blocks[0].attention, blocks[0].feed_forward)] * case.intercept
+    changed = {index: {f"{layer}.bias": 0.3 * noise for layer in layers} for index in keeps}
+    write_pruned(source, folder, keeps, changed, "hf" if isinstance(case.plan, str) else "stock")
 
 
 @dataclass(frozen=True)
@@ -299,7 +253,7 @@ def sampling(tokens: int) -> Any:
 
 
 @pytest.mark.parametrize("case", SERVED, ids=str)
-def test_vllm_computes_what_transformers_computes(expected: dict[Case, Expected], case: Case) -> None:
+def test_vllm_computes_what_transformers_computes(expected, case):
     meant = expected[case]
     assert meant.unsupported is None or case.options
     with opened(case, meant.folder) as model:
@@ -308,17 +262,14 @@ def test_vllm_computes_what_transformers_computes(expected: dict[Case, Expected]
             assert continued(model, meant.ids[:, :PROMPT]) == meant.ids[:, PROMPT:].tolist()
 
 
-def test_the_doctor_finds_that_vllm_runs_a_folder(expected: dict[Case, Expected]) -> None:
+def test_the_doctor_finds_that_vllm_runs_a_folder(expected):
     """The doctor starts vLLM in a separate process and compares its tokens with transformers'."""
-    found = {engine.name: engine for engine in check_engines(expected[SERVED[0]].folder)}
-    assert (found["vLLM"].runs, found["vLLM"].message) == (
-        True,
-        "generates 8 tokens, 8 of them the same as transformers",
-    )
+    found = {engine.name: engine for engine in check_engines(expected[SERVED[0]].folder)}["vLLM"]
+    assert (found.runs, found.message) == (True, "generates 8 tokens, 8 of them the same as transformers")
 
 
 @pytest.mark.parametrize(("case", "message"), REFUSED.items(), ids=str)
-def test_vllm_refuses_what_secateur_calls_unsupported(expected: dict[Case, Expected], case: Case, message: str) -> None:
+def test_vllm_refuses_what_secateur_calls_unsupported(expected, case, message):
     """If this fails, vLLM has learned to run a case, and its unsupported reason must go."""
     folder = expected[case].folder
     assert expected[case].unsupported
@@ -327,9 +278,20 @@ def test_vllm_refuses_what_secateur_calls_unsupported(expected: dict[Case, Expec
 
 
 @pytest.mark.parametrize("case", WRONG, ids=str)
-def test_vllm_computes_wrongly_what_secateur_calls_unsupported(expected: dict[Case, Expected], case: Case) -> None:
+def test_vllm_computes_wrongly_what_secateur_calls_unsupported(expected, case):
     """If this fails, vLLM computes a case correctly, and its unsupported reason must go."""
     meant = expected[case]
     assert meant.unsupported
     with opened(case, meant.folder) as model:
         assert not relative(scored(model, meant.ids), meant.scores) < 0.01
+
+
+def units_at(block: Block, width: Width) -> KeptUnits:
+    """Return the first units of a block, and the first channels of each expert."""
+    units, full = first_units(block, width), block.width
+    if width.experts and width.channels < full.channels:
+        fed = block.feed_forward
+        own = [full.channels * expert + channel for expert in units[fed.kind] for channel in range(width.channels)]
+        shared = range(fed.shared_multiple * width.channels)
+        units["channels"] = (*own, *(full.experts * full.channels + channel for channel in shared))
+    return units

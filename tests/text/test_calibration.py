@@ -1,7 +1,5 @@
 """Calibration and evaluation rows: their contents, the seed, and an error of one line for each bad source."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging
@@ -19,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 import secateur
 from models import BOS, BREAK, VOCAB, WORDS, make_tokenizer
-from outputs import error_of
-from secateur.base.errors import SecateurError
+from outputs import assert_error, error_of
+from secateur import SecateurError, calibration_rows, consecutive_rows
 from secateur.model import hub_source
 from secateur.model.tokens import begins_with_bos
 from secateur.text import data_sets
-from secateur.text.calibration import calibration_rows, check_calibration, consecutive_rows
+from secateur.text.calibration import check_calibration
 from secateur.text.documents import read_documents
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{{ '\n' }}{% endfor %}"
@@ -77,35 +75,23 @@ def test_windows_are_runs_of_the_text_without_overlap(tokenizer, hundred, sample
     assert body.max() < 104
 
 
-def test_seed_decides_the_windows(tokenizer, hundred):
-    first = draw(tokenizer, hundred, 3, 8, seed=1)
-    assert torch.equal(first, draw(tokenizer, hundred, 3, 8, seed=1))
-    drawn = [draw(tokenizer, hundred, 3, 8, seed=seed)[:, 1:] for seed in range(60)]
-    assert len({tuple(rows.flatten().tolist()) for rows in drawn}) > 40
-    starts = {int(row[0]) for rows in drawn for row in rows}
-    # The offset is random as well: more starts than one alignment has, and both ends of the text.
-    assert len(starts) > 50
-    assert min(starts) < 10
-    assert max(int(rows.max()) for rows in drawn) == 103
+FILES: dict[str, tuple[bytes, list[str]]] = {
+    "UPPER.TXT": (b"\xef\xbb\xbfw1\r\nw2 \xc3\xa9", ["w1\nw2 é"]),
+    "odd.jsonl": ('{"text": "a\u2028b"}\r\n{"text": "c"}'.encode(), ["a\u2028b", "c"]),
+    "two.jsonl": (b'{"text": "w1 w2"}\n\n{"text": "w3", "messages": 5}\n', ["w1 w2", "w3"]),
+}
 
 
-def test_consecutive_rows_follow_the_text(tokenizer, hundred):
-    rows = consecutive_rows(tokenizer, hundred, length=8, tokens=35, vocab_size=VOCAB).ids
-    bos = int(begins_with_bos(tokenizer))
-    assert rows.shape == (4, 8)
-    assert rows[:, bos:].flatten().tolist() == list(range(4, 4 + 4 * (8 - bos)))
-    assert (rows[:, 0] == BOS).all() == bool(bos)
-
-
-@pytest.mark.parametrize("tokens", [None, 10_000])
-def test_consecutive_rows_end_with_the_text(tokenizer, hundred, tokens):
-    rows = consecutive_rows(tokenizer, hundred, length=8, tokens=tokens, vocab_size=VOCAB).ids
-    assert len(rows) == 100 // (8 - begins_with_bos(tokenizer))
+@pytest.mark.parametrize("name", FILES)
+def test_documents_of_a_file(tmp_path, name):
+    """A byte order mark is left out, and lines of JSONL end at newlines only."""
+    (tmp_path / name).write_bytes(FILES[name][0])
+    assert read_documents(str(tmp_path / name)) == FILES[name][1]
 
 
 def test_documents_are_joined_by_a_blank_line(tmp_path):
     path = tmp_path / "two.jsonl"
-    path.write_text('{"text": "w1 w2"}\n\n{"text": "w3", "messages": 5}\n')
+    path.write_bytes(FILES["two.jsonl"][0])
     rows = consecutive_rows(make_tokenizer(), str(path), length=4, tokens=4, vocab_size=VOCAB).ids
     assert rows.tolist() == [[5, 6, BREAK, 7]]
 
@@ -117,25 +103,12 @@ def test_a_long_text_gives_no_warning(hundred, caplog, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_text_files_keep_their_text(tmp_path):
-    path = tmp_path / "UPPER.TXT"
-    path.write_bytes(b"\xef\xbb\xbfw1\r\nw2 \xc3\xa9")
-    assert read_documents(str(path)) == ["w1\nw2 é"]
-
-
-def test_jsonl_lines_end_at_newlines_only(tmp_path):
-    path = tmp_path / "odd.jsonl"
-    path.write_text('{"text": "a\u2028b"}\r\n{"text": "c"}', encoding="utf-8")
-    assert read_documents(str(path)) == ["a\u2028b", "c"]
-
-
 def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text_of(20).encode())))
     for _ in range(2):  # two models may be scored on it
         assert consecutive_rows(make_tokenizer(), "-", length=5, tokens=20, vocab_size=VOCAB).ids.shape == (4, 5)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(SecateurError, match="standard input is empty"):
-        read_documents("-")
+    assert_error("standard input is empty", read_documents, "-")
 
 
 @pytest.mark.parametrize(("bos", "rendered"), [(False, "<s>user w1\n"), (True, "user w1\n")])
@@ -161,22 +134,39 @@ def test_random_ids_without_a_tokenizer():
     assert rows.unique().tolist() == list(range(7))
 
 
+def test_the_seed_decides_the_windows(tokenizer, hundred):
+    assert torch.equal(draw(tokenizer, hundred, 3, 8, seed=1), draw(tokenizer, hundred, 3, 8, seed=1))
+    drawn = torch.stack([draw(tokenizer, hundred, 3, 8, seed=seed)[:, 1:] for seed in range(60)])
+    assert len(drawn.flatten(1).unique(dim=0)) > 40
+    # The offset is random as well: more starts than one alignment has, and both ends of the text.
+    assert len(drawn[..., 0].unique()) > 50
+    assert int(drawn[..., 0].min()) < 10
+    assert int(drawn.max()) == 103
+
+
+@pytest.mark.parametrize("tokens", [35, None, 10_000])
+def test_consecutive_rows_follow_the_text_to_its_end(tokenizer, hundred, tokens):
+    rows = consecutive_rows(tokenizer, hundred, length=8, tokens=tokens, vocab_size=VOCAB).ids
+    bos = int(begins_with_bos(tokenizer))
+    body = 8 - bos
+    assert rows.shape == (4 if tokens == 35 else 100 // body, 8)
+    assert rows[:, bos:].flatten().tolist() == list(range(4, 4 + len(rows) * body))
+    assert (rows[:, 0] == BOS).all() == bool(bos)
+
+
 BAD_FILES = [
     ("missing.txt", None, "missing.txt does not exist"),
-    ("missing.csv", None, "missing.csv does not exist"),
     ("data.csv", b"a,b", "data.csv has an unknown extension"),
     ("README", b"text", "README has an unknown extension"),
     ("empty.txt", b"", "empty.txt is empty"),
     ("blank.txt", b" \n\n", "blank.txt holds no text"),
     ("empty.jsonl", b"\n\n", "empty.jsonl holds no text"),
     ("nul.txt", b"abc\0def", "nul.txt is not text: byte 3 is NUL"),
-    ("latin.txt", b"caf\xe9 au lait", "latin.txt is not UTF-8: invalid byte at 3"),
     ("marked.txt", b"\xef\xbb\xbfcaf\xe9", "marked.txt is not UTF-8: invalid byte at 6"),
     ("broken.jsonl", b'{"text": "a"}\n{"text": ', "broken.jsonl line 2 is not JSON"),
     ("list.jsonl", b'\n["a"]', "list.jsonl line 2 is not an object"),
     ("other.jsonl", b'{"content": "a"}', "other.jsonl line 1 has neither text nor messages"),
     ("number.jsonl", b'{"text": 5}', "number.jsonl line 1: text is not a string but int"),
-    ("null.jsonl", b'{"text": null}', "null.jsonl line 1: text is not a string but NoneType"),
     ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl line 1 holds half of a surrogate pair"),
     ("flat.jsonl", b'{"messages": "hi"}', "flat.jsonl line 1: messages is not a list of objects"),
     ("chat.jsonl", b'{"messages": [{"role": "user"}]}', "chat.jsonl line 1: messages need a tokenizer with a chat"),
@@ -189,20 +179,6 @@ def test_bad_files_are_named(tmp_path, name, data, message):
     if data is not None:
         path.write_bytes(data)
     assert message in error_of(draw, make_tokenizer(), str(path), 1, 4)
-
-
-def test_a_refusing_chat_template_is_named(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    path.write_text('{"text": "a"}\n{"messages": [{"role": "tool", "content": "w1"}]}')
-    template = "{{ raise_exception('no tools') }}"
-    with pytest.raises(SecateurError, match=r"chat\.jsonl line 2: the chat template refuses .* no tools"):
-        read_documents(str(path), make_tokenizer(template=template))
-
-
-def test_a_folder_is_no_file(tmp_path):
-    (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(SecateurError, match=r"folder\.txt is a folder"):
-        read_documents(str(tmp_path / "folder.txt"))
 
 
 SIZES = [
@@ -232,16 +208,26 @@ def test_advice_of_a_short_text_is_right(tokenizer, hundred):
     assert draw(tokenizer, hundred, 30, length).shape == (30, length)
 
 
+def test_sources_that_cannot_be_read(tmp_path):
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"text": "a"}\n{"messages": [{"role": "tool", "content": "w1"}]}')
+    refusing = make_tokenizer(template="{{ raise_exception('no tools') }}")
+    said = r"chat\.jsonl line 2: the chat template refuses .* no tools"
+    assert_error(said, read_documents, str(chat), refusing)
+    (tmp_path / "folder.txt").mkdir()
+    assert_error(r"folder\.txt is a folder", read_documents, str(tmp_path / "folder.txt"))
+
+
 def test_evaluation_sizes_are_named(hundred):
-    with pytest.raises(SecateurError, match="tokens is 7, which does not fill one row of length 8"):
-        consecutive_rows(make_tokenizer(), hundred, length=8, tokens=7, vocab_size=VOCAB)
-    with pytest.raises(SecateurError, match="100 tokens, but 1 row of 101 tokens needs 101"):
-        consecutive_rows(make_tokenizer(), hundred, length=101, tokens=None, vocab_size=VOCAB)
+    for length, tokens, said in (
+        (8, 7, "tokens is 7, which does not fill one row of length 8"),
+        (101, None, "100 tokens, but 1 row of 101 tokens needs 101"),
+    ):
+        assert_error(said, consecutive_rows, make_tokenizer(), hundred, length=length, tokens=tokens, vocab_size=VOCAB)
 
 
 def test_text_needs_a_tokenizer_and_random_is_no_text(hundred):
-    with pytest.raises(SecateurError, match="needs a tokenizer"):
-        draw(None, hundred, 2, 8)
+    assert_error("needs a tokenizer", draw, None, hundred, 2, 8)
     with pytest.raises(SecateurError, match="random ids are not text"):
         consecutive_rows(make_tokenizer(), "random", length=8, tokens=8, vocab_size=VOCAB)
 
@@ -249,8 +235,7 @@ def test_text_needs_a_tokenizer_and_random_is_no_text(hundred):
 def test_the_early_check_needs_no_tokenizer(hundred):
     check_calibration(hundred, samples=1000, length=8)
     check_calibration("random", length=2, max_positions=2)
-    with pytest.raises(SecateurError, match="does not exist"):
-        check_calibration(f"{hundred}.txt", length=8)
+    assert_error("does not exist", check_calibration, f"{hundred}.txt", length=8)
 
 
 @pytest.fixture
@@ -267,26 +252,18 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("source", ["wikitext2", "c4", "ptb", "bookcorpus", "some/set:config:column"])
 def test_an_unreachable_data_set_is_an_error_at_once(hub, source):
     start = time.perf_counter()
-    with pytest.raises(SecateurError, match=f"data set {source} is not in the local cache, and it does not answer"):
-        read_documents(source)
+    assert_error(f"data set {source} is not in the local cache, and it does not answer", read_documents, source)
     assert time.perf_counter() - start < 10
 
 
 def test_a_host_that_stays_silent_is_given_up(monkeypatch):
     """Looking up a name may take longer than any time limit of the client."""
     release = threading.Event()
-
-    def silent(url: str, timeout: float) -> None:
-        release.wait(20)
-        raise TimeoutError
-
     monkeypatch.setattr(hub_source, "_PATIENCE", 0.1)
     monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=silent))
+    monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: release.wait(20)))
     start = time.perf_counter()
-    unsupported_reason = hub_source.out_of_reach()
-    assert unsupported_reason is not None
-    assert "does not answer" in unsupported_reason
+    assert "does not answer" in (hub_source.out_of_reach() or "")
     assert time.perf_counter() - start < 10
     release.set()
 
@@ -307,17 +284,14 @@ def test_data_set_splits_columns_and_limit(hub, tmp_path):
     assert read_documents(folder, split="evaluation") == ["a held out", "b held out"]
     assert read_documents(f"{folder}::title") == ["c train", "d train"]
     assert read_documents(folder, characters=3) == ["a train"]
-    with pytest.raises(SecateurError, match=r"no column body: .* one of text, title"):
-        read_documents(f"{folder}::body")
+    assert_error(r"no column body: .* one of text, title", read_documents, f"{folder}::body")
 
 
 def test_data_set_with_unclear_column_or_split(hub, tmp_path):
     folder = parquet_folder(tmp_path / "set", left=["a"], right=["b"])
-    with pytest.raises(SecateurError, match=r"no single text column: .* one of left, right"):
-        read_documents(folder)
+    assert_error(r"no single text column: .* one of left, right", read_documents, folder)
     (tmp_path / "set" / "train-00000-of-00001.parquet").unlink()
-    with pytest.raises(SecateurError, match="no split train for calibration: it has test"):
-        read_documents(folder)
+    assert_error("no split train for calibration: it has test", read_documents, folder)
 
 
 def test_local_copy_is_used_without_a_network(hub, tmp_path):
@@ -342,10 +316,8 @@ def test_local_copy_is_used_without_a_network(hub, tmp_path):
 
 
 def test_too_many_parts_and_no_held_out_text(hub):
-    with pytest.raises(SecateurError, match="write name, name:config or name:config:column"):
-        read_documents("a:b:c:d")
-    with pytest.raises(SecateurError, match="bookcorpus has no text held out"):
-        read_documents("bookcorpus", split="evaluation")
+    assert_error("write name, name:config or name:config:column", read_documents, "a:b:c:d")
+    assert_error("bookcorpus has no text held out", read_documents, "bookcorpus", split="evaluation")
 
 
 def test_importing_does_not_load_datasets():

@@ -1,7 +1,5 @@
 """Calibration rows of a run: each fit has resampled rows of its own, and mistakes are errors before any work."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +7,10 @@ import pytest
 import torch
 
 from outputs import record_of, weights_of
-from secateur import prune
-from secateur.base.errors import SecateurError
+from secateur import SecateurError, draw_rows, open_model, prune
 from secateur.commands import fit_blocks
-from secateur.commands.draw_rows import draw_rows, resample_rows
-from secateur.commands.open_model import OpenRun, open_model
-from secateur.model.rows import Rows
+from secateur.commands.draw_rows import resample_rows
+from secateur.commands.open_model import OpenRun
 from secateur.text import draw, self_calibration
 from secateur.text.resample import resample_tokens
 
@@ -29,41 +25,28 @@ def opened(folder: Path, **options: Any) -> OpenRun:
 def test_each_fit_gets_its_own_resampled_rows(checkpoint_folder, name):
     run = opened(checkpoint_folder(name), effort="best", samples=3, length=12, seed=2)
     rows = draw_rows(run)
-    assert rows.resampled is not None
     assert rows.resampled.shape == (2, 3, 12)
     assert torch.equal(rows.resampled, resample_tokens(run.stream, rows.fit, count=2, seed=2))
     every = torch.cat([rows.fit, *rows.resampled])
-    assert len({tuple(row) for row in every.tolist()}) == 9, "no fit takes what another one does"
+    assert len(every.unique(dim=0)) == 9, "no fit takes what another one does"
     # Only where a fit follows, and the same ones whenever they are asked for.
     alone = draw_rows(run, resample=False)
     assert alone.resampled is None
     assert torch.equal(alone.selection, rows.selection)
-    again = resample_rows(run, alone).resampled
-    assert again is not None
-    assert torch.equal(again, rows.resampled)
+    assert torch.equal(resample_rows(run, alone).resampled, rows.resampled)
 
 
-def test_each_fit_uses_its_own_rows(checkpoint_folder, tmp_path, monkeypatch):
-    given: list[Rows] = []
-
-    def noted(stream: Any, plan: Any, rows: Rows, **how: Any) -> Any:
-        given.append(rows)
-        return refit(stream, plan, rows, **how)
-
-    refit = fit_blocks.refit
-    monkeypatch.setattr(fit_blocks, "refit", noted)
-    model = checkpoint_folder("llama")
+def test_each_fit_uses_its_own_rows(checkpoint_folder, tmp_path, calls_of):
+    model, calls = checkpoint_folder("llama"), calls_of(fit_blocks, "refit")
     prune(model, tmp_path / "a", effort="best", **SIZE)
-    first, second = given[0].fits()
-    expected = resample_tokens(opened(model).stream, first.groups[0], count=2)
-    for fit, one in ((first, 0), (second, 1)):
-        assert torch.equal(fit.groups[0], given[0].groups[0])
-        own = [group for number, group in enumerate(fit.groups) if number in given[0].resampled and len(group)]
-        assert len(own) == 1
-        assert torch.equal(own[0], expected[one])
+    rows = calls[0][2]
+    expected = resample_tokens(opened(model).stream, rows.groups[0], count=2)
+    for fit, own in zip(rows.fits(), expected, strict=True):
+        assert torch.equal(fit.groups[0], rows.groups[0])
+        (found,) = [fit.groups[number] for number in rows.resampled if len(fit.groups[number])]
+        assert torch.equal(found, own)
     prune(model, tmp_path / "b", **SIZE)
-    record = record_of(tmp_path / "b")
-    assert record["options"]["effort"] == "normal"
+    assert record_of(tmp_path / "b")["options"]["effort"] == "normal"
     prune(model, tmp_path / "c", effort="normal", **SIZE)
     weights = [weights_of(tmp_path / name) for name in "abc"]
     assert weights[0] != weights[1] == weights[2]
@@ -72,16 +55,14 @@ def test_each_fit_uses_its_own_rows(checkpoint_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("effort", ["quick", "normal", "best"])
 def test_placeholders_have_the_shapes_of_resampled_rows(checkpoint_folder, effort):
     """A dry run draws no resampled rows."""
-    rows = draw_rows(opened(checkpoint_folder("llama"), effort=effort))
-    blank = draw_rows(opened(checkpoint_folder("llama"), effort=effort), dry=True)
+    run = opened(checkpoint_folder("llama"), effort=effort)
+    blank = draw_rows(run, dry=True)
     assert blank.resampled is None
-    found, wanted = blank.with_placeholders().grouped, rows.grouped
-    assert [group.shape for group in found.groups] == [group.shape for group in wanted.groups]
-    assert (found.weights, found.choice_weights, found.resampled) == (
-        wanted.weights,
-        wanted.choice_weights,
-        wanted.resampled,
+    found, wanted = (
+        ([group.shape for group in rows.groups], rows.weights, rows.choice_weights, rows.resampled)
+        for rows in (blank.with_placeholders().grouped, draw_rows(run).grouped)
     )
+    assert found == wanted
 
 
 def test_a_model_that_does_not_fit(checkpoint_folder, tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """Rows of the source `general`: kinds of text, and `general+TEXT` for half of each."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,9 +7,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from models import BOS, VOCAB, make_tokenizer
-from secateur.base.errors import SecateurError
+from outputs import assert_error
+from secateur import SecateurError, calibration_rows
 from secateur.text import general
-from secateur.text.calibration import calibration_rows
 from secateur.text.general import SHARES, rows_per_kind, spaced, spread
 from secateur.text.windows import windows
 
@@ -99,14 +97,12 @@ def test_general_plus_text_takes_half_of_the_rows_from_the_text(tmp_path):
 def test_advice_for_general_plus_a_short_text(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("æ" * 130)
-    with pytest.raises(SecateurError, match=r"own.txt: too short, .*; use samples 4 "):
-        draw(f"general+{own}", 64, 50)
+    assert_error(r"own.txt: too short, .*; use samples 4 ", draw, f"general+{own}", 64, 50)
     assert draw(f"general+{own}", 4, 50).shape == (4, 50)
 
 
 def test_a_missing_text_is_named(tmp_path):
-    with pytest.raises(SecateurError, match=r"missing\.txt does not exist"):
-        draw(f"general+{tmp_path / 'missing.txt'}", 4, 50)
+    assert_error(r"missing\.txt does not exist", draw, f"general+{tmp_path / 'missing.txt'}", 4, 50)
 
 
 @pytest.mark.parametrize("bos", [False, True])

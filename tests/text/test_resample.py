@@ -1,7 +1,5 @@
 """Resampled rows: tokens drawn from the model's own distributions, at the right places and in the right shares."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,7 @@ import torch
 
 from models import build, token_rows
 from outputs import record_of
-from secateur.commands.prune import prune
-from secateur.model.checkpoint import open_checkpoint
-from secateur.model.stream import BlockStream
+from secateur import BlockStream, open_checkpoint, prune
 from secateur.text import resample
 from secateur.text.resample import resample_tokens
 

@@ -1,21 +1,18 @@
 """A checkpoint with fewer tokens is an ordinary checkpoint whose logits are those of the kept tokens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
-from conftest import CheckpointFolder
 from models import MIXTURES, ROWS, SIMILAR, logits_of, relative
+from secateur import open_checkpoint
 from secateur.measure.loading import load
-from secateur.model.checkpoint import open_checkpoint
 from secateur.vocabulary.cut import cut_as_before, runs_of
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", [*ROWS, *SIMILAR, *MIXTURES])
-def test_logits_of_the_kept_tokens_are_the_original_ones(name: str, letters_folder: CheckpointFolder) -> None:
+def test_logits_of_the_kept_tokens_are_the_original_ones(name, letters_folder):
     whole = open_checkpoint(letters_folder(name))
     kept = [token for token in range(whole.config.vocab_size) if token % 3 or token > 110]
     cut = cut_as_before(whole, kept)
@@ -27,7 +24,7 @@ def test_logits_of_the_kept_tokens_are_the_original_ones(name: str, letters_fold
     assert cut.fingerprint == whole.fingerprint
 
 
-def test_runs_cover_the_ids() -> None:
+def test_runs_cover_the_ids():
     ids = [0, 1, 4, 6, 7, 8]
     assert [one for first, stop in runs_of(ids) for one in range(first, stop)] == ids
     assert runs_of([3]) == ((3, 4),)

@@ -24,7 +24,8 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" line {mark.line + 1}"
-        raise SecateurError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); correct it") from error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise SecateurError(f"{path}{line}: not valid YAML ({problem}); correct it") from error
     except RecursionError as error:
         raise SecateurError(f"{path}: nested too deeply; correct it") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
