@@ -408,6 +408,7 @@ WRONG = [
     ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
     ("compare model grid.yaml --out out --calibration gone.txt", "gone.txt does not exist: check the path of the text"),
     ("compare model grid.yaml --out out --perplexity a=text.txt --perplexity a=text.txt", "two texts are called a;"),
+    ("compare model grid.yaml --out out --perplexity random", "random token ids cannot be scored; name a text file or"),
     ("compare model grid.yaml --out out --tokens 15", "tokens is 15, which does not fill one row of length 16"),
     ("compare model grid.yaml --out out --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
     ("compare model grid.yaml --out out --task-path gone", "gone: no such folder; name one with task files"),
