@@ -18,7 +18,6 @@ from typing import IO, Any
 
 import torch
 
-import secateur.fit.block_regression
 import secateur.model.pass_checkpoint
 import secateur.model.stream
 from secateur import BlockStream
@@ -60,12 +59,10 @@ def kill_at(time: int | None, owner: Any, name: str) -> None:
 def carry_out(cases: list[dict[str, Any]]) -> int:
     """Run the cases, and return the exit code of the first one that fails, or zero."""
     torch.set_num_threads(1)
-    # Rounding is all that may differ; bfloat16 would make much of it.
-    exact = ["fit.block_regression"]
     if any(case["words"][0] == "retrain" for case in cases):
-        exact += ["retraining.retrain", "retraining.targets"]
-    for name in exact:
-        import_module(f"secateur.{name}").fast_dtype = lambda _: torch.float32  # type: ignore[attr-defined]
+        # Rounding is all that may differ; bfloat16 would make much of it.
+        for name in ("retrain", "targets"):
+            import_module(f"secateur.retraining.{name}").fast_dtype = lambda _: torch.float32  # type: ignore[attr-defined]
     join = Services.join
     Services.join = lambda watcher: replace(join(watcher), batch_tokens=TOGETHER * LENGTH)  # type: ignore[method-assign]
     secateur.model.stream.MIXED = 1

@@ -119,7 +119,7 @@ def test_the_memory_of_fits(checkpoint_folder, expected):
     how |= {"modules": ("channels",), "name": "llama biased"}
     one = expected(samples=64, **how)
     for other in (expected(samples=32, refit_samples=32, **how), expected(samples=32, sigma="random", **how)):
-        assert other.peak_bytes - one.peak_bytes == pytest.approx(4.2 * (72 * 72 + 72 * 48), abs=1)
+        assert other.peak_bytes - one.peak_bytes == pytest.approx(4.2 * (1.2 * 72 * 72 + 2 * 72 * 48), abs=1)
     assert list(one.effort_seconds) == ["normal"], "only the refit has efforts"
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from conftest import CheckpointFolder
 from models import MIXTURES, blocks_of, build, layers_of, seen, token_rows
-from secateur.base.processes import Processes
 from secateur.criteria import experts
 from secateur.criteria.experts import expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
@@ -46,7 +45,7 @@ def inputs(width: int, tokens: int = TOKENS) -> Tensor:
 def routed_of(mixture: Mixture, tokens: int = TOKENS) -> RoutedTokens:
     x = inputs(mixture.stream.width, tokens)
     weight = torch.linspace(0.5, 1.5, tokens)
-    return RoutedTokens(mixture, x, mixture.output(x[None], mixture.all_routed)[0], weight, lambda y, _: y, Processes())
+    return RoutedTokens(mixture, x, mixture.output(x[None], mixture.all_routed)[0], weight, lambda y, _: y)
 
 
 def sum_of_experts(mixture: Mixture, x: Tensor, routes: Routes) -> Tensor:

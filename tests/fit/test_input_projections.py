@@ -198,7 +198,9 @@ def test_the_step_reduces_the_error_of_a_feed_forward(checkpoint_folder, name):
 def test_a_step_that_raises_the_error_is_undone(checkpoint_folder, name, monkeypatch):
     folder = checkpoint_folder(name)
     alone = run(folder, name, input_steps=0)
-    monkeypatch.setattr(GaussNewtonStep, "solve", lambda self, *_: [100 * torch.ones_like(r) for r in self.gradient])
+    monkeypatch.setattr(
+        GaussNewtonStep, "solve", lambda self, *_: [100 * torch.ones_like(r).float() for r in self.gradient]
+    )
     found = run(folder, name, input_steps=4)
     for one, other in zip(found, alone, strict=True):
         assert one.keep == other.keep

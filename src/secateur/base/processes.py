@@ -4,6 +4,11 @@ Each process has a share of the calibration rows with all their activations. Sum
 processes. A linear system is solved by its owner rank alone, which broadcasts the solution. All processes run the same
 program and make the same calls in the same order. They exchange plain tensors only, and JSON as bytes. A single
 process exchanges nothing.
+
+Sums do not depend on the number of processes. Rows are shared in whole batches, and every sum has one part for each
+batch. Large sums have float32 parts, are added up in float64 and then rounded to float32 (`total_tensors`). Float64
+holds such sums exactly, unless a part is 2^29 times smaller than the sum; the order then changes the last bit of the
+float64 sum, which the rounding removes. Small sums are gathered part by part and added up in a fixed order (`total`).
 """
 
 import atexit
@@ -11,6 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -37,9 +43,8 @@ class Processes:
         bytes_moved: Bytes that this process has sent or received.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1):
+    def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size, self.bytes_moved = rank, size, 0
-        self._local_size = local_size
         self._operations = [0.0] * size
 
     @classmethod
@@ -63,7 +68,7 @@ class Processes:
                     "once, and set MASTER_ADDR to an address that every machine can reach"
                 ) from error
             atexit.register(dist.destroy_process_group)
-        return cls(*place[:3])
+        return cls(place.rank, place.size)
 
     @property
     def is_first(self) -> bool:
@@ -89,13 +94,42 @@ class Processes:
         """Replace tensors by their sums at the owner rank; at other ranks their values are undefined afterwards."""
         self._over(tensors, lambda piece: dist.reduce(piece, owner))
 
-    def total(self, value: float) -> float:
-        """Return the sum of a number over all processes."""
+    def total_tensors(self, *sums: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Return sums over all processes, rounded to the dtype of their parts.
+
+        Args:
+            sums: Sums of this process's parts in float64; overwritten.
+            dtype: Dtype of the parts.
+        """
+        self.all_reduce(*sums)
+        return [one.to(dtype) for one in sums]
+
+    def gather(self, parts_pn: Tensor) -> Tensor:
+        """Return the parts of all processes (parts x n), in an order that does not depend on which process has which.
+
+        Args:
+            parts_pn: Parts of this process; they may be none.
+        """
+        # Adding zero makes -0 to 0, as the sum over processes does.
+        every = self._concatenated(parts_pn.cpu() + 0.0)
+        # Any fixed order will do.
+        order = sorted(range(len(every)), key=lambda part: blake2b(every[part].numpy().tobytes()).digest())
+        return every[order].to(parts_pn.device)
+
+    def _concatenated(self, local: Tensor) -> Tensor:
+        """Return the rows of all processes, by rank."""
         if self.is_single:
-            return value
-        result = torch.tensor(value, dtype=torch.float64)
-        self.all_reduce(result)
-        return float(result)
+            return local
+        counts = self.all_gather(len(local))
+        start = sum(counts[: self.rank])
+        every = local.new_zeros(sum(counts), *local.shape[1:])
+        every[start : start + len(local)] = local
+        self.all_reduce(every)
+        return every
+
+    def total(self, parts: Iterable[float]) -> float:
+        """Return the sum of numbers over all processes; see `gather`."""
+        return float(self.gather(torch.tensor([*parts], dtype=torch.float64)).sum())
 
     def all_gather(self, value: int) -> list[int]:
         """Return the `value` of every process, by rank."""
@@ -137,12 +171,8 @@ class Processes:
     def compute_at(
         self, owner: int, make: Callable[[], Mapping[str, Tensor]], device: torch.device
     ) -> dict[str, Tensor]:
-        """Compute tensors at the owner rank, with all threads of its machine, and return them at every rank."""
-        made = None
-        if self.rank == owner:
-            with self._all_threads():
-                made = make()
-        return self.broadcast_tensors(made, owner, device)
+        """Compute tensors at the owner rank, and return them at every rank."""
+        return self.broadcast_tensors(make() if self.rank == owner else None, owner, device)
 
     def send(self, piece: Tensor, source: int, to: int) -> Tensor:
         """Send a tensor from rank `source` to rank `to`, where it overwrites `piece`; other ranks do nothing."""
@@ -173,10 +203,10 @@ class Processes:
     def first_rank_first(self) -> Iterator[None]:
         """Let rank 0 finish a step, such as a download, before the other ranks begin it."""
         if not self.is_first:
-            self.total(0.0)
+            self.total(())
         yield
         if self.is_first:
-            self.total(0.0)
+            self.total(())
 
     def _spread(self, *tensors: Tensor, owner: int) -> None:
         self._over(tensors, lambda piece: dist.broadcast(piece, owner))
@@ -191,18 +221,6 @@ class Processes:
                     carry(piece)
                 if piece.data_ptr() != part.data_ptr():
                     part.copy_(piece)
-
-    @contextmanager
-    def _all_threads(self) -> Iterator[None]:
-        """Use the threads of all processes on this machine, as the others wait."""
-        before = torch.get_num_threads()
-        if self._local_size > 1:
-            torch.set_num_threads(before * self._local_size)
-        try:
-            yield
-        finally:
-            if self._local_size > 1:
-                torch.set_num_threads(before)
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:

@@ -89,12 +89,12 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input
 def gradient_work(stream: BlockStream, tokens: int) -> Work:
     """Return the work of the backward pass that some criteria need: two forward passes, and two more for the gradients.
 
-    In memory are a block, its gradients and their squares; the inputs of all blocks are activations.
+    In memory are a block, its gradients and their squares, summed in float64; the inputs of all blocks are activations.
     """
     block = max(stream.blocks, key=lambda block: block.parameters)
     return Work(
         float32=sum(4 * forward_flops(block, tokens) for block in stream.blocks),
-        resident_bytes=4 * 3 * block.parameters,
+        resident_bytes=4 * 7 * block.parameters,
         activation_bytes=4 * tokens * (stream.columns * (len(stream.blocks) + 1) + stream.side_inputs.token_entries),
     )
 
@@ -113,7 +113,7 @@ def resident_bytes(
         tokens: Number of tokens of one fit, all of which are in memory at a mixture of experts.
         input_steps: Whether input projections are fitted.
         separate_choice: Whether units are chosen on other rows than the weights are fitted to. Each of the two then has
-            a Gram matrix and a cross moment.
+            a Gram matrix, of which 0.6 is stored, and a cross moment, both in float64.
     """
 
     def entries(block: Block) -> float:

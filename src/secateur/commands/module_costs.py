@@ -64,7 +64,7 @@ class ModuleCosts:
             separate_choice: Whether units are chosen on other rows than the weights are fitted to.
         """
         a, d, m = self.solved_inputs, self.width, len(self.module.channel_projections)
-        solve = (2.3 + separate_choice) * a * a + (7 + separate_choice) * a * d
+        solve = (2.3 + 1.2 * separate_choice) * a * a + (7 + 2 * separate_choice) * a * d
         steps = m * (2 * a * a + 6 * a * d) * input_steps
         return max(solve, steps)
 

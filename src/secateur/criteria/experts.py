@@ -55,7 +55,7 @@ def expert_order(name: str, routed: RoutedTokens, stop: int, seed: int = 0) -> E
         stop: Number of experts that are left.
         seed: Seed of the criterion `random`.
     """
-    processes, mixture = routed.processes, routed.mixture
+    mixture = routed.mixture
     groups, alive = mixture.module.groups, mixture.all_routed
     scores = None if name == "reroute" else SCORES[name](routed, mixture.route(routed.x_nd, alive), seed)
     order: list[int] = []
@@ -65,7 +65,7 @@ def expert_order(name: str, routed: RoutedTokens, stop: int, seed: int = 0) -> E
         output = routed.output(routed.all_tokens, routes)
         losses = routed.losses(routed.all_tokens, output)
         counts.append(len(order))
-        errors.append(processes.total(float(losses.sum(dtype=torch.float64))))
+        errors.append(float(losses.sum(dtype=torch.float64)))
         left = len(alive) - stop
         if left <= 0:
             break
@@ -98,7 +98,6 @@ def _error_increases(
         before = Routes(routes.experts[tokens], routes.gates[tokens])
         rerouted = routed.rerouted_output(tokens, before, output_nd[tokens], after)
         increases[place] = (routed.losses(tokens, rerouted) - losses_n[tokens]).sum(dtype=torch.float64)
-    routed.processes.all_reduce(increases)
     return increases
 
 
@@ -126,7 +125,6 @@ def _reap(routed: RoutedTokens, routes: Routes, _: int) -> Tensor:
         weight = routed.weight_n[tokens]
         sums[0, expert] = (weight * gates * torch.linalg.vector_norm(routed.expert_output(expert, tokens), dim=1)).sum()
         sums[1, expert] = weight.sum()
-    routed.processes.all_reduce(sums)
     return sums[0] / sums[1].clamp_min(torch.finfo(torch.float64).tiny)
 
 
@@ -134,7 +132,6 @@ def _frequency(routed: RoutedTokens, routes: Routes, _: int) -> Tensor:
     weights = routed.weight_n.double()[:, None].expand(routes.experts.shape)
     sums = torch.zeros(routed.mixture.module.units, dtype=torch.float64, device=routed.x_nd.device)
     sums.index_add_(0, routes.experts.reshape(-1), weights.reshape(-1))
-    routed.processes.all_reduce(sums)
     return sums
 
 

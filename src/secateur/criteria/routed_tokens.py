@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from secateur.base.processes import Processes
 from secateur.model.mixture import Mixture, Routes
 
 _SAME_RATIO = 1e-5
@@ -33,7 +32,6 @@ class RoutedTokens:
     """Token weights."""
     to_error_units: Callable[[Tensor, Tensor], Tensor]
     """Function that converts experts' outputs (m x d) for some tokens (m) to error units."""
-    processes: Processes
     _index: Tensor = field(init=False)
     """Row of `_outputs` for each token and expert (n x experts); -1 for pairs that were not computed yet."""
     _outputs: Tensor = field(init=False)

@@ -43,8 +43,7 @@ class BlockRegression(Regression):
         self.owner = self.stream.processes.assign_owner(inputs**2 * (inputs + 2 * self.stream.width))
         self.seed = module_seed(state.method.seed, state.index, module.role)
         self._fit_batches = [at for at in state.rows.batches() if at.weight]
-        tokens = sum(state.rows.ids(at).numel() for at in self._fit_batches)
-        self.tokens = int(self.stream.processes.total(tokens))
+        self.tokens = int(self.stream.processes.total(state.rows.ids(at).numel() for at in self._fit_batches))
         self._stored: Activations | None = None
         """Inputs of the output projection (b x t x a)."""
 

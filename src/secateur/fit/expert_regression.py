@@ -8,7 +8,8 @@ The shared expert is fitted in the same way, on all tokens; its input projection
 Shapes: n tokens, m of them routed to an expert, f channels of an expert, k of them kept, d residual width.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -50,6 +51,8 @@ class MixtureTokens:
     """Token weights in the choice of units."""
     scale_n: Tensor | None
     """Factor on each token's output; None unless a norm follows the mixture."""
+    batches: Sequence[int]
+    """Number of tokens in each batch."""
     norm: PostNorm
     processes: Processes
 
@@ -65,11 +68,33 @@ class MixtureTokens:
 
     def squared_error(self, residual_nd: Tensor) -> float:
         """Return the weighted squared error over the tokens of all processes."""
-        return self.processes.total(float((self.weight_n * residual_nd.square().sum(1)).sum(dtype=torch.float64)))
+        return self.total(self.weight_n * residual_nd.square().sum(1))
+
+    def total(self, values_n: Tensor) -> float:
+        """Return the sum of one value per token over the tokens of all processes."""
+        return self.processes.total(float(part.sum(dtype=torch.float64)) for part in self.by_batch(values_n))
+
+    def by_batch(self, values: Tensor) -> Sequence[Tensor]:
+        """Return the rows of each batch."""
+        return values.split(list(self.batches))
 
     def count(self, some: Tensor) -> int:
         """Return how many of some tokens have a weight in the fit, in all processes."""
-        return int(self.processes.total(float(self.weight_n[some].count_nonzero())))
+        return int(self.processes.total([float(self.weight_n[some].count_nonzero())]))
+
+    def sample(self, most: int) -> "MixtureTokens":
+        """Return about `most` of the tokens of all processes by which units are chosen, the same at every rank."""
+        weighted = [part.nonzero()[:, 0] for part in self.by_batch(self.choice_weight_n)]
+        stride = max(1, int(self.processes.total(map(len, weighted))) // most)
+        starts = itertools.accumulate(self.batches, initial=0)
+        some = torch.cat([start + part[::stride] for start, part in zip(starts, weighted, strict=False)])
+        scale_n = torch.ones_like(self.weight_n) if self.scale_n is None else self.scale_n
+        columns = torch.stack([self.weight_n, self.choice_weight_n, scale_n], 1)
+        every = self.processes.gather(torch.cat([self.x_nd, self.target_nd, columns], 1)[some])
+        x_nd, target_nd, columns = every.split([self.x_nd.shape[1], self.target_nd.shape[1], 3], 1)
+        weight_n, choice_weight_n, scale_n = columns.unbind(1)
+        scale = None if self.scale_n is None else scale_n
+        return MixtureTokens(x_nd, target_nd, weight_n, choice_weight_n, scale, [len(every)], self.norm, self.processes)
 
 
 class Float32Copies(Mapping[str, Tensor]):
@@ -166,7 +191,7 @@ class ExpertRegression(Regression):
         rows_mf = tokens.scaled(rows_mf, self._at)
         if self._target_md is None:
             channels = None
-            self._target_md = self._residual_nd[self._at] + rows_mf @ self.norm.scale(self.weight)
+            self._target_md = self._residual_nd[self._at] + self._times(rows_mf, self.norm.scale(self.weight))
         entries = torch.tensor(range(self.module.units) if channels is None else channels, device=rows_mf.device)
         self._rows = rows_mf if len(entries) == rows_mf.shape[1] else rows_mf[:, entries]
         fit = self._moments(tokens.weight_n)
@@ -177,16 +202,21 @@ class ExpertRegression(Regression):
 
     def _moments(self, weight_n: Tensor) -> Moments:
         """Return the moments of the rows and their target, with some token weights."""
+        assert self._target_md is not None
         moments = Moments(self._rows.shape[1], self.stream.width, device=self.stream.device)
-        moments.update(self._rows, self._target_md, weights_n=weight_n[self._at])
+        for rows, target, weights in zip(
+            *map(self._by_batch, (self._rows, self._target_md, weight_n[self._at])), strict=True
+        ):
+            moments.update(rows, target, weights_n=weights)
         moments.reduce(self.stream.processes, self.owner)
         return moments
 
     def _input_moments(self) -> Moments:
         """Return the moments of the expert's own input."""
         moments = Moments(self.stream.width, device=self.stream.device)
-        x_md = self.mixture.expert_input(self.expert, self._batch.x_nd[self._at])
-        moments.update(x_md, weights_n=self._batch.choice_weight_n[self._at])
+        weights_m = self._batch.choice_weight_n[self._at]
+        for x, weights in zip(*map(self._by_batch, (self._batch.x_nd[self._at], weights_m)), strict=True):
+            moments.update(self.mixture.expert_input(self.expert, x), weights_n=weights)
         moments.reduce(self.stream.processes, self.owner)
         return moments
 
@@ -194,23 +224,32 @@ class ExpertRegression(Regression):
     def linearised(
         self, moments: ModuleMoments, kept: Tensor, output: OutputFit, add: AddRows
     ) -> Iterator[Callable[[], Iterator[TangentRows]]]:
-        """Linearise the expert on its tokens, in one part."""
-        tokens, at, x_md = self._batch, self._at, self._batch.x_nd[self._at]
+        """Linearise the expert on its tokens, in one part for each batch."""
+        tokens, at, parts = self._batch, self._at, list[TangentRows]()
         root_m1 = tokens.weight_n[at].sqrt()[:, None]
         scale_m1 = tokens.scaled(root_m1 * self._routes.of(self.expert)[1][:, None], at)
-        # Rows stay float32: in bfloat16, two processes would round their sums differently from one process.
-        slopes = self.mixture.slopes(self.expert, x_md)
-        rows = TangentRows(
-            self.mixture.expert_input(self.expert, x_md), [slope[:, kept] * scale_m1 for slope in slopes]
-        )
-        add(rows, self._residual(moments, kept, output.weight_kd) * root_m1, root_m1)
-        yield lambda: iter([rows])
+        residual_md = self._residual(moments, kept, output.weight_kd) * root_m1
+        for x, scale, residual, root in zip(
+            *map(self._by_batch, (tokens.x_nd[at], scale_m1, residual_md, root_m1)), strict=True
+        ):
+            factors = [slope[:, kept] * scale for slope in self.mixture.slopes(self.expert, x)]
+            parts.append(TangentRows(self.mixture.expert_input(self.expert, x), factors))
+            add(parts[-1], residual, root)
+        yield lambda: iter(parts)
 
     def _residual(self, moments: ModuleMoments, kept: Tensor, weight_kd: Tensor) -> Tensor:
         """Return target minus output, with a weight of the kept channels (m x d)."""
         assert self._target_md is not None
         rows_mk = self._rows if len(kept) == len(moments.entries) else self._rows[:, moments.positions(kept)]
-        return self._target_md - rows_mk @ weight_kd
+        return self._target_md - self._times(rows_mk, weight_kd)
+
+    def _times(self, rows_mf: Tensor, weight_fd: Tensor) -> Tensor:
+        """Return the product of each batch's rows with a weight (m x d)."""
+        return torch.cat([rows @ weight_fd for rows in self._by_batch(rows_mf)])
+
+    def _by_batch(self, values: Tensor) -> Sequence[Tensor]:
+        """Return the rows of each batch."""
+        return values.split(self.mixture.counts(self._at))
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Let the expert compute with new input projections."""

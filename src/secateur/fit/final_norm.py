@@ -51,7 +51,8 @@ def final_norm_scale(stream: BlockStream, rows: Rows, group: int, dense: Activat
     if not stream.final_norm:
         return 1.0
     norms = [scaled_final_norm(stream, scale) for scale in SCALES]
-    totals = [0.0] * len(SCALES)
+    divergences: list[list[float]] = [[] for _ in SCALES]
+    """Divergence of each row, at each scale."""
     positions = slice(POSITION_STRIDE - 1, None, POSITION_STRIDE)
     with stream.head() as head:
         for row in range(len(stream.local_rows(rows).groups[group])):
@@ -61,8 +62,8 @@ def final_norm_scale(stream: BlockStream, rows: Rows, group: int, dense: Activat
             for number, norm in enumerate(norms):
                 with stream.replaced(norm):
                     gap_nv = log_nv - head(pruned_nd).log_softmax(-1)
-                totals[number] += float((probability_nv * gap_nv).sum(-1).mean())
-    totals = [stream.processes.total(one) for one in totals]
+                divergences[number].append(float((probability_nv * gap_nv).sum(-1).mean()))
+    totals = [stream.processes.total(one) for one in divergences]
     # Equal models get a scale of exactly 1, which the parabola would miss by a little.
     rounding = ROUNDING * len(rows.groups[group])
     return 1.0 if totals[SCALES.index(1.0)] < rounding else _minimum(totals)

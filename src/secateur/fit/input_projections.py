@@ -93,11 +93,16 @@ class GaussNewtonStep:
         """
         self.weight_kd, self._processes = weight_kd, processes or Processes()
         k, self._stride = len(weight_kd), max(1, tokens // PRECONDITIONER_TOKENS)
-        self.gradient = [weight_kd.new_zeros(k, width) for _ in range(matrices)]
+
+        def zeros(rows: int, columns: int) -> Tensor:
+            return weight_kd.new_zeros(rows, columns, dtype=torch.float64)
+
+        self.gradient = [zeros(k, width) for _ in range(matrices)]
         """J'r (k x d), for each input projection."""
-        self._factor_grams = [weight_kd.new_zeros(k, k) for _ in range(matrices)]
-        self._input_gram = weight_kd.new_zeros(width, width)
-        self._weight = 0.0
+        self._factor_grams = [zeros(k, k) for _ in range(matrices)]
+        self._input_gram = zeros(width, width)
+        self._weights: list[float] = []
+        """Sum of the token weights of each part."""
 
     def add(self, rows: TangentRows, residual_nd: Tensor, root_n1: Tensor) -> None:
         """Add tokens.
@@ -113,8 +118,8 @@ class GaussNewtonStep:
         matrices = (rows.input_nd * root_n1, *rows.factors_nk)
         for gram, matrix in zip((self._input_gram, *self._factor_grams), matrices, strict=True):
             sample = matrix[some].to(dtype)
-            gram.addmm_(sample.T, sample)
-        self._weight += float(root_n1[some].double().square().sum())
+            gram += sample.T @ sample
+        self._weights.append(float(root_n1[some].double().square().sum()))
 
     def solve(self, parts: Callable[[], Iterable[TangentRows]], ridge: float, iterations: int) -> list[Tensor]:
         """Return the changes V (k x d), one for each input projection; the sums cannot be used again.
@@ -129,16 +134,19 @@ class GaussNewtonStep:
 
         def curvature(direction: list[Tensor]) -> list[Tensor]:
             """Return (J'J + penalty) V, summed over all processes."""
-            # Only one process adds the penalty, so that it is counted once.
-            total = [v * (b * processes.is_first) * a for v, (b, a) in zip(direction, penalties, strict=True)]
+            sums = [torch.zeros_like(v, dtype=torch.float64) for v in direction]
             for rows in parts():
-                for one, part in zip(total, self._vjp(rows, self._jvp(rows, direction)), strict=True):
+                for one, part in zip(sums, self._vjp(rows, self._jvp(rows, direction)), strict=True):
                     one += part
-            processes.all_reduce(*total)
-            return total
+            totals = self._totals(*sums)
+            for total, v, (b, a) in zip(totals, direction, penalties, strict=True):
+                total += v * b * a
+            return totals
 
-        changes = _conjugate_gradients(curvature, precondition, self.gradient, iterations, processes)
-        # If processes summed in different orders, their weights would differ more and more.
+        gradient = self._totals(*self.gradient)
+        self.gradient.clear()
+        changes = _conjugate_gradients(curvature, precondition, gradient, iterations, processes)
+        # Machines of different kinds round differently, and their weights would differ more and more.
         tensors = {str(number): change for number, change in enumerate(changes)}
         return list(processes.broadcast_tensors(tensors, 0, self.weight_kd.device).values())
 
@@ -147,12 +155,12 @@ class GaussNewtonStep:
     ) -> tuple[Callable[[list[Tensor]], list[Tensor]], list[tuple[Tensor, Tensor]]]:
         """Return the preconditioner, and ridge * b (k x 1) with a (d) for each input projection."""
         processes = self._processes
-        self._weight = processes.total(self._weight)
-        processes.all_reduce(self._input_gram, *self._factor_grams, *self.gradient)
-        weight_gram = self.weight_kd @ self.weight_kd.T
-        left_kk = [weight_gram * (gram * self._stride) for gram in self._factor_grams]
-        right_dd = self._input_gram / max(self._weight, torch.finfo(torch.float32).tiny)
-        self._factor_grams.clear()
+        weight = max(processes.total(self._weights), torch.finfo(torch.float32).tiny)
+        right_dd = self._totals(self._input_gram)[0] / weight
+        weight_gram, left_kk = self.weight_kd @ self.weight_kd.T, []
+        while self._factor_grams:
+            (gram,) = self._totals(self._factor_grams.pop(0))
+            left_kk.append(gram.mul_(weight_gram).mul_(self._stride))
         a = right_dd.diagonal().clone()
         penalties = [(ridge * left.diagonal()[:, None].clone(), a) for left in left_kk]
         factors_k, factor_d = [_damped_factor(left, ridge) for left in left_kk], _damped_factor(right_dd, ridge)
@@ -164,6 +172,10 @@ class GaussNewtonStep:
             ]
 
         return precondition, penalties
+
+    def _totals(self, *sums: Tensor) -> list[Tensor]:
+        """Return sums over all processes in the dtype of the weights."""
+        return self._processes.total_tensors(*sums, dtype=self.weight_kd.dtype)
 
     def _jvp(self, rows: TangentRows, change: Sequence[Tensor]) -> Tensor:
         """Return J(V) of some tokens (n x d), in the dtype of the rows."""
@@ -192,7 +204,7 @@ def _conjugate_gradients(
     rounding = slope * torch.finfo(residual[0].dtype).eps ** 2
     for number in range(iterations):
         # The remaining gain may be rounding. One process decides, so that all processes stop at the same step.
-        if not processes.total(processes.is_first and slope > rounding):
+        if not processes.total([processes.is_first and slope > rounding]):
             break
         curved = curvature(direction)
         length = slope / _dot(direction, curved)

@@ -27,7 +27,7 @@ from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
 from secateur.model.expert_matrices import changeable
-from secateur.model.mixture import Mixture
+from secateur.model.mixture import Mixture, Routes
 from secateur.model.structure import KeptUnits, PrunableModule
 from secateur.model.surgery import channels_by_expert
 from secateur.model.units.channels import CHANNELS
@@ -40,7 +40,9 @@ class MixtureStage:
     def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.state, self.module, self.stream, self.recovery = state, module, state.stream, state.method.recovery
         self.target = ModuleTarget(state, module, pruned)
-        self.mixture = Mixture(state.stream, state.layer, module)
+        # One of several processes may have no tokens.
+        batches = [0, *(state.rows.ids(at).numel() for at in state.rows.batches())]
+        self.mixture = Mixture(state.stream, state.layer, module, batches)
         self.tokens = self._collect(pruned)
 
     def prune(self, width: Width, kept: KeptUnits) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
@@ -50,12 +52,13 @@ class MixtureStage:
         alive, cut = torch.tensor(keep, device=self.stream.device), width[EXPERT_CHANNELS] < module.units_inside
         channels, unfitted = self._channels_by_expert(keep, kept.get("channels", ()) if cut else ()), list[int]()
         with self.stream.rounded_sums():
-            residual = tokens.target_nd - tokens.to_error_units(self.mixture.output(tokens.x_nd[None], alive)[0])
+            outputs = [self.mixture.output(x_nd[None], alive)[0] for x_nd in tokens.by_batch(tokens.x_nd)]
+            residual = tokens.target_nd - tokens.to_error_units(torch.cat(outputs))
             old_error = tokens.squared_error(residual)
             if self.recovery.fits or cut:
                 unfitted = self._fit_experts(alive, residual, width[EXPERT_CHANNELS], channels)
         self._store_outputs(alive)
-        total = self.stream.processes.total(float(tokens.weight_n.sum(dtype=torch.float64)))
+        total = tokens.total(tokens.weight_n)
         report = report_module(self.target, len(keep), tokens.squared_error(residual), old_error, total)
         units: dict[str, tuple[int, ...]] = {module.kind: keep}
         if cut:
@@ -72,7 +75,6 @@ class MixtureStage:
             SecateurError: Activations are NaN or infinite.
         """
         width, layer = self.stream.width, self.module.input_layer
-        # One of several processes may have no tokens.
         none = torch.empty(0, width, device=self.stream.device)
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = [
             (none, none, none[:, 0], none[:, 0], none[:, :1])
@@ -93,6 +95,7 @@ class MixtureStage:
             torch.cat(fit_weights),
             torch.cat(choice_weights),
             None if scales[-1] is None else torch.cat(scales)[:, 0],
+            self.mixture.batches,
             self.target.norm,
             self.stream.processes,
         )
@@ -101,20 +104,16 @@ class MixtureStage:
         """Return the experts that the criterion keeps."""
         if number == self.module.units:
             return tuple(range(number))
-        tokens, method = self.tokens, self.state.method
-        weighted = tokens.choice_weight_n.nonzero()[:, 0]
-        some = weighted[:: max(1, len(weighted) * self.stream.processes.size // MAX_TOKENS)]
-        routed = RoutedTokens(
-            self.mixture,
-            tokens.x_nd[some],
-            tokens.target_nd[some],
-            tokens.choice_weight_n[some],
-            lambda y, which: tokens.to_error_units(y, some[which]),
-            self.stream.processes,
-        )
+        method, sample = self.state.method, self.tokens.sample(MAX_TOKENS)
         seed = module_seed(method.seed, self.state.index, self.module.role)
-        removed = expert_order(method.criteria.choice.experts, routed, number, seed).order
-        return tuple(sorted(set(range(self.module.units)) - set(removed)))
+
+        def order() -> dict[str, Tensor]:
+            weights = sample.choice_weight_n
+            routed = RoutedTokens(self.mixture, sample.x_nd, sample.target_nd, weights, sample.to_error_units)
+            return {"order": torch.tensor(expert_order(method.criteria.choice.experts, routed, number, seed).order)}
+
+        removed = self.stream.processes.compute_at(0, order, torch.device("cpu"))["order"]
+        return tuple(sorted(set(range(self.module.units)) - set(removed.tolist())))
 
     def _channels_by_expert(self, keep: tuple[int, ...], channels: Sequence[int]) -> dict[int, tuple[int, ...]]:
         """Return channels by the expert that has them, numbered inside it; without channels, an empty mapping."""
@@ -143,7 +142,8 @@ class MixtureStage:
         for name in names:
             # Tensors are copied one at a time: they are most of the block, and each exists twice while it is copied.
             state.set_tensors({name: changeable(state.tensors[name], state.dtype, state.arena)})
-        routes = mixture.route(self.tokens.x_nd, alive)
+        by_batch = [mixture.route(x_nd, alive) for x_nd in self.tokens.by_batch(self.tokens.x_nd)]
+        routes = Routes(*map(torch.cat, zip(*by_batch, strict=True)))
         for expert in mixture.with_shared(alive):
             regression = ExpertRegression(state, mixture, self.tokens, routes, residual_nd, expert)
             full = regression.module.units

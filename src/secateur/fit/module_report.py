@@ -35,7 +35,7 @@ def report_module(target: ModuleTarget, kept: int, error: float, old_error: floa
     """
     state, module = target.state, target.module
     energy = state.stream.processes.total(
-        state.dense_residual[module.kind].energy(state.rows, target.norm.reading_scale_o)
+        state.dense_residual[module.kind].energies(state.rows, target.norm.reading_scale_o)
     )
     # Targets are divided by the multiplier of the module's output.
     error, old_error = (value * target.multiplier**2 for value in (error, old_error))

@@ -111,14 +111,12 @@ class ModuleTarget:
     def _set_repaired_shares(self) -> None:
         """Set the share of the error that each output before a norm takes over, from the energies of the two."""
         stream = self.state.stream
-        output_d, error_d = torch.zeros(2, stream.width, dtype=torch.float64, device=stream.device)
+        energies = [torch.zeros(0, 2, stream.width, dtype=torch.float64, device=stream.device)]
         for at in self.state.rows.batches():
             output = self.norm.after(self._dense_output(at))
-            error = self._missing(at) - output
-            for total, part in ((output_d, output), (error_d, error)):
-                total += at.weight * part.square().flatten(0, -2).sum(0)
-        stream.processes.all_reduce(output_d, error_d)
-        self.norm.set_repair_shares(output_d, error_d)
+            both = torch.stack([output, self._missing(at) - output]).square().flatten(1, -2).sum(1, dtype=torch.float64)
+            energies.append(at.weight * both[None])
+        self.norm.set_repair_shares(*stream.processes.gather(torch.cat(energies)).sum(0))
 
     def _weights(self, target_nd: Tensor, z_btd: Tensor) -> Tensor | None:
         """Return Cauchy weights of the tokens, 1 / (1 + e_n / (c median(e))), with e_n the inherited squared error.

@@ -4,6 +4,7 @@ import math
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -85,11 +86,12 @@ class Activations:
         shape = (at.rows.stop - at.rows.start, *part.shape[1:])
         part[at.rows] = values.detach().reshape(shape).cpu()
 
-    def energy(self, rows: Rows, scale: Tensor | None = None) -> float:
-        """Return the weighted sum over tokens of the squared norm of each vector, times a scale (width) if given."""
+    def energies(self, rows: Rows, scale: Tensor | None = None) -> Iterator[float]:
+        """Yield, for each batch, the weighted sum over tokens of the squared norm of each vector, times a scale (width)
+        if given."""
         factor = 1.0 if scale is None else scale.cpu()
-        norms = ((at.weight, torch.linalg.vector_norm(self[at] * factor)) for at in rows.batches())
-        return sum(weight * float(norm) ** 2 for weight, norm in norms)
+        for at in rows.batches():
+            yield at.weight * float(torch.linalg.vector_norm(self[at] * factor)) ** 2
 
 
 class Arena:

@@ -3,7 +3,7 @@
 Shapes: n tokens, d residual width, k experts per token, f channels of an expert.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -43,10 +43,20 @@ class Routes(NamedTuple):
 class Mixture:
     """Experts, router and shared expert of a loaded block. The input of the mixture is the input of the router."""
 
-    def __init__(self, stream: BlockStream, layer: nn.Module, module: PrunableModule):
-        """Find the experts, the router and the shared expert."""
+    def __init__(self, stream: BlockStream, layer: nn.Module, module: PrunableModule, batches: Sequence[int] = ()):
+        """Find the experts, the router and the shared expert.
+
+        Args:
+            stream: The model.
+            layer: The loaded block.
+            module: The description of the mixture.
+            batches: Number of tokens in each batch of the rows that `gated_input` gets. Each batch takes products of
+                its own, as the rounding of a product may depend on its number of rows; by default all tokens are one
+                batch.
+        """
         assert stream.family.experts is not None
         self.stream, self.module, self.names = stream, module, stream.family.experts
+        self.batches = batches
         norms = self.names.parallel_norms
         self.parent: Any = layer if norms else layer.get_submodule(module.output_layer)
         """Module that contains the experts and the router."""
@@ -86,6 +96,13 @@ class Mixture:
             bias = [] if self.names.router_bias is None else [getattr(self.parent, self.names.router_bias)]
             found = self._routes(self.router(x_nd, *bias))
         return Routes(alive[found.experts], found.gates.float())
+
+    def counts(self, tokens: Tensor) -> list[int]:
+        """Return how many of some tokens, in ascending order, are in each batch."""
+        if not self.batches:
+            return [len(tokens)]
+        ends = torch.tensor(self.batches, device=tokens.device).cumsum(0)
+        return torch.bincount(torch.searchsorted(ends, tokens, right=True), minlength=len(ends)).tolist()
 
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
         """Return the output of the whole mixture if only some experts exist."""
@@ -160,10 +177,12 @@ class Mixture:
 
     def gated_input(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """Return the tokens routed to an expert (m), and the inputs of its output projection times its gate (m x f)."""
-        if expert == self._shared_number:
-            return self.tokens(expert, routes), self.projection_input(expert, x_nd) * self._shared_gates(x_nd)[:, None]
-        tokens, gates = routes.of(expert)
-        return tokens, self.projection_input(expert, x_nd[tokens]) * gates[:, None]
+        is_shared = expert == self._shared_number
+        tokens, gates = (self.tokens(expert, routes), None) if is_shared else routes.of(expert)
+        parts = x_nd[tokens].split(self.counts(tokens))
+        rows_mf = torch.cat([self.projection_input(expert, part) for part in parts])
+        gates = torch.cat([self._shared_gates(part) for part in parts]) if gates is None else gates
+        return tokens, rows_mf * gates[:, None]
 
     def weight(self, expert: int) -> Tensor:
         """Return the weight of an expert's output projection (f x d)."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from secateur.base.services import BATCH_TOKENS
 
+HELD_OUT_TOKENS = 256
+"""Largest number of tokens in a batch of held-out rows. There are few such rows, which several processes share."""
 OPENING_SHARE = 8
 """Number of calibration tokens for each of the rows of one token."""
 LEAST_OPENINGS = 256
@@ -117,8 +119,7 @@ class Rows:
         """Return the range of rows that one of several processes runs, for each group.
 
         Processes share the batches that one process alone would run. Batches that cannot be shared evenly go to the
-        processes with the fewest tokens so far, so that a process may have no rows of a group. Held-out rows are shared
-        row by row, as their batches do not change any result.
+        processes with the fewest tokens so far, so that a process may have no rows of a group.
 
         Args:
             rank: Rank of the process.
@@ -127,7 +128,7 @@ class Rows:
         loads = [0] * size
         result = []
         for group, *weights in zip(self.groups, self.weights, self._weights_of_choice, strict=True):
-            step = self._rows_per_batch(group) if any(weights) else 1
+            step = self._rows_per_batch(group, any(weights))
             each, over = divmod(-(-len(group) // step), size)
             more = sorted(range(size), key=loads.__getitem__)[:over]
             batches = [each + (other in more) for other in range(size)]
@@ -148,10 +149,10 @@ class Rows:
         return sum(group.numel() for group in self.groups)
 
     def batches(self) -> Iterator[Batch]:
-        """Yield batches of at most `batch_tokens` tokens, group by group."""
+        """Yield batches of at most `batch_tokens` tokens, group by group; smaller ones of held-out rows."""
         weights = zip(self.weights, self._weights_of_choice, strict=True)
         for index, (group, (weight, choice_weight)) in enumerate(zip(self.groups, weights, strict=True)):
-            step = self._rows_per_batch(group)
+            step = self._rows_per_batch(group, bool(weight or choice_weight))
             for start in range(0, group.shape[0], step):
                 yield Batch(index, slice(start, min(start + step, group.shape[0])), weight, choice_weight)
 
@@ -159,5 +160,6 @@ class Rows:
         """Return the token ids of a batch (b x t)."""
         return self.groups[at.group][at.rows]
 
-    def _rows_per_batch(self, group: Tensor) -> int:
-        return max(1, self.batch_tokens // group.shape[1])
+    def _rows_per_batch(self, group: Tensor, is_weighted: bool) -> int:
+        tokens = self.batch_tokens if is_weighted else min(self.batch_tokens, HELD_OUT_TOKENS)
+        return max(1, tokens // group.shape[1])

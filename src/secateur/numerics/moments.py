@@ -5,11 +5,23 @@ With the weight w_n of token n,
     gram_aa = sum_n w_n x_n x_n',   cross_ao = sum_n w_n x_n t_n',   energy = sum_n w_n ||t_n||^2.
 
 For a fit with an intercept, x_n and t_n are the deviations from their means. Criteria and refits read nothing else, so
-their memory does not depend on the number of tokens. Matrices are products and sums in float32, where one product takes
-at most `CHUNK` tokens; vectors and numbers are float64.
+their memory does not depend on the number of tokens.
 
-Shapes: n tokens, a entries of the input, o entries of the target.
+The products of a batch are float32, where one product takes at most `CHUNK` tokens. Their sums do not depend on the
+order of batches, and so not on the number of processes (`secateur.base.processes`).
+
+Centred moments are computed batch by batch: from the rows of batch b, an origin u_b near their mean is subtracted, so
+that no digits cancel. With the weight n_b of the batch, r_b = sum_n w_n (x_n - u_b), and the batch's mean
+m_b = u_b + r_b / n_b,
+
+    gram_aa = sum_b [ sum_n w_n (x_n - u_b)(x_n - u_b)' - r_b r_b' / n_b + n_b (m_b - mean)(m_b - mean)' ],
+
+and likewise for the cross moment and the energy.
+
+Shapes: n tokens, a entries of the input, o entries of the target, p batches.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,23 +31,43 @@ from secateur.numerics.panels import mirror_panel, panels
 
 CHUNK = 4096
 """Largest number of tokens in one float32 product, which limits the rounding error of its sums."""
+ORIGIN_STRIDE = 7
+"""Distance between the tokens whose mean is the origin of a batch. It is odd and rows are even, so that first tokens of
+rows, which may have massive activations, are as frequent among these tokens as among all tokens."""
 
 
-def add_gram(gram_aa: Tensor, x_na: Tensor, weight: float = 1.0) -> None:
-    """Add weight * X'X to the panels of `gram_aa`; entries below the panels stay as they are."""
-    for start, stop in panels(len(gram_aa)):
-        # Faster than addmm_ where products are rounded to bfloat16.
-        gram_aa[start:stop, start:].add_(x_na[:, start:stop].T @ x_na[:, start:], alpha=weight)
+class BatchSums(NamedTuple):
+    """Sums over each batch (p, or p x a + o): inputs come first, then targets."""
+
+    weight_p: Tensor
+    """Sum of the token weights, n_b."""
+    energy_p: Tensor
+    """Weighted sum of squared targets minus origin."""
+    sums_pv: Tensor
+    """Weighted sums of rows minus origin, r_b."""
+    origins_pv: Tensor
+    """Origins u_b; zero if the moments are not centred."""
+
+    @property
+    def totals_v(self) -> Tensor:
+        """Weighted sums of rows (a + o)."""
+        return (self.sums_pv + self.weight_p[:, None] * self.origins_pv).sum(0)
+
+    def corrections(self, mean_v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return vectors (2p x a + o) and signs (2p) whose signed outer products turn sums of squares around the
+        origins into sums around the mean."""
+        root_p1 = self.weight_p.clamp_min(torch.finfo(torch.float64).tiny).sqrt()[:, None]
+        inside = self.sums_pv / root_p1
+        between = root_p1 * (self.origins_pv - mean_v) + inside
+        signs = torch.cat([torch.ones_like(self.weight_p), -torch.ones_like(self.weight_p)])
+        return torch.cat([between, inside]), signs
 
 
 class Moments:
     """Streaming Gram matrix X'X (a x a), cross moment X'T (a x o), and means and energy of the target.
 
-    With `centre`, the mean of the first batch is subtracted from all rows, so that the final centring does not cancel.
-
     Attributes:
         centre: Whether the moments are of deviations from the mean.
-        count: Sum of the token weights.
     """
 
     def __init__(self, inputs: int, targets: int = 0, *, centre: bool = False, device: str | torch.device = "cpu"):
@@ -47,22 +79,19 @@ class Moments:
             centre: Whether the fit has an intercept.
             device: Device of the sums.
         """
-        self.centre, self.count = centre, 0.0
-        self._gram_aa = torch.zeros(inputs, inputs, device=device)
-        self._cross_ao = torch.zeros(inputs, targets, device=device)
-        self._sum_a = torch.zeros(inputs, dtype=torch.float64, device=device)
-        self._sum_o = torch.zeros(targets, dtype=torch.float64, device=device)
-        self._energy = torch.zeros((), dtype=torch.float64, device=device)
+        self.centre, self._inputs, self._targets = centre, inputs, targets
+        self._cross_ao = torch.zeros(inputs, targets, dtype=torch.float64, device=device)
+        self._panels = [self._cross_ao.new_zeros(stop - start, inputs - start) for start, stop in panels(inputs)]
+        """Panels of the Gram matrix around the origins."""
+        self._batches = self._cross_ao.new_zeros(0, 2 + 2 * (inputs + targets))
+        """Rows of `BatchSums` (p x 2 + 2 (a + o))."""
         self._diagonal_a: Tensor | None = None
         """Diagonal of the Gram matrix, after the matrix was moved elsewhere."""
-        self._origin_a, self._origin_o = torch.zeros(inputs, device=device), torch.zeros(targets, device=device)
-        """Vectors that are subtracted from all rows; zero without `centre`."""
-        self._has_origin = not centre
 
     def update(
         self, x_na: Tensor, t_no: Tensor | None = None, weight: float = 1.0, weights_n: Tensor | None = None
     ) -> None:
-        """Add tokens.
+        """Add a batch of tokens.
 
         Args:
             x_na: Inputs, in any floating dtype.
@@ -72,52 +101,45 @@ class Moments:
         """
         for start in range(0, len(x_na), CHUNK):
             x = x_na[start : start + CHUNK].float()
-            t = x.new_zeros(len(x), len(self._sum_o)) if t_no is None else t_no[start : start + CHUNK].float()
+            t = x.new_zeros(len(x), self._targets) if t_no is None else t_no[start : start + CHUNK].float()
             w = x.new_ones(len(x)) if weights_n is None else weights_n[start : start + CHUNK].float()
-            if not self._has_origin:
-                self._origin_a, self._origin_o, self._has_origin = x.mean(0), t.mean(0), True
+            origin_a, origin_o = (self._origin(values) for values in (x, t))
             if self.centre:
-                x, t = x - self._origin_a, t - self._origin_o
-            self.count += weight * float(w.sum(dtype=torch.float64))
-            self._sum_a += weight * (w @ x)
-            self._sum_o += weight * (w @ t)
-            if weights_n is not None:
+                x, t = x - origin_a, t - origin_o
+            if weight != 1:
+                w = w * weight
+            parts = [w.sum(dtype=torch.float64)[None], w @ x, w @ t, origin_a, origin_o]
+            if weight != 1 or weights_n is not None:
                 root_n1 = w.sqrt()[:, None]
                 x, t = x * root_n1, t * root_n1
-            add_gram(self._gram_aa, x, weight)
-            self._cross_ao.add_(x.T @ t, alpha=weight)
-            self._energy += weight * torch.linalg.vector_norm(t).double().square()
+            # Each product is float32, so that its sum in float64 does not depend on the order.
+            for panel, (first, stop) in zip(self._panels, panels(self._inputs), strict=True):
+                panel += x[:, first:stop].T @ x[:, first:]
+            self._cross_ao += x.T @ t
+            parts.insert(1, torch.linalg.vector_norm(t).double().square()[None])
+            self._batches = torch.cat([self._batches, torch.cat([part.double() for part in parts])[None]])
+
+    def _origin(self, values: Tensor) -> Tensor:
+        """Return the origin of a batch."""
+        return values[::ORIGIN_STRIDE].mean(0) if self.centre else values.new_zeros(values.shape[1])
 
     def reduce(self, processes: Processes, owner: int) -> None:
         """Add up the sums of all processes: the two matrices at the owner rank only, all other sums at every rank."""
-        if processes.is_single:
-            return
-        if self.centre:
-            self._share_origin(processes)
-        count = torch.tensor([self.count], dtype=torch.float64, device=self._sum_a.device)
-        processes.all_reduce(count, self._sum_a, self._sum_o, self._energy)
-        self.count = float(count)
-        processes.reduce(owner, *(self._gram_aa[start:stop, start:] for start, stop in panels(len(self._gram_aa))))
-        processes.reduce(owner, self._cross_ao)
+        self._batches = processes.gather(self._batches)
+        processes.reduce(owner, *self._panels, self._cross_ao)
         if processes.rank != owner:
             self._give_away()
 
-    def _share_origin(self, processes: Processes) -> None:
-        """Replace the origin of this process by the mean over all processes.
+    @property
+    def _sums(self) -> BatchSums:
+        entries = self._inputs + self._targets
+        weight, energy, sums, origins = self._batches.split([1, 1, entries, entries], 1)
+        return BatchSums(weight[:, 0], energy[:, 0], sums, origins)
 
-        With x' = x + b, X'X becomes X'X + b (s + n b)' + s b', where s is the sum of n rows. X'T changes likewise.
-        """
-        total = torch.cat([self.mean_a, self.mean_o, self._sum_a.new_ones(1)]) * self.count
-        processes.all_reduce(total)
-        # float32, as rows are shifted by it.
-        mean_a, mean_o = (total[:-1] / total[-1]).float().split([len(self._sum_a), len(self._sum_o)])
-        by_a, by_o = self._origin_a.double() - mean_a, self._origin_o.double() - mean_o
-        new_sum_a, new_sum_o = self._sum_a + self.count * by_a, self._sum_o + self.count * by_o
-        self._energy += by_o @ (self._sum_o + new_sum_o)
-        self._gram_aa.addr_(by_a.float(), new_sum_a.float()).addr_(self._sum_a.float(), by_a.float())
-        self._cross_ao.addr_(by_a.float(), new_sum_o.float()).addr_(self._sum_a.float(), by_o.float())
-        self._sum_a, self._sum_o = new_sum_a, new_sum_o
-        self._origin_a, self._origin_o, self._has_origin = mean_a, mean_o, True
+    @property
+    def count(self) -> float:
+        """Sum of the token weights."""
+        return float(self._sums.weight_p.sum())
 
     @property
     def _divisor(self) -> float:
@@ -125,71 +147,86 @@ class Moments:
         return self.count or 1.0
 
     @property
+    def _mean_v(self) -> Tensor:
+        """Means of the inputs and of the targets (a + o), float64."""
+        return self._sums.totals_v / self._divisor
+
+    @property
     def mean_a(self) -> Tensor:
         """Mean of the inputs (a), float64."""
-        return self._sum_a / self._divisor + self._origin_a.double()
+        return self._mean_v[: self._inputs]
 
     @property
     def mean_o(self) -> Tensor:
         """Mean of the targets (o), float64."""
-        return self._sum_o / self._divisor + self._origin_o.double()
+        return self._mean_v[self._inputs :]
 
     def gram(self) -> Tensor:
-        """Return X'X (a x a), of centred rows if `centre` is set."""
-        return self._complete(self._gram_aa.clone())
+        """Return X'X (a x a), of centred rows if `centre` is set; float32."""
+        return self._gram([*self._panels])
 
     def cross(self) -> Tensor:
-        """Return X'T (a x o), of centred rows if `centre` is set."""
-        if not self.centre:
-            return self._cross_ao
-        return self._cross_ao - (torch.outer(self._sum_a, self._sum_o) / self._divisor).to(self._cross_ao.dtype)
+        """Return X'T (a x o), of centred rows if `centre` is set; float32."""
+        return self._around_mean(self._cross_ao, slice(self._inputs), slice(self._inputs, None))
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Return `gram` and `cross` without copying; afterwards this object has neither."""
-        gram_aa, cross_ao = self._gram_aa, self.cross()
+        """Return `gram` and `cross`, and free the memory of their sums; afterwards this object has neither."""
+        cross_ao, all_panels = self.cross(), self._panels
         self._give_away()
-        return self._complete(gram_aa), cross_ao
+        return self._gram(all_panels), cross_ao
 
     def _give_away(self) -> None:
         """Drop both matrices, and keep the diagonal of the Gram matrix."""
-        self._diagonal_a = self._gram_aa.diagonal().clone()
-        self._gram_aa = self._cross_ao = self._gram_aa.new_zeros(0, 0)
+        self._diagonal_a = self._diagonal()
+        self._panels, self._cross_ao = [], self._cross_ao.new_zeros(0, 0)
 
-    def _complete(self, gram_aa: Tensor) -> Tensor:
-        """Fill in the lower triangle of a Gram matrix and centre it, in place."""
-        for start, stop in panels(len(gram_aa)):
-            mirror_panel(gram_aa, start, stop)
-            block = gram_aa[start:stop, start:stop]
+    def _gram(self, sums: list[Tensor]) -> Tensor:
+        """Return the complete Gram matrix from its panels; each is removed from the list once it has been read."""
+        if not sums:
+            return self._batches.new_zeros(0, 0).float()
+        result = torch.empty(self._inputs, self._inputs, device=self._batches.device)
+        for start, stop in panels(self._inputs):
+            result[start:stop, start:] = self._around_mean(sums.pop(0), slice(start, stop), slice(start, self._inputs))
+            mirror_panel(result, start, stop)
+            block = result[start:stop, start:stop]
             block.copy_(block.triu() + block.triu(1).T)
-        return self._centred(gram_aa) if self.centre and len(gram_aa) else gram_aa
+        if self.centre:
+            # If an input is constant, only rounding errors are left.
+            rounding_a = (4 * torch.finfo(torch.float32).eps * self.mean_a).square() * self.count
+            constant = result.diagonal() <= rounding_a
+            result[constant] = 0
+            result[:, constant] = 0
+        return result
 
-    def _centred(self, gram_aa: Tensor) -> Tensor:
-        """Centre a complete Gram matrix in place."""
-        for start, stop in panels(len(gram_aa)):
-            outer = torch.outer(self._sum_a[start:stop], self._sum_a) / self._divisor
-            gram_aa[start:stop] -= outer.to(gram_aa.dtype)
-        # If an input is constant, only rounding errors are left.
-        rounding_a = (4 * torch.finfo(torch.float32).eps * self._origin_a).square() * self.count
-        constant = gram_aa.diagonal() <= rounding_a
-        gram_aa[constant] = 0
-        gram_aa[:, constant] = 0
-        return gram_aa
+    def _around_mean(self, sums: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Return a part of the moments around the mean in float32, from the sums around the origins."""
+        # Rounded before anything else is done, so that the order of the sum leaves no trace.
+        rounded = sums.float()
+        if not self.centre:
+            return rounded
+        vectors, signs = self._sums.corrections(self._mean_v)
+        return (rounded + (vectors[:, rows] * signs[:, None]).T @ vectors[:, columns]).float()
 
     def energy(self) -> float:
         """Return the sum of the squared targets, centred if `centre` is set."""
-        offset = self._sum_o.square().sum() / self._divisor if self.centre else 0.0
-        return float(self._energy - offset)
+        energy = self._sums.energy_p.sum()
+        if self.centre:
+            vectors, signs = self._sums.corrections(self._mean_v)
+            energy = energy + signs @ vectors[:, self._inputs :].square().sum(1)
+        return float(energy)
 
     def _diagonal(self) -> Tensor:
-        return self._gram_aa.diagonal() if self._diagonal_a is None else self._diagonal_a
+        """Return the diagonal of the Gram matrix around the origins (a), rounded to float32."""
+        if self._diagonal_a is not None:
+            return self._diagonal_a
+        return torch.cat([panel.diagonal() for panel in self._panels]).float()
 
     def mean_square_a(self) -> Tensor:
         """Return E[x_j^2] of every input entry (a), not centred; float64."""
-        origin_a = self._origin_a.double()
-        diagonal_a = self._diagonal().double() / self._divisor
-        return diagonal_a + 2 * origin_a * self._sum_a / self._divisor + origin_a.square()
+        weight_p, _, sums, origins = self._sums
+        shifts = (2 * sums + weight_p[:, None] * origins) * origins
+        return (self._diagonal().double() + shifts[:, : self._inputs].sum(0)) / self._divisor
 
     def finite(self) -> bool:
         """Return whether no sum is NaN or infinite."""
-        sums = (self._diagonal(), self._sum_a, self._sum_o, self._energy)
-        return all(bool(torch.isfinite(value).all()) for value in sums)
+        return all(bool(torch.isfinite(value).all()) for value in (self._diagonal(), self._batches))

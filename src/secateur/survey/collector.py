@@ -79,6 +79,4 @@ class Collector:
         """Return the module's output at a cut on the probe rows (b x t x d)."""
         if not self._probe_inputs:
             return torch.empty(0, 1, self.stream.width, device=self.stream.device)
-        if len(self._probe_inputs) > 1:
-            self._probe_inputs = [torch.cat(self._probe_inputs)]
-        return self.estimator.output_at(cut, self._probe_inputs[0])
+        return torch.cat([self.estimator.output_at(cut, inputs) for inputs in self._probe_inputs])

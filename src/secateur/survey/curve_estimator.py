@@ -43,7 +43,7 @@ class CurveEstimator(ABC):
         module: The description of the module: an attention, a feed-forward or a mixture of experts.
         norm: Norm between the output projection and the residual stream; neutral if there is none.
         needs_input: Whether the estimator needs the input of the module.
-        owner: Rank of the process that measures. Other processes have no results, or the same results.
+        owner: Rank of the process that measures.
     """
 
     needs_input: bool = False

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from secateur.base.processes import Processes
 from secateur.criteria.routed_tokens import RoutedTokens
 
 MIN_RIDGE = 1e-4
@@ -39,7 +38,7 @@ def share_left_by_refit(
         channels: Kept channels by expert; None if all experts keep all channels. The shared expert may be missing.
         ridge: Ridge of the refit.
     """
-    mixture, processes = routed.mixture, routed.processes
+    mixture = routed.mixture
     routes, residual_nd = mixture.route(routed.x_nd, experts), routed.target_nd.clone()
     parts, shared = mixture.with_shared(experts), mixture.module.units
 
@@ -53,8 +52,8 @@ def share_left_by_refit(
         return values if channels is None or expert not in channels else values.index_select(axis, channels[expert])
 
     def error() -> float:
-        """Return the squared error summed over all tokens of all processes."""
-        return processes.total(float((residual_nd.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)))
+        """Return the squared error summed over all tokens."""
+        return float((residual_nd.square().sum(1) * routed.weight_n).sum(dtype=torch.float64))
 
     for expert in parts:
         tokens, rows_mf = projection_inputs(expert)
@@ -71,12 +70,10 @@ def share_left_by_refit(
         tokens, rows_mf = projection_inputs(expert)
         width, rows_ms = rows_mf.shape[1], keep_channels(expert, rows_mf, 1)
         root_m1 = routed.weight_n[tokens].sqrt()[:, None]
-        gathered, start = _gather_rows(processes, torch.cat([rows_ms * root_m1, residual_nd[tokens] * root_m1], 1))
-        if len(gathered):
-            penalty = ridge * (1 + width / len(gathered))
-            kept = rows_ms.shape[1]
-            residuals = leave_one_out_residuals(gathered[:, :kept], gathered[:, kept:], penalty)
-            residual_nd[tokens] = residuals[start : start + len(tokens)] / root_m1
+        if len(tokens):
+            penalty = ridge * (1 + width / len(tokens))
+            residuals = leave_one_out_residuals(rows_ms * root_m1, residual_nd[tokens] * root_m1, penalty)
+            residual_nd[tokens] = residuals / root_m1
     return min(error() / before, 1.0) if before else 1.0
 
 
@@ -104,14 +101,3 @@ def leave_one_out_residuals(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:
     fitted = x_ms @ torch.cholesky_solve(x_ms.T @ r_md, factor)
     leverage = torch.linalg.solve_triangular(factor, x_ms.T, upper=False).square().sum(0)
     return (r_md - fitted) / (1 - leverage)[:, None]
-
-
-def _gather_rows(processes: Processes, rows: Tensor) -> tuple[Tensor, int]:
-    """Return the rows of all processes, and the index of this process's first row."""
-    if processes.is_single:
-        return rows, 0
-    counts = processes.all_gather(len(rows))
-    every, start = rows.new_zeros(sum(counts), rows.shape[1]), sum(counts[: processes.rank])
-    every[start : start + len(rows)] = rows
-    processes.all_reduce(every)
-    return every, start

@@ -137,7 +137,7 @@ def _singles(rows: Rows) -> Iterator[Batch]:
 
 def _predictions(stream: BlockStream, rows: Rows) -> float:
     """Return the number of predicted tokens in all processes, weighted by their token weights."""
-    return stream.processes.total(sum(batch.weight * (rows.ids(batch).shape[1] - 1) for batch in _singles(rows)))
+    return stream.processes.total(batch.weight * (rows.ids(batch).shape[1] - 1) for batch in _singles(rows))
 
 
 def _through_head(stream: BlockStream, rows: Rows, hidden: Activations) -> None:
@@ -176,9 +176,11 @@ def _through_block(
         squares: Whether squared gradients are returned as well.
     """
     weights = {name: layer.get_parameter(name).requires_grad_() for name in wanted}
-    gradient = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
-    square = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items() if squares}
-    total, samples = _predictions(stream, rows), stream.processes.total(sum(batch.weight for batch in _singles(rows)))
+    gradient_sums, square_sums = (
+        [torch.zeros_like(weight, dtype=torch.float64, requires_grad=False) for weight in weights.values() if is_asked]
+        for is_asked in (True, squares)
+    )
+    total, samples = _predictions(stream, rows), stream.processes.total(batch.weight for batch in _singles(rows))
     for batch in _singles(rows) if squares and wanted else rows.batches():
         hidden = before[batch].to(stream.device).requires_grad_()
         with torch.enable_grad():
@@ -191,11 +193,13 @@ def _through_block(
         output_gradient[batch] = first
         # Factor from a row's share of the loss to the mean loss of the row's tokens.
         to_row_loss = total / (batch.weight * (hidden.shape[1] - 1))
-        for name, found in zip(weights, others, strict=True):
-            gradient[name] += found
+        for place, found in enumerate(others):
+            gradient_sums[place] += found
             if squares:
-                square[name] += found.mul_(to_row_loss).square_().mul_(batch.weight / samples)
-    stream.processes.all_reduce(*gradient.values(), *square.values())
+                square_sums[place] += found.mul_(to_row_loss).square_().mul_(batch.weight / samples)
+    gradient, square = (
+        dict(zip(weights, stream.processes.total_tensors(*sums), strict=False)) for sums in (gradient_sums, square_sums)
+    )
     for name, weight in weights.items():
         _check_finite(gradient[name], f"block {index}")
         weight.requires_grad_(False)

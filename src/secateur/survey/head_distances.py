@@ -95,7 +95,7 @@ def head_distances(
             compared = index in blocks and not attention.fixed
             with stream.filled(index) as layer:
                 heads = attention.units
-                sums = torch.zeros(heads, heads, dtype=torch.float64, device=stream.device)
+                sums = [torch.zeros(0, heads, heads, dtype=torch.float64, device=stream.device)]
                 for batch in rows.batches():
                     if not compared or not batch.weight:
                         use("eager")
@@ -104,10 +104,9 @@ def head_distances(
                     with _record_distances(layer, attention.path, distance) as parts:
                         use(ATTENTION_NAME)
                         hidden[batch] = stream.run_through(index, layer, hidden[batch], batch.group)
-                    sums += batch.weight * torch.stack(parts).sum(0)
+                    sums.append(batch.weight * torch.stack(parts).sum(0, keepdim=True))
             if compared:
-                stream.processes.all_reduce(sums)
-                result[index] = (sums / tokens).cpu()
+                result[index] = (stream.processes.gather(torch.cat(sums)).sum(0) / tokens).cpu()
     return result
 
 

@@ -35,9 +35,9 @@ def mean_loss(
         norm: Values that replace parameters of the final norm, by their names in the model.
     """
     ids = stream.local_rows(rows).groups[group]
-    total, count = 0.0, 0
+    losses, counts = [], []
     with stream.head() as head, stream.replaced(norm or {}):
         for place, row in enumerate(ids):
-            total += float(summed_loss(head, row, hidden.parts[group][place]))
-            count += len(row) - 1
-    return stream.processes.total(total) / stream.processes.total(count)
+            losses.append(float(summed_loss(head, row, hidden.parts[group][place])))
+            counts.append(len(row) - 1)
+    return stream.processes.total(losses) / stream.processes.total(counts)

@@ -1,9 +1,10 @@
 """Error curves of a mixture of experts: its output error as experts, or channels of all experts, are removed.
 
-The estimator keeps a sample of the mixture's tokens while the dense block runs, and compares experts afterwards; see
-`secateur.criteria.experts`. The channels of an expert are removed in ascending order of the energy that they contribute
-to the expert's output. Errors are measured with unchanged weights. The share of them that is left after the refit is
-estimated at one cut for each axis, where half of the units are removed.
+The estimator keeps a sample of the mixture's tokens while the dense block runs. Afterwards, one process compares
+experts on the samples of all processes; see `secateur.criteria.experts`. The channels of an expert are removed in
+ascending order of the energy that they contribute to the expert's output. Errors are measured with unchanged weights.
+The share of them that is left after the refit is estimated at one cut for each axis, where half of the units are
+removed.
 
 Shapes: n tokens, m tokens routed to one expert, d residual width, f channels of an expert.
 """
@@ -51,11 +52,8 @@ class MixtureEstimator(CurveEstimator):
         stream = filled.stream
         self._order, self._mixture = order, Mixture(stream, filled.layer, filled.module)
         self._kinds, self._stride = kinds, max(1, tokens // MAX_TOKENS)
-        self._token_count = 0
-        # One of several processes may have no tokens.
-        none = torch.empty(0, stream.width, device=stream.device)
-        self._samples = [(none, none, none[:, 0], none[:, 0])]
-        """Inputs (m x d), outputs (m x d), error scales (m) and weights (m) of sampled tokens, by batch."""
+        self._samples = [torch.empty(0, 2 * stream.width + 2, device=stream.device)]
+        """Inputs, outputs, error scales and weights of sampled tokens (m x d + d + 1 + 1), by batch."""
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -65,30 +63,37 @@ class MixtureEstimator(CurveEstimator):
     def add(
         self, activations: ModuleActivations, inverse_rms_bt1: Tensor | None, norms_n1: Tensor, batch: Batch
     ) -> None:
-        """Add evenly spaced tokens of a batch to the sample."""
+        """Add evenly spaced tokens of a batch to the sample, whatever other batches this process has."""
         width, scale_n = self.stream.width, norms_n1[:, 0].reciprocal()
         scale_n = scale_n if inverse_rms_bt1 is None else scale_n * inverse_rms_bt1.reshape(-1)
-        some = torch.arange(-self._token_count % self._stride, len(scale_n), self._stride, device=scale_n.device)
-        self._token_count += len(scale_n)
-        x_md, z_md = (values.reshape(-1, width)[some] for values in (activations.module_input, activations.output))
-        weight_m = torch.full_like(scale_n[some], batch.choice_weight or batch.weight)
-        self._samples.append((x_md, z_md, scale_n[some], weight_m))
+        x_md, z_md, scale_m1 = (
+            values[:: self._stride]
+            for values in (
+                activations.module_input.reshape(-1, width),
+                activations.output.reshape(-1, width),
+                scale_n[:, None],
+            )
+        )
+        weight_m1 = torch.full_like(scale_m1, batch.choice_weight or batch.weight)
+        self._samples.append(torch.cat([x_md, z_md, scale_m1, weight_m1], 1))
 
     def probe_inputs(self, activations: ModuleActivations) -> Tensor:
         """Return the inputs of the mixture."""
         return activations.module_input
 
     def reduce(self, ridge: float, seed: int) -> bool:
-        """Prepare the sample; all processes measure together."""
-        x_nd, z_nd, scale_n, weight_n = map(torch.cat, zip(*self._samples, strict=True))
-        self._scale_n, self._ridge = scale_n, ridge
+        """Gather the sample; one process measures."""
+        width, processes = self.stream.width, self.stream.processes
+        self.owner = processes.assign_owner(MAX_TOKENS * width * self.module.units * self.module.units_inside)
+        x_nd, z_nd, scale_n1, weight_n1 = processes.gather(torch.cat(self._samples)).split([width, width, 1, 1], 1)
+        if processes.rank != self.owner:
+            return False
+        self._scale_n, weight_n, self._ridge = scale_n1[:, 0], weight_n1[:, 0], ridge
         self._seed = module_seed(seed, self.index, self.module.role)
         output_nd = self._error_units(z_nd, torch.arange(len(z_nd), device=z_nd.device))
-        processes = self.stream.processes
-        self._count = processes.total(float(weight_n.sum(dtype=torch.float64)))
-        energy = processes.total(float((output_nd.square().sum(1) * weight_n).sum(dtype=torch.float64)))
-        self._energy = energy / self._count
-        self._routed = RoutedTokens(self._mixture, x_nd, output_nd, weight_n, self._error_units, processes)
+        self._count = float(weight_n.sum(dtype=torch.float64))
+        self._energy = float((output_nd.square().sum(1) * weight_n).sum(dtype=torch.float64)) / self._count
+        self._routed = RoutedTokens(self._mixture, x_nd, output_nd, weight_n, self._error_units)
         return True
 
     def _error_units(self, y_md: Tensor, tokens_m: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class MixtureEstimator(CurveEstimator):
     def release(self) -> None:
         """Free the sample."""
         self._samples.clear()
-        del self._routed
+        self.__dict__.pop("_routed", None)
 
     def output_at(self, cut: Cut, inputs: Tensor) -> Tensor:
         """Return the output of the mixture with the kept experts only."""
@@ -154,18 +159,16 @@ def channel_errors(routed: RoutedTokens) -> tuple[tuple[float, ...], dict[int, T
         The sum over tokens of squared errors once 0, 1, 2, ... channels of every expert are removed; and for each
         expert its channels in the order of their removal (f).
     """
-    mixture, processes = routed.mixture, routed.processes
+    mixture = routed.mixture
     module, size, x_nd = mixture.module, mixture.module.units_inside, routed.x_nd
     routes = mixture.route(x_nd, mixture.all_routed)
     # The shared expert keeps all channels, unless it is pruned along with the others.
     parts = mixture.with_shared(mixture.all_routed)[0 if module.shared_multiple or mixture.shared is None else 1 :]
-    all_energies = torch.zeros((module.units + module.shared_multiple) * size, dtype=torch.float64, device=x_nd.device)
-    energies = {expert: all_energies[expert * size :][: len(mixture.weight(expert))] for expert in parts}
+    energies = {}
     for expert in parts:
         tokens, rows_mf = mixture.gated_input(expert, x_nd, routes)
         squares_f = (routed.weight_n[tokens][:, None] * rows_mf.square()).sum(0, dtype=torch.float64)
-        energies[expert] += squares_f * mixture.weight(expert).double().square().sum(1)
-    processes.all_reduce(all_energies)
+        energies[expert] = squares_f * mixture.weight(expert).double().square().sum(1)
     orders = {expert: energy.argsort(stable=True) for expert, energy in energies.items()}
     counts = np.unique(np.linspace(0, size, GRID_POINTS + 1).round().astype(int)).tolist()
     # Change of the output at each number of removed channels.
@@ -178,5 +181,4 @@ def channel_errors(routed: RoutedTokens) -> tuple[tuple[float, ...], dict[int, T
             removed_md += rows_mf[:, channels] @ weight_fd[channels]
             changes[place].index_add_(0, tokens, routed.to_error_units(removed_md, tokens))
     sums = [float((change.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)) for change in changes]
-    errors = [0.0, *(processes.total(value) for value in sums)]
-    return tuple(np.interp(np.arange(size), counts, errors).tolist()), orders
+    return tuple(np.interp(np.arange(size), counts, [0.0, *sums]).tolist()), orders

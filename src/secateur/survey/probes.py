@@ -62,7 +62,7 @@ class ProbeStreams:
         """
         self.stream, self.group, self.arena = stream, group, arena
         own_rows = (stream.local_rows(rows).groups[group],)
-        self.rows = Rows(own_rows, (1.0,), batch_tokens=stream.services.batch_tokens)
+        self.rows = Rows(own_rows, (0.0,), batch_tokens=stream.batch_tokens)
         self._count = len(rows.groups[group])
         self._first = stream.local_spans(rows)[group].start
         saved = checkpoint.value("probes", lambda: [asdict(probe) for probe in self.begun], [])
@@ -73,11 +73,11 @@ class ProbeStreams:
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Run all streams through a filled block."""
-        # A batch holds several streams, because one alone is too short for fast matrix products.
-        together = max(1, self.rows.batch_tokens // max(1, self.rows.tokens))
-        for start in range(0, len(self.hidden), together):
-            streams = self.hidden[start : start + together]
-            for batch in self.rows.batches():
+        for batch in self.rows.batches():
+            # Several streams run together, because one alone is too short for fast matrix products.
+            together = max(1, self.rows.batch_tokens // self.rows.ids(batch).numel())
+            for start in range(0, len(self.hidden), together):
+                streams = self.hidden[start : start + together]
                 joined = torch.cat([hidden[batch] for hidden in streams])
                 after = self.stream.run_through(index, layer, joined, self.group)
                 for hidden, part in zip(streams, after.split(len(self.rows.ids(batch))), strict=True):
@@ -108,7 +108,7 @@ class ProbeStreams:
         Raises:
             SecateurError: The model's logits are NaN or infinite.
         """
-        totals = torch.zeros(len(self.hidden), dtype=torch.float64)
+        row_sums = [torch.zeros(0, len(self.hidden), dtype=torch.float64)]
         with self.stream.head() as head:
             for row in self.stream.services.watcher.track(range(len(self.rows.groups[0])), "Probe"):
                 # The seed depends on the row alone, so that the result is the same with any number of processes.
@@ -116,11 +116,13 @@ class ProbeStreams:
                 parts = (dense, *(hidden.parts[0] for hidden in self.hidden))
                 streams = torch.stack([part[row][POSITION_STRIDE - 1 :: POSITION_STRIDE] for part in parts])
                 tokens, shares = sampled_tokens(head(streams[0]), generator)
+                found = []
                 for place, (ids, weights) in enumerate(zip(tokens, shares, strict=True)):
                     with self.stream.fewer_logits(ids):
                         logits = head(streams[:, place])
-                    totals += divergences(logits[0], logits[1:], weights) / len(tokens)
-        self.stream.processes.all_reduce(totals)
+                    found.append(divergences(logits[0], logits[1:], weights) / len(tokens))
+                row_sums.append(torch.stack(found).sum(0, keepdim=True))
+        totals = self.stream.processes.gather(torch.cat(row_sums)).sum(0)
         for hidden in self.hidden:
             self.arena.release(hidden)
         if not torch.isfinite(totals).all():
