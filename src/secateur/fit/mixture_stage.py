@@ -140,7 +140,7 @@ class MixtureStage:
         state, mixture, module, unfitted = self.state, self.mixture, self.module, list[int]()
         names = mixture.stored_names(inputs=self.recovery.input_steps > 0)
         for name in names:
-            # Tensors are copied one at a time: they are most of the block, and each exists twice while it is copied.
+            # Set to new values expert by expert. On a GPU this is a copy of all experts, made tensor by tensor.
             state.set_tensors({name: changeable(state.tensors[name], state.dtype, state.arena)})
         by_batch = [mixture.route(x_nd, alive) for x_nd in self.tokens.by_batch(self.tokens.x_nd)]
         routes = Routes(*map(torch.cat, zip(*by_batch, strict=True)))
