@@ -97,17 +97,14 @@ def search_uniform_widths(problem: PlanProblem, *, allow_excess: bool) -> Unifor
         allow_excess: Also accept a width that exceeds the budget, if it is nearer to the budget than the next
             narrower one.
     """
-    meter, budget = problem.meter, problem.budget
+    dense, meter, budget = problem.reference_block.width, problem.meter, problem.budget
     result = UniformWidths([], meter.dense, [])
 
     def size(width: Width) -> float:
         return meter.total(problem.uniform_widths(width))
 
-    def removes_nothing(width: Width) -> bool:
-        return problem.uniform_widths(width) == problem.dense_widths
-
     for every in _width_ladders(problem):
-        if removes_nothing(every[0]):
+        if every[0] == dense:
             continue
         ladder = _reachable(problem, every)
         reason = problem.unsupported_reason(ladder[0]) if ladder else UNEQUAL
@@ -118,7 +115,7 @@ def search_uniform_widths(problem: PlanProblem, *, allow_excess: bool) -> Unifor
         # The first widths of the ladder, as many as `fitting`, are within the budget.
         fitting = bisect_right(ladder, budget, key=size)
         nearest = ladder[max(0, fitting - 1) : fitting + allow_excess]
-        sizes = {width: size(width) for width in nearest if not removes_nothing(width)}
+        sizes = {width: size(width) for width in nearest if width != dense}
         if sizes:
             result.candidates.append(min(sizes.items(), key=lambda item: abs(item[1] - budget)))
     return result
