@@ -60,7 +60,6 @@ from secateur.plan.problem import Plan
 
 TOLERANCE = 1e-5
 """Largest deviation of a logit over the largest logit."""
-BLOCKS = 3
 FIRST = 9
 """Tokens read at once before the others come one at a time or together."""
 
