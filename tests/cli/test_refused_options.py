@@ -88,6 +88,7 @@ ARGUMENTS = [
     ("prune model out --sparsity 1/4", "--sparsity is '1/4'; write a fraction such as 0.25 or 25%"),
     ("sizes model --out sizes --sparsities .25,.25000001", "sparsity-0.25: two sizes would have the same name; leave"),
     ("sizes model --out sizes --widths text.txt", "for several sizes it must be one of adaptive, uniform"),
+    ("sizes model --out text.txt", "text.txt: a file with this name exists; choose another name"),
     ("sizes model --out sizes --format gguf", "sizes writes folders: use --format hf, then run secateur export"),
     ("sizes model --out sizes --survey sizes/sizes.json", "sizes does not exist; create it first"),
     ("prune model out --survey out", "out: the survey cannot be inside the output out"),
