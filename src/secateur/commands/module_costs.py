@@ -24,8 +24,6 @@ TOKEN_COPIES = 5
 """Largest number of vectors of a token at a mixture: inputs, targets and outputs, some of them twice."""
 SAMPLE_COPIES = 20
 """Largest number of vectors of a sampled token in a survey, most of them outputs at several numbers of channels."""
-EXPERT_OUTPUTS = 3
-"""Outputs of single experts that are kept for a sampled token, by the number of experts per token."""
 
 
 class ModuleCosts:
@@ -136,8 +134,9 @@ class MixtureCosts(ModuleCosts):
         experts = (1.2 + (1 if input_steps else 1 / 3)) * self.expert_parameters
         if self._reads_one_by_one:
             experts = EXPERT_COPIES * self._one_expert
-        looked_up = SAMPLE_COPIES + EXPERT_OUTPUTS * self.module.experts_per_token
-        rows = d * (TOKEN_COPIES * tokens + looked_up * sampled)
+        # Outputs of single experts exist twice while room for more of them is made.
+        looked_up = 2 * self._outputs_per_token(self.module.min_units)
+        rows = d * (TOKEN_COPIES * tokens + (SAMPLE_COPIES + looked_up) * sampled)
         return super().resident_entries(tokens, input_steps, separate_choice) + experts + rows
 
     def survey(self, tokens: int) -> Work:
@@ -189,12 +188,16 @@ class MixtureCosts(ModuleCosts):
         if left >= module.units:
             return Work()
         n, rounds = min(tokens, MAX_TOKENS), range(module.units, left, -experts_per_round(module))
-        computed = n * module.experts_per_token * (2 + math.log(module.units / left))
+        computed = n * self._outputs_per_token(left)
         return Work(
             forward=2.0 * computed * self._one_expert,
             rounded=2.0 * n * (module.experts_per_token + 1) * d * sum(rounds),
             moved_bytes=READS_PER_LOOKUP * 4.0 * len(rounds) * n * module.experts_per_token * d,
         )
+
+    def _outputs_per_token(self, left: int) -> float:
+        """Return how many outputs of single experts are computed for a token until some number of experts is left."""
+        return self.module.experts_per_token * (2 + math.log(self.module.units / left))
 
     def _routed(self, tokens: int, experts: float) -> float:
         """Return the mean number of tokens that are routed to each of some experts."""
