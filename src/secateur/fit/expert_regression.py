@@ -90,7 +90,7 @@ class MixtureTokens:
         some = torch.cat([start + part[::stride] for start, part in zip(starts, weighted, strict=False)])
         scale_n = torch.ones_like(self.weight_n) if self.scale_n is None else self.scale_n
         columns = torch.stack([self.weight_n, self.choice_weight_n, scale_n], 1)
-        every = self.processes.gather(torch.cat([self.x_nd, self.target_nd, columns], 1)[some])
+        every = self.processes.gather(torch.cat([self.x_nd[some], self.target_nd[some], columns[some]], 1))
         x_nd, target_nd, columns = every.split([self.x_nd.shape[1], self.target_nd.shape[1], 3], 1)
         weight_n, choice_weight_n, scale_n = columns.unbind(1)
         scale = None if self.scale_n is None else scale_n
