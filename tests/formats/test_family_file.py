@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from models import SIMILAR, SIZES, build, logits_of, masked, relative, save, selected, token_rows
 from outputs import assert_error, error_of
@@ -15,7 +15,7 @@ from secateur import prune
 from secateur.base.quiet import quiet
 from secateur.families.entry import Experts, Gguf
 from secateur.families.registry import FAMILIES
-from secateur.formats.family_file import read_family
+from secateur.formats.family_file import read_family, unfit_fields
 from secateur.model.per_layer import model_class
 
 EXTEND = Path(__file__).parents[2] / "docs" / "extend.md"
@@ -91,3 +91,11 @@ def test_a_layer_or_a_file_that_is_not_there(tmp_path, family):
     assert_error(said, prune, folder, out, **SMALL, family=family)
     said = r"none\.yaml: cannot be read .* name a YAML file"
     assert_error(said, prune, folder, out, **SMALL, family=tmp_path / "none.yaml")
+
+
+def test_fields_that_the_config_contradicts_are_named(monkeypatch):
+    assert unfit_fields(GPT2Config()) is None
+    monkeypatch.setitem(FAMILIES, "gpt2", FAMILIES["llama"])
+    said = unfit_fields(GPT2Config())
+    assert said is not None
+    assert "so ungrouped must be true and its config has no rope_parameters" in said

@@ -647,6 +647,7 @@ def test_sentencepiece_tokenizers(tmp_path, prefix):
     assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
     assert fields["tokenizer.ggml.token_type"].contents()[:5] == [2, 3, 3, 3, 6]
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    assert fields["tokenizer.ggml.add_eos_token"].contents() is False
 
 
 def test_a_gguf_source(tmp_path):

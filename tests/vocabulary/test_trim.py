@@ -35,6 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     end = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     file = str(save_tokenizer("gpt2", folder) / "tokenizer.json")
     PreTrainedTokenizerFast(tokenizer_file=file, **end).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 
 
