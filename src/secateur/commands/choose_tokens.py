@@ -101,7 +101,7 @@ class _Search:
         A number of tokens without a rest would need no block to be pruned. The size of a model falls by as much with
         each token, so that one step down shows where the rest ends.
         """
-        most, multiple, problem = self.run.stream.checkpoint.config.vocab_size, self._cutter.selection.multiple, None
+        most, multiple = self.run.stream.checkpoint.config.vocab_size, self._cutter.selection.multiple
         try:
             problem = self._problem(self._cut(most - multiple))
         except SecateurError:

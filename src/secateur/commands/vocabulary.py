@@ -94,7 +94,7 @@ class Cutter:
     checkpoint: Checkpoint
     selection: Selection
     counts: dict[int, int]
-    """How often the counted part of the calibration text has each token that it has; empty without such a text."""
+    """Occurrences of each token in the counted part of the calibration text; empty without such a text."""
     held_out: str
     """The rest of the calibration text; empty without such a text."""
     length: int
