@@ -85,9 +85,9 @@ class Options:
         WIDTHS[0],
         TARGET,
         "How widths vary between blocks. adaptive: each module gets its own width, such that the loss of the whole "
-        "model rises least; uniform: all blocks have the same widths, as the standard transformers class needs; or a "
-        'JSON file with the fraction to remove from ranges of blocks, such as {"4:20": 0.2, "20:30": {"heads": 0, '
-        '"channels": 0.4}}.',
+        "model rises least; uniform: all blocks have the same widths, as the standard transformers class needs; or, "
+        "instead of --sparsity, a JSON file with the fraction of units to remove from ranges of blocks, such as "
+        '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}.',
         may_name_file=True,
     )
     blocks: str | None = option(
@@ -108,16 +108,16 @@ class Options:
         "Tokens to keep. all: every token; latin or latin+cyrillic: the tokens of these Unicode scripts, and digits, "
         "punctuation and symbols; text: the tokens that occur in the calibration text; text:5: those that occur at "
         "least five times; 64k or 50%: this number or share of the tokens, first those of the calibration text's "
-        "scripts, frequent ones before rare ones; auto (only with --target): the number of tokens with the lowest "
-        "estimated loss. Special tokens and bytes are always kept. Percentages in --target refer to the model with all "
-        "tokens.",
+        "scripts, frequent ones before rare ones; auto (only in secateur prune and plan, with --target): the number of "
+        "tokens with the lowest estimated loss. Special tokens and bytes are always kept. Percentages in --target "
+        "refer to the model with all tokens.",
     )
     round: int | None = option(
         None,
         TARGET,
         "Channel counts of pruned modules are multiples of this number. Kernels are slow unless channel counts are "
         "multiples of 16, GGUF stores weights in groups of 32, and some GPUs are fastest with multiples of 64 or 128.",
-        default_text="32 for modules with at least 1,024 channels, otherwise 1",
+        default_text="32 if every feed-forward has at least 1,024 channels and every expert 256, otherwise 1",
         minimum=1,
     )
     criterion: str = option(
@@ -156,11 +156,11 @@ class Options:
     calibration: str = option(
         GENERAL,
         CALIBRATION,
-        "Calibration text, on which activations are measured. general: a mix of texts that comes with secateur; "
-        "general+TEXT: half of the rows from that mix, half from TEXT; or TEXT alone. TEXT is a .txt file, a .jsonl "
-        "file with the key text or messages, - for standard input, or a data set (wikitext2, c4, ptb, bookcorpus or "
-        "name:config:column). Without any text: self (MODEL generates the text; the whole model must fit into memory) "
-        "or random (random token ids).",
+        "Calibration text, on which activations are measured and tokens are counted. general: a mix of texts that "
+        "comes with secateur; general+TEXT: half of the rows from that mix, half from TEXT; or TEXT alone. TEXT is a "
+        ".txt file, a .jsonl file with the key text or messages, - for standard input, or a data set (wikitext2, c4, "
+        "ptb, bookcorpus or name:config:column). Without any text: self (MODEL generates the text; the whole model "
+        "must fit into memory) or random (random token ids).",
         may_name_file=True,
     )
     samples: int = option(128, CALIBRATION, "Number of calibration rows, drawn from the text at random.", minimum=1)

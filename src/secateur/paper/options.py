@@ -60,7 +60,7 @@ class PaperOptions(Base):
     refit_samples: int | None = option(
         None,
         PAPER,
-        "Number of rows that only the recovery uses. Units are then chosen on the other rows, as many as --samples.",
+        "Number of rows that only the recovery uses. Units are then chosen on other rows, whose number is --samples.",
         default_text="the rows that units are chosen on",
         minimum=1,
         fit_only=True,
