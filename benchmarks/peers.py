@@ -172,6 +172,12 @@ def pruned_by(
     name: str, stream: BlockStream, sparsity: float, calibration: str, *, samples: int, length: int, seed: int
 ) -> Peer:
     """Prune by a peer on calibration rows, drawn in the same way as for `secateur.prune`."""
+    rows = rows_of(name, stream, calibration, samples=samples, length=length, seed=seed)
+    return PEERS[name](stream, rows, sparsity)
+
+
+def rows_of(name: str, stream: BlockStream, calibration: str, *, samples: int, length: int, seed: int) -> Rows:
+    """Return the calibration rows of a peer."""
     tokenizer, vocabulary = stream.checkpoint.tokenizer(), stream.checkpoint.config.vocab_size
     rows = Rows.of(
         calibration_rows(tokenizer, calibration, samples=samples, length=length, seed=seed, vocab_size=vocabulary)
@@ -179,7 +185,7 @@ def pruned_by(
     # As in `secateur.prune`, rows at position 0 are added only where something is fitted.
     if name == "uniform-obc" and not begins_with_bos(tokenizer):
         rows = rows.with_openings()
-    return PEERS[name](stream, rows, sparsity)
+    return rows
 
 
 # Widths.

@@ -286,6 +286,25 @@ def test_the_teacher_is_the_model_that_the_record_names(checkpoint_folder, tmp_p
     assert "no secateur.json that names the model that was pruned; give" in error_of(train, "out", folder, teacher=None)
 
 
+def test_a_teacher_has_the_same_sizes_but_may_have_more_blocks(checkpoint_folder, tmp_path, train):
+    """Other tools remove whole blocks; their models learn from the whole model too."""
+    dense, shorter = checkpoint_folder("llama"), tmp_path / "shorter"
+    network = network_of(dense)
+    network.model.layers = network.model.layers[:2]
+    network.config.num_hidden_layers = 2
+    network.save_pretrained(shorter)
+    for file in dense.glob("tokenizer*"):
+        shutil.copy(file, shorter)
+    curve = train("out", shorter, teacher=str(dense)).curve
+    assert curve.perplexities[-1][1] < curve.perplexities[0][1]
+    config = json.loads((shorter / "config.json").read_text())
+    for key, other in {"vocab_size": 64, "hidden_size": 24}.items():
+        wrong = shutil.copytree(dense, tmp_path / key)
+        (wrong / "config.json").write_text(json.dumps(config | {key: other}))
+        message = f"{wrong} has {key} {other}, but {shorter} has {config[key]}; give --teacher the model that was pruned"
+        assert message in error_of(train, "wrong", shorter, teacher=str(wrong))
+
+
 def test_the_teacher_is_never_loaded_whole(llama, train, monkeypatch, calls_of):
     """One of its blocks at a time is in memory, and all of the pruned model once."""
     loaded, filled, real = calls_of(loading, "load"), list[int](), BlockStream.filled

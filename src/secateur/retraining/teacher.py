@@ -10,8 +10,9 @@ from secateur.vocabulary.cut import cut_as_before
 from secateur.vocabulary.map_file import MAP_FILE, read_map
 from secateur.write.record import RECORD, read_record
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
-"""Keys of config.json that pruned model and teacher must have in common."""
+SIZES = ("vocab_size", "hidden_size")
+"""Keys of config.json that pruned model and teacher must have in common. The number of layers is not among them, so that
+a model of which another tool removed whole blocks can learn from the whole model."""
 
 
 def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -> Checkpoint | None:
@@ -26,8 +27,8 @@ def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -
         The teacher; None where the text itself is to be learned.
 
     Raises:
-        SecateurError: There is no record that names the model, the model cannot be opened, or its vocabulary size,
-            hidden size or number of layers differs from the pruned model's.
+        SecateurError: There is no record that names the model, the model cannot be opened, or its vocabulary size or
+            hidden size differs from the pruned model's.
     """
     if wanted == NO_TEACHER:
         return None
