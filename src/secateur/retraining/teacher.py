@@ -11,8 +11,8 @@ from secateur.vocabulary.map_file import MAP_FILE, read_map
 from secateur.write.record import RECORD, read_record
 
 SIZES = ("vocab_size", "hidden_size")
-"""Keys of config.json that pruned model and teacher must have in common. The number of layers is not among them, so that
-a model of which another tool removed whole blocks can learn from the whole model."""
+"""Keys of config.json that pruned model and teacher must have in common. The number of layers may differ, so that a
+model of which another tool removed whole blocks can learn from the whole model."""
 
 
 def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -> Checkpoint | None:
