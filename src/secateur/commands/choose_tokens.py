@@ -96,10 +96,10 @@ class _Search:
         return choice
 
     def _numbers(self) -> Iterator[int]:
-        """Yield the numbers of tokens, in even ratios from those of the text's scripts to the fewest that leave a rest.
+        """Yield numbers of tokens in a geometric series, from all tokens of the text's scripts to the smallest number.
 
-        A number of tokens without a rest would need no block to be pruned. The size of a model falls by as much with
-        each token, so that one step down shows where the rest ends.
+        The smallest number leaves just enough parameters above the target that blocks must still be pruned. Every token
+        has the same size, so that a model with `multiple` fewer tokens shows how small this number is.
         """
         most, multiple = self.run.stream.checkpoint.config.vocab_size, self._cutter.selection.multiple
         try:

@@ -132,6 +132,6 @@ def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
     hashes = [hash_rows(part) for part in parts if part is not None]
     if run.services.saved_result(ROWS, lambda: hashes) != hashes:
         raise SecateurError(
-            f"{run.options.calibration}: the rows of this text differ from those of the run that was stopped; restore "
+            f"{run.options.calibration}: the rows of this text are not the rows of the run that was stopped; restore "
             "the text, or add --restart to start over"
         )

@@ -30,13 +30,13 @@ PRICED_TOKENS = 4096
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """A number of tokens, and what it costs to meet a target with it."""
+    """Cost of meeting a target with a given number of tokens."""
 
     tokens: int
     bits_before: float
     """Bits per byte of text whose tokens were not counted, with the whole vocabulary."""
     bits_per_byte: float
-    """The same with this number of tokens."""
+    """Bits per byte of the same text with this number of tokens."""
     blocks: float
     """Estimated loss increase from pruning the blocks by the rest, in nats per byte of text."""
 

@@ -68,7 +68,7 @@ class BlockState:
             self.arena.release(output)
 
     def run(self, hidden: Activations, at: Batch, **options: Any) -> Tensor:
-        """Return the block's output for a batch of rows; `options` are those of `BlockStream.run_through`."""
+        """Return the block's output for a batch of rows; `options` are passed to `BlockStream.run_through`."""
         return self.stream.run_through(self.index, self.layer, hidden[at], at.group, **options)
 
     def layer_inputs(self, module: PrunableModule, pruned: Activations, at: Batch, *layers: str) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class InputStorage(Storage):
 
     @property
     def block(self) -> int:
-        """Number of weights by which the length of rows is divisible: that of the smallest blocks."""
+        """Number of weights by which the length of rows is divisible: the size of the smallest blocks."""
         return min(32, int(gguf.GGML_QUANT_SIZES[self.matrices][0]))
 
     @property
@@ -61,7 +61,7 @@ class InputStorage(Storage):
         return tuple(tensor.tensor_type.name for tensor in inside)
 
     def data(self, name: str, values: np.ndarray[Any, Any], type: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-        """Return the bytes of a tensor: those of the file, if it has the same weights up to the rounding of `dtype`."""
+        """Return a tensor's bytes, copied from the file if its weights are the same up to the rounding of `dtype`."""
         before = self.tensors.get(name)
         if before is not None and list(reversed(before.shape)) == list(values.shape):
             then = np.array(gguf.quants.dequantize(before.data, before.tensor_type), np.float32).reshape(values.shape)

@@ -53,7 +53,7 @@ class Storage:
         return self.embeddings if name in _EMBEDDINGS else self.matrices
 
     def types_in(self, index: int) -> tuple[str, ...]:
-        """Return what distinguishes the types in a block from those of a block with the same shapes: nothing here."""
+        """Return the types in a block, if blocks with the same shapes may have different ones; here they may not."""
         return ()
 
     def data(self, name: str, values: np.ndarray[Any, Any], type: GGMLQuantizationType) -> np.ndarray[Any, Any]:
