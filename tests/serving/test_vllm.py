@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import models as tiny
-from models import _config, blocks_of, build, own_axes, relative, token_rows, wide, write_pruned
-from secateur import open_checkpoint
+from models import _config, blocks_of, build, own_axes, relative, save, token_rows, wide, write_pruned
+from secateur import open_checkpoint, trim
 from secateur.base.quiet import quiet
 from secateur.commands.doctor import check_engines
 from secateur.formats.vllm import vllm_unsupported
@@ -26,6 +27,7 @@ from secateur.model.per_layer import model_class, widths_of
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import first_units
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
+from tiny_tokenizers import SENTENCES, save_tokenizer
 
 # In this process, on one thread, with a small cache.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -45,6 +47,7 @@ SIZED |= dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), 32)
 LEAD = tiny.ROUTED | {"first_k_dense_replace": 0}
 tiny.ROWS |= {
     "llama": _config("llama", **tiny.GROUPED, **HEAD),
+    "llama text": _config("llama", **tiny.GROUPED, **HEAD | {"vocab_size": 901, "eos_token_id": 900}),
     "llama every head": _config("llama", num_key_value_heads=6, **HEAD),
     "mistral window": _config("mistral", **tiny.TRIPLES, **HEAD, sliding_window=5),
     "qwen2": _config("qwen2", **tiny.TRIPLES, **WIDE),
@@ -209,6 +212,26 @@ def expect(case: Case, folder: Path) -> Expected:
     return Expected(folder, ids, scores[:, :-1].gather(-1, ids[:, 1:, None])[..., 0], reason)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def trimmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]], list[list[int]]]:
+    """Folder with the tokens of Latin text; two texts, one of them in another script, as ids, and their continuations.
+
+    As in `expected`, transformers runs before vLLM does.
+    """
+    whole, folder = (tmp_path_factory.mktemp("text") / name for name in ("whole", "trimmed"))
+    file = save_tokenizer("gpt2", save("llama text", whole)) / "tokenizer.json"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(whole)
+    trim(whole, folder, vocabulary="latin")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.vocab_size < 901
+    ids = [checkpoint.tokenizer().encode(SENTENCES[script][0])[:PROMPT] for script in ("latin", "greek")]
+    with torch.no_grad():
+        model = model_class(checkpoint.config).from_pretrained(folder).eval()
+        how = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return folder, ids, [model.generate(torch.tensor([row]), **how)[0, len(row) :].tolist() for row in ids]
+
+
 @pytest.fixture(scope="module")
 def expected(checkpoint_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Expected]:
     """Compute all expected values before vLLM is used, since vLLM changes transformers' classes."""
@@ -260,6 +283,16 @@ def test_vllm_computes_what_transformers_computes(expected, case):
         assert relative(scored(model, meant.ids), meant.scores) < TOLERANCE[case.dtype]
         if case.dtype == "float32":
             assert continued(model, meant.ids[:, :PROMPT]) == meant.ids[:, PROMPT:].tolist()
+
+
+def test_vllm_computes_and_encodes_with_a_trimmed_vocabulary(trimmed):
+    from vllm import LLM
+
+    folder, ids, continuations = trimmed
+    model = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=64)
+    assert [list(model.get_tokenizer().encode(SENTENCES[script][0]))[:PROMPT] for script in ("latin", "greek")] == ids
+    rows = model.generate([{"prompt_token_ids": row} for row in ids], sampling(NEW), use_tqdm=False)
+    assert [list(row.outputs[0].token_ids) for row in rows] == continuations
 
 
 def test_the_doctor_finds_that_vllm_runs_a_folder(expected):
