@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from models import logits_of, relative, save
+from models import build, logits_of, relative, save
 from outputs import assert_error
 from secateur import Options, RunOptions, SecateurError, open_checkpoint, prune, retrain, trim
 from secateur.base.progress import Silent
 from secateur.commands.survey import survey_page
+from secateur.commands.trim import _parameters
 from secateur.measure.loading import load
 from secateur.report.summary import Trimmed
 from secateur.retraining.teacher import open_teacher
@@ -111,6 +113,14 @@ def test_a_pruned_folder_is_trimmed(model, text, tmp_path, widths):
     assert sizes["bytes"][1] == cut.bytes
     prune(tmp_path / "pruned", tmp_path / "again", calibration=text, widths=widths, vocabulary="latin", **PRUNE)
     assert read_map(tmp_path / "again") == kept
+    trim(tmp_path / "trimmed", tmp_path / "twice", vocabulary="75%", calibration=text, length=16)
+    record = json.loads((tmp_path / "twice" / "secateur.json").read_text(encoding="utf-8"))
+    twice = [901, len(read_map(tmp_path / "twice"))]
+    assert record["sizes"]["vocabulary"] == record["vocabulary"]["tokens"] == twice
+    prune(tmp_path / "twice", tmp_path / "last", calibration=text, widths=widths, **PRUNE)
+    card = (tmp_path / "last" / "README.md").read_text(encoding="utf-8")
+    assert f", {twice[1]:,} of 901 tokens kept\n" in card
+    assert "| before the last step | after |" in card
 
 
 def test_trimming_twice_maps_to_the_original_model(model, latin, text, tmp_path):
@@ -121,12 +131,16 @@ def test_trimming_twice_maps_to_the_original_model(model, latin, text, tmp_path)
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"][again])
 
 
-def test_the_teacher_has_the_kept_tokens(model, text, tmp_path):
+def test_the_teacher_has_the_kept_tokens(model, latin, text, tmp_path):
     prune(model, tmp_path / "pruned", vocabulary="latin", calibration=text, **PRUNE)
     teacher = open_teacher(open_checkpoint(tmp_path / "pruned"), None, Silent())
     assert teacher.kept_tokens == tuple(read_map(tmp_path / "pruned"))
     retrain(tmp_path / "pruned", tmp_path / "healed", calibration=text, length=16, tokens="512", batch=4, device="cpu")
     assert (tmp_path / "healed" / MAP_FILE).is_file()
+    prune(latin[0], tmp_path / "twice", vocabulary="75%", calibration=text, **PRUNE)
+    teacher = open_teacher(open_checkpoint(tmp_path / "twice"), None, Silent())
+    kept = read_map(latin[0])
+    assert [kept[token] for token in teacher.kept_tokens] == read_map(tmp_path / "twice")
 
 
 def test_tokens_of_the_text_have_a_price(model, text, tmp_path):
@@ -204,5 +218,17 @@ def test_trim_refuses_what_it_cannot_do(model, latin, tmp_path):
     assert_error(said, trim, latin[0], tmp_path / "out", vocabulary="latin")
     said = "counts the tokens of the calibration text, but --calibration is random"
     assert_error(said, prune, model, tmp_path / "out", Options(vocabulary="text", calibration="random"))
-    (tmp_path / MAP_FILE).write_text('{"original_ids": [3, 1]}', encoding="utf-8")
-    assert_error(r"not a map of token ids.*ascending", read_map, tmp_path)
+    shutil.copytree(latin[0], tmp_path / "cut")
+    for ids, said in {"[3, 1]": "not a map of token ids.*ascending", "[1, 3]": "has 2 token ids, but the mo"}.items():
+        (tmp_path / "cut" / MAP_FILE).write_text(f'{{"original_ids": {ids}}}', encoding="utf-8")
+        assert_error(said, trim, tmp_path / "cut", tmp_path / "out", vocabulary="latin")
+    (tmp_path / "cut" / MAP_FILE).unlink()
+    (tmp_path / "cut" / "secateur.json").write_text('{"sizes": {"bytes": [1]}}')
+    assert_error("not a record that secateur prune wrote", trim, tmp_path / "cut", tmp_path / "out", vocabulary="latin")
+
+
+def test_stored_buffers_are_no_parameters(checkpoint_folder):
+    whole = build("deepseek_v3")
+    assert sum(value.numel() for value in whole.parameters()) == _parameters(
+        open_checkpoint(checkpoint_folder("deepseek_v3"))
+    )

@@ -36,7 +36,7 @@ from secateur.text.calibration import check_calibration
 from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
 from secateur.text.self_calibration import check_self
 from secateur.text.sources import RANDOM, SELF
-from secateur.vocabulary.map_file import read_map
+from secateur.vocabulary.map_file import original_ids
 from secateur.write.hub import check_upload
 
 
@@ -204,7 +204,7 @@ def open_run(
     dtype = options.torch_dtype or checkpoint.dtype
     tokenizer = _tokenizer(checkpoint, options)
     # A folder from which tokens were cut has a file about them, which is needed at the end.
-    read_map(checkpoint.path)
+    original_ids(checkpoint)
     if out is not None and services.processes.is_first:
         partial_output = run_folder_path(local_path(out).resolve()) / PARTIAL_OUTPUT
         format_of(stream, options, dtype).check_output(

@@ -15,15 +15,16 @@ from secateur.formats.folder import format_of_folder
 from secateur.formats.opened import check_written
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import read_config
+from secateur.model.per_layer import empty_decoder
 from secateur.model.quantised import without_quantisation
 from secateur.report.card import BASE_CARD, CARD
-from secateur.report.folder import read_text, readme_and_report
+from secateur.report.folder import check_record, read_text, readme_and_report
 from secateur.report.summary import Trimmed
 from secateur.text.calibration import check_calibration
 from secateur.vocabulary.map_file import MAP_FILE, map_contents, original_ids
 from secateur.vocabulary.wanted import parse_vocabulary
 from secateur.write.files import copy_into, write_json, write_text_or_json
-from secateur.write.record import RECORD, read_record
+from secateur.write.record import RECORD, read_record, tokens_kept
 from secateur.write.shards import ShardWriter, header_bytes_for
 
 
@@ -56,6 +57,7 @@ def trim(
         checkpoint = open_checkpoint(
             model, revision=run_options.revision, trust_remote_code=run_options.trust_remote_code
         )
+    _check_folder(checkpoint)
     cut, vocabulary = with_vocabulary(checkpoint, options, device, services)
     if vocabulary is None:
         raise SecateurError(f"{model}: --vocabulary {options.vocabulary} keeps all tokens, so there is nothing to trim")
@@ -67,7 +69,7 @@ def trim(
     return Trimmed(
         str(target.path),
         vocabulary.tokens,
-        (checkpoint.entries, cut.entries),
+        (_parameters(checkpoint), _parameters(cut)),
         (checkpoint.bytes, cut.bytes),
         vocabulary.bits_per_byte,
         loading.line,
@@ -89,6 +91,23 @@ def _check(options: Options, out: str | Path) -> None:
         raise SecateurError(f"{out}: trim writes a folder; name one, then convert it with secateur export")
 
 
+def _check_folder(checkpoint: Checkpoint) -> None:
+    """Check what an earlier run has written next to the weights.
+
+    Raises:
+        SecateurError: The record or the map of token ids is damaged.
+    """
+    original_ids(checkpoint)
+    if "sizes" in read_record(checkpoint.path):
+        check_record(checkpoint.path)
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Return the number of parameters, to which stored buffers do not belong."""
+    buffers = {checkpoint.resolve(name) for name, _ in empty_decoder(checkpoint).named_buffers()}
+    return sum(info.entries for name, info in checkpoint.weights.items() if name not in buffers)
+
+
 def _write(cut: Checkpoint, vocabulary: KeptVocabulary, folder: Path, watcher: Watcher) -> None:
     """Write weights, config, tokenizer and records into a folder that exists."""
     writer = ShardWriter(folder, header_bytes=header_bytes_for(cut.tensors))
@@ -98,7 +117,7 @@ def _write(cut: Checkpoint, vocabulary: KeptVocabulary, folder: Path, watcher: W
     write_json(folder / "config.json", without_quantisation(read_config(cut.side_folder)))
     for file in (*cut.files, *format_of_folder(cut.path).code):
         copy_into(folder, file)
-    ids = original_ids(cut.path, cut.kept_tokens) or []
+    ids = original_ids(cut) or []
     (folder / MAP_FILE).write_text(map_contents(ids), encoding="utf-8")
     for name, contents in _records(cut, vocabulary).items():
         write_text_or_json(folder / name, contents)
@@ -107,15 +126,13 @@ def _write(cut: Checkpoint, vocabulary: KeptVocabulary, folder: Path, watcher: W
 def _records(cut: Checkpoint, vocabulary: KeptVocabulary) -> dict[str, Any]:
     """Return the contents of secateur.json and of the model card by file name, of the folder of a pruned model too."""
     earlier = read_record(cut.path)
-    record = {"secateur": secateur.__version__, "model": cut.source} | earlier | {"vocabulary": vocabulary.as_record()}
+    first = tokens_kept(earlier) or vocabulary.tokens
+    entry = vocabulary.as_record() | {"tokens": (first[0], vocabulary.tokens[1])}
+    record = {"secateur": secateur.__version__, "model": cut.source} | earlier | {"vocabulary": entry}
     if "sizes" not in earlier:
         card = read_text(cut.path / CARD)
         return {RECORD: record} | ({} if card is None else {CARD: card})
-    (parameters, left), (size, written) = (earlier["sizes"][name] for name in ("parameters", "bytes"))
-    bytes_per_entry = cut.original.bytes / cut.original.entries
-    record["sizes"] = earlier["sizes"] | {
-        "parameters": [parameters, left - vocabulary.parameters],
-        "bytes": [size, round(written - vocabulary.parameters * bytes_per_entry)],
-        "vocabulary": vocabulary.tokens,
-    }
+    now = {"parameters": _parameters(cut), "bytes": cut.bytes}
+    sizes = {name: (before, now.get(name, after)) for name, (before, after) in earlier["sizes"].items()}
+    record["sizes"] = sizes | {"vocabulary": entry["tokens"]}
     return {RECORD: record} | readme_and_report(read_text(cut.path / BASE_CARD), lambda: record)

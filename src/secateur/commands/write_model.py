@@ -114,6 +114,6 @@ def _records(
 
     checkpoint = run.stream.checkpoint
     files = {"secateur.json": record, "timings.json": timings}
-    ids = original_ids(checkpoint.path, checkpoint.kept_tokens)
+    ids = original_ids(checkpoint)
     files |= {} if ids is None else {MAP_FILE: map_contents(ids)}
     return files | readme_and_report(read_text(checkpoint.path / CARD), record)

@@ -86,7 +86,8 @@ def _figures(record: Mapping[str, Any], measured: Sequence[Sequence[str]], notes
     """Yield the table of sizes and measurements, and what is known of the quality."""
     rows = [f"| {label} | {before} | {after} | {ratio} |" for label, before, after, ratio in sizes(record)]
     rows += [f"| {_plain(label)} | {base} | {here} | {ratio} |" for label, here, base, ratio in measured]
-    yield "\n".join(["| | before | after | ratio |", "|---|---|---|---|", *rows])
+    before = "before the last step" if record.get("earlier") else "before"
+    yield "\n".join([f"| | {before} | after | ratio |", "|---|---|---|---|", *rows])
     yield "\n".join(f"- {_plain(note)}" for note in notes)
     yield expected_cost(record)
     if not measured:

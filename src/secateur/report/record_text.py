@@ -46,7 +46,9 @@ def chain(record: Mapping[str, Any]) -> list[str]:
     for step in (*record["earlier"], record) if record.get("earlier") else ():
         share, then = step.get("sparsity", {}).get("reached"), ", then retrained" if step.get("retrained") else ""
         removed = "pruned" if share is None else f"{share:.1%} of the parameters of its pruned blocks removed"
-        lines.append(f"{model_name(step)}: {removed}{then}")
+        before, after = (step.get("vocabulary") or {}).get("tokens", (0, 0))
+        kept = f", {after:,} of {before:,} tokens kept" if before else ""
+        lines.append(f"{model_name(step)}: {removed}{kept}{then}")
     return lines
 
 
@@ -89,7 +91,7 @@ def vocabulary_kept(record: Mapping[str, Any]) -> str:
     if not cut:
         return ""
     (before, after), price = cut["tokens"], cut["bits_per_byte"]
-    cost = "" if price is None else f" On calibration text, bits per byte rose from {price[0]:.3f} to {price[1]:.3f}."
+    cost = "" if price is None else f" Bits per byte of calibration text: {price[0]:.3f} before, {price[1]:.3f} after."
     return (
         f"The vocabulary keeps {after:,} of {before:,} tokens (`--vocabulary {cut['wanted']}`).{cost} Token ids differ "
         f"from those of the base model, so adapters and draft models for the base model do not fit; {MAP_FILE} holds "

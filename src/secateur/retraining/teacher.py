@@ -7,7 +7,7 @@ from secateur.base.progress import Watcher
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.retraining.options import NO_TEACHER
 from secateur.vocabulary.cut import cut_as_before
-from secateur.vocabulary.map_file import MAP_FILE, read_map
+from secateur.vocabulary.map_file import MAP_FILE, original_ids
 from secateur.write.record import RECORD, read_record
 
 SIZES = ("vocab_size", "hidden_size")
@@ -56,15 +56,18 @@ def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -
 
 def _with_tokens_of(checkpoint: Checkpoint, teacher: Checkpoint) -> Checkpoint:
     """Return the teacher with the tokens of a pruned folder, so that both have the same ids and probabilities."""
-    kept = read_map(checkpoint.path)
+    kept = original_ids(checkpoint)
     if kept is None or teacher.config.vocab_size == len(kept):
         return teacher
-    if kept[-1] >= teacher.config.vocab_size:
+    # Tokens may have been cut from the teacher too.
+    own = original_ids(teacher) or range(teacher.config.vocab_size)
+    places = {token: place for place, token in enumerate(own)}
+    if missing := [token for token in kept if token not in places]:
         raise SecateurError(
-            f"{teacher.source} has {teacher.config.vocab_size:,} tokens, but {checkpoint.path / MAP_FILE} names token "
-            f"{kept[-1]:,}; give --teacher the model that was pruned"
+            f"{teacher.source} has {len(places):,} tokens, but {checkpoint.path / MAP_FILE} names token "
+            f"{missing[-1]:,}; give --teacher the model that was pruned"
         )
-    return cut_as_before(teacher, kept)
+    return cut_as_before(teacher, [places[token] for token in kept])
 
 
 def _recorded(folder: Path) -> str:

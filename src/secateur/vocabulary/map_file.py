@@ -6,6 +6,7 @@ from pathlib import Path
 
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
+from secateur.model.checkpoint import Checkpoint
 
 MAP_FILE = "vocabulary.json"
 _KEY = "original_ids"
@@ -34,17 +35,19 @@ def read_map(folder: Path) -> list[int] | None:
     return list(ids)
 
 
-def original_ids(folder: Path, kept: Sequence[int]) -> list[int] | None:
-    """Return the ids that tokens of a folder had in the original model; None if no token was ever cut.
-
-    Args:
-        folder: The folder, from which tokens may have been cut before.
-        kept: Ids of the tokens in the folder; empty for all.
+def original_ids(checkpoint: Checkpoint) -> list[int] | None:
+    """Return the ids that the tokens of a checkpoint had in the original model; None if no token was ever cut.
 
     Raises:
-        SecateurError: The folder's own file is damaged.
+        SecateurError: The file of the checkpoint's folder is damaged, or belongs to another model.
     """
-    earlier = read_map(folder)
+    whole, kept = checkpoint.original, checkpoint.kept_tokens
+    earlier, rows = read_map(whole.path), whole.config.vocab_size
     if earlier is None:
         return list(kept) or None
+    if len(earlier) != rows:
+        raise SecateurError(
+            f"{whole.path / MAP_FILE}: has {len(earlier):,} token ids, but the model has {rows:,} tokens; restore the "
+            "file"
+        )
     return [earlier[token] for token in kept] if kept else earlier

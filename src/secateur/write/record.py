@@ -1,5 +1,6 @@
 """The record of a run, secateur.json, which `prune` writes next to the model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def earlier_prunings(folder: Path) -> list[dict[str, Any]]:
             "command": str(one.get("command")),
             "sparsity": {"reached": _share_removed(one)},
             "retrained": bool(one.get("retrained")),
+            "vocabulary": {"tokens": tokens} if (tokens := tokens_kept(one)) else None,
         }
         for one in (*steps, record)
     ]
@@ -43,6 +45,14 @@ def original_model(folder: Path) -> str | None:
     record = read_record(folder)
     source = next(iter(earlier_prunings(folder)), record).get("model")
     return source if isinstance(source, str) else None
+
+
+def tokens_kept(step: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the numbers of tokens before and after the vocabulary was cut; None if the record of a step names none."""
+    match step.get("vocabulary"):
+        case {"tokens": [int(before), int(after)]}:
+            return before, after
+    return None
 
 
 def _share_removed(step: dict[str, Any]) -> float | None:
