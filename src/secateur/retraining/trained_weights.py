@@ -26,7 +26,7 @@ class TrainedWeights:
         self._checkpoint, self._network = checkpoint, student.network
         # Pieces of the few parameters that hold a block's experts alternate in the file.
         self._pieces = lru_cache(maxsize=4)(self._pieces_of)
-        self._adapters = adapters_of(student.network)
+        self._adapters = adapters_of(student.network) if rank else {}
         if rank:
             student.adapted.unload()
         names = trained_parameters(self._network, rank)
