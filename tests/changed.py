@@ -11,16 +11,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MATRIX = "tests/commands/test_matrix.py::test_masked_equals_sliced"
 TESTS_OF = {
-    "src/secateur/base": ["tests/write", "tests/commands/test_options.py", "tests/cli/test_bars.py"],
+    "src/secateur/base": ["tests/write", "tests/cli/test_refused_options.py", "tests/cli/test_streams.py"],
     "src/secateur/families": [MATRIX],
     "src/secateur/model": ["tests/model", MATRIX],
-    "benchmarks": ["tests/test_same.py"],
+    "benchmarks": ["tests/criteria/test_flap.py"],
     "demo": ["tests/docs"],
     "docs": ["tests/docs"],
     "README.md": ["tests/docs"],
 }
 """Tests of folders whose tests are not in the folder of the same name in tests/."""
-ALWAYS = ["tests/test_layout.py", "tests/test_project.py", "tests/families", "tests/docs/test_examples.py"]
+ALWAYS = [
+    "tests/test_layout.py",
+    "tests/test_project.py",
+    "tests/docs/test_docs.py::test_examples_print_what_they_show",
+]
 ELSEWHERE = {"engines", "larger", "older", "serving"}
 """Folders of tests that need environments or time of their own."""
 

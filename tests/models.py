@@ -26,6 +26,7 @@ from secateur.model.axes import Width
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
 from secateur.model.expert_matrices import whole
+from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.model.surgery import kept_inputs, narrow, slice_block, width_of
@@ -405,6 +406,19 @@ def write_pruned(
     tensors = ((block.index, slice_fitted(stream, block, dtype=how.get("dtype"))) for block in fitted)
     pruned = PrunedModel(Plan(widths, 0.0, 0.0), tensors, {"secateur.json": {"secateur": "0"}}, overwrite=True)
     return format_class(format)(stream, **how).write(out, pruned)
+
+
+def load_written(folder: Path, **how: Any) -> Any:
+    """Return the model of a folder, after checking that its class has a place for every tensor and lacks none."""
+    with quiet():
+        config = open_checkpoint(folder).config
+        if getattr(config, "attn_logit_softcapping", None):
+            # Before transformers 5.22 its own choice leaves caps of attention out.
+            how = {"attn_implementation": "eager"} | how
+        how = {"dtype": torch.float32} | how
+        model, info = model_class(config).from_pretrained(folder, output_loading_info=True, **how)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.requires_grad_(False).eval()
 
 
 def opened(folder: Path) -> BlockStream:

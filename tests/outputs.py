@@ -1,14 +1,17 @@
-"""What a command wrote, as tests read it: files, pages in a browser, notes and the message of an error."""
+"""What commands read and wrote, as tests change and see it: files, pages in a browser, notes and errors."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent
@@ -22,6 +25,19 @@ def record_of(folder: Path) -> dict[str, Any]:
 def weights_of(folder: Path) -> bytes:
     """Return the bytes of a folder's weights."""
     return (folder / "model.safetensors").read_bytes()
+
+
+def edit_json(file: Path, **keys: Any) -> None:
+    """Change keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+@contextmanager
+def edited_weights(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of a folder, and save them as they are afterwards."""
+    tensors = load_file(folder / "model.safetensors")
+    yield tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 class Notes(Silent):

@@ -1,14 +1,17 @@
-"""The package has one folder for each step, and imports run in one direction only."""
+"""The package has one folder for each step, imports run in one direction only, and each family is declared once."""
 
 import ast
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import secateur
+from secateur import families
+from secateur.families.registry import FAMILIES, TWINS
 
 ROOT = Path(secateur.__file__).parent
 ORDER = [
@@ -32,8 +35,6 @@ ORDER = [
     "cli",
 ]
 """The folders in the order in which the data goes; each imports from those before it."""
-
-
 PAPER = re.compile(r"\b(tau|sigma|similarity|refit_calibration)\b|[\"']paper[\"']|secateur\.paper")
 """Options, criteria and recoveries of the paper, which a plug-in adds."""
 
@@ -93,3 +94,22 @@ def test_the_pipeline_does_not_know_the_paper() -> None:
         if file.relative_to(ROOT).parts[0] != "paper" and PAPER.search(file.read_text(encoding="utf-8"))
     }
     assert naming == {"base/plugins.py", "cli/compare.py"}
+
+
+FILES = [file.stem for file in Path(families.__file__).parent.glob("[!_]*.py")]
+LINEAGES = sorted(set(FILES) - {"entry", "registry"})
+
+
+@pytest.mark.parametrize("name", LINEAGES)
+def test_every_file_declares_families_that_no_other_file_declares(name: str) -> None:
+    own = import_module(f"secateur.families.{name}").FAMILIES
+    others = [import_module(f"secateur.families.{other}").FAMILIES for other in LINEAGES if other != name]
+    assert own
+    assert not own.keys() & set().union(*others)
+    assert all(FAMILIES[model_type] is entry for model_type, entry in own.items())
+
+
+def test_twins_name_known_families_and_are_none_themselves() -> None:
+    assert TWINS
+    assert {twin.family for twin in TWINS.values()} <= FAMILIES.keys()
+    assert not TWINS.keys() & FAMILIES.keys()

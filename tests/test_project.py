@@ -1,4 +1,4 @@
-"""The Makefile, its help, its clean target and requirements.lock agree."""
+"""The Makefile, its help and requirements.lock agree."""
 
 import re
 from importlib.metadata import requires
@@ -46,23 +46,8 @@ def test_the_lock_is_within_the_ranges() -> None:
     assert not [name for name in versions if name.startswith(("torch", "nvidia-", "cuda-", "triton"))]
 
 
-def test_help_names_every_target() -> None:
-    found = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)
-    assert found
-    targets = set(found[1].split()) - {"help", "browser"}
-    assert set(re.findall(r'@echo "make ([\w-]+)  ', MAKEFILE)) == targets
-    assert {name for name in targets if re.search(rf"^{name}:", MAKEFILE, re.MULTILINE)} == targets
-
-
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("src/secateur/*/__init__.py")))
 def test_make_check_finds_the_tests_of_every_folder(folder: str) -> None:
     paths = paths_of(f"src/secateur/{folder}/__init__.py")
     assert paths
     assert not [path for path in paths if not (ROOT / path.partition("::")[0]).exists()]
-
-
-def test_clean_removes_every_environment() -> None:
-    recipe = MAKEFILE.partition("\nclean:\n")[2].partition("\n\n")[0]
-    made = re.findall(r"^(VENV|\w+_VENV|\w+_DIR) \?= ", MAKEFILE, re.MULTILINE)
-    assert len(made) > 4
-    assert all(f"$({name})" in recipe for name in made)

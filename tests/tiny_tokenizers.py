@@ -33,8 +33,6 @@ _CORPUS = [sentence for sentences in SENTENCES.values() for sentence in sentence
 _WORDS = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+")
 _BYTES = [f"<0x{number:02X}>" for number in range(256)]
 _CONTROL = ["<unk>", "<s>", "</s>", "<pad>"]
-
-
 _SPLIT = pre_tokenizers.Sequence(
     [pre_tokenizers.Split(_WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
 )

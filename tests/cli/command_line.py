@@ -19,8 +19,6 @@ from secateur.cli import terminal
 from secateur.commands import fit_blocks, plan, prune, sizes, survey, survey_model, write_model
 
 TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
-
-
 SMALL = ["--calibration", "text.txt", "--samples", "4", "--length", "16"]
 
 

@@ -1,7 +1,6 @@
 """Models that cannot be pruned are refused in one line, before any work."""
 
 import errno
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from command_line import SMALL, listing, refused, remove_tokenizer
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from outputs import edit_json, edited_weights
 from secateur.base.quiet import quiet
+
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def config(folder: Path, **keys: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    edit_json(folder / "config.json", **keys)
 
 
 def other_family(model_type: str, **keys: Any) -> Callable[[Path], None]:
@@ -33,10 +33,8 @@ def other_family(model_type: str, **keys: Any) -> Callable[[Path], None]:
 
 
 def whole_numbers(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors = load_file(weights)
-    save_file(tensors | {name: tensors[name].to(torch.int8)}, weights, {"format": "pt"})
+    with edited_weights(folder) as tensors:
+        tensors[UP] = tensors[UP].to(torch.int8)
 
 
 MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -44,6 +42,19 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fewer tensors": (lambda f: config(f, num_hidden_layers=4), "tensors missing from the weights: model.layers.3."),
     "no blocks": (lambda f: config(f, num_hidden_layers=0), "the model has no blocks; find the config.json"),
     "no such activation": (lambda f: config(f, hidden_act="nope"), "a model of config.json (KeyError: 'nope')"),
+    "no key/value heads": (
+        lambda f: config(f, num_key_value_heads=0),
+        "cannot make a model of config.json (ZeroDivisi",
+    ),
+    "architectures that are none": (
+        lambda f: config(f, architectures=[1]),
+        "architectures is [1], not a list of class",
+    ),
+    "a text config that is none": (lambda f: config(f, text_config=5), "text_config is 5, not the config of a model"),
+    "too many layers": (
+        lambda f: config(f, num_hidden_layers=10**9),
+        "is 1,000,000,000, but only 30 tensors are stored",
+    ),
     "nested config": (lambda f: (f / "config.json").write_text("[" * 10**6), "nested too deeply for a config"),
     "whole numbers": (whole_numbers, "up_proj.weight holds torch.int8: integers instead of weights; use an unq"),
     "no tokenizer": (lambda f: remove_tokenizer(f), "model: no tokenizer files; copy the model's into the folder"),
@@ -68,11 +79,8 @@ def test_an_unusable_model_is_refused_before_any_work(case, place, run, no_work)
     ("tensor", "module"), [("self_attn.v_proj", "attention"), ("mlp.gate_proj", "feed-forward"), ("embed", "")]
 )
 def test_nan_weights_are_reported_with_block_and_module(tensor, module, place, run):
-    file = place / "model" / "model.safetensors"
-    weights = load_file(file)
-    name = f"model.layers.1.{tensor}.weight" if module else "model.embed_tokens.weight"
-    weights[name][:, 3] = torch.nan
-    save_file(weights, file, metadata={"format": "pt"})
+    with edited_weights(place / "model") as weights:
+        weights[f"model.layers.1.{tensor}.weight" if module else "model.embed_tokens.weight"][:, 3] = torch.nan
     before = listing(place)
     for options in ([], ["--modules", "channels"]):  # found by the survey, and by the first block that is pruned
         result = run("prune", "model", "out", *SMALL, *options)

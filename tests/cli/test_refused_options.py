@@ -1,22 +1,25 @@
-"""Wrong options and arguments are refused in one line, before any work."""
+"""Wrong options and arguments, in Python and on the command line, are refused in one line, before any work."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import SMALL, Result, listing, refused
 
 from models import POSITIONS
 from outputs import error_of
+from secateur import Options, RunOptions
 from secateur.base.options import cli_name, option_specs
-from secateur.commands.options import Options
+from secateur.fit.recovery import recovery_of
 from secateur.measure import subject
 
 OPTIONS: list[tuple[str, str]] = [
     ("--sparsity 0", "sparsity is 0.0; it must lie between 0 and 1, for example 0.25"),
-    ("--sparsity 1", "sparsity is 1.0; it must lie between"),
     ("--sparsity 0.9999", "sparsity 100.0% is out of reach: at most 99.4% of the blocks' parameters can be removed"),
     ("--sparsity 0.9 --modules channels", "only channels may be removed"),
     ("--sparsity 0.5 --modules heads --widths uniform", "26.5% of the blocks' parameters can be removed; only heads"),
@@ -41,7 +44,6 @@ OPTIONS: list[tuple[str, str]] = [
     ("--calibration missing.txt", "missing.txt does not exist: check the path of the text"),
     ("--calibration model/model.safetensors", "has an unknown extension: text is read from .txt and .jsonl files"),
     ("--target params=1", "target params=1 is out of reach: the smallest possible value is"),
-    ("--target params=1 --widths uniform", "or allow more in --modules or --blocks"),
     ("--target bytes=1kB", "request bytes=50500, or allow more"),
     ("--target kv=50% --modules channels", "the modules that may be pruned do not change this quantity"),
     ("--target params=2G", "the dense model is within it already"),
@@ -92,20 +94,16 @@ ARGUMENTS = [
     ("sizes model --out sizes --format gguf", "sizes writes folders: use --format hf, then run secateur export"),
     ("sizes model --out sizes --survey sizes/sizes.json", "sizes does not exist; create it first"),
     ("prune model out --survey out", "out: the survey cannot be inside the output out"),
-    ("plan model --survey a.json --out a.json", "a.json: the survey cannot be inside the output a.json"),
     ("prune model out --blocks " + "9" * 5000 + ":", "write first:end, for example 4:30"),
     ("export nowhere out.gguf", "nowhere: not a folder with a config.json; name a folder that secateur prune wrote"),
     ("retrain nowhere out --calibration text.txt", "nowhere: not a folder with a config.json; name a folder that"),
     ("eval model --against nowhere/at/all", "nowhere/at/all: does not exist"),
     ("eval model --perplexity random", "random token ids cannot be scored; name a text file or a data set"),
-    ("eval model --perplexity text.txt --length 65", "length is 65, but the model has only 64 positions"),
     ("eval model --perplexity text.txt --length 16 --tokens 15", "does not fill one row of length 16: use more"),
     ("eval model --json model", "model: a folder with this name exists; choose another name"),
     ("retrain model out.gguf", "out.gguf: retrain writes a folder; name one, then export it with secateur"),
     ("eval model --dtype int8", "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
 ]
-
-
 CASES = [*((f"prune model out {' '.join(SMALL)} {options}", message) for options, message in OPTIONS), *ARGUMENTS]
 
 
@@ -146,3 +144,38 @@ def test_a_real_process_prints_one_line_and_exits_with_code_2(place):
     # With standard error closed, there is nowhere to print it.
     closed = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], capture_output=True, text=True, check=False)
     assert (closed.returncode, closed.stdout, closed.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    ("owner", "given", "message"),
+    [
+        (Options, {"calibration": 5}, "calibration is 5; it must be text"),
+        (Options, {"samples": "8"}, "samples is '8'; it must be a whole number"),
+        (Options, {"samples": 8.5}, "samples is 8.5; it must be a whole number"),
+        (Options, {"samples": True}, "samples is True; it must be a whole number"),
+        (Options, {"samples": None}, "samples is None; it must be a whole number"),
+        (Options, {"sparsity": "25%"}, "sparsity is '25%'; it must be a number"),
+        (Options, {"modules": 1}, "modules is 1; it must be a list of names, or names separated by commas"),
+        (Options, {"modules": ["heads", 1]}, "modules is ['heads', 1]; it must be a list of names, or names separated"),
+        (Options, {"modules": "heads,"}, "modules is 'heads,'; give one or more of heads, channels, experts"),
+        (Options, {"samples": 10**5000}, "samples is a number of more than 18 digits; choose a smaller one"),
+        (RunOptions, {"survey": 1}, "survey is 1; it must be a path"),
+        (RunOptions, {"overwrite": "yes"}, "overwrite is 'yes'; it must be True or False"),
+    ],
+)
+def test_a_wrong_type_is_refused(owner, given, message):
+    assert error_of(owner, **given).startswith(message)
+
+
+def test_equivalent_types_are_converted():
+    file = Path(__file__)
+    given = Options(sparsity=np.float32(0.25), samples=np.int64(8), modules=["heads"], calibration=file)  # type: ignore[arg-type]
+    assert (given.samples, given.calibration) == (8, str(file))
+    # As the record keeps them.
+    assert json.dumps([given.sparsity, given.samples]) == "[0.25, 8]"
+    assert Options(modules="heads, channels").modules == ("heads", "channels")  # type: ignore[arg-type]
+    assert RunOptions(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]
+
+
+def test_the_default_recovery_is_that_of_the_library():
+    assert Options().recovery_settings == recovery_of()

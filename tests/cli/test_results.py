@@ -1,16 +1,16 @@
-"""Results of each command: what it writes and prints."""
+"""Results of each command: what it writes and prints; help and version."""
 
 import io
 import json
+import re
 import shutil
+import subprocess
 import sys
 
 import pytest
-import torch
 from command_line import SMALL, TEXT, Result, listing, refused, remove_tokenizer
 from safetensors.torch import load_file
 
-from models import make_tokenizer
 from outputs import record_of, weights_of
 from secateur.cli import bars
 from secateur.families.registry import FAMILIES
@@ -46,38 +46,6 @@ def test_a_dry_run_writes_nothing(place, run, no_work):
     assert listing(place) == before
 
 
-def test_a_sparsity_that_is_not_reached_is_noted(place, run):
-    result = run("prune", "model", "out", *SMALL, "--modules", "heads", "--sparsity", "0.2")
-    assert result.code == 0
-    record = record_of(place / "out")["sparsity"]
-    assert abs(record["reached"] - record["wanted"]) > 0.005
-    assert record["note"] in result.out
-    assert "Note: " in result.out
-    assert "instead of 20.0%" in " ".join(result.out.split())
-
-
-def test_weights_are_written_in_the_dtype(place, run):
-    for model, out, dtype in (("model", "half", "bfloat16"), ("half", "again", "float32")):
-        options = ["--dtype", dtype, "--widths", "uniform", "--sparsity", "0.2", "--effort", "quick"]
-        assert run("prune", model, out, *SMALL, *options).code == 0
-        tensors = load_file(place / out / "model.safetensors").values()
-        assert {tensor.dtype for tensor in tensors} == {getattr(torch, dtype)}
-
-
-def test_plan_and_prune_agree_on_similar_heads(place, run):
-    arguments = [*SMALL, "--criterion", "similarity", "--tau"]
-    result = run("prune", "model", "out", *arguments, "0.15")
-    assert result.code == 0, result
-    found = record_of(place / "out")["similarity"]
-    assert found["tau"] == 0.15
-    assert f"Note: tau {found['tau']:.4g} finds " in result.out
-    assert "of the attention's parameters" in " ".join(result.out.split())
-    result = run("plan", "model", *arguments, str(found["tau"]), "--out", "plan.json")
-    assert result.code == 0, result
-    written = json.loads((place / "plan.json").read_text())["blocks"]
-    assert [block["heads"] for block in written] == [block["heads"] for block in record_of(place / "out")["blocks"]]
-
-
 def test_file_pipe_and_jsonl_of_one_text_give_one_model(place, run, monkeypatch):
     lines = [json.dumps({"text": TEXT}), ""]
     (place / "text.jsonl").write_text("\n".join(lines))
@@ -101,13 +69,6 @@ def test_random_ids_and_sizes_need_no_tokenizer(place, run):
     assert "64,464" in result.out
     assert "perplexity" not in result.out
     assert "tokens/s" not in result.out
-
-
-def test_bos_in_calibration_rows_is_reported(place, run):
-    make_tokenizer(bos=True).save_pretrained(place / "model")
-    assert "rows begin with BOS." in run("prune", "model", "out", *SMALL, "--modules", "channels").out
-    assert record_of(place / "out")["calibration"]["begins_with_bos"]
-    assert "rows begin with BOS." in run("eval", "out", "--perplexity", "text.txt", "--length", "16").out
 
 
 def cells_of(table: str) -> list[list[str]]:
@@ -178,17 +139,6 @@ def test_sizes_writes_models_a_table_and_a_plot_and_resumes(place, run, monkeypa
     assert run(*arguments, "--overwrite").code == 0
 
 
-def test_retrain_reports_perplexity_before_and_after(place, run):
-    assert run("prune", "model", "pruned", *SMALL).code == 0
-    options = ("--length", "16", "--tokens", "64", "--batch", "2", "--device", "cpu")
-    result = run("retrain", "pruned", "out", "--calibration", "text.txt", *options)
-    assert result.code == 0
-    assert result.out.count("\n") == 1
-    assert result.out.startswith("Perplexity on held-out rows: ")
-    assert "Retrain 2 of 2" in result.err
-    assert len(record_of(place / "out")["retrained"][0]["losses"]) == 2
-
-
 def test_eval_compares_two_models_on_a_file_and_on_a_pipe(place, run, monkeypatch):
     assert run("prune", "model", "out", *SMALL, "--modules", "channels").code == 0
     texts = ["--perplexity", "text.txt", "--perplexity", str(place / "text.txt"), "--length", "16", "--tokens", "640"]
@@ -230,3 +180,45 @@ def test_json_holds_the_results(place, run):
     (model,) = json.loads(run("eval", "out", "--json", "-").out)["models"]
     assert model["parameters"] == found["parameters"][1]
     assert json.loads(run("clean", "out", "--json", "-").out) == {"removed": []}
+
+
+def test_version_and_help_list_commands_options_and_panels(run):
+    import secateur
+
+    assert run("--version") == (0, f"secateur {secateur.__version__}\n", "")
+    for arguments in ([], ["--help"], ["-h"]):
+        result = run(*arguments)
+        assert result.code == 0
+        commands = re.findall("^│ ([a-z]+)", result.out, flags=re.MULTILINE)
+        assert " ".join(commands) == "prune trim export retrain plan survey sizes eval doctor compare clean families"
+    own = {
+        "prune": "sparsity target plan blocks modules widths round criterion recovery recover ridge effort tau sigma "
+        "calibration samples length refit-calibration refit-samples seed device revision trust-remote-code dtype "
+        "format type survey dry-run overwrite restart memory family",
+        "eval": "perplexity length tokens speed against device dtype revision trust-remote-code",
+    }
+    for command in commands:
+        text = run(command, "--help").out
+        options = f"json quiet verbose {own.get(command, '')}".split()
+        assert [option for option in options if f"--{option} " not in text] == []
+    panels = ["Target", "Method", "Calibration", "Output", "Computing", "Messages", "The paper's variants"]
+    assert re.findall("─ ([A-Z][\\w' ]+) ─", run("prune", "--help").out)[2:] == panels
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; sys.argv = ['secateur', 'prune', '--help']\n"
+        "from secateur.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_verbose_prints_the_traceback(place, run):
+    few, many = (run("plan", "missing", *SMALL, *more) for more in ([], ["--verbose"]))
+    assert few.code == many.code == 2
+    assert few.err.count("\n") == 1
+    assert "Traceback" in many.err
+    assert many.err.splitlines()[-1] == few.err.strip()

@@ -27,8 +27,6 @@ COMMANDS = [
     "families",
     "clean out",
 ]
-
-
 BOTH = (["prune", "model", "out", *SMALL], ["eval", "model", "--perplexity", "text.txt"])
 
 

@@ -1,10 +1,8 @@
-"""Interrupts, kills and full disks leave no partial output."""
+"""Interrupts and kills leave no partial output."""
 
-import errno
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,32 +48,6 @@ def test_an_interrupt_leaves_no_partial_output(there, place, run, after_one_bloc
     assert listing(place) == before
 
 
-INTERRUPTED = """
-import os, signal, sys
-# Tests that run in the background ignore SIGINT.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-library, number = sys.argv[1], int(sys.argv[2])
-class Finder:
-    def find_spec(self, name, *_):
-        if name == library:
-            os.kill(os.getpid(), number)
-            sum(range(1000))
-sys.meta_path.insert(0, Finder())
-from secateur import cli
-sys.argv = ["secateur", "families"]
-cli.main()
-"""
-
-
-def test_an_interrupt_during_imports_prints_no_traceback():
-    """Some libraries crash if a KeyboardInterrupt is raised while they are imported."""
-    for name, number, ended in (("typer", signal.SIGINT, -signal.SIGINT), ("torch", signal.SIGTERM, 130)):
-        command = [sys.executable, "-c", INTERRUPTED, name, str(int(number))]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert (result.returncode, result.stdout) == (ended, "")
-        assert result.stderr == ("interrupted: no partial output is left\n" if ended > 0 else "")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_sigterm_and_sighup_leave_no_partial_output(number, place, monkeypatch, after_one_block):
     """A fork of this process is killed during the work; a terminal that is closed sends SIGHUP."""
@@ -101,18 +73,6 @@ def test_sigterm_and_sighup_leave_no_partial_output(number, place, monkeypatch, 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     assert (place.parent / "log").read_text().splitlines()[-1] == "interrupted: no partial output is left"
     assert without_run_state(place) == before
-
-
-def test_a_disk_that_is_full_when_json_is_written(place, run, monkeypatch):
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    before = listing(place)
-    result = run("eval", "model", "--json", "figures.json")
-    message = "figures.json: the disk is full; free some space and run the same command again (nothing was written)"
-    assert (result.code, result.err.splitlines()[-1]) == (2, f"error: {message}")
-    assert listing(place) == before
 
 
 LEFT = [("out", ".out.partial-1a"), ("o.gguf", ".o.gguf.folder-2b"), ("o.gguf", "..o.gguf.folder-2b.partial-1a")]

@@ -1,4 +1,4 @@
-"""Standard streams that are closed or full, encodings that lack characters, and a user without a home folder."""
+"""Standard streams that are closed or full, encodings that lack characters, no home folder, and progress in a log."""
 
 import io
 import logging
@@ -6,21 +6,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from command_line import SMALL, refused
+from rich.console import Console
 
-
-def test_an_encoding_that_lacks_some_characters_breaks_nothing(place, run, monkeypatch):
-    """Latin-1 has the accent in the name of the model, and not the bars of the plan."""
-    (place / "model").rename(place / "café")
-    shown = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    monkeypatch.setattr(sys, "stdout", shown)
-    assert run("prune", "café", "out", *SMALL, "--sparsity", "0.4", "--effort", "quick").code == 0
-    shown.flush()
-    assert re.search(rb"attention *\|[1-8# ]{3}\|", shown.buffer.getvalue())
+from secateur.cli import bars, terminal
+from secateur.cli.bars import Bars
 
 
 @pytest.mark.slow
@@ -93,3 +88,22 @@ def test_characters_that_an_encoding_lacks_are_substituted(encoding, shown):
     stream.write("█▆· 0.5 ± 0.1 \udcff café 一")
     stream.flush()
     assert file.getvalue() == shown
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    file = io.StringIO()
+    monkeypatch.setattr(terminal, "log", Console(file=file, highlight=False, markup=False, width=80))
+    return file
+
+
+def test_a_long_loop_logs_progress_and_time_left(log, monkeypatch):
+    monkeypatch.setattr(bars, "LOG_INTERVAL", 0.05)
+    for _ in Bars().track(range(4), "Prune"):
+        time.sleep(0.12)
+    lines = log.getvalue().splitlines()
+    # Lines are logged during an item that takes longer than the interval, too.
+    assert lines[0] == "Prune 0 of 4, 0:00"
+    assert any(re.fullmatch(r"Prune [123] of 4, 0:0\d, about 0:0\d left", line) for line in lines)
+    assert re.fullmatch(r"Prune 4 of 4, 0:0\d", lines[-1])
+    assert len(lines) >= 8

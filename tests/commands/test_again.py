@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from models import layers_of, logits_of, relative, silenced, token_rows
+from models import layers_of, load_written, logits_of, relative, silenced, token_rows
 from outputs import error_of, record_of, weights_of
 from secateur.base.progress import Silent
-from secateur.base.quiet import quiet
 from secateur.commands.prune import prune
 from secateur.commands.prune_model import prune_model
-from secateur.formats.gguf_export import export
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.per_layer import model_class, widths_of
+from secateur.model.per_layer import widths_of
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
 from secateur.retraining.teacher import open_teacher
@@ -52,14 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Any) -> 
     return made
 
 
-def load(folder: Path) -> nn.Module:
-    with quiet():
-        config = open_checkpoint(folder).config
-        model, info = model_class(config).from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.requires_grad_(False).eval()
-
-
 def blocks_in(folder: Path) -> list[Block]:
     return BlockStream(open_checkpoint(folder)).blocks
 
@@ -68,11 +57,11 @@ def blocks_in(folder: Path) -> list[Block]:
 def test_cut_again_equals_masked(folder, name):
     """The second pruning removes whole modules of some rows, and the first one of others."""
     first, second = folder(name, 0.3, recovery="none"), folder(name, 0.3, 0.4, recovery="none")
-    model, ids, record = load(first), token_rows(), record_of(second)
+    model, ids, record = load_written(first), token_rows(), record_of(second)
     with silenced(layers_of(model), blocks_in(first), {block["block"]: block for block in record["blocks"]}):
         expected = logits_of(model, ids)
     assert relative(logits_of(model, ids), expected) > 1e-3
-    small = load(second)
+    small = load_written(second)
     assert relative(logits_of(small, ids), expected) < 1e-5
     assert record["sizes"]["parameters"] == [sum(p.numel() for p in one.parameters()) for one in (model, small)]
     assert record["sparsity"]["reached"] == pytest.approx(0.4, abs=0.1)
@@ -98,7 +87,7 @@ def without_rounding(block: Block) -> Block:
 def test_a_model_in_memory_and_a_saved_one_are_pruned_again(folder, tmp_path):
     """transformers' save_pretrained writes another config.json, as after training or merging of adapters."""
     first, asked = folder("llama", 0.3), SMALL | {"sparsity": 0.4}
-    model = load(first)
+    model = load_written(first)
     model.save_pretrained(tmp_path / "saved")
     shutil.copy(first / "tokenizer.json", tmp_path / "saved")
     prune(tmp_path / "saved", tmp_path / "out", **asked)
@@ -106,17 +95,7 @@ def test_a_model_in_memory_and_a_saved_one_are_pruned_again(folder, tmp_path):
     assert record_of(tmp_path / "out").get("earlier") is None
     tokenizer = open_checkpoint(first).tokenizer()
     memory = prune_model(model, tokenizer, **asked)
-    assert torch.equal(logits_of(memory, token_rows()), logits_of(load(tmp_path / "out"), token_rows()))
-
-
-def test_a_gguf_file_of_it_is_that_of_the_folder(folder, letters_folder, tmp_path):
-    asked = SMALL | {"recovery": "none", "round": 8}
-    prune(letters_folder("llama"), tmp_path / "first", **asked, sparsity=0.3)
-    for out in ("second", "second.gguf"):
-        prune(tmp_path / "first", tmp_path / out, **asked, sparsity=0.4, format="gguf" if "." in out else "hf")
-    (tmp_path / "exported").mkdir()
-    export(tmp_path / "second", tmp_path / "exported" / "second.gguf")
-    assert (tmp_path / "second.gguf").read_bytes() == (tmp_path / "exported" / "second.gguf").read_bytes()
+    assert torch.equal(logits_of(memory, token_rows()), logits_of(load_written(tmp_path / "out"), token_rows()))
 
 
 def test_one_width_for_blocks_that_differ(folder, tmp_path):
@@ -149,15 +128,6 @@ def test_the_chain_is_recorded(folder):
     teacher = open_teacher(open_checkpoint(second), None, Silent())
     assert teacher is not None
     assert teacher.path == first
-
-
-def test_its_record_is_a_plan(folder, tmp_path):
-    """The first pruning removed whole modules, of which the second one keeps no unit."""
-    second = folder("llama", 0.8, 0.2)
-    assert any(not block["heads"] or not block["channels"] for block in record_of(folder("llama", 0.8))["blocks"])
-    options = {key: value for key, value in SMALL.items() if key != "round"}
-    prune(folder("llama", 0.8), tmp_path / "out", plan=str(second / "secateur.json"), **options)
-    assert weights_of(tmp_path / "out") == weights_of(second)
 
 
 TAMPERED = {

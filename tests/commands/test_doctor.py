@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from models import make_letters
-from outputs import assert_error
+from outputs import assert_error, edit_json
 from secateur import prune
 from secateur.commands import doctor, doctor_probe
 from secateur.commands.doctor import NEW_TOKENS, Engine, check_engines
@@ -58,27 +58,20 @@ def test_an_unsupported_folder_gets_reasons(tmp_path, checkpoint_folder):
     assert "one width for all blocks" in found["llama.cpp"].message
 
 
-def test_a_missing_or_changed_modeling_file_does_not_run(tmp_path, checkpoint_folder):
-    prune(checkpoint_folder("llama"), tmp_path / "out", sparsity=0.3, **SMALL)
-    with (tmp_path / "out" / "modeling_secateur.py").open("a") as file:
-        file.write("raise SystemExit\n")
-    said = "opening the folder runs it; read it, then add --trust-remote-code"
-    assert_error(said, check_engines, tmp_path / "out")
-    assert_error("name a folder that secateur prune wrote", check_engines, tmp_path / "missing")
-
-
-@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_other_code_in_the_folder_does_not_run(file, tmp_path, checkpoint_folder):
-    """Neither another Python file, nor code of another repository that a config names."""
+def test_other_code_in_the_folder_does_not_run(tmp_path, checkpoint_folder):
+    """Neither another or a changed Python file, nor code of another repository that a config names."""
     out = tmp_path / "out"
     prune(checkpoint_folder("llama"), out, sparsity=0.3, **SMALL)
-    (out / "more.py").write_text("raise SystemExit\n")
-    assert_error(r"more\.py: .*opening the folder runs it", check_engines, out)
+    modeling = (out / "modeling_secateur.py").read_text()
+    for file, text in (("more.py", ""), ("modeling_secateur.py", modeling)):
+        (out / file).write_text(f"{text}raise SystemExit\n")
+        assert_error(f"{file}: .*opening the folder runs it; read it, then add --trust-remote-code", check_engines, out)
     (out / "more.py").unlink()
-    stored = json.loads((out / file).read_text())
-    stored.setdefault("auto_map", {})["AutoTokenizer"] = [None, "me/mine--more.Own"]
-    (out / file).write_text(json.dumps(stored))
-    assert_error(f"{file}: .*opening the folder runs it", check_engines, out)
+    (out / "modeling_secateur.py").write_text(modeling)
+    for file in ("tokenizer_config.json", "config.json"):
+        edit_json(out / file, auto_map={"AutoTokenizer": [None, "me/mine--more.Own"]})
+        assert_error(f"{file}: .*opening the folder runs it", check_engines, out)
+    assert_error("name a folder that secateur prune wrote", check_engines, tmp_path / "missing")
 
 
 def test_llama_cpp_runs_a_gguf_file(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ from secateur.fit.recovery import recovery_of
 from secateur.model.axes import Width
 from secateur.model.expert_matrices import whole
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, KeptUnits, PrunableModule
+from secateur.model.structure import PrunableModule
 from secateur.model.surgery import assign, width_of
 from secateur.plan.problem import Plan
 from secateur.text.resample import resample_tokens
@@ -67,11 +67,6 @@ ADAPTIVE = ("llama", "gemma2", "olmo2", "phi3", "opt", "gpt2", "gpt_neox")
 """Rows that are also surveyed, refitted and written with a width for each block: one for each kind of block."""
 
 FED: tuple[str, ...] = ("channels", "experts")
-
-
-@cache
-def first_block(name: str) -> Block:
-    return blocks_of(dense(name))[0]
 
 
 @cache
@@ -102,10 +97,6 @@ def one_kind(names: Iterable[str]) -> list[Any]:
     return [pytest.param(*row, id=f"{row[0]}-{row[2]} alone") for row in rows]
 
 
-def keeps_of(name: str, kinds: tuple[str, ...], axis: str) -> dict[int, KeptUnits]:
-    return {i: some_keep(block, i, kinds, axis) for i, block in enumerate(blocks_of(dense(name)))}
-
-
 def test_every_family_has_a_row():
     assert {config_of(name).model_type for name in MATRIX} == set(FAMILIES)
     attentions = {
@@ -116,18 +107,11 @@ def test_every_family_has_a_row():
     assert grouped == {kind for kind, family in FAMILIES.items() if not family.ungrouped and family.latent is None}
 
 
-def test_the_models_have_random_biases_and_norms():
-    for name in MATRIX:
-        for path, value in dense(name).named_parameters():
-            assert value.abs().max() > 0, (name, path)
-            if path.endswith(".bias") or value.numel() > 1 == value.dim():
-                assert value.std() > 0.1, (name, path)
-
-
 # In the other rows, units of one kind would show nothing that units of all kinds do not.
 @pytest.mark.parametrize(("name", "kinds", "axis"), all_kinds(MATRIX) + one_kind(PLAIN))
 def test_masked_equals_sliced(name, kinds, axis):
-    model, ids, keeps = dense(name), token_rows(), keeps_of(name, kinds, axis)
+    model, ids = dense(name), token_rows()
+    keeps = {i: some_keep(block, i, kinds, axis) for i, block in enumerate(blocks_of(model))}
     with masked(model, keeps):
         expected = logits_of(model, ids)
     assert relative(logits_of(model, ids), expected) > 100 * TOLERANCE
@@ -141,7 +125,7 @@ def test_masked_equals_sliced(name, kinds, axis):
 
 @pytest.mark.parametrize("name", [name for name in MATRIX if attention_of(name).locked])
 def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
-    block = first_block(name)
+    block = blocks_of(dense(name))[0]
     assert block.attention.locked
     asked = settings(recovery="none", format="stock" if writable_channels(name) else "hf")
     with pytest.raises(SecateurError, match=re.escape(block.attention.locked)):
@@ -393,9 +377,6 @@ def test_runs_agree_byte_for_byte(tmp_path, checkpoint_folder, name):
     for file in files:
         if file != "timings.json":
             assert (outs[0] / file).read_bytes() == (outs[1] / file).read_bytes(), file
-
-
-# What the stock classes cannot hold.
 
 
 def fitted(name: str, folder: Path, widths: dict[int, Width], **recovery: Any) -> list[FittedBlock]:

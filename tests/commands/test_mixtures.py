@@ -1,19 +1,17 @@
-"""Every command on a mixture of experts, and what is refused."""
+"""Mixtures of experts, and hybrids, in some of whose blocks another kind of layer stands in the attention's place."""
 
 import copy
 import json
-import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from models import blocks_of, build, config_of
+from models import blocks_of, build, config_of, load_written
 from outputs import Notes, assert_error, record_of, weights_of
 from secateur import BlockStream, open_checkpoint, prune
 from secateur.base.quiet import quiet
@@ -96,25 +94,23 @@ def test_a_widths_file_has_a_share_for_each_kind(tmp_path, checkpoint_folder):
     assert [(width.experts, width.channels) for width in found.pruned_widths()] == [(0, 54), (6, 20), (6, 20)]
 
 
+THREE = {"block": 1, "experts": [0, 1, 2]}
 WRONG = {
     "too few": ({"block": 1, "experts": [0, 1]}, "2 are listed, but at least 3 must stay; list more"),
     "not there": ({"block": 1, "experts": [0, 1, 2, 9]}, "9 does not exist; use indices from 0 to 7"),
-    "of another block": ({"block": 0, "experts": [0, 1, 2]}, "block 0 has no experts; list its heads and channels"),
+    "of another block": (THREE | {"block": 0}, "block 0 has no experts; list its heads and channels"),
     "a width too narrow": ({"block": 1, "width": numbers(2, 20)}, "2 experts are not possible; use 3 to 8"),
     "no channels": ({"block": 1, "width": numbers(8, 0)}, "0 channels in each expert are not possible; use 1 to 20"),
     "channels of which no kernel is": ({"block": 1, "width": numbers(8, 13)}, "a multiple of 8, not 13"),
-    "channels of an expert that goes": (
-        {"block": 1, "experts": [0, 1, 2], "channels": [*range(8), *range(20, 28), *range(60, 68)]},
-        "channels: 60 belongs to expert 3, which is not kept; remove it",
+    "another expert's channels": (
+        THREE | {"channels": [*range(8), *range(20, 28), *range(60, 68)]},
+        "to expert 3, which",
     ),
     "channels not of all": (
-        {"block": 1, "experts": [0, 1, 2], "channels": list(range(8))},
-        "all experts must keep the same number of channels, and at least one",
+        THREE | {"channels": list(range(8))},
+        "must keep the same number of channels, and at least",
     ),
-    "a width of channels": (
-        {"block": 1, "width": {"kv_groups": 3, "heads_per_group": 2, "channels": 2}},
-        "or give a width with whole numbers for kv_groups, heads_per_group, experts, expert_channels",
-    ),
+    "a width of channels": ({"block": 1, "width": {"channels": 2}}, "heads_per_group, experts, expert_channels"),
 }
 
 
@@ -133,7 +129,6 @@ def test_groups_of_experts_stay_equally_large(tmp_path, checkpoint_folder):
 
 REFUSED = {
     "more than a token meets leaves": ({"sparsity": 0.9, "modules": ("experts",)}, "only experts may be removed"),
-    "more than the channels are": ({"sparsity": 0.9, "modules": ("channels",)}, "only channels may be removed"),
     "speed": ({"target": "decode=1.1x"}, "the time of experts depends on the tokens that are routed to them"),
     "gguf": ({"sparsity": 0.2, "format": "gguf"}, "qwen3moe has one width for all blocks, so prune all of them"),
     "some blocks": ({"sparsity": 0.2, "widths": "uniform", "blocks": "1:3"}, "only 1:3 are to be pruned"),
@@ -157,19 +152,6 @@ def test_active_parameters_leave_out_other_experts(tmp_path, checkpoint_folder):
     assert stored.dense - active.dense == 3 * 5 * 3 * 20 * 48
     found = prune(model, tmp_path / "out", target="active=90%", **SMALL)
     assert active.total(found.widths) <= 0.9 * active.dense
-
-
-@pytest.mark.parametrize("alike", [True, False])
-def test_dissimilar_experts_give_a_warning(tmp_path, checkpoint_folder, alike):
-    """Without a warning if all experts are copies of one."""
-    model, notes = shutil.copytree(checkpoint_folder("qwen3_moe"), tmp_path / "dense"), Notes()
-    if alike:
-        tensors = load_file(model / "model.safetensors")
-        copies = {name: tensors[re.sub(r"experts\.\d+", "experts.0", name)].clone() for name in tensors}
-        save_file(copies, model / "model.safetensors", metadata={"format": "pt"})
-    how = SMALL | {"sparsity": 0.35, "modules": ("experts",), "effort": "quick"}
-    prune(model, tmp_path / "out", watcher=notes, **how)
-    assert any(note.startswith("The experts of this model are dissimilar: ") for note in notes.said) == (not alike)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +200,8 @@ def test_a_config_with_experts_in_no_block_is_pruned(tmp_path):
     config.first_k_dense_replace = config.num_hidden_layers
     config.mlp_layer_types = ["dense"] * config.num_hidden_layers
     found = prune(saved(config, tmp_path / "dense"), tmp_path / "out", **NARROWED)
-    with quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {found.pruned_widths()[0].channels}
+    layers = load_written(tmp_path / "out").model.layers
+    assert {layer.mlp.down_proj.in_features for layer in layers} == {found.pruned_widths()[0].channels}
 
 
 def test_a_config_without_groups_of_experts():
@@ -229,3 +209,47 @@ def test_a_config_without_groups_of_experts():
     model.config.n_group = model.config.topk_group = None
     mixture = blocks_of(model)[-1].feed_forward
     assert (mixture.groups, mixture.min_units) == (1, model.config.num_experts_per_tok)
+
+
+HYBRIDS = ("qwen3_5_text", "lfm2")
+QUICK: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random", "device": "cpu", "effort": "quick"}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_similarity_prunes_only_blocks_with_attention(tmp_path, checkpoint_folder, name):
+    found = prune(checkpoint_folder(name), tmp_path / "out", **QUICK, criterion="similarity", tau=0.17)
+    full = blocks_of(build(name))[1].width
+    assert set(found.widths) == {1, 2}
+    assert any(width.heads < full.heads for width in found.widths.values())
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_token_mixers_have_no_keys_and_values(tmp_path, checkpoint_folder, name):
+    found, block = (
+        prune(checkpoint_folder(name), tmp_path / "out", **QUICK, target="kv=70%"),
+        blocks_of(build(name))[1],
+    )
+    each = 2 * 4 * block.attention.size
+    assert found.cache_bytes[0] == 2 * each * block.width.kv_groups
+    assert found.cache_bytes[1] == each * (found.widths[1].kv_groups + found.widths[2].kv_groups)
+    assert found.cache_bytes[1] <= 0.7 * found.cache_bytes[0]
+
+
+@pytest.mark.parametrize("kept", [[], [0, 1, 2, 3]])
+def test_a_plan_keeps_token_mixers_whole(tmp_path, checkpoint_folder, kept):
+    (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 0, "heads": kept}]}))
+    model, how = checkpoint_folder("lfm2"), QUICK | {"plan": str(tmp_path / "plan.json")}
+    assert_error("block 0 has no heads; list its channels", prune, model, tmp_path / "out", **how)
+    none = {"token_mixers": 0, "channels": 72}
+    (tmp_path / "plan.json").write_text(json.dumps({"blocks": [{"block": 0, "width": none}]}))
+    assert_error("0 token mixers are not possible; use 1", prune, model, tmp_path / "out", **how)
+
+
+def test_requests_that_token_mixers_rule_out_are_refused(tmp_path, checkpoint_folder):
+    folder, out = checkpoint_folder("lfm2"), tmp_path / "out"
+    assert_error("the time of token mixers", prune, folder, out, **QUICK, target="decode=1.05x")
+    for said, asked in (
+        ("heads cannot be removed exactly, because a token mixer stands", {"modules": ("heads",), "blocks": "0:1"}),
+        ("no biases of output projections, which --recovery bias adds", {"widths": "uniform", "recovery": "bias"}),
+    ):
+        assert_error(said, prune, folder, out, **QUICK | asked, sparsity=0.1)

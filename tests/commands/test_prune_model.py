@@ -1,16 +1,20 @@
-"""`prune_model`: a model in memory gives the weights of the command on its saved folder."""
+"""`prune_model` and the six public steps give the weights of the command, for all kinds of options."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lives import bytes_of
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import secateur
 from models import MIXTURES, ROWS, logits_of, relative, token_rows
-from outputs import assert_error
-from secateur import prune, prune_model
+from outputs import assert_error, record_of
+from secateur import Options, RunOptions, prune, prune_model
+from secateur.base.options import option_specs
 from secateur.base.quiet import quiet
 
 OPTIONS: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "sparsity": 0.4, "device": "cpu"}
@@ -63,3 +67,46 @@ def test_models_that_cannot_be_read_are_refused(checkpoint_folder):
     adapted = get_peft_model(opened(checkpoint_folder("llama")), LoraConfig(target_modules=["q_proj"]))
     assert_error("adapters; call merge_and_unload", prune_model, adapted, None, **OPTIONS)
     assert_error("is not in memory", prune_model, opened(checkpoint_folder("llama")).to("meta"), None, **OPTIONS)
+
+
+ASKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "defaults": ("llama", {}),
+    "one width": ("qwen3", {"widths": "uniform", "sparsity": 0.3}),
+    "similar heads": ("llama every head", {"criterion": "similarity", "tau": 0.16}),
+    "similar heads and channels": ("llama every head", {"criterion": "similarity+wanda", "tau": 0.16, "sparsity": 0.3}),
+    "a loss": ("llama", {"target": "ppl=1.2x", "effort": "quick"}),
+    "the paper": ("gpt2", {"criterion": "second-moment", "recovery": "paper", "refit_samples": 9}),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_steps_and_command_write_the_same_bytes(case, tmp_path, checkpoint_folder, run):
+    name, asked = ASKED[case]
+    model, text = checkpoint_folder(name), tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 2000)[0].tolist()))
+    asked = {"calibration": str(text), "samples": 8, "length": 16} | asked
+    opened = secateur.open_model(model, **asked)
+    rows = secateur.draw_rows(opened)
+    findings = secateur.survey_model(opened, rows)
+    plan = secateur.plan_widths(opened, rows, findings)
+    blocks = secateur.fit_blocks(opened, rows, plan)
+    summary = secateur.write_model(opened, rows, plan, blocks, tmp_path / "steps")
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in asked.items()]
+    done = run("prune", str(model), str(tmp_path / "command"), *words, "--json", "-", "--quiet")
+    assert list(json.loads(done.out)["widths"].values()) == [dict(width) for width in summary.widths.values()]
+    assert bytes_of(tmp_path / "steps") == bytes_of(tmp_path / "command")
+    # What was asked for stands in the record by the names of the declaration.
+    assert record_of(tmp_path / "steps")["options"].keys() == option_specs(Options).keys()
+
+
+def test_an_unknown_option_is_refused(tmp_path, checkpoint_folder):
+    with pytest.raises(TypeError, match="no option 'fits'; the options are sparsity, target"):
+        secateur.prune(checkpoint_folder("llama"), tmp_path / "out", fits=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "beside"), [((Options(),), {"sparsity": 0.3}), ((None, RunOptions()), {"device": "cpu"})]
+)
+def test_settings_together_with_their_object_are_refused(given, beside, tmp_path, checkpoint_folder):
+    with pytest.raises(TypeError, match=f"{next(iter(beside))} is given together with (Options|RunOptions); set it in"):
+        secateur.prune(checkpoint_folder("llama"), tmp_path / "out", *given, **beside)

@@ -22,18 +22,12 @@ import secateur.model.pass_checkpoint
 from conftest import CheckpointFolder
 from models import make_letters
 from outputs import assert_error
-from secateur import BlockStream, Options, RunOptions, SecateurError, propose, prune
+from secateur import BlockStream, prune
 from secateur.base.cache import cached_folder
 from secateur.base.json_files import read_hashed
-from secateur.base.memory import MemoryBudget
 from secateur.base.progress import Silent
-from secateur.base.run_folder import RunFolder
-from secateur.base.services import Services
 from secateur.commands import resume
 from secateur.commands.clean import clean
-from secateur.commands.sizes import sizes
-from secateur.commands.survey import survey_page
-from secateur.model.arena import Arena
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.write.shards import ShardWriter
 
@@ -43,9 +37,6 @@ KILLED: dict[str, tuple[int, dict[str, Any]]] = {
     "a file": (3, {"format": "gguf", "effort": "quick"}),
     "a size that is searched": (2, {"target": "ppl=1.2x", "effort": "quick"}),
 }
-
-
-SPENT = secateur.model.pass_checkpoint.SPENT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,44 +121,6 @@ def test_a_resumed_run_repeats_no_block(stopped, checkpoint_folder):
     assert sorted(file.name for file in stopped.parent.iterdir()) == ["out", "whole"]
 
 
-def test_sizes_resume_within_a_size(tmp_path, checkpoint_folder):
-    asked = {name: value for name, value in ASKED.items() if name != "device"}
-    options = [Options(**asked, sparsity=share) for share in (0.2, 0.4)]
-
-    def made(name: str, watcher: Stopping, some: list[Options] = options) -> None:
-        run_options = RunOptions(device="cpu")
-        sizes(checkpoint_folder("llama"), tmp_path / name, some, run_options, texts=[], tokens=None, watcher=watcher)
-
-    with pytest.raises(KeyboardInterrupt):
-        made("out", Stopping(times=2))
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".out.run", "out"]
-    with pytest.raises(SecateurError, match=r"sparsities \[0.2, 0.4\], this command has \[0.3, 0.4\]; use the same"):
-        made("out", Stopping("never"), [Options(**asked, sparsity=0.3), options[1]])
-    watcher = Stopping("never")
-    made("out", watcher)
-    assert watcher.seen == {"Prune": [2]}
-    made("whole", Stopping("never"))
-    for share in (0.2, 0.4):
-        assert bytes_of(tmp_path / "out" / f"sparsity-{share}") == bytes_of(tmp_path / "whole" / f"sparsity-{share}")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "whole"]
-
-
-@pytest.mark.parametrize("beside", ["out", "survey"])
-def test_a_plan_resumes_within_its_survey(beside, tmp_path, checkpoint_folder):
-    options = Options(**{name: value for name, value in ASKED.items() if name != "device"})
-    run_options = RunOptions(device="cpu", survey=tmp_path / "survey.json" if beside == "survey" else None)
-    out = tmp_path / "plan.json" if beside == "out" else None
-    with pytest.raises(KeyboardInterrupt):
-        propose(checkpoint_folder("llama"), options, run_options, out=out, watcher=Stopping("Survey"))
-    (state,) = tmp_path.iterdir()
-    assert state.name == {"out": ".plan.json.run", "survey": ".survey.json.run"}[beside]
-    watcher = Stopping("never")
-    found = propose(checkpoint_folder("llama"), options, run_options, out=out, watcher=watcher)
-    assert watcher.seen["Survey"] == [2]
-    assert found == propose(checkpoint_folder("llama"), options, RunOptions(device="cpu"))
-    assert not state.exists()
-
-
 @pytest.mark.parametrize(
     ("others", "said"),
     [
@@ -185,11 +138,11 @@ def test_a_resume_with_other_options_is_refused(others, said, stopped, checkpoin
 
 
 def test_a_resume_with_another_model_or_version_is_refused(stopped, checkpoint_folder, monkeypatch):
-    with pytest.raises(SecateurError, match=r"the unfinished run has model .*, this command has .*--restart"):
-        prune(checkpoint_folder("qwen3"), stopped, **ASKED)
+    said = r"the unfinished run has model .*, this command has .*--restart"
+    assert_error(said, prune, checkpoint_folder("qwen3"), stopped, **ASKED)
     monkeypatch.setattr(resume.secateur, "__version__", "99")
-    with pytest.raises(SecateurError, match=r"version of secateur .*, this command has 99; .*--restart"):
-        prune(checkpoint_folder("llama"), stopped, **ASKED)
+    said = r"version of secateur .*, this command has 99; .*--restart"
+    assert_error(said, prune, checkpoint_folder("llama"), stopped, **ASKED)
 
 
 def test_a_resume_with_another_text_is_refused(tmp_path, checkpoint_folder):
@@ -202,12 +155,6 @@ def test_a_resume_with_another_text_is_refused(tmp_path, checkpoint_folder):
     said = r"text.txt: the rows of this text differ .*, or add --restart"
     assert_error(said, prune, checkpoint_folder("llama"), out, **asked)
     prune(checkpoint_folder("llama"), out, **asked, restart=True)
-
-
-def test_restart_starts_over(stopped, checkpoint_folder):
-    watcher = Stopping(what="never")
-    prune(checkpoint_folder("llama"), stopped, **ASKED, restart=True, watcher=watcher)
-    assert watcher.seen["Survey"] == watcher.seen["Prune"] == [0, 1, 2]
 
 
 DAMAGED = ("request.json", "survey.json", "resampled.json", "state.json", "*.activations", ".shard-00001.partial")
@@ -257,15 +204,6 @@ def test_a_second_run_on_the_same_output_is_refused(stopped, checkpoint_folder):
     clean(stopped)
 
 
-def test_a_full_disk_stops_the_run_in_one_line(tmp_path, checkpoint_folder, monkeypatch):
-    """The disk is full during resampling, before there is anything to keep."""
-    monkeypatch.setattr(BlockStream, "arena", lambda self: Arena(MemoryBudget(0), self.services.run_folder.path))
-    monkeypatch.setattr(os, "pwrite", full)
-    said = r"\.out\.run: the disk is full and cannot hold the activations; free"
-    assert_error(said, prune, checkpoint_folder("llama"), tmp_path / "out", **ASKED)
-    assert list(tmp_path.iterdir()) == []
-
-
 def full(*_: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -311,21 +249,6 @@ def small_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return make
 
 
-@pytest.mark.parametrize("command", ["plan", "survey", "sizes"])
-def test_other_commands_use_smaller_batches_on_a_small_device(command, tmp_path, checkpoint_folder, small_device):
-    small_device(300)
-    watcher, run_options = Stopping("never"), RunOptions(device="cpu")
-    options = Options(0.25, calibration="random", length=24)
-    model, out = checkpoint_folder("llama"), tmp_path / "out"
-    if command == "plan":
-        propose(model, options, run_options, out=out, watcher=watcher)
-    elif command == "survey":
-        survey_page(model, out, options, run_options, watcher=watcher)
-    else:
-        sizes(model, out, [options], run_options, texts=[], tokens=None, watcher=watcher)
-    assert "256 tokens at a time" in [note for note in watcher.notes if "tokens at a time" in note][-1]
-
-
 @pytest.mark.parametrize(("room", "tried"), [(300, ["1,024", "512", "256"]), (30, ["1,024", "512", "256", "128"])])
 def test_prune_uses_smaller_batches_on_a_small_device(room, tried, tmp_path, checkpoint_folder, small_device):
     """It says how many tokens run at a time, or that even the smallest batch does not fit."""
@@ -344,24 +267,3 @@ def test_prune_uses_smaller_batches_on_a_small_device(room, tried, tmp_path, che
         assert watcher.seen["Resample"].count(0) == watcher.seen["Prune"].count(0) == 1
     said = [note for note in watcher.notes if "tokens at a time" in note]
     assert [note.split("with ")[1].split()[0] for note in said] == tried
-
-
-def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(secateur.model.pass_checkpoint, "SPENT", SPENT)
-    clock = [0.0]
-    monkeypatch.setattr(secateur.model.pass_checkpoint, "perf_counter", lambda: clock[0])
-
-    def costly() -> int:
-        clock[0] += 3.0
-        return 0
-
-    with RunFolder(tmp_path / "out", {}) as folder:
-        checkpoint = PassCheckpoint(Services(run_folder=folder), "pass")
-        checkpoint.value("costly", costly)
-        saved = []
-        for block in checkpoint.blocks(101, "Pass", list):
-            clock[0] += 20.0
-            saved.append(block > 0 and checkpoint.done == block)
-    # The first block, and of the others every fifth: five blocks of 20 seconds for three seconds.
-    assert saved.index(True) == 1
-    assert sum(saved) == 20

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from torch.utils import backend_registration
 
 from conftest import CheckpointFolder
 from models import token_rows
-from secateur.base.device import to_device
 
 pytestmark = [
     pytest.mark.slow,
@@ -111,22 +110,6 @@ def assert_alike(out: Path, other: Path) -> None:
 @pytest.mark.parametrize("name", PRUNE)
 def test_prune(carried_out, name):
     assert_alike(*carried_out.both(name))
-
-
-def test_copies_to_a_gpu_are_asynchronous(monkeypatch):
-    """Without a GPU: the arguments that torch gets, for a GPU and for other devices."""
-    asked: list[Any] = []
-
-    def to(tensor: torch.Tensor, *where: Any, **how: Any) -> torch.Tensor:
-        asked.append((*where, how))
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append("pinned") or tensor)
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    there, here = torch.device("cuda", 0), torch.device("cpu")
-    for device in (there, here):
-        to_device(torch.ones(2), device)
-    assert asked == ["pinned", (there, {"non_blocking": True}), (here, {})]
 
 
 def test_survey(carried_out):

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from member import LENGTH
 from test_second_device import PRUNE, assert_alike, words_of
 from typer.testing import CliRunner
@@ -21,11 +19,10 @@ from typer.testing import CliRunner
 from conftest import CheckpointFolder
 from models import save, token_rows
 from outputs import error_of, record_of
-from secateur import Rows, SecateurError, open_model, prune
-from secateur.base.launcher import ProcessPlace, process_place
-from secateur.base.memory import available_bytes
+from secateur import SecateurError, open_model, prune
+from secateur.base.launcher import process_place
 from secateur.base.processes import Processes
-from secateur.base.services import BATCH_TOKENS, Services
+from secateur.base.services import Services
 from secateur.cli.app import app
 from secateur.model.kinds import KINDS
 
@@ -44,8 +41,6 @@ SIZES = {name: (1, 2 + at % 2) for at, name in enumerate(CASES)} | {"two fits": 
 """Numbers of processes of each case; two and three take turns, because each costs as much as all that one does."""
 MEMBER = Path(__file__).with_name("member.py")
 Case = dict[str, Any]
-
-
 Together = Callable[[int, Sequence[Case]], list[tuple[int, str]]]
 """Function that runs cases in a number of processes, and returns the exit code and standard error of each."""
 
@@ -239,13 +234,6 @@ def told(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
             monkeypatch.setenv(name, value)
 
 
-def test_the_variables_of_launchers_are_read(monkeypatch):
-    told(monkeypatch)
-    assert process_place() == ProcessPlace(rank=1, size=2, local_size=2, local_rank=1)
-    told(monkeypatch, WORLD_SIZE="1", MASTER_ADDR=None)
-    assert process_place() == ProcessPlace()
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -261,28 +249,3 @@ def test_incomplete_variables_of_a_launcher_are_refused(monkeypatch, changes, sa
     error = error_of(process_place)
     assert said in error
     assert "unset WORLD_SIZE" in error
-
-
-def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    alone = available_bytes()
-    told(monkeypatch)
-    assert available_bytes() < 0.7 * alone
-
-
-@given(
-    groups=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30), st.booleans()), min_size=1, max_size=5),
-    size=st.integers(1, 6),
-)
-def test_each_process_gets_whole_batches_of_rows(groups, size):
-    every = Rows(
-        tuple(torch.arange(count * length).view(count, length) for count, length, _ in groups),
-        tuple(float(counts) for *_, counts in groups),
-    )
-    shares = [every.share(rank, size) for rank in range(size)]
-    for number, group in enumerate(every.groups):
-        assert torch.equal(torch.cat([share.groups[number] for share in shares]), group)
-        wanted = [every.ids(at).tolist() for at in every.batches() if at.group == number]
-        found = [share.ids(at).tolist() for share in shares for at in share.batches() if at.group == number]
-        assert found == wanted
-    tokens = [share.tokens for share in shares]
-    assert max(tokens) - min(tokens) <= len(groups) * BATCH_TOKENS

@@ -1,7 +1,5 @@
-"""FLAP's criteria and bias against their formulas, and the methods of `benchmarks/peers.py`."""
+"""FLAP's criteria and bias against their formulas, and the sizes that the methods of `benchmarks/peers.py` reach."""
 
-from collections import Counter
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +7,10 @@ import pytest
 import torch
 from test_criteria import MODELS, assert_scores, scores_of, statistics
 from test_recovery import IDS, WIDTHS, output_error, pruned_model, run
-from torch import Tensor, nn
+from torch import Tensor
 
 import peers
-from models import blocks_of, build, layers_of, logits_of, narrowed, relative, seen, selected, token_rows, wide
+from models import blocks_of, build, layers_of, logits_of, narrowed, relative, seen, selected, token_rows
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.fit_blocks import fit_blocks
 from secateur.commands.open_model import open_model
@@ -90,16 +88,12 @@ def test_the_bias_preserves_the_mean_output(checkpoint_folder, name, whole):
             changed[block.index] = {bias: block.changed[bias]}
 
 
-def opened(folder: Path) -> tuple[BlockStream, Rows]:
-    return BlockStream(open_checkpoint(folder)), Rows.of(token_rows(8, 20, seed=3))
-
-
 @pytest.mark.parametrize("sparsity", [0.2, 0.5])
 @pytest.mark.parametrize("name", ["wanda-sp", "flap", "uniform-obc", "optipfair", "optipfair-calibrated"])
 def test_peers_have_the_requested_size(checkpoint_folder, name, sparsity):
     if name.startswith("optipfair"):
         pytest.importorskip("optipfair")
-    stream, rows = opened(checkpoint_folder("llama"))
+    stream, rows = BlockStream(open_checkpoint(checkpoint_folder("llama"))), Rows.of(token_rows(8, 20, seed=3))
     peer = peers.PEERS[name](stream, rows, sparsity)
     left = peer.kept_parameters / sum(block.parameters for block in stream.blocks)
     # A channel is under half a percent of a block; FLAP's groups are five, and its biases another half.
@@ -109,74 +103,3 @@ def test_peers_have_the_requested_size(checkpoint_folder, name, sparsity):
     assert logits.isfinite().all()
     assert relative(logits, logits_of(build("llama"), rows.groups[0])) > 0.01
     assert peer.note
-
-
-@pytest.mark.parametrize("name", ["depth", "depth-greedy"])
-@pytest.mark.parametrize("model", ["llama", "qwen2 window"])
-def test_depth_pruning_removes_blocks(checkpoint_folder, model, name):
-    stream, rows = opened(checkpoint_folder(model))
-    ids, left = rows.groups[0], []
-    peer = peers.PEERS[name](stream, rows, 0.3)
-    assert peer.kept_parameters == 2 * stream.blocks[0].parameters
-    for removed in range(3):
-        shorter = build(model)
-        layers = layers_of(shorter)
-        layers[removed].forward = lambda hidden, *_, **__: hidden
-        left.append((float(loss(shorter, ids)), logits_of(shorter, ids)))
-    chosen = int(peer.note.split(";")[0].split()[-1])
-    assert relative(logits_of(peer.network, ids), left[chosen][1]) < 1e-4
-    if name == "depth-greedy":
-        assert left[chosen][0] == min(nll for nll, _ in left)
-    # Its cache is laid out anew.
-    assert [layer.self_attn.layer_idx for layer in layers_of(peer.network)] == [0, 1]
-
-
-def loss(model: Any, ids: Tensor) -> Tensor:
-    logits = logits_of(model, ids)
-    return nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
-
-
-def test_flap_widths_equal_one_global_sort(checkpoint_folder):
-    """Standardised scores and parameter counts of all modules in one list."""
-    stream, rows = opened(checkpoint_folder("llama"))
-    model, seen = build("llama"), []
-    for layer in layers_of(model):
-        for path in ("self_attn.o_proj", "mlp.down_proj"):
-            layer.get_submodule(path).register_forward_hook(lambda m, args, _: seen.append((m.weight, args[0])))
-    logits_of(model, rows.groups[0])
-    units: list[tuple[float, int, int, str]] = []
-    for number, (weight, x) in enumerate(seen):
-        heads = number % 2 == 0
-        metric = metrics(weight.T.double(), x.reshape(-1, x.shape[-1]).double())["flap-wifv"] ** (2 if heads else 1)
-        z = (metric - metric.mean()) / metric.std()
-        # A group holds two query heads, a key and a value head of eight entries: 6 * 8 rows or columns of 48.
-        parts, size, what = (z.view(3, 16).mean(1), 48 * 48, "groups") if heads else (z, 144, "channels")
-        units += [(float(score), size, number // 2, what) for score in parts]
-    units.sort(reverse=True)
-    sizes, every = list(accumulate(size for _, size, _, _ in units)), sum(block.parameters for block in stream.blocks)
-    nearest = min(range(len(sizes)), key=lambda place: abs(sizes[-1] - sizes[place] - 0.3 * every))
-    kept = Counter((block, what) for _, _, block, what in units[: nearest + 1])
-    for index, width in peers.flap_widths(stream, rows, 0.3).items():
-        groups = kept[index, "groups"]
-        assert width == wide(groups, 2 if groups else 0, kept[index, "channels"])
-
-
-def test_uniform_obc_regresses_on_the_modules_own_output(checkpoint_folder):
-    """The first attention by hand, with the dense output as target and a ridge toward the old weights."""
-    stream, rows = opened(checkpoint_folder("llama"))
-    network = peers.uniform_obc(stream, rows, 0.3).network
-    model, seen = build("llama"), []
-    layers_of(model)[0].self_attn.o_proj.register_forward_hook(lambda m, args, _: seen.append((m.weight, args[0])))
-    logits_of(model, rows.groups[0])
-    old, x = seen[0][0].T.double(), seen[0][1].reshape(-1, 48).double()
-    gram, found = x.T @ x, layers_of(network)[0].self_attn.o_proj.weight.T.double()
-    costs = {}
-    for removed in range(64):
-        # One head, or both, of every group stays: here some choice of one.
-        picks = [(removed >> group) % 2 for group in range(3)]
-        at = torch.cat([torch.arange(8) + 8 * (2 * group + pick) for group, pick in enumerate(picks)])
-        pull = peers.OBC_RIDGE * torch.diag(gram.diagonal()[at])
-        fitted = torch.linalg.solve(gram[at][:, at] + pull, (gram @ old)[at] + pull @ old[at])
-        costs[relative(found, fitted)] = picks
-    assert found.shape == (24, 48)
-    assert min(costs) < 1e-4

@@ -1,8 +1,9 @@
-"""Every command and every code block of the README and of `docs/` runs as it stands, on a tiny model.
+"""Every command and code block of the README and of `docs/`, every example and the notebook run, on a tiny model.
 
 Defaults of sizes are smaller than the real ones, and a text replaces the hub's data sets; the pages are not changed.
 """
 
+import doctest
 import inspect
 import io
 import json
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import models as tiny
+import secateur
 from secateur.base.quiet import quiet
 from secateur.cli.app import app
 from secateur.commands.options import EFFORTS, Effort, Options, RunOptions
@@ -349,3 +352,37 @@ def test_the_readme_is_read_in_one_sitting() -> None:
 def is_prose(line: str) -> bool:
     """Return whether a line is not part of a table, a formula or the output of a benchmark."""
     return not line.startswith(("|", "    ", "SmolLM2-135M-Instruct, ", "second-moment: "))
+
+
+SOURCE = Path(secateur.__file__).parents[1]
+MODULES = [
+    ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+    for file in sorted(SOURCE.glob("secateur/**/*.py"))
+    if ">>> " in file.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_print_what_they_show(name: str) -> None:
+    found = doctest.testmod(import_module(name))
+    assert found.attempted
+    assert not found.failed
+
+
+CELLS = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def test_the_notebook_runs(letters_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = {"MODEL": str(letters_folder("llama")), "OPTIONS": {"sparsity": 0.4, "calibration": "random", "length": 16}}
+    names: dict[str, Any] = {}
+    for cell in (cell for cell in CELLS if cell["cell_type"] == "code"):
+        lines = [line.rstrip("\n") for line in cell["source"] if not line.startswith("%")]
+        for at, line in enumerate(lines):
+            if (name := line.partition(" = ")[0]) in small:
+                lines[at] = f"{name} = {small[name]!r}"
+        exec("\n".join(lines), names)
+    printed = capsys.readouterr().out
+    sizes = [names[model].num_parameters() for model in ("model", "smaller")]
+    assert "{:,} parameters before, {:,} after".format(*sizes) in printed
+    assert (tmp_path / "smaller.gguf").stat().st_size > 0

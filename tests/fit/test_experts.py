@@ -24,7 +24,7 @@ from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
-from secateur.survey.expert_refit import leave_one_out_residuals, share_left_by_refit
+from secateur.survey.expert_refit import leave_one_out_residuals
 from secateur.survey.mixture_estimator import channel_errors
 
 TOKENS = 60
@@ -84,31 +84,6 @@ def test_gated_expert_outputs_add_up_to_the_mixture(checkpoint_folder, name):
         assert all(torch.equal(whole(value), before[key]) for key, value in layer.state_dict().items())
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_experts_stay_in_the_stored_dtype(tmp_path, name):
-    """bfloat16 experts take half of float32's memory, and give bitwise the same results."""
-    build(name).to(torch.bfloat16).save_pretrained(tmp_path)
-    stream = BlockStream(open_checkpoint(tmp_path))
-    with stream.filled(2) as layer, torch.no_grad():
-        mixture = Mixture(stream, layer, stream.blocks[2].feed_forward)
-        x, own = inputs(stream.width), mixture.experts
-
-        def outputs() -> list[Tensor]:
-            found = list(mixture.slopes(1, x))
-            for stream.products_dtype in (torch.bfloat16, torch.float32):
-                found.append(mixture.output(x[None], mixture.all_routed))
-            return found
-
-        found = outputs()
-        stacks = {leaf: value for leaf, value in own.named_parameters() if value.dim() == 3}
-        together = mixture.names.scales_inputs
-        assert {value.dtype for value in stacks.values()} == {torch.float32 if together else torch.bfloat16}
-        for leaf, value in stacks.items():
-            assign(own, leaf, whole(value.data).float())
-        assert not torch.equal(*found[-2:])
-        assert all(torch.equal(*pair) for pair in zip(found, outputs(), strict=True))
-
-
 def error_without(mixture: Mixture, routed: RoutedTokens, removed: list[int]) -> float:
     """Return the error without some experts, by the model's own forward pass."""
     alive = torch.tensor([unit for unit in range(mixture.module.units) if unit not in removed])
@@ -147,18 +122,6 @@ def test_errors_are_interpolated_within_a_round(checkpoint_folder, monkeypatch, 
         assert step > 1
         assert first[-1] == pytest.approx(found.errors[step])
         torch.testing.assert_close(first.diff(), ((first[-1] - first[0]) / step).expand(step), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("order", ["reroute", "reap", "frequency", "random"])
-def test_groups_stay_equally_large(checkpoint_folder, order):
-    with mixture_of(checkpoint_folder, "glm4_moe groups") as (mixture, _):
-        module, routed = mixture.module, routed_of(mixture)
-        found = expert_order(order, routed, module.min_units)
-        for count in range(0, len(found.order), module.groups):
-            step = found.order[count : count + module.groups]
-            assert sorted(expert // module.per_group for expert in step) == list(range(module.groups))
-            wanted = error_without(mixture, routed, list(found.order[:count]))
-            assert found.errors[count] == pytest.approx(wanted, abs=1e-3)
 
 
 def test_expert_scores_equal_their_formulas(checkpoint_folder):
@@ -373,48 +336,3 @@ def test_left_out_residuals_equal_fits_without_the_row(rows, inputs_):
         leave_one_out_residuals(x.float(), r.float(), 0.3).double(), torch.stack(wanted), rtol=1e-4, atol=1e-4
     )
     assert torch.isfinite(leave_one_out_residuals(x.float(), r.float(), 0.0)).all()
-
-
-@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "hunyuan_v1_moe"])
-def test_the_share_of_error_after_the_refit_equals_fits_by_hand(checkpoint_folder, name):
-    """The share is one if nothing may change."""
-    with mixture_of(checkpoint_folder, name) as (mixture, _):
-        routed = routed_of(mixture, 2000)
-        scale, alive = torch.linspace(1, 2, 2000), mixture.all_routed[2:]
-
-        def unit(weight: Tensor) -> Tensor:
-            return weight
-
-        routed.target_nd *= scale[:, None]
-        assert share_left_by_refit(routed, scale, unit, mixture.all_routed, None, 0.3) == 1.0
-        _, orders = channel_errors(routed)
-        half = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
-        for some, stay in ((alive, None), (mixture.all_routed, half)):
-            weak, strong = (share_left_by_refit(routed, scale, unit, some, stay, ridge) for ridge in (3.0, 1e6))
-            assert 0 < weak < 1
-            assert strong == pytest.approx(1.0, abs=1e-3)
-        # By hand: the last expert alone, on the tokens that meet it, in the units that errors have.
-        routes = mixture.route(routed.x_nd, alive)
-        given = routed.output(routed.all_tokens, routes) * scale[:, None]
-        left = routed.target_nd - given
-        before = (left.square().sum(1) * routed.weight_n).sum()
-        for expert in mixture.with_shared(alive):
-            tokens, rows = mixture.gated_input(expert, routed.x_nd, routes)
-            root = routed.weight_n[tokens].sqrt()[:, None]
-            rows *= scale[tokens][:, None] * root
-            judged = leave_one_out_residuals(rows, left[tokens] * root, 3.0 * (1 + rows.shape[1] / len(tokens)))
-            left[tokens] = judged / root
-        after = (left.square().sum(1) * routed.weight_n).sum()
-        found = share_left_by_refit(routed, scale, unit, alive, None, 3.0)
-        assert found == pytest.approx(float(after / before), rel=1e-3)
-
-
-@pytest.mark.parametrize(("experts", "channels"), [(6, None), (6, 8)])
-def test_an_expert_with_few_tokens_keeps_its_weights(checkpoint_folder, experts, channels):
-    block = fitted(checkpoint_folder("qwen3_moe"), experts, channels, rows=token_rows(1, 7, seed=5))
-    changed = whole(block.changed["mlp.experts.down_proj"])
-    stay = channels_of(block, 20) if channels else {expert: list(range(20)) for expert in block.keep["experts"]}
-    with mixture_of(checkpoint_folder, "qwen3_moe") as (mixture, _):
-        for expert, units in stay.items():
-            assert len(units) == (channels or 20)
-            assert torch.equal(changed[expert][:, units], mixture.experts.down_proj[expert][:, units])

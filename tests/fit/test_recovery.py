@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from models import blocks_of, build, layers_of, narrowed, reading, relative, seen, token_rows, wide
 from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit import block_regression
-from secateur.fit import module as fit_module
 from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import refit
 from secateur.fit.method import Method
@@ -21,8 +20,6 @@ from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery, all_recoveries, recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
-from secateur.model.filled_module import FilledModule
-from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
@@ -172,44 +169,6 @@ def test_projections_of_a_latent_vector_are_not_refitted(checkpoint_folder):
     assert not found.changed.keys() & {slab.name for slab in attention.input_projections}
 
 
-@pytest.mark.parametrize("ridge", [0.0, RIDGE])
-@pytest.mark.parametrize("when", ["after", "before", "both"])
-@pytest.mark.parametrize(
-    ("name", "method"), [(name, method) for name in ("llama", "gpt2", "opt") for method in ("refit", "paper")]
-)
-def test_the_refit_of_an_unpruned_module_is_the_identity(checkpoint_folder, name, method, when, ridge):
-    """Both streams are equal, so the old weights are the solution with any ridge."""
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
-    plan = Plan({index: stream.blocks[index].width for index in range(3)}, 0.0, 0.0)
-    model = build(name)
-    rows = token_rows(40, 20, seed=9)
-    for block in refit(stream, plan, rows, method=Method(recovery=some_recovery(method, when=when, ridge=ridge))):
-        stored = dict(layers_of(model)[block.index].named_parameters())
-        assert block.keep["channels"] == tuple(range(stream.blocks[block.index].feed_forward.units))
-        assert block.changed
-        for tensor, value in block.changed.items():
-            assert relative(value, stored[tensor]) < 2e-3, tensor
-        assert all(report.relative < 1e-6 for report in block.reports)
-
-
-@pytest.mark.parametrize(("method", "when"), [("refit", "before"), ("paper", "after"), ("paper", "before")])
-def test_before_shows_the_criterion_refitted_weights(checkpoint_folder, monkeypatch, method, when):
-    """Only the paper's recovery refits before the choice of units; the refit always comes after it."""
-    shown, order = list[tuple[PrunableModule, dict[str, Tensor]]](), fit_module.removal_order
-
-    def spy(criterion: Any, stats: Any, *rest: Any) -> Tensor:
-        shown.append((stats.module, dict(stats.tensors)))
-        return order(criterion, stats, *rest)
-
-    monkeypatch.setattr(fit_module, "removal_order", spy)
-    run(checkpoint_folder("llama"), "llama", method=method, when=when, criterion="l1")
-    assert len(shown) == 6
-    for number, (module, tensors) in enumerate(shown[2:], start=2):
-        stored = layers_of(build("llama"))[number // 2]
-        for path in (module.output_projection.name, module.input_projections[0].name):
-            assert torch.equal(tensors[path], stored.get_parameter(path)) == ((method, when) != ("paper", "before"))
-
-
 def output_error(name: str, found: list[FittedBlock]) -> float:
     """Return the squared error of the last block's output on the calibration rows, over the dense output's energy."""
     outputs: list[Tensor] = []
@@ -249,21 +208,6 @@ def test_before_a_norm_each_output_takes_over_its_share_of_the_error(checkpoint_
     assert report.error == pytest.approx(float((fitted - wanted).square().sum(1).mean()), rel=1e-4)
     stream = seen(dense, 0, "", IDS)[1] * read
     assert report.relative == pytest.approx(report.error / float(stream.square().sum(1).mean()), rel=1e-4)
-
-
-def test_outputs_muted_by_a_norm_are_fitted_too(checkpoint_folder):
-    """Muted outputs still contribute to the divisor of the norm."""
-    model = build("gemma2")
-    layer = layers_of(model)[1]
-    module = blocks_of(model)[1].feed_forward
-    with torch.no_grad():
-        layer.get_submodule(module.post_norm).weight[:3] = -1
-    stream = BlockStream(open_checkpoint(checkpoint_folder("gemma2")))
-    norm = PostNorm(FilledModule(stream, 1, layer, module))
-    z = seen(model, 1, module.output_layer, IDS)[1]
-    assert torch.equal(norm.after(z)[:, :3], torch.zeros(len(z), 3))
-    assert relative(norm.unscale(norm.output(z)), z * norm.inverse_rms(z)) < 1e-6
-    assert norm.output(z)[:, :3].abs().min() > 0
 
 
 # Before a norm, as in Gemma 2 and OLMo 2, each output takes over its share of the error.

@@ -8,8 +8,7 @@ import torch
 from test_recovery import assert_equal_fits, least_squares, matrix, run
 
 from models import WORDS, blocks_of, build, layers_of, make_tokenizer, relative, seen, token_rows
-from outputs import error_of, record_of
-from secateur import prune
+from outputs import error_of
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.open_model import open_model
 from secateur.model.rows import Rows
@@ -110,22 +109,6 @@ def test_a_text_too_short_for_the_refit_rows_is_an_error(checkpoint_folder, tmp_
     write_text(tmp_path, 200)
     assert message in error_of(drawn, checkpoint_folder("llama"), **{"calibration": TEXT} | options)
     assert len(drawn(checkpoint_folder("llama"), calibration=TEXT, refit_samples=8).separate_refit) == 8
-
-
-@pytest.mark.parametrize("name", ["llama biased", "gpt2"])
-def test_prune_uses_both_sets_of_rows(checkpoint_folder, tmp_path, name):
-    settings: dict[str, Any] = {"samples": 4, "length": 16, "refit_samples": 64, "sparsity": 0.3, "effort": "normal"}
-    summary = prune(checkpoint_folder(name), tmp_path / "out", calibration=write_text(tmp_path, 3000), **settings)
-    assert summary.tokens == 62 * 16
-    calibration = record_of(tmp_path / "out")["calibration"]
-    openings = [] if " " in name else [0.01]
-    after = len(openings) + 1
-    # Rows to fit and their copy, two of them held out for the final-norm scale, and those that decide.
-    shapes = calibration["groups"]
-    assert [shapes[0], *shapes[after : after + 3]] == [[62, 16], [62, 16], [2, 16], [4, 16]]
-    assert calibration["resampled"] == [after]
-    assert calibration["weights"] == [1.0, *openings, 1.0, 0.0, 0.0, *[0.0 for _ in openings]]
-    assert calibration["choice_weights"] == [0.0, *[0.0 for _ in openings], 0.0, 0.0, 1.0, *openings]
 
 
 def test_held_out_rows_come_last(checkpoint_folder, tmp_path):

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from test_recovery import RIDGE, matrix, run
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import CheckpointFolder
 from models import SIZES, blocks_of, layers_of, relative, seen, token_rows
-from outputs import error_of
+from outputs import edited_weights, error_of
 from secateur.commands.prune import prune
 from secateur.model.surgery import kept_inputs
 
@@ -82,8 +81,6 @@ CASES: dict[str, tuple[Callable[[Tensors], None], Tensor]] = {
     "faint values": (_faint, IDS),
     "zero outputs": (_silent, IDS),
 }
-
-
 ONE = SIZES | {"num_attention_heads": 1, "intermediate_size": 1, "head_dim": 8}
 MORE_ROWS = {"one of each": lambda: AutoConfig.for_model("llama", **ONE)}
 
@@ -93,11 +90,9 @@ def spoiled(tmp_path: Path, checkpoint_folder: CheckpointFolder) -> Callable[[st
     """The tiny Llama, spoiled."""
 
     def folder(case: str) -> Path:
-        place = tmp_path / "model"
-        shutil.copytree(checkpoint_folder("llama"), place)
-        tensors = load_file(place / "model.safetensors")
-        CASES[case][0](tensors)
-        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        place = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+        with edited_weights(place) as tensors:
+            CASES[case][0](tensors)
         return place
 
     return folder

@@ -13,7 +13,6 @@ from models import SIMILAR, SIZES, build, logits_of, masked, relative, save, sel
 from outputs import assert_error, error_of
 from secateur import prune
 from secateur.base.quiet import quiet
-from secateur.families.entry import Experts, Gguf
 from secateur.families.registry import FAMILIES
 from secateur.formats.family_file import read_family, unfit_fields
 from secateur.model.per_layer import model_class
@@ -52,14 +51,6 @@ def test_pruned_from_a_file(tmp_path, family, widths):
         auto = AutoModelForCausalLM if widths == "uniform" else model_class(config)
         found = auto.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert relative(logits_of(found, ids), wanted) < 1e-5
-
-
-def test_parts_are_mappings(family):
-    parts = "experts: {router: router, groups: [n_group, topk_group]}\ngguf: {architectures: [llama]}\n"
-    family.write_text(BIOGPT + parts)
-    found = FAMILIES[read_family(family)]
-    assert found.experts == Experts(router="router", groups=("n_group", "topk_group"))
-    assert found.gguf == Gguf(("llama",))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import (
     _EXPERTS,
@@ -30,6 +30,7 @@ from models import (
     build,
     dense,
     layers_of,
+    load_written,
     logits_of,
     masked,
     narrowed,
@@ -52,8 +53,7 @@ from secateur.formats.stock_folder import StockFolder
 from secateur.measure.evaluation import evaluate
 from secateur.model.axes import Width
 from secateur.model.layer_sizes import IN_MEMORY
-from secateur.model.modeling_secateur import resize
-from secateur.model.per_layer import is_per_layer, model_class, widths_of
+from secateur.model.per_layer import is_per_layer, widths_of
 from secateur.model.structure import Block
 from secateur.model.surgery import assign, first_units
 from secateur.plan.problem import Plan
@@ -138,16 +138,6 @@ class Written:
         self.folder, self.source = folder, source
         self.bytes = write_pruned(source, folder, self.keeps, self.changed, "hf")
 
-    def load(self, **how: Any) -> tuple[Any, dict[str, Any]]:
-        """The model through the classes of this library, and what was missing."""
-        with quiet():
-            config = open_checkpoint(self.folder).config
-            if getattr(config, "attn_logit_softcapping", None):
-                # Before transformers 5.22 its own choice leaves caps of attention out.
-                how = {"attn_implementation": "eager"} | how
-            model, info = model_class(config).from_pretrained(self.folder, output_loading_info=True, **how)
-        return model.eval(), info
-
 
 def without_bias(block: Block) -> list[Any]:
     """Modules that may get an intercept; behind a norm there is none."""
@@ -198,8 +188,7 @@ def test_what_is_written_is_what_was_meant(written, name, case, intercept):
     expected = silenced_logits(name, made, ids)
     assert relative(expected, logits_of(dense(name), ids)) > 100 * TOLERANCE
     assert relative(logits_of(narrowed(dense(name), made.keeps, made.changed), ids), expected) < TOLERANCE
-    model, info = made.load()
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model = load_written(made.folder)
     assert relative(logits_of(model, ids), expected) < TOLERANCE
     with torch.no_grad():
         seen = model(ids[:, :FIRST], use_cache=True)
@@ -337,7 +326,7 @@ def test_evaluate_runs_no_code_of_the_folder(written, tmp_path):
 def test_generation(written, name, case):
     """Lengths and masks come from the cache also where the first block with an attention has no heads left, and where a
     row is padded."""
-    model, _ = written(name, case).load()
+    model = load_written(written(name, case).folder)
     ids, mask = token_rows(2, 8), torch.ones(2, 8, dtype=torch.long)
     how = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 2}
 
@@ -354,27 +343,15 @@ def test_generation(written, name, case):
         check({"cache_implementation": "static", "disable_compile": True})
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma3_text"])
-def test_attention_implementations(written, name):
-    made, ids = written(name, "gone"), token_rows(2, 20)
-    model, _ = made.load(attn_implementation="eager")
-    for implementation in ("eager", "sdpa"):
-        # Every layer follows, the ones with a config of their own too.
-        model.set_attn_implementation(implementation)
-        assert relative(logits_of(model, ids), silenced_logits(name, made, ids)) < TOLERANCE
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt after"])
 def test_saved_and_loaded_again(written, tmp_path, name):
     made, ids = written(name, "gone", name == "llama"), token_rows(2, 20)
-    model, _ = made.load()
+    model = load_written(made.folder)
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / MODELING_FILE.name).read_bytes() == MODELING_FILE.read_bytes()
     stored = json.loads((tmp_path / "again" / "config.json").read_text())
     assert stored["auto_map"] == json.loads((made.folder / "config.json").read_text())["auto_map"]
-    with quiet():
-        config = open_checkpoint(tmp_path / "again").config
-        again = model_class(config).from_pretrained(tmp_path / "again", device_map="cpu").eval()
+    again = load_written(tmp_path / "again", device_map="cpu")
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
     assert torch.equal(logits_of(copy.deepcopy(again), ids), logits_of(model, ids))
 
@@ -398,33 +375,10 @@ def test_dense_blocks_that_differ(tmp_path, monkeypatch, name):
     (tmp_path / "plan.json").write_text(json.dumps({"blocks": blocks}))
     how = {"calibration": "random", "samples": 4, "length": 8, "effort": "quick", "format": "hf"}
     prune(save(name, tmp_path / "dense"), tmp_path / "out", plan=tmp_path / "plan.json", **how)
-    with quiet():
-        config = open_checkpoint(tmp_path / "out").config
-        model, info = model_class(config).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    before, after = blocks_of(build(name)), [layer.state_dict() for layer in layers_of(model)]
+    before, after = blocks_of(build(name)), [layer.state_dict() for layer in layers_of(load_written(tmp_path / "out"))]
     for index, (block, tensors) in enumerate(zip(before, after, strict=True)):
         width = block.width | counts.get(index, {})
         assert parameters_in(tensors, [block]) == block.parameters_at(width)
-
-
-def test_experts_in_a_list_of_their_own():
-    """transformers 4 holds experts so; config.json states its names too."""
-    mlp = nn.Module()
-    mlp.gate = nn.Linear(48, 8, bias=False)
-    mlp.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(48, 20)}) for _ in range(8))
-    mlp.num_experts, layer = 8, nn.ModuleDict({"mlp": mlp})
-    shapes = {
-        "mlp.gate.weight": [{"n": 1}, None],
-        "mlp.experts.up": [{"n": 1}, {"f": 2}, None],
-        "mlp.experts.*.up.weight": [{"n": 1}, {"f": 1}, None],
-        "mlp.experts.*.up.bias": [{"n": 1}, {"f": 1}],
-    }
-    sizes = {"shapes": shapes, "attributes": {"num_experts": {"n": 1}}, "attentions": {}, "feed_forwards": {}}
-    resize(layer, sizes, {"n": 5, "f": 16}, None)
-    assert (mlp.num_experts, len(mlp.experts), mlp.gate.out_features) == (5, 5, 5)
-    assert {tuple(one["up"].weight.shape) for one in mlp.experts} == {(16, 48)}
-    assert {(one["up"].out_features, *one["up"].bias.shape) for one in mlp.experts} == {(16, 16)}
 
 
 def test_the_modeling_file_names_no_family_and_no_layer():

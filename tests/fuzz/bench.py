@@ -28,8 +28,6 @@ TEXT = " ".join(f"w{i * 37 % 116}" for i in range(600))
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY = AutoConfig.for_model("llama", **SIZES | NARROW | {"intermediate_size": 24})
 """Config of the smallest model, which most inputs are made from."""
-
-
 EXTEND = Path(__file__).parents[2] / "docs" / "extend.md"
 BIOGPT = yaml.safe_load(EXTEND.read_text().partition('title="biogpt.yaml"\n')[2].partition("```")[0])
 """Contents of the family file in docs/extend.md."""

@@ -10,8 +10,7 @@ from unittest.mock import patch
 
 import pytest
 from bench import BIOGPT, NEVER, SMALL, Bench
-from mutate import spelled
-from recipes import RECIPES
+from mutate import RECIPES, spelled
 
 from outputs import assert_error, weights_of
 from secateur import calibration_rows, open_checkpoint, prune
@@ -38,15 +37,13 @@ def test_invalid_recipes_are_refused(tmp_path, number):
     assert_error(r"recipe\.yaml", read_recipe, str(tmp_path / "recipe.yaml"))
 
 
+DENSE = {"head_counts": "dense", "theta_key": None}
 ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "two layers in one": ({"gate": "fc1"}, "fc1.weight, which stands for two layers"),
     "the block itself": ({"gate": ""}, "which is no tensor of a block"),
     "no such key": ({"stock": {"head_counts": "dense"}}, "no rope_parameters, so stock.theta_key must be null"),
     "a key of others": ({"ungrouped": False}, "no num_key_value_heads, so ungrouped must be true"),
-    "another key of the width": (
-        {"stock": {"head_counts": "dense", "theta_key": None, "channels_key": "inner"}},
-        r"fc1.weight is .36, 48., but config.json makes it .72, 48. .and 8 more.",
-    ),
+    "another key of the width": ({"stock": DENSE | {"channels_key": "inner"}}, r"fc1.weight is .36, 48., but config.j"),
 }
 
 
@@ -83,24 +80,12 @@ EDITS: list[tuple[str, str, dict[str, Any], Callable[[Path], Any], str]] = [
     ("tiny", CONFIG, {"attention_dropout": -0.1}, prune_it, "attention_dropout is -0.1, not a number between"),
     ("tiny", CONFIG, {"num_attention_heads": -4}, prune_it, "num_attention_heads is -4, not a whole number"),
     ("tiny", CONFIG, {"rope_parameters": ROPE | {"rope_theta": "auto"}}, prune_it, "cannot make a model of config.j"),
-    (
-        "phi3",
-        CONFIG,
-        {"rope_parameters": ROPE | {"partial_rotary_factor": 7}},
-        prune_it,
-        r"config.json \(RuntimeError: The size of tensor",
-    ),
+    ("phi3", CONFIG, {"rope_parameters": ROPE | {"partial_rotary_factor": 7}}, prune_it, "Error: The size of tensor"),
     ("qwen3_moe", CONFIG, {"num_local_experts": float("-inf")}, open_checkpoint, "num_experts is -inf, not a whole"),
     ("tiny", GENERATION, {"pad_token_id": [-1]}, open_checkpoint, r"generation_config.json: transformers rejects it"),
     ("shards", INDEX, {"weight_map": {"a": "é" * 200}}, open_checkpoint, "is missing from the folder"),
     ("tiny", "tokenizer.json", {"post_processor": TEMPLATE}, encode, "tokenizer"),
-    (
-        "adaptive",
-        CONFIG,
-        {"architectures": ["SecateurLlamaForCausal"]},
-        export_it,
-        "names the class SecateurLlamaForCausal, which does not exist",
-    ),
+    ("adaptive", CONFIG, {"architectures": ["SecateurLlama"]}, export_it, "class SecateurLlama, which does not exist"),
     ("uniform", CONFIG, {"vocab_size": 127}, export_it, r"is \[128, 16\], but config.json makes it \[127, 16\]"),
 ]
 
@@ -135,17 +120,6 @@ def test_headers_that_the_library_refuses(tmp_path, bench, case):
     text = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + rest)
     assert_error("header broken", open_checkpoint, file.parent)
-
-
-@pytest.mark.parametrize(
-    "keys", [{"left_after_refit": float("nan")}, {"kind": ["heads"]}, {"errors": [True]}, {"energy": "1"}]
-)
-def test_invalid_surveys_are_refused(tmp_path, bench, keys):
-    file, raw = tmp_path / "survey.json", json.loads(bench.survey.read_text())
-    raw["curves"][0] |= keys
-    file.write_text(json.dumps(raw))
-    said = r"survey.json: not a survey by secateur"
-    assert_error(said, prune, bench.tiny, tmp_path / "out", **SMALL, survey=file)
 
 
 def test_a_damaged_shard_of_a_stopped_run_is_written_again(tmp_path, bench):

@@ -116,25 +116,6 @@ def test_generation_settings_of_the_checkpoint_are_not_used():
     assert model.training
 
 
-def test_a_failure_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch):
-    def fail(*_: Any, **__: Any) -> None:
-        raise ValueError("this class cannot generate\nmore")
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", fail)
-    folder = saved(model_of_next_tokens(COUNTING), tmp_path / "model")
-    message = error_of(evaluate, folder, against=folder, texts=[], answers=True)
-    assert message == "model: the answers failed (this class cannot generate); --no-answers leaves them out"
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_earlier_tokens_are_not_read_again(use_cache):
-    model = model_of_next_tokens(SAYING, use_cache=use_cache)
-    lengths: list[int] = []
-    model.register_forward_pre_hook(lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True)
-    greedy_tokens(model, [[5, 6, 7]], ends=[EOS], new_tokens=4)
-    assert lengths == [3, 1, 1, 1]
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_an_error(value):
     model = model_of_next_tokens(COUNTING)
@@ -153,19 +134,6 @@ def test_a_model_agrees_with_itself(tmp_path):
     assert (figures["agreement"].values, figures["agreement"].ratio) == ([1.0, 1.0], 1.0)
     assert (figures["answers that loop"].values, figures["answers that loop"].ratio) == ([0.0, 0.0], None)
     assert json.loads(json.dumps(result.as_dict()))["models"][0]["answers"]["agreement"] == 1.0
-
-
-def test_the_second_model_writes_the_answers(tmp_path):
-    """A model that says one word agrees with none of the counted tokens but that one."""
-    ways = {"said": SAYING, "counted": COUNTING}
-    folders = [saved(model_of_next_tokens(following), tmp_path / name) for name, following in ways.items()]
-    result = evaluate(folders[0], against=folders[1], texts=[], answers=True)
-    assert [model.name for model in result.models] == folders
-    said, counted = (model.answers for model in result.models)
-    assert (said.loops, counted.loops) == (1.0, 0.0)
-    assert (said.tokens, said.agreement) == (40 * ANSWER_TOKENS, pytest.approx(1 / ANSWER_TOKENS, rel=0.1))
-    (alone,) = evaluate(folders[0], texts=[], answers=True).models
-    assert (alone.answers.loops, alone.answers.agreement) == (1.0, None)
 
 
 def noted(*folders: str, **how: Any) -> tuple[Any, list[str]]:
@@ -196,15 +164,6 @@ def test_models_with_different_tokenizers_have_no_agreement(tmp_path):
     assert lines == ["Agreement is not measured: the two models' tokenizers differ"]
     assert [model.answers.loops for model in result.models] == [0.0, 1.0]
     assert "agreement" not in {figure.label for figure in result.figures()}
-
-
-def test_long_answers_are_announced(monkeypatch):
-    """The time is estimated from the steps after the first one, which reads the prompts."""
-    ticks = iter([100.0, 106.0])
-    monkeypatch.setattr(answers, "perf_counter", lambda: next(ticks))
-    notes = Notes()
-    greedy_answers(model_of_next_tokens(SAYING), [[5]] * (answers.BATCH + 1), [EOS], watcher=notes, what="big answers")
-    assert notes.said == ["big answers: up to 6 min for 192 steps; --no-answers leaves them out"]
 
 
 def test_a_chat_template_is_used():

@@ -1,27 +1,25 @@
-"""Answers' likelihoods against a plain computation, and tasks on local files through lm-eval."""
+"""Answers' likelihoods against a plain computation, tasks on local files through lm-eval, and the quiz."""
 
 import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import refused
+from command_line import SMALL, refused
+from torch import nn
 
-from models import BOS, POSITIONS, ROWS, blocks_of, build, make_tokenizer, wide
+from models import BOS, POSITIONS, ROWS, build, make_letters, make_tokenizer
 from outputs import error_of
-from secateur.base.progress import Silent
-from secateur.base.quiet import quiet
-from secateur.formats.per_layer import per_layer_config
 from secateur.measure import Accuracy, accuracy_ratio, open_tasks, subject, tasks, zero_shot
 from secateur.measure.evaluation import evaluate
+from secateur.measure.quiz import answer_quiz, questions
 from secateur.measure.zero_shot import AccuracyRatio
-from secateur.model.modeling_secateur import SecateurLlamaForCausalLM
+from secateur.model.tokens import encode
 from secateur.report.eval_table import eval_table
 
 PAIRS = [
@@ -113,43 +111,6 @@ def test_likelihoods_are_those_of_a_plain_computation(name, bos, logits, items, 
     assert close([one for item in found for one in item], expected)
 
 
-def test_a_greedy_answer_is_known():
-    model, question = build("llama"), PAIRS[0][0]
-    with torch.no_grad():
-        after = int(model(torch.tensor([ids_of(question, "", False)[0]])).logits[0, -1].argmax())
-    answer = f" w{after - 4}"
-    ((own, longer),) = likelihoods(model, make_tokenizer(), [(question, answer), (question, answer + " w1")])
-    assert own[1]
-    assert longer[0] < own[0]
-
-
-def test_a_model_with_layers_of_different_widths_is_scored():
-    config = build("llama").config
-    stored = per_layer_config(
-        config.to_dict(),
-        config,
-        widths={1: wide(3, 2, 40), 2: wide(1, 2, 72)},
-        blocks=blocks_of(build("llama")),
-        stored_names=lambda *_: (),
-        biases={},
-        head_dim=8,
-        dtype=torch.float32,
-    )
-    with quiet():
-        model = SecateurLlamaForCausalLM(type(config).from_dict(stored)).eval()
-    (found,) = likelihoods(model, make_tokenizer(), PAIRS)
-    assert close(found, [plain(model, *ids_of(*pair, False)) for pair in PAIRS])
-
-
-def test_likelihoods_of_bfloat16_are_not_rounded_to_it():
-    model = build("llama").to(torch.bfloat16)
-    (found,) = likelihoods(model, make_tokenizer(), PAIRS)
-    expected = [plain(build("llama"), *ids_of(*pair, False))[0] for pair in PAIRS]
-    logs = torch.tensor([log for log, _ in found])
-    assert logs.tolist() == pytest.approx(expected, rel=0.05)
-    assert not torch.equal(logs, logs.bfloat16().float())
-
-
 def test_a_question_too_long_loses_its_beginning():
     model = build("llama")
     words = [f"w{i % 100}" for i in range(POSITIONS + 10)]
@@ -160,27 +121,6 @@ def test_a_question_too_long_loses_its_beginning():
     assert math.isfinite(longest[0])
     message = error_of(likelihoods, model, make_tokenizer(), [("w1", whole + " w1")])
     assert f"have 1 and {POSITIONS + 1} tokens, but only 1 to {POSITIONS} are" in message
-
-
-def test_model_and_tokenizer_are_not_changed_and_progress_ends(capfd):
-    model, tokenizer, seen = build("llama").train(), make_tokenizer(), []
-    model.config.tie_word_embeddings = True
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-
-    class Watcher(Silent):
-        def track(self, items: Iterable[Any], what: str, done: int = 0) -> Iterator[Any]:
-            for item in items:
-                seen.append(what)
-                print("a bar", file=sys.stderr)
-                yield item
-
-    likelihoods(model, tokenizer, *[PAIRS] * 65, watcher=Watcher(), what="Scoring")
-    assert seen == ["Scoring these"] * 2
-    assert capfd.readouterr() == ("", "a bar\n" * 2)
-    assert model.training
-    assert tokenizer.pad_token is None
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert zero_shot(model, None, []) == []
 
 
 def test_bad_models_and_texts_are_named():
@@ -329,3 +269,44 @@ def test_the_command_writes_tasks_and_refuses_typos_in_one_line(checkpoint_folde
     monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("a model was loaded"))
     refused(run(*command, "--tasks", "mine,gone"), "task gone cannot be loaded: ")
     refused(run(*command, "--tasks", "mine", "--limit", "-1"), "Invalid value for '--limit'")
+
+
+class Knowing(nn.Module):
+    """Model that expects the right answers of the questions at even places, and wrong answers of the others."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer: Any):
+        super().__init__()
+        self.rows = [
+            encode(tokenizer, f"{text} {answers[0 if place % 2 == 0 else 3]}", special=True)
+            for place, (text, answers) in enumerate(questions())
+        ]
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        """Return logits that are high for the next token of the expected row."""
+        logits = torch.zeros(*input_ids.shape, 128)
+        row = next(row for row in self.rows if row in (ids[: len(row)] for ids in input_ids.tolist()))
+        for place, token in enumerate(row[1:]):
+            logits[:, place, token] += 3.0
+        return type("Output", (), {"logits": logits})
+
+
+def test_the_likeliest_answer_counts():
+    tokenizer = make_letters()
+    result = answer_quiz(Knowing(tokenizer), tokenizer)
+    assert (result.name, result.items) == ("quiz", 100)
+    # In a few questions a wrong answer begins like the expected one and is shorter.
+    assert sum(result.acc.outcomes[0::2]) >= 45
+    assert sum(result.acc.outcomes[1::2]) <= 5
+
+
+def test_eval_prints_both_accuracies(place, run):
+    make_letters().save_pretrained(place / "model")
+    (place / "text.txt").write_text("the sea takes the steps " * 60)
+    assert run("prune", "model", "out", *SMALL).code == 0
+    result = run("eval", "out", "--against", "model", "--quiz", "--no-answers")
+    assert result.code == 0, result.err
+    (row,) = [line for line in result.out.splitlines() if "quiz acc" in line]
+    assert row.count("±") == 2
+    assert "Zero-shot: quiz 100 items; ± one standard error" in result.out

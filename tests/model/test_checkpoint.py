@@ -2,9 +2,7 @@
 
 import json
 import re
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +13,11 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
 
-from models import EOS, make_tokenizer
-from outputs import error_of
+from outputs import edit_json, edited_weights, error_of
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_export import export
-from secateur.model import gguf_source, hub_source, weights
+from secateur.model import gguf_source, hub_source
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 
 TINY = {
@@ -48,11 +44,6 @@ def save(folder: Path, model_type: str = "llama", *, shard: str = "1GB", **keys)
     with quiet():
         model.save_pretrained(folder, max_shard_size=shard)
     return {name: value.detach() for name, value in model.named_parameters()}
-
-
-def edit(folder: Path, **keys) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
 
 
 def meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
@@ -100,22 +91,6 @@ def test_opening_reads_headers_only(folder, monkeypatch):
     assert torch.equal(tensor, before)
 
 
-def test_every_dtype_reads_back(tmp_path):
-    tensors = {
-        str(dtype): torch.arange(6).view(2, 3).to(dtype)
-        for dtype in weights.DTYPES.values()
-        if dtype not in (torch.uint16, torch.uint32, torch.uint64)
-    }
-    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 3)}
-    save_file(tensors, tmp_path / WEIGHTS)
-    infos = weights.list_tensors(tmp_path)
-    for name, value in tensors.items():
-        read = weights.read_tensor(infos[name])
-        assert read.dtype == value.dtype
-        assert read.shape == value.shape
-        assert torch.equal(read.double(), value.double())
-
-
 def test_a_file_that_became_shorter_is_an_error(folder):
     checkpoint = open_checkpoint(folder)
     file = folder / WEIGHTS
@@ -160,18 +135,6 @@ def test_tied_weights_may_be_missing_and_unknown_tensors_are_ignored(tmp_path):
     assert checkpoint.tensors.keys() == stored.keys()
 
 
-def test_tokenizers_are_opened_and_listed_or_refused(folder):
-    checkpoint = open_checkpoint(folder)
-    assert "no tokenizer files; copy" in error_of(checkpoint.tokenizer)
-    (folder / "tokenizer.json").write_text("{")
-    assert "the tokenizer does not load" in error_of(checkpoint.tokenizer)
-    make_tokenizer(template="{{ messages }}").save_pretrained(folder)
-    (folder / "notes.txt").write_text("not for copying")
-    assert checkpoint.tokenizer().eos_token_id == EOS
-    wanted = {"chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {file.name for file in checkpoint.files} == wanted
-
-
 def renamed(before: str, after: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / before).rename(folder / after)
 
@@ -200,7 +163,7 @@ def index(contents: Any) -> Callable[[Path], Any]:
 
 
 def config(**values: Any) -> Callable[[Path], Any]:
-    return lambda folder: edit(folder, **values)
+    return lambda folder: edit_json(folder / "config.json", **values)
 
 
 def config_is(text: str) -> Callable[[Path], Any]:
@@ -208,8 +171,8 @@ def config_is(text: str) -> Callable[[Path], Any]:
 
 
 def eight_bit(folder: Path) -> None:
-    stored = load_file(folder / WEIGHTS)
-    save_file({name: value.to(torch.float8_e4m3fn) for name, value in stored.items()}, folder / WEIGHTS)
+    with edited_weights(folder) as stored:
+        stored |= {name: value.to(torch.float8_e4m3fn) for name, value in stored.items()}
 
 
 def shards(**places: str) -> dict[str, Any]:
@@ -218,10 +181,7 @@ def shards(**places: str) -> dict[str, Any]:
 
 CODE = {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "only pickled weights": (
-        renamed(WEIGHTS, "pytorch_model.bin"),
-        "only pickled weights .* use a revision with safe",
-    ),
+    "only pickled weights": (renamed(WEIGHTS, "pytorch_model.bin"), "only pickled weights .* use a revision with safe"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no weights; model.safetensors or"),
     "other safetensors": (renamed(WEIGHTS, "x.safetensors"), "neither model.safetensors nor"),
     "missing shards": (index(shards(a="a", b="b", c="c")), "shards missing: b.safetensors, c.safetensors; download"),
@@ -249,10 +209,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no language model": (config_is('{"model_type": "vit"}'), "vit has no causal language model class"),
     "unknown model_type": (config(model_type="llamma"), "does not know model_type 'llamma'; upgrade"),
     "config refused": (config(num_attention_heads=5), "transformers rejects it .*not a multiple of the number"),
-    "own code": (
-        config(model_type="mine", auto_map=CODE),
-        r"with the checkpoint \(auto_map\).*trust_remote_code",
-    ),
+    "own code": (config(model_type="mine", auto_map=CODE), r"the checkpoint \(auto_map\).*trust_remote_code"),
     "gptq": (config(quantization_config={"quant_method": "gptq"}), r"quantised weights \(gptq\).*use an unquantised"),
     "bitsandbytes": (config(quantization_config={"load_in_8bit": True}), r"quantised weights \(unknown\)"),
     "compressed": (
@@ -273,7 +230,7 @@ def test_broken_folders_are_refused_in_one_line(folder, case):
 
 
 def test_code_of_the_checkpoint_is_not_run_where_transformers_knows_the_model(folder):
-    edit(folder, auto_map=CODE)
+    edit_json(folder / "config.json", auto_map=CODE)
     for trust in (False, True):
         checkpoint = open_checkpoint(folder, trust_remote_code=trust)
         assert type(checkpoint.config).__name__ == "LlamaConfig"
@@ -362,23 +319,6 @@ def test_the_cache_is_used_when_the_hub_is_out_of_reach(hub, tmp_path):
     assert "not in the cache" in error_of(open_checkpoint, "owner/name")
 
 
-def test_the_hub_is_probed_with_a_short_timeout(monkeypatch):
-    asked = []
-
-    def head(url, *, timeout):
-        asked.append((url, timeout))
-        raise ConnectionError
-
-    monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=head))
-    assert hub_source.out_of_reach() == f"{hub_source.constants.ENDPOINT} does not answer"
-    assert asked == [(hub_source.constants.ENDPOINT, 3.0)]
-    monkeypatch.setattr(hub_source, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
-    assert hub_source.out_of_reach() is None
-    monkeypatch.setattr(hub_source, "is_offline_mode", lambda: True)
-    assert hub_source.out_of_reach() == "HF_HUB_OFFLINE is set"
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -410,19 +350,6 @@ def test_a_gguf_file_is_dequantised_once(gguf_file, cache, letters_folder, monke
         open_checkpoint(gguf_file, dtype=torch.float32)
 
 
-def test_gguf_converted_by_another_process_meanwhile(gguf_file, cache, monkeypatch):
-    start = gguf_file.read_bytes()[: 2**20]
-    final = cache / f"tiny-{gguf_source._key(gguf_file, start, torch.bfloat16)}"
-
-    def convert(file, reader, folder, dtype):
-        save(folder)
-        save(final)
-
-    monkeypatch.setattr(gguf_source, "_convert", convert)
-    assert open_checkpoint(gguf_file).path == final
-    assert list(cache.iterdir()) == [final]
-
-
 def test_gguf_conversion_that_fails_leaves_nothing(gguf_file, cache, monkeypatch):
     def convert(file, reader, folder, dtype):
         (folder / WEIGHTS).write_bytes(b"some")
@@ -450,28 +377,6 @@ def test_broken_gguf_files_are_refused(gguf_file, cache):
     assert not cache.exists() or list(cache.iterdir()) == []
 
 
-def test_quiet_restores_what_was_set():
-    logging.set_verbosity_info()
-    logging.enable_progress_bar()
-    try:
-        with suppress(KeyError), quiet():
-            assert logging.get_verbosity() == logging.ERROR
-            assert not logging.is_progress_bar_enabled()
-            with warnings.catch_warnings(record=True) as seen:
-                warnings.warn("unheard", stacklevel=1)
-            assert seen == []
-            raise KeyError
-        assert logging.get_verbosity() == logging.INFO
-        assert logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        with quiet():
-            pass
-        assert not logging.is_progress_bar_enabled()
-    finally:
-        logging.set_verbosity_warning()
-        logging.enable_progress_bar()
-
-
 @pytest.mark.parametrize("kind", ["named", "blocks"])
 def test_multi_token_prediction_heads_are_left_out(folder, kind):
     """Multi-token prediction heads are not read, under names of their own or as extra blocks (DeepSeek)."""
@@ -481,7 +386,7 @@ def test_multi_token_prediction_heads_are_left_out(folder, kind):
     more = {name.replace("model.layers.0", place): value.clone() for name, value in tensors.items() if ".0." in name}
     assert more
     save_file(tensors | more | {f"{place}.eh_proj.weight": torch.ones(2)}, folder / WEIGHTS)
-    edit(folder, num_nextn_predict_layers=1)
+    edit_json(folder / "config.json", num_nextn_predict_layers=1)
     found = open_checkpoint(folder)
     assert found.tensors.keys() == plain.tensors.keys()
     assert set(found.left_out) == {*more, f"{place}.eh_proj.weight"}

@@ -1,9 +1,7 @@
 """Streamed moments against float64 sums over all rows at once, for any split into batches."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Barrier
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.base.processes import Processes
 from secateur.numerics import moments, panels
 from secateur.numerics.moments import Moments
 
@@ -121,16 +118,6 @@ def test_a_large_mean_does_not_cancel():
     assert found.energy() == pytest.approx(float((t.double() - t.double().mean(0)).square().sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", [0, 1], ids=["inputs", "targets"])
-def test_nan_and_infinity_are_found(value, where):
-    rows = [torch.ones(3, 2), torch.ones(3, 2)]
-    rows[where][1, 1] = value
-    found = Moments(2, 2)
-    found.update(*rows)
-    assert not found.finite()
-
-
 @pytest.mark.parametrize("centre", [False, True])
 def test_token_weights_equal_repeated_rows(centre):
     torch.manual_seed(0)
@@ -143,52 +130,3 @@ def test_token_weights_equal_repeated_rows(centre):
         one, two = (getattr(sums, name) for sums in (weighted, repeated))
         one, two = (one(), two()) if callable(one) else (one, two)
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(two), atol=1e-5, rtol=0, check_dtype=False)
-
-
-class Crew(Processes):
-    """Processes replaced by threads: each thread has a rank."""
-
-    def __init__(self, rank: int, shared: list[Tensor | None], barrier: Barrier):
-        super().__init__(rank, len(shared))
-        self._shared, self._barrier = shared, barrier
-
-    def all_reduce(self, *tensors: Tensor) -> None:
-        for tensor in tensors:
-            self._shared[self.rank] = tensor.clone()
-            self._barrier.wait(10)
-            tensor.copy_(sum(one for one in self._shared if one is not None))
-            self._barrier.wait(10)
-
-    def reduce(self, owner: int, *tensors: Tensor) -> None:
-        before = [tensor.clone() for tensor in tensors]
-        self.all_reduce(*tensors)
-        for tensor, own in zip(tensors, before, strict=True):
-            if self.rank != owner:
-                tensor.copy_(own)
-
-
-@given(case=cases(), size=st.integers(2, 4), centre=st.booleans(), mean=st.sampled_from([0.0, 1000.0]))
-@settings(max_examples=50, deadline=None)
-def test_moments_of_several_processes_equal_those_of_one(case, size, centre, mean):
-    """Each process has another first batch, and some may have no rows."""
-    case.x, case.t = case.x / case.x.abs().amax(0) + mean, case.t + mean
-    crew = [Crew(rank, shared, barrier) for shared, barrier in [([None] * size, Barrier(size))] for rank in range(size)]
-    parts = [Moments(case.x.shape[1], case.t.shape[1], centre=centre) for _ in crew]
-    for number, (x, t, weight) in enumerate(case.batches()):
-        parts[number % size].update(x, t, weight)
-    owner = size - 1
-    with ThreadPoolExecutor(size) as threads:
-        list(threads.map(lambda part, one: part.reduce(one, owner), parts, crew))
-    found, wanted = parts[owner], streamed(case, centre=centre)
-    wanted.reduce(Processes(), 0)
-    assert found.count == wanted.count
-    assert torch.equal(found.gram(), wanted.gram())
-    assert torch.equal(found.cross(), wanted.cross())
-    assert found.energy() == wanted.energy()
-    assert torch.equal(found.mean_square_a(), wanted.mean_square_a())
-    for part in parts:
-        # All ranks know means and counts; only the owner has the matrices.
-        assert torch.equal(part.mean_a, wanted.mean_a)
-        assert torch.equal(part.mean_o, wanted.mean_o)
-        assert part is found or part.gram().numel() == 0
-        assert part.finite()

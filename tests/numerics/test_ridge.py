@@ -10,13 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.fit.output_projection import fit_output_projection
-from secateur.numerics import elimination, ridge
 from secateur.numerics.elimination import eliminate
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import (
     NormalEquations,
     factorise,
-    factorise_each,
     least_squares,
     normal_equations,
     squared_error,
@@ -137,34 +135,6 @@ def test_an_output_projection_fit_is_least_squares(case, ridge, intercept, kept)
     assert error == pytest.approx(seen.error(ridge, keep), rel=1e-3, abs=1e-5 * seen.energy)
 
 
-@pytest.mark.parametrize("ridge", [0.0, 0.3])
-@pytest.mark.parametrize("old_as_target", [False, True])
-def test_normal_equations_may_overwrite_the_gram_matrix(ridge, old_as_target):
-    case = layer(12, 40, 6, 3)
-    gram, cross = case.gram.float(), None if old_as_target else (case.x.T @ case.t).float()
-    copied, overwritten = (
-        normal_equations(gram.clone(), cross, case.energy, case.old.float(), ridge, overwrite=overwrite)
-        for overwrite in (False, True)
-    )
-    assert torch.equal(copied.matrix_aa, overwritten.matrix_aa)
-    assert torch.equal(copied.right_ao, overwritten.right_ao)
-    assert copied.energy == overwritten.energy
-
-
-@pytest.mark.parametrize("ridge", RIDGES)
-def test_the_old_output_as_target_equals_its_cross_moment(ridge):
-    case = layer(2, 50, 8, 4)
-    case.t = case.x @ case.old
-    old_as_target, with_cross = case.normal(ridge, old_as_target=True), case.normal(ridge)
-    assert old_as_target.energy == pytest.approx(with_cross.energy, rel=1e-5)
-    assert_near(old_as_target.cross_ao, with_cross.cross_ao, 1e-5)
-    assert_near(old_as_target.right_ao, with_cross.right_ao, 1e-5)
-    weight, error = least_squares(old_as_target, torch.arange(8))
-    assert_near(weight, case.old, 1e-4)
-    assert abs(error) < 1e-5 * case.energy
-    assert torch.equal(eliminate(old_as_target, 1).order, eliminate(with_cross, 1).order)
-
-
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("ridge", RIDGES)
 def test_inputs_that_are_always_zero_keep_their_weights_and_are_removed_first(ridge, size):
@@ -269,17 +239,6 @@ def test_every_step_removes_the_cheapest_unit_of_each_group(seed, size, groups, 
         left = [unit for unit in left if unit not in removed]
 
 
-@given(data=st.data(), seed=st.integers(0, 2**31), size=st.integers(1, 3), groups=st.sampled_from((1, 3)))
-@settings(max_examples=40, deadline=None)
-def test_a_given_order_is_followed(data, seed, size, groups):
-    units = data.draw(st.integers(2, 4)) * groups
-    case = layer(seed, units * size + 25, units * size, 4)
-    order = torch.tensor(data.draw(st.permutations(range(units)))[: units - groups])
-    found = eliminate(case.normal(0.3), size, groups=groups, order=order)
-    assert torch.equal(found.order, order)
-    check(case, 0.3, found, size)
-
-
 @pytest.mark.parametrize(("units", "size"), [(64, 1), (100, 1), (160, 1), (70, 2)])
 @pytest.mark.parametrize("given_order", [False, True])
 def test_several_units_a_step_cost_what_single_removals_cost(units, size, given_order):
@@ -313,20 +272,6 @@ def test_weights_at_a_width_equal_a_refit(seed, size, ridge, old_as_target):
         assert float(found.errors[removed]) == pytest.approx(error, rel=2e-3, abs=1e-5 * case.energy)
 
 
-def test_results_do_not_depend_on_when_the_inverse_is_updated(monkeypatch):
-    """Removals are subtracted from the inverse at once or later: the order and the costs are the same."""
-    case = layer(12, 300, 96, 5, spread=2.0)
-    found = []
-    for rank in (1, 7, 1000):
-        monkeypatch.setattr(elimination, "RANK", rank)
-        found.append(eliminate(case.normal(0.3), 1, stop=30))
-    for other in found[1:]:
-        assert torch.equal(found[0].order, other.order)
-        assert_near(found[0].increases, other.increases, 1e-3)
-        assert_near(found[0].errors, other.errors, 1e-3)
-    check(case, 0.3, found[1], 1)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_a_step_is_greedy_among_its_candidates(seed):
     """Ten strongly correlated inputs a step: each removed one is the cheapest of the step's candidates."""
@@ -357,30 +302,6 @@ def test_a_step_is_greedy_among_its_candidates(seed):
     assert overtaken >= 3
 
 
-def test_elimination_does_not_change_its_equations():
-    """Without errors, which are NaN then, and with nothing to remove as well."""
-    normal = layer(9, 60, 12, 4).normal(0.3)
-    before = [normal.matrix_aa.clone(), normal.cross_ao.clone(), normal.right_ao.clone()]
-    full, bare, none = eliminate(normal, 1), eliminate(normal, 1, with_errors=False), eliminate(normal, 1, stop=12)
-    assert torch.equal(full.order, bare.order)
-    assert torch.equal(full.increases, bare.increases)
-    assert bool(bare.errors[1:].isnan().all())
-    assert none.order.shape == none.increases.shape == (0,)
-    assert torch.equal(none.errors, full.errors[:1])
-    for now, then in zip((normal.matrix_aa, normal.cross_ao, normal.right_ao), before, strict=True):
-        assert torch.equal(now, then)
-
-
-def test_a_singular_matrix_gets_a_small_jitter():
-    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    matrix = x.T @ x
-    matrix[0, 0] -= 1e-6
-    whole, factors = factorise(matrix), factorise_each(torch.stack([torch.eye(6), matrix]))
-    assert torch.equal(factors[0], torch.eye(6))
-    for factor in (whole, factors[1]):
-        assert float((factor @ factor.T - matrix).abs().max()) < 1e-3
-
-
 def test_equations_without_a_solution_and_without_inputs():
     case = layer(1, 40, 6, 3)
     weight, error = least_squares(case.normal(0.3), torch.arange(0))
@@ -391,23 +312,3 @@ def test_equations_without_a_solution_and_without_inputs():
         least_squares(case.normal(0.3), torch.arange(6))
     with pytest.raises(FloatingPointError, match="not positive definite"):
         factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]))
-
-
-@pytest.mark.parametrize(
-    ("strength", "dtype"), [(0.0, torch.float64), (0.029, torch.float64), (0.03, torch.float32), (0.3, torch.float32)]
-)
-def test_a_small_ridge_is_solved_in_float64(strength, dtype):
-    assert normal_equations(torch.eye(3), None, 0.0, torch.ones(3, 2), strength).matrix_aa.dtype == dtype
-
-
-def test_directions_that_rounding_made_keep_the_old_weights():
-    """A matrix that has a Cholesky factor, but a least eigenvalue that is rounding."""
-    generator = torch.Generator().manual_seed(0)
-    vectors, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator))
-    values = torch.ones(8, dtype=torch.float64)
-    values[-1] = ridge.ROUNDING * 8**0.5 / 4
-    matrix, old = (vectors * values) @ vectors.T, torch.randn(8, 2, dtype=torch.float64, generator=generator)
-    right = matrix @ old + 1e-3 * vectors[:, -1:] + vectors[:, :1]
-    found = ridge._solve(matrix, right, old)
-    assert_near(vectors[:, -1] @ found, vectors[:, -1] @ old, 1e-6)
-    assert_near(vectors[:, 0] @ found, vectors[:, 0] @ old + 1, 1e-6)

@@ -13,28 +13,19 @@ from typing import Any
 import pytest
 import yaml
 from command_line import TEXT, Run, listing, refused
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from test_tasks import ITEMS, NORM, YAML
 
-from models import GROUPED, _config, build, seen, token_rows
+from models import GROUPED, _config
+from outputs import edited_weights
 from secateur.base.errors import SecateurError
 from secateur.commands import draw_rows, survey_model
 from secateur.commands import open_model as open_step
 from secateur.commands.prune import prune
 from secateur.measure.evaluation import evaluate
-from secateur.model.checkpoint import open_checkpoint
-from secateur.model.stream import BlockStream
-from secateur.paper import dense, scorer
-from secateur.paper import plots as comparison_plots
 from secateur.paper import runs as compare_step
-from secateur.paper.comparison import Spread
-from secateur.paper.dense import magnitudes
+from secateur.paper import scorer
 from secateur.paper.recipes import recipe_names
 from secateur.paper.run_store import RunStore
 from secateur.retraining.retrain import retrain
-from secateur.survey.head_distances import head_distances
 from secateur.text import calibration, draw
 
 GRID: dict[str, Any] = {
@@ -96,13 +87,6 @@ def tables(out: Path) -> tuple[str, str, Any, bytes]:
     return (out / "table.md").read_text(), (out / "table.csv").read_text(), found, plot
 
 
-@given(st.floats(1e-3, 1e12), st.integers(1, 12))
-def test_a_mean_lies_within_its_spread(value, count):
-    spread = Spread((value,) * count)
-    assert spread.least == spread.mean == spread.most
-    assert Spread((1.0, 2.0, 6.0)).mean == 3.0
-
-
 def test_figures_are_those_of_prune_and_eval(grid, run, out):
     found = json.loads((out / "table.json").read_text())
     rows = {row["row"]: row for row in found["rows"]}
@@ -130,21 +114,6 @@ def test_figures_are_those_of_prune_and_eval(grid, run, out):
     assert {file.name for file in out.iterdir()} == {
         *("table.md", "table.csv", "table.json", "sparsity.png", "runs", "surveys", ".lock")
     }
-
-
-def test_tasks_are_scored_in_percent(grid, run):
-    (grid / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
-    write = {"output": "multiple_choice", "file": grid / "items.jsonl"}
-    (grid / "mine.yaml").write_text(YAML.format(name="mine", **write) + NORM)
-    (grid / "other.yaml").write_text(YAML.format(name="other", **write))
-    asked = ["--tasks", "piqa=mine,other", "--task-path", ".", "--limit", "20", "--seeds", "0"]
-    assert run("compare", "model", "grid.yaml", "--out", "out", *asked).code == 0
-    found = json.loads((grid / "out" / "table.json").read_text())
-    figures = found["rows"][0]["figures"]
-    by_hand = evaluate("model", texts=[], tasks=["mine", "other"], limit=20, task_path=grid).models[0].tasks
-    assert figures["piqa"]["mean"] == 100 * by_hand[0].acc_norm.value
-    assert figures["other"]["mean"] == 100 * by_hand[1].acc.value
-    assert figures["average"]["mean"] == pytest.approx((figures["piqa"]["mean"] + figures["other"]["mean"]) / 2)
 
 
 def test_shared_work_is_done_once(grid, run, calls_of):
@@ -232,13 +201,12 @@ def test_a_killed_comparison_goes_on(grid, run, whole):
 
 def part_heads(folder: Path) -> None:
     """Let the last two heads of each block attend far more sharply than the others: some are alike, some are not."""
-    tensors = load_file(folder / "model.safetensors")
-    for name, weight in tensors.items():
-        if name.endswith("q_proj.weight"):
-            weight[32:48] *= 6
-        if name.endswith("c_attn.weight"):
-            weight[:, 32:48] *= 6
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with edited_weights(folder) as tensors:
+        for name, weight in tensors.items():
+            if name.endswith("q_proj.weight"):
+                weight[32:48] *= 6
+            if name.endswith("c_attn.weight"):
+                weight[:, 32:48] *= 6
 
 
 @pytest.mark.parametrize(
@@ -294,55 +262,42 @@ def score(folder: str) -> float:
     return evaluate(folder, texts=["held.txt"], length=16, tokens=160).models[0].texts["held.txt"].perplexity
 
 
-@pytest.mark.parametrize(
-    "own", [{"calibration": "self", "refit_samples": 3}, {"refit_calibration": "self"}], ids=["calibration", "refit"]
-)
-def test_generated_rows_are_shared_by_all_runs(own, grid, run, calls_of):
-    """They are written once for each seed, whatever the criterion; and again, to the same end, if a run is missing."""
-    written, own = calls_of(draw, "self_rows"), own | {"recovery": "paper"}
-    command = small(grid, runs={"a": {"criterion": "wanda", **own}, "b": {"criterion": "l2", **own}})
-    found = []
-    for missing, times in ((None, 1), ("none", 1), ("wanda", 2)):
-        forget(grid / "out", "criterion", missing)
-        assert run(*command).code == 0
-        assert [named["seed"] for *_, named in written] == [0, 1] * times
-        found.append(values("a"))
-    for seed in (0, 1):
-        prune("model", f"hand{seed}", **GRID["options"] | own, criterion="wanda", seed=seed)
-    assert found == [[score("hand0"), score("hand1")]] * 3
+OWN, REFIT = {"recovery": "paper", "calibration": "self", "refit_samples": 3}, {"recovery": "refit"}
+VECTOR = {"criterion": "llm-pruner-vector", "widths": "uniform"}
+SHARED: dict[str, tuple[Any, str, dict[str, dict[str, Any]], int]] = {
+    "generated rows": (draw, "self_rows", {"a": {"criterion": "wanda", **OWN}, "b": {"criterion": "l2", **OWN}}, 1),
+    "resampled rows": (
+        draw_rows,
+        "resample_tokens",
+        {
+            "a": {"criterion": "wanda", **REFIT},
+            "b": {"criterion": "l2", "ridge": 0.1, **REFIT},
+            "two fits": {"criterion": "l2", "effort": "best", **REFIT},
+            "fitted to others": {"criterion": "l2", "refit_samples": 3, **REFIT},
+        },
+        3,
+    ),
+    # Once with the survey's rows, and once with all of them.
+    "gradients": (
+        open_step,
+        "gradient_scores",
+        {"a": {"sparsity": 0.2, **VECTOR}, "b": {"sparsity": 0.4, **VECTOR}},
+        2,
+    ),
+}
+"""Functions whose results runs share, some runs, and the number of calls."""
 
 
-def test_resampled_rows_are_shared(grid, run, calls_of):
-    drawn = calls_of(draw_rows, "resample_tokens")
-    refit = {"recovery": "refit"}
-    runs = {
-        "a": {"criterion": "wanda", **refit},
-        "b": {"criterion": "l2", "ridge": 0.1, **refit},
-        "two fits": {"criterion": "l2", "effort": "best", **refit},
-        "fitted to others": {"criterion": "l2", "refit_samples": 3, **refit},
-        "none": {"criterion": "l2"},
-    }
+@pytest.mark.parametrize("case", SHARED)
+def test_runs_share_what_takes_long_and_give_the_figures_of_single_runs(case, grid, run, calls_of):
+    owner, name, runs, times = SHARED[case]
+    calls = calls_of(owner, name)
     assert run(*small(grid, runs=runs, grid={"seed": [3]})).code == 0
-    # Once for what shares text and fits.
-    assert sorted(named["count"] for *_, named in drawn) == [1, 1, 2]
-    before = {name: values(name) for name in runs}
+    assert len(calls) == times
+    found = {name: values(name) for name in runs}
     for name, options in runs.items():
         prune("model", name, **GRID["options"] | options, seed=3)
-        assert [score(name)] == before[name]
-    assert len({tuple(figures) for figures in before.values()}) == 5
-
-
-def test_gradients_are_taken_once_for_all_sizes(grid, run, calls_of):
-    taken = calls_of(open_step, "gradient_scores")
-    names = ("llm-pruner-vector", "llm-pruner-element2")
-    runs = {name: {"criterion": name, "widths": "uniform"} for name in names}
-    sizes = {"sparsity": [0.2, 0.3, 0.4], "seed": [0]}
-    assert run(*small(grid, runs=runs, grid=sizes)).code == 0
-    # Once by the survey's rows and once by all of them.
-    assert sorted(criterion for _, _, criterion, *_ in taken) == sorted(2 * names)
-    for name in names:
-        prune("model", name, **GRID["options"] | runs[name], sparsity=0.4, seed=0)
-        assert values(f"{name}, sparsity 0.4") == [score(name)]
+        assert found[name] == [score(name)]
 
 
 def test_a_row_can_be_retrained(grid, run):
@@ -362,61 +317,22 @@ def test_a_row_can_be_retrained(grid, run):
     assert values("LoRA") != [score("more")]
 
 
-def test_graphs_join_similar_heads(grid, run, monkeypatch):
-    shutil.copytree(grid / "model", grid / "other")
-    figures: list[Any] = []
-    monkeypatch.setattr(comparison_plots, "_save", lambda figure, path: figures.append((figure, path)))
-    heads = {"title": "Heads", "kind": "graph", "tau": 0.15}
-    heads["options"] = {"calibration": "text.txt", "samples": 4, "length": 16, "blocks": "1:3"}
-    (grid / "heads.yaml").write_text(yaml.safe_dump(heads))
-    assert run("compare", "model", "other", "heads.yaml", "--out", "out").code == 0
-    stream = BlockStream(open_checkpoint(grid / "model"))
-    rows = calibration.calibration_rows(
-        stream.checkpoint.tokenizer(), "text.txt", samples=4, length=16, seed=0, vocab_size=128
-    )
-    expected = head_distances(stream, rows, blocks=range(1, 3))
-    found = json.loads((grid / "out" / "table.json").read_text())
-    assert found["tau"] == 0.15
-    assert found["models"] == {
-        name: {str(block): matrix.tolist() for block, matrix in expected.items()} for name in ("model", "other")
-    }
-    ((figure, path),) = figures
-    assert path == Path("out/graph.png")
-    edges = [int((matrix < 0.15).triu(1).sum()) for matrix in expected.values()]
-    assert 0 < min(edges) < 15
-    assert [len(panel.lines) for panel in figure.axes] == edges * 2
-    # Measured models stay.
-    monkeypatch.setattr(dense, "head_distances", None)
-    assert run("compare", "model", "other", "heads.yaml", "--out", "out").code == 0
-
-
 WRONG = [
     ("compare", "Missing argument '[MODEL]... RECIPE'; see secateur compare --help"),
     ("compare model grid.yaml", "Missing option '--out'; see secateur compare --help"),
     ("compare model nothing --out out", "recipe 'nothing' does not exist; name a .yaml file or one of figure3"),
     ("compare grid.yaml --out out", "the recipe names no model; give one before the recipe"),
-    ("compare nowhere/at/all grid.yaml --out out", "nowhere/at/all: does not exist"),
     ("compare model model grid.yaml --out out", "model model is given twice; leave one out"),
-    ("compare model grid.yaml --out text.txt", "text.txt: a file with this name exists; choose another name"),
     ("compare model grid.yaml --out model", "model: holds other files, not a comparison; name a new folder"),
-    ("compare model grid.yaml --out missing/out", "missing does not exist; create it"),
     ("compare model grid.yaml --out out --seeds 0,x", "--seeds is '0,x'; write whole numbers separated by commas, for"),
     ("compare model grid.yaml --out out --seeds=-1", "runs.wanda: seed is -1; it must lie between 0 and"),
     ("compare model grid.yaml --out out --samples 2,4", "samples is 2, 4, but the recipe has no axis for it; give one"),
     ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: tokens is 0, but one step takes 1 rows of"),
-    ("compare model lora.yaml --out out --refit-samples 4 --device cuda", "cuda"),
-    ("compare model grid.yaml --out out --blocks 0:9", "blocks is '0:9', but the model has 3 blocks (0:3)"),
     ("compare model grid.yaml --out out --calibration gone.txt", "gone.txt does not exist: check the path of the text"),
     ("compare model grid.yaml --out out --perplexity a=text.txt --perplexity a=text.txt", "two texts are called a;"),
     ("compare model grid.yaml --out out --perplexity random", "random token ids cannot be scored; name a text file or"),
-    ("compare model grid.yaml --out out --tokens 15", "tokens is 15, which does not fill one row of length 16"),
     ("compare model grid.yaml --out out --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
-    ("compare model grid.yaml --out out --task-path gone", "gone: no such folder; name one with task files"),
-    ("compare model grid.yaml --out out --device nonsense", "device 'nonsense' is not available here"),
-    (
-        "compare model peft.yaml --out out",
-        "LoRA retraining needs peft, which is not installed; pip install",
-    ),
+    ("compare model peft.yaml --out out", "LoRA retraining needs peft, which is not installed; pip install"),
     ("compare model grid.yaml --out busy", "busy: in use by another secateur compare; wait"),
     ("compare model wide.yaml --out out", "model, L1, sparsity 0.9999: sparsity 100.0% is out of reach"),
 ]
@@ -440,17 +356,3 @@ def test_mistakes_come_before_work(arguments, message, grid, run, monkeypatch):
         before = listing(grid)
         refused(run(*arguments.split()), message)
         assert listing(grid) == before
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "gemma2"])
-def test_magnitudes_are_those_of_the_whole_model(name, checkpoint_folder):
-    model, ids = build(name), token_rows(5)
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
-    expected: list[dict[str, float]] = [{} for _ in stream.blocks]
-    for index, block in enumerate(stream.blocks):
-        paths = {"stream": "", "heads": block.attention.output_layer, "channels": block.feed_forward.output_layer}
-        for what, path in paths.items():
-            expected[index][what] = float(seen(model, index, path, ids)[0].double().abs().mean())
-    found = magnitudes(stream, ids)
-    for one, plain in zip(found, expected, strict=True):
-        assert vars(one) == pytest.approx(plain, rel=1e-4)

@@ -8,9 +8,8 @@ import yaml
 from outputs import error_of
 from secateur.commands.options import Options
 from secateur.paper.comparison import AVERAGE
-from secateur.paper.recipe import Recipe, changed, expand, named, read_recipe
+from secateur.paper.recipe import Recipe, changed, expand, read_recipe
 from secateur.paper.recipes import recipe_names
-from secateur.retraining.options import Training
 
 SMALL: dict[str, Any] = {
     "title": "small",
@@ -58,30 +57,6 @@ def test_changes_replace_an_option_wherever_it_stands():
     assert changed(small()) == small()
 
 
-def test_refit_samples_change_only_runs_that_have_the_option():
-    runs = {"a": {"recovery": "paper", "refit_samples": 1024}, "b": {"recovery": "none"}, "c": {"calibration": "self"}}
-    retrain: dict[str, dict[str, Any]] = {"b": {"tokens": "64k", "calibration": "other.txt"}}
-    recipe = small(runs=runs, retrain={}, grid={})
-    found = expand(changed(recipe, refit_samples=(3,), calibration="random"), None)
-    assert [run.options.refit_samples for run in found] == [3, None, None]
-    assert [run.options.calibration for run in found] == ["random", "random", "self"]
-    recipe = recipe.model_copy(update={"retrain": retrain})
-    wanted: dict[str, Any] = {"refit_samples": (3,), "calibration": "ptb", "length": 9}
-    training = expand(changed(recipe, **wanted), None)[1].training
-    assert training == Training(calibration="ptb", tokens="27", length=9, batch=3)
-    axis = recipe.model_copy(update={"runs": {"c": {}}, "retrain": {}, "grid": {"refit_samples": [8, 16]}})
-    found = expand(changed(axis, refit_samples=(2, 3)), None)
-    assert [(run.row, run.options.refit_samples) for run in found] == [(f"c, refit_samples {n}", n) for n in (2, 3)]
-
-
-def test_a_retraining_is_about_the_runs_own_text_and_seed():
-    recipe = small(retrain={"a": {"rank": 4}}, options={"calibration": "ptb"})
-    found = expand(recipe, None)
-    assert [run.training for run in found if run.label == "b"] == [None] * 4
-    wanted = [Training(calibration="ptb", length=length, rank=4, seed=seed) for length in (8, 16) for seed in (0, 1)]
-    assert [run.training for run in found if run.label == "a"] == wanted
-
-
 def test_changes_of_an_axis_and_of_the_evaluation():
     recipe = small(grid={"samples": [8, 16], "calibration": ["wikitext2", "random"]})
     found = expand(changed(recipe.model_copy(update={"runs": {}}), samples=(2, 3), calibration="x.txt"), None)
@@ -90,15 +65,6 @@ def test_changes_of_an_axis_and_of_the_evaluation():
     judged = changed(recipe, perplexity=("a.txt",), tasks=("t",), limit=5, tokens=0).evaluation
     assert (judged.perplexity, judged.tasks, judged.limit, judged.tokens) == (["a.txt"], ["t"], 5, None)
     assert "samples is 2, 3, but the recipe has no axis for it; give one" in error_of(changed, small(), samples=(2, 3))
-
-
-def test_a_column_may_have_a_name_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert named("ptb=data/a.txt", "x") == ("ptb", "data/a.txt")
-    assert named("data/a.txt", "a.txt") == ("a.txt", "data/a.txt")
-    assert named("data/a=b.txt", "x") == ("x", "data/a=b.txt")
-    (tmp_path / "a=b.txt").write_text("")
-    assert named("a=b.txt", "x") == ("x", "a=b.txt")
 
 
 PAPER = [*(f"table{number}" for number in range(1, 7)), "figure3", "figure4a", "figure4b", "figure5"]
@@ -132,16 +98,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"runs": {"c": {"format": "gguf"}}}, "runs.c: transformers scores the runs; use the format hf or stock"),
     ({"options": {"samples": "many"}}, "options.samples is 'many': input should be a valid integer"),
     ({"models": {"Big": {"id": "x", "options": {"lenght": 8}}}}, "models.Big.options.lenght: no such option"),
-    ({"models": {"Big": {}}}, "models.Big.id: missing; a recipe needs it"),
     ({"retrain": {"c": {}}}, "retrain.c: no such run; there are a, b"),
     ({"retrain": {"a": {"rnk": 4}}}, "retrain.a.rnk: no such option; there are calibration, length, seed, tokens"),
-    ({"retrain": {"a": {"rank": -1}}}, "retrain.a: rank is -1; it must be at least 0"),
     ({"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}}, "retrain.c: calibration is 'self', but"),
     ({"retrain": {"a": {"time": "1h"}}}, "retrain.a.time: is another training on every machine; give tokens"),
     ({"tau": 0.2}, "tau: only a recipe of the kind graph has it; to prune with it, set it in a run"),
     ({"kind": "graph", "runs": {}, "grid": {}}, "tau is None; a recipe of the kind graph needs one above 0"),
     ({"kind": "graph", "tau": 0.2, "runs": {}}, "grid: a recipe of the kind graph prunes nothing; leave this out"),
-    ({"kind": "activations"}, "runs: a recipe of the kind activations prunes nothing; leave this out"),
 ]
 
 

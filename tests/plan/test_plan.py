@@ -1,6 +1,7 @@
-"""Plans reach their target, have the lowest cost, and use possible widths only."""
+"""Plans reach their target, have the lowest cost, and use possible widths only; the search for a perplexity."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from secateur import BlockStream, SecateurError, open_checkpoint
 from secateur.base.progress import Silent
 from secateur.criteria.registry import SCORED_KINDS
 from secateur.formats.format import format_class
-from secateur.model.axes import LEVELS, Axis, Width
+from secateur.model.axes import Axis, Width
 from secateur.model.structure import Block
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
@@ -25,6 +26,7 @@ from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.meters import byte_meter, meter_of, parameter_meter
 from secateur.plan.plan import check_reachable, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
+from secateur.plan.search import ATTEMPTS, CLOSE_ENOUGH, MAX_ATTEMPTS, smallest_within
 from secateur.plan.target import parse_target
 from secateur.plan.widths import default_multiple, head_widths, module_widths
 from secateur.survey.curves import ErrorCurve, Probe, Survey
@@ -131,16 +133,6 @@ def test_channels_are_rounded_to_the_multiple(make_problem, widths, multiple):
     assert any(width != block.width for width, block in zip(found.widths.values(), problem.blocks, strict=True))
 
 
-@pytest.mark.parametrize("channels", [1, 72, 255, 256, 257, 1536, 10_000])
-@pytest.mark.parametrize("multiple", [1, 8, 64])
-def test_wide_modules_have_a_limited_number_of_widths(channels, multiple):
-    step = Axis("channels", channels, rounded=True).stride(multiple)
-    assert step % multiple == 0
-    assert channels / step <= LEVELS
-    # No coarser than need be.
-    assert step == multiple or channels / (step / 2) > LEVELS
-
-
 def test_wide_modules_are_rounded_to_32_by_default():
     def multiples(rounds_from: int, numbers: tuple[int, ...]) -> list[int]:
         axes = (Axis("channels", number, rounded=True, rounds_from=rounds_from) for number in numbers)
@@ -156,14 +148,6 @@ def test_experts_keep_at_least_some_channels(make_problem):
     assert [width[EXPERTS] for width in found] == [block.feed_forward.units] * len(found)
     assert found[-1][EXPERT_CHANNELS] > 0
     assert len(found) > 1
-
-
-@pytest.mark.parametrize("kinds", [("heads",), ("channels",)])
-def test_modules_that_were_not_requested_stay_dense(make_problem, kinds):
-    problem = make_problem(0.1, kinds=kinds)
-    axes = [CHANNELS] if kinds == ("heads",) else HEADS
-    for width in plan(problem, "adaptive", survey_of(problem.blocks)).widths.values():
-        assert all(width[axis] == problem.blocks[0].width[axis] for axis in axes)
 
 
 @pytest.mark.parametrize("target", [0.3, "params=95%"])
@@ -246,16 +230,6 @@ def test_a_target_is_an_upper_bound(make_problem, target):
     assert problem.meter.total(plans[0].widths) == max(problem.meter.total(one.widths) for one in plans)
 
 
-def test_a_plan_knows_whether_it_is_uniform_and_lists_units(make_problem):
-    problem = make_problem(0.2)
-    dense, settled = problem.blocks[0].width, {"heads": (0,), "channels": (1,)}
-    assert problem.plan(dict.fromkeys(range(3), dense)).uniform
-    several = problem.plan({0: dense, 1: dense | {CHANNELS: 1}})
-    assert not several.uniform
-    for units, lists in (({}, False), ({0: settled, 1: settled}, True), ({0: settled, 1: {"heads": (0,)}}, False)):
-        assert replace(several, units=units).lists_units == lists
-
-
 def test_the_cheapest_uniform_plan_is_chosen(make_problem):
     problem = make_problem(0.3)
     plans, places = uniform_plans(problem), set()
@@ -287,25 +261,6 @@ def test_a_plan_far_from_the_target_has_a_note(make_problem):
 
 
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])
-@pytest.mark.parametrize(
-    ("target", "more", "message"),
-    [
-        (0.9999, {}, r"sparsity 100.0% is out of reach: at most \d\d\.\d% of the blocks' parameters can be removed"),
-        (0.9, {"kinds": ("channels",)}, r"; only channels may be removed"),
-        ("params=100", {}, r"target params=100 is out of reach: the smallest possible value is .*; request params=\d"),
-        ("params=5%", {}, r"target params=5% is out of reach: .*; request params=\d\d(\.\d)?%, or allow more"),
-        ("kv=90%", {"kinds": ("channels",)}, "the modules that may be pruned do not change|nothing can be removed"),
-        ("params=1G", {}, "the dense model is within it already, with .*; request less"),
-    ],
-)
-def test_an_unreachable_target_is_an_error(make_problem, widths, target, more, message):
-    problem = make_problem(target, **more)
-    assert_error(message, plan, problem, widths, survey_of(problem.blocks))
-    if widths == "adaptive":
-        assert_error(message, check_reachable, problem)
-
-
-@pytest.mark.parametrize("widths", ["adaptive", "uniform"])
 def test_a_sparsity_is_reachable_within_half_a_percentage_point(make_problem, widths):
     problem = make_problem(0.25, kinds=("channels",))
     narrowest = {index: width | {CHANNELS: 1} for index, width in problem.dense_widths.items()}
@@ -327,3 +282,87 @@ def test_the_nearest_target_in_an_error_is_reachable(make_problem):
         check_reachable(problem)
         found: Plan = plan(problem, "adaptive", survey_of(problem.blocks))
         assert problem.meter.total(found.widths) <= problem.budget
+
+
+@pytest.fixture
+def problem(checkpoint_folder: CheckpointFolder) -> PlanProblem:
+    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
+    meter = parameter_meter(stream)
+    return PlanProblem(blocks=stream.blocks, pruned_blocks=range(3), parameters=meter, target=0.0, meter=meter)
+
+
+UNITS = {"kv_groups": 3, "heads_per_group": 2, "channels": 72}
+
+
+def curve(index: int, axis: str, units: int) -> ErrorCurve:
+    share = [gone / units for gone in range(units)]
+    kind = "channels" if axis == "channels" else "heads"
+    return ErrorCurve(index, kind, axis, tuple((index + 1) * s**1.5 for s in share), index + 1.0)
+
+
+SURVEY = Survey(
+    "l1",
+    0.3,
+    64,
+    tuple(
+        curve(i, axis, n) for i in range(3) for axis, n in (("kv_groups", 3), ("heads_per_group", 2), ("channels", 72))
+    ),  # type: ignore[arg-type]
+    tuple(Probe(i, kind, i + 1.0, True, 0.4 * (i + 1)) for i in range(3) for kind in ("heads", "channels")),  # type: ignore[arg-type]
+)
+
+
+class Loss:
+    """Perplexity ratio as a function of the cost by the survey; records all plans that it is asked for."""
+
+    def __init__(self, of: Callable[[float], float]):
+        self.of, self.seen = of, list[Plan]()
+
+    def __call__(self, plan: Plan) -> float:
+        self.seen.append(plan)
+        assert plan.cost is not None
+        return self.of(plan.cost)
+
+
+TRUE: dict[str, Callable[[float], float]] = {
+    "as expected": lambda price: math.exp(price),
+    "half of it": lambda price: math.exp(0.5 * price),
+    "a fifth of it": lambda price: math.exp(0.2 * price),
+    "three times": lambda price: math.exp(3 * price),
+    "slow, then fast": lambda price: math.exp(2 * price**1.5),
+    "better than dense at first": lambda price: math.exp(0.5 * (price - 0.1)),
+}
+
+
+@pytest.mark.parametrize("ratio", [1.1, 1.5, 2.0])
+@pytest.mark.parametrize("case", TRUE)
+def test_the_search_approaches_the_ratio_from_below(problem, case, ratio):
+    loss = Loss(TRUE[case])
+    found = smallest_within(problem, "adaptive", SURVEY, ratio, loss)
+    assert len(loss.seen) <= ATTEMPTS
+    assert found in loss.seen
+    got = math.log(loss(found)) / math.log(ratio)
+    assert got <= 1
+    # One channel more or less is a step of this size.
+    assert got > CLOSE_ENOUGH - 0.05
+    within = [plan for plan in loss.seen if loss.of(plan.cost or 0.0) <= ratio]
+    assert found.sparsity == max(plan.sparsity for plan in within)
+
+
+def test_the_smallest_cut_is_tried_if_all_are_too_expensive(problem):
+    dear = tuple(replace(one, divergence=1e6 * one.divergence) for one in SURVEY.probes)
+    loss = Loss(lambda _: 1.1)
+    found = smallest_within(problem, "adaptive", replace(SURVEY, probes=dear), 1.2, loss)
+    assert 0 < loss.seen[0].sparsity < 0.01
+    assert found.sparsity < 0.2
+
+
+def test_a_ratio_that_no_plan_reaches_is_an_error(problem):
+    loss = Loss(lambda price: 4 + price)
+    with pytest.raises(SecateurError, match=r"target ppl=1.2x: the best .* has 4\.\d+x the dense .*; allow more than"):
+        smallest_within(problem, "adaptive", SURVEY, 1.2, loss)
+    assert 1 <= len(loss.seen) <= MAX_ATTEMPTS
+
+
+def test_the_search_ends_with_the_smallest_model_if_nothing_is_lost(problem):
+    found = smallest_within(problem, "adaptive", SURVEY, 1.2, Loss(lambda _: 0.9))
+    assert found.sparsity > 0.9

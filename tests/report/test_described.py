@@ -3,26 +3,19 @@
 import json
 import re
 import shlex
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from command_line import SMALL, Run
-from safetensors.torch import load_file, save_file
 
 from models import save
 from outputs import Opened, record_of
-from secateur import Options, RunOptions, prune
-from secateur.commands.plan import propose
 from secateur.report.card import card
 from secateur.report.model_page import model_page
-from secateur.report.record_text import units_kept
-from secateur.report.tables import prune_table
 
 UNITS = ("heads", "kv_groups", "channels")
 NASTY = '<script>window.broken = 1</script> "quoted" `code` | [link](x) é'
@@ -44,24 +37,6 @@ def text_of(page: str) -> str:
     parser.handle_data = parts.append  # type: ignore[method-assign]
     parser.feed(page)
     return " ".join(" ".join(parts).split())
-
-
-def test_a_notebook_shows_a_plan(place):
-    asked: dict[str, Any] = {"calibration": "text.txt", "samples": 4, "length": 16}
-    found = propose("model", Options(sparsity=0.4, **asked), RunOptions(device="cpu"))
-    table = found._repr_html_()
-    blocks = list(zip(found.pruned_widths(), found.dense, strict=True))
-    cells = [f"{getattr(blocks[0][0], name)}/{getattr(blocks[0][1], name)}" for name in UNITS]
-    assert f"<tr><td>0</td><td>{'</td><td>'.join(cells)}</td></tr>" in table
-    done = prune("model", "out", sparsity=0.4, device="cpu", **asked)
-    assert done._repr_html_() == table
-    # A model whose blocks all have linear attention has no cache.
-    columns = prune_table(replace(done, cache_bytes=(0, 0)), Path("out"))[0].columns
-    assert [list(column.cells)[2] for column in columns] == ["KV cache per token", "0 B", "0 B", ""]
-    for shown in (found, done):
-        bars = [bar.get_height() for bar in shown.plot().axes[0].patches]
-        assert bars[: len(blocks)] == [now.heads / dense.heads for now, dense in blocks]
-        assert bars[len(blocks) :] == [now.channels / dense.channels for now, dense in blocks]
 
 
 def test_the_card_says_what_was_done(place, run):
@@ -123,20 +98,6 @@ def made(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def test_the_share_names_the_blocks_that_it_counts(place, run):
-    """The terminal, the card and the page; where another plan goes through all blocks, the share is of all."""
-    result = run("prune", "model", "out", *SMALL, "--blocks", "1:", "--sparsity", "0.4")
-    reached = record_of(place / "out")["sparsity"]["reached"]
-    assert f"{reached:.2%} of the parameters of blocks 1: are removed" in result.out
-    for text in ((place / "out" / "README.md").read_text(), text_of((place / "out" / "report.html").read_text())):
-        assert f"{reached:.1%} of the parameters of blocks 1: were removed" in text
-    result = run("prune", "model", "again", *SMALL, "--plan", "out/secateur.json")
-    whole = record_of(place / "again")["sparsity"]["reached"]
-    assert whole == pytest.approx(reached * 2 / 3, rel=1e-3)
-    assert f"{whole:.2%} of the blocks' parameters are removed" in result.out
-    assert f"{whole:.1%} of the blocks' parameters were removed" in (place / "again" / "README.md").read_text()
-
-
 def test_the_card_names_the_base_and_tells_a_fit_from_none():
     assert front(card(made()))["base_model"] == "owner/name"
     text = card(made(model="/home/me/models/name"))
@@ -146,12 +107,6 @@ def test_the_card_names_the_base_and_tells_a_fit_from_none():
         text = card(made(options={"recovery": recovery, "blocks": None}))
         assert words in text
         assert ("were fitted" in text) == (recovery == "refit")
-
-
-def test_kept_units_are_counted_by_kind():
-    kept = ("6 of 8 query heads", "3 of 4 KV groups", "5 of 10 feed-forward channels")
-    assert units_kept(made()) == f"{', '.join(kept)}, 15 of 20 expert channels and 3 of 4 experts are kept"
-    assert units_kept(made(blocks=[])) == "all units are kept"
 
 
 def test_names_are_escaped():
@@ -213,19 +168,12 @@ def test_eval_refuses(place, run, words, message):
     assert (place / "out" / "README.md").read_text() == before
 
 
-def test_tensors_without_a_place_are_not_in_the_fingerprint(place, run):
-    """The model is still the base that the record names."""
-    tensors = load_file(place / "model" / "model.safetensors")
-    save_file(tensors | {"odd": torch.ones(3)}, place / "model" / "model.safetensors", metadata={"format": "pt"})
-    pruned(place, run)
-    result = run("eval", "out", "--against", "model", "--perplexity", "text.txt", "--length", "16", "--report")
-    assert result.code == 0, result.err
-
-
 def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     pruned(place, run)
     asked = ("--calibration", "text.txt", "--tokens", "128", "--length", "16")
-    assert run("retrain", "out", "trained", *asked).code == 0
+    result = run("retrain", "out", "trained", *asked)
+    assert (result.code, result.out.count("\n")) == (0, 1)
+    assert result.out.startswith("Perplexity on held-out rows: ")
     text = (place / "trained" / "README.md").read_text()
     (said,) = record_of(place / "trained")["retrained"]
     assert f"from {said['perplexity']['before']:.2f} to {said['perplexity']['after']:.2f}." in text
@@ -238,29 +186,6 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     assert "Perplexity on held-out rows, ratio to dense: from " in page
     assert f" to {after / dense:.3g} in 128 tokens" in page
     assert "Retraining" not in (place / "out" / "report.html").read_text()
-
-
-def test_a_pruned_folder_is_pruned_again_and_the_card_keeps_the_chain(place, run):
-    pruned(place, run, "--format", "stock", "--widths", "uniform", "--sparsity", "0.2", out="first")
-    twice = run("prune", "first", "second", *SMALL, "--sparsity", "0.3")
-    assert twice.code == 0, twice.err
-    first, second = record_of(place / "first"), record_of(place / "second")
-    assert "earlier" not in first
-    (step,) = second["earlier"]
-    assert step == {name: first[name] for name in ("model", "command")} | {
-        "sparsity": {"reached": first["sparsity"]["reached"]},
-        "retrained": False,
-    }
-    assert second["sizes"]["parameters"][0] == first["sizes"]["parameters"][1]
-    assert second["sparsity"]["reached"] == pytest.approx(0.3, abs=0.005)
-    text, page = ((place / "second" / name).read_text() for name in ("README.md", "report.html"))
-    assert "\n# model, pruned\n" in text
-    assert "This is `model` after structured pruning in 2 steps. In the last step, 30." in text
-    for words in (text, text_of(page)):
-        assert first["command"] in words
-        assert second["command"] in words
-    asked = ("--perplexity", "text.txt", "--length", "16", "--report", "--no-answers")
-    assert run("eval", "second", "--against", "first", *asked).code == 0
 
 
 def test_errors_before_and_after_the_refit(place, run):

@@ -1,6 +1,5 @@
 """Gradients equal those of one backward pass of the whole model; LLM-Pruner's scores equal their formulas."""
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,15 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from models import STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, opened, relative, token_rows
-from outputs import error_of, record_of
-from secateur.base.memory import MemoryBudget
+from outputs import record_of
 from secateur.base.progress import Silent
 from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_matrices
 from secateur.criteria.registry import SCORED_KINDS, all_criteria
-from secateur.model.arena import Arena
 from secateur.model.rows import Rows
-from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import entries
 from secateur.model.units.heads import KV_GROUPS
@@ -99,53 +95,6 @@ def test_gradients_of_a_range_of_blocks(checkpoint_folder):
     assert all(torch.equal(found, every[1][name]) for name, found in middle.gradient.items())
 
 
-def test_activations_in_files_give_the_same_gradients(checkpoint_folder, tmp_path, monkeypatch):
-    rows, seen = some_rows(), []
-    held = {b.index: b.gradient for b in gradients(opened(checkpoint_folder("gpt2")), rows)}
-    arena = Arena(MemoryBudget(0), tmp_path)
-    monkeypatch.setattr(BlockStream, "arena", lambda _: arena)
-    for block in gradients(opened(checkpoint_folder("gpt2")), rows):
-        seen.append(sum(file.close.alive for file in arena._files))
-        assert all(torch.equal(found, held[block.index][name]) for name, found in block.gradient.items())
-    # Two groups of rows: the inputs of the blocks to come and the gradient.
-    assert seen == [2 * 3, 2 * 2, 2 * 1]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_weights_are_freed_and_need_no_gradients_afterwards(checkpoint_folder):
-    stream, before = opened(checkpoint_folder("llama biased")), []
-    for block in gradients(stream, token_rows(2), squares=True):
-        filled = {name.split(".")[2] for name, value in stream.model.named_parameters() if not value.is_meta}
-        assert filled == {str(block.index)}
-        # Nothing of the block before is left.
-        assert all(gone() is None for gone in before)
-        tensors = [*block.gradient.values(), *block.square.values(), *block.weights.values()]
-        before = [weakref.ref(tensor) for tensor in tensors]
-        del block, tensors
-    assert len(before) == 3 * 7
-    assert all(value.is_meta and not value.requires_grad for value in stream.model.parameters())
-
-
-def test_rows_of_one_token_are_refused(checkpoint_folder):
-    for rows in (Rows.of(token_rows(3, 1)), Rows((token_rows(3),), (0.0,))):
-        message = error_of(lambda rows=rows: next(gradients(opened(checkpoint_folder("llama")), rows)))
-        assert "gradients need rows of at least two tokens" in message
-
-
-def test_infinite_gradients_are_an_error(checkpoint_folder, monkeypatch):
-    stream = opened(checkpoint_folder("llama"))
-    run = stream.run
-
-    def steep(index: int, *given: Any, **more: Any) -> Tensor:
-        """Finite forward, infinite backward."""
-        after = run(index, *given, **more)
-        return after + (after - after.detach()).abs().sqrt() if index == 1 else after
-
-    monkeypatch.setattr(stream, "run", steep)
-    message = error_of(lambda: list(gradients(stream, token_rows(2))))
-    assert "block 1: the backward pass gives NaN or infinite gradients" in message
-
-
 def columns(layer: nn.Module, module: PrunableModule, unit: int) -> Iterator[tuple[str, int, int, float]]:
     """Yield every row or column of a unit: tensor, axis, position, and the share that belongs to the unit."""
     for slab in (*module.input_projections, module.output_projection):
@@ -207,18 +156,3 @@ def test_prune_keeps_the_units_with_the_highest_scores(checkpoint_folder, tmp_pa
         kept = scores[block["block"], "channels"].topk(block["width"]["channels"]).indices.tolist()
         assert block["channels"] == sorted(kept)
     assert bars.drawn.count("Gradients") == 1 + bars.drawn.count("Survey")
-
-
-def test_a_search_computes_gradients_once(checkpoint_folder, tmp_path):
-    bars, wishes = Bars(), SETTINGS | {"sparsity": None, "target": "ppl=1.5x", "samples": 24}
-    prune(checkpoint_folder("llama"), tmp_path / "out", criterion="llm-pruner-element1", watcher=bars, **wishes)
-    assert bars.drawn.count("Gradients") == 2
-    assert bars.drawn.count("Prune") > 1
-
-
-def test_a_plan_that_lists_units_needs_no_gradients(checkpoint_folder, tmp_path):
-    model, bars, wishes = checkpoint_folder("llama"), Bars(), SETTINGS | {"sparsity": None}
-    prune(model, tmp_path / "out", criterion="l1", **SETTINGS)
-    plan = str(tmp_path / "out" / "secateur.json")
-    prune(model, tmp_path / "again", criterion="llm-pruner-vector", plan=plan, watcher=bars, **wishes)
-    assert "Gradients" not in bars.drawn

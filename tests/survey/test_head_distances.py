@@ -9,12 +9,10 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
 from models import ROWS, build, opened, token_rows
-from outputs import error_of
-from secateur.base.errors import SecateurError
 from secateur.model.rows import Rows
 from secateur.paper.options import LARGEST
 from secateur.survey import head_distances as module_under_test
-from secateur.survey.head_distances import ATTENTION_NAME, head_distances, jensen_shannon
+from secateur.survey.head_distances import head_distances, jensen_shannon
 
 CLOSE = 2e-6
 
@@ -66,59 +64,6 @@ def test_groups_of_rows_are_weighted(checkpoint_folder):
         counts = 72, 0.25 * 60
         wanted = (counts[0] * reference(a[index]) + counts[1] * reference(b[index])) / sum(counts)
         near(found[index], wanted)
-
-
-def test_distances_of_some_blocks(checkpoint_folder):
-    stream, ids = opened(checkpoint_folder("qwen2")), token_rows(3)
-    every = head_distances(stream, ids)
-    some = head_distances(stream, ids, blocks=range(1, 2))
-    assert list(some) == [1]
-    near(some[1], every[1].numpy())
-
-
-def test_a_custom_distance(checkpoint_folder):
-    """Every row is passed once, with all its probability; results are summed and averaged."""
-    seen: list[Tensor] = []
-
-    def total_variation(p: Tensor) -> Tensor:
-        seen.append(p)
-        return torch.cdist(p.transpose(0, 1), p.transpose(0, 1), p=1).double().sum(0) / 2
-
-    ids = token_rows(5)
-    found = head_distances(opened(checkpoint_folder("gemma2")), ids, blocks=range(1), distance=total_variation)
-    assert sum(p.shape[1] for p in seen) == ids.numel()
-    assert all(p.sum(-1).sub(1).abs().max() < 1e-5 for p in seen)
-    assert max(p.numel() for p in seen) <= module_under_test.CHUNK < 6 * ids.numel() * 24
-    rows = attentions("gemma2", ids)[0].transpose(0, 1).flatten(1, 2).double()
-    near(found[0], torch.stack([(rows - p).abs().sum(2).mean(1) / 2 for p in rows]).numpy())
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_the_attention_function_is_restored(checkpoint_folder, name):
-    """Neither the registered function nor its name in the config remains, and blocks run as before."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    stream, ids = opened(checkpoint_folder(name)), token_rows(2)
-    before = stream.model.config._attn_implementation
-    head_distances(stream, ids)
-    assert stream.model.config._attn_implementation == before
-    assert ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS
-    assert all(value.is_meta for value in stream.layers.parameters())
-
-    def fails(_: Tensor) -> Tensor:
-        raise SecateurError("no")
-
-    assert error_of(head_distances, stream, ids, distance=fails) == "no"
-    assert stream.model.config._attn_implementation == before
-    assert ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS
-
-
-def test_attention_that_cannot_be_observed_is_an_error(checkpoint_folder, monkeypatch):
-    from transformers.models.llama import modeling_llama
-
-    monkeypatch.delattr(modeling_llama, "eager_attention_forward")
-    message = error_of(head_distances, opened(checkpoint_folder("llama")), token_rows(2))
-    assert "the attention of LlamaAttention cannot be observed" in message
 
 
 @settings(max_examples=60, deadline=None)

@@ -68,11 +68,6 @@ def test_a_partial_cut_may_cost_more_than_the_removal():
     assert cost(found, 2) == pytest.approx(0.08, rel=1e-6)
 
 
-def test_without_probes_the_cost_is_the_lost_share_of_the_output():
-    found = WidthCosts(survey([channels([0.0, 0.1, 0.4, 1.0], energy=2.0)]))
-    assert [cost(found, gone) for gone in (0, 1, 2, 3, 72)] == pytest.approx([0, 0.05, 0.2, 0.5, 1.0])
-
-
 def test_each_axis_of_the_heads_has_its_curve():
     curves = [
         ErrorCurve(0, "heads", "kv_groups", (0.0, 0.2, 0.5), 1.0),

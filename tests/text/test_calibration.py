@@ -2,8 +2,6 @@
 
 import io
 import json
-import logging
-import re
 import sys
 import threading
 import time
@@ -15,14 +13,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-import secateur
 from models import BOS, BREAK, VOCAB, WORDS, make_tokenizer
 from outputs import assert_error, error_of
 from secateur import SecateurError, calibration_rows, consecutive_rows
 from secateur.model import hub_source
 from secateur.model.tokens import begins_with_bos
 from secateur.text import data_sets
-from secateur.text.calibration import check_calibration
 from secateur.text.documents import read_documents
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{{ '\n' }}{% endfor %}"
@@ -51,14 +47,6 @@ def draw(
     return calibration_rows(
         tokenizer, source, samples=samples, length=length, seed=seed, **({"vocab_size": VOCAB} | more)
     )
-
-
-def test_bos_is_found_by_trying():
-    assert begins_with_bos(make_tokenizer(bos=True))
-    assert not begins_with_bos(make_tokenizer(bos=False))
-    without = make_tokenizer(bos=True)
-    without.bos_token = None
-    assert not begins_with_bos(without)
 
 
 @pytest.mark.parametrize(("samples", "length"), [(3, 8), (10, 10), (1, 100)])
@@ -96,13 +84,6 @@ def test_documents_are_joined_by_a_blank_line(tmp_path):
     assert rows.tolist() == [[5, 6, BREAK, 7]]
 
 
-def test_a_long_text_gives_no_warning(hundred, caplog, capfd):
-    logging.getLogger("transformers").propagate = True
-    draw(make_tokenizer(), hundred, 3, 8)  # the tokenizer's own limit is 16 tokens
-    assert not caplog.records
-    assert capfd.readouterr() == ("", "")
-
-
 def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text_of(20).encode())))
     for _ in range(2):  # two models may be scored on it
@@ -126,12 +107,6 @@ def test_random_ids_are_never_special_tokens(tokenizer):
     assert set(rows[:, bos:].unique().tolist()) == set(range(3, WORDS))
     assert torch.equal(rows, draw(tokenizer, "random", 40, 50))
     assert not torch.equal(rows, draw(tokenizer, "random", 40, 50, seed=1))
-
-
-def test_random_ids_without_a_tokenizer():
-    rows = draw(None, "random", 40, 50, vocab_size=7)
-    assert rows.shape == (40, 50)
-    assert rows.unique().tolist() == list(range(7))
 
 
 def test_the_seed_decides_the_windows(tokenizer, hundred):
@@ -228,14 +203,8 @@ def test_evaluation_sizes_are_named(hundred):
 
 def test_text_needs_a_tokenizer_and_random_is_no_text(hundred):
     assert_error("needs a tokenizer", draw, None, hundred, 2, 8)
-    with pytest.raises(SecateurError, match="random ids are not text"):
-        consecutive_rows(make_tokenizer(), "random", length=8, tokens=8, vocab_size=VOCAB)
-
-
-def test_the_early_check_needs_no_tokenizer(hundred):
-    check_calibration(hundred, samples=1000, length=8)
-    check_calibration("random", length=2, max_positions=2)
-    assert_error("does not exist", check_calibration, f"{hundred}.txt", length=8)
+    how = {"length": 8, "tokens": 8, "vocab_size": VOCAB}
+    assert_error("random ids are not text", consecutive_rows, make_tokenizer(), "random", **how)
 
 
 @pytest.fixture
@@ -285,41 +254,3 @@ def test_data_set_splits_columns_and_limit(hub, tmp_path):
     assert read_documents(f"{folder}::title") == ["c train", "d train"]
     assert read_documents(folder, characters=3) == ["a train"]
     assert_error(r"no column body: .* one of text, title", read_documents, f"{folder}::body")
-
-
-def test_data_set_with_unclear_column_or_split(hub, tmp_path):
-    folder = parquet_folder(tmp_path / "set", left=["a"], right=["b"])
-    assert_error(r"no single text column: .* one of left, right", read_documents, folder)
-    (tmp_path / "set" / "train-00000-of-00001.parquet").unlink()
-    assert_error("no split train for calibration: it has test", read_documents, folder)
-
-
-def test_local_copy_is_used_without_a_network(hub, tmp_path):
-    import datasets
-
-    folder = parquet_folder(tmp_path / "set", sentence=["w1 w2"], other=["x"])
-    datasets.load_dataset("parquet", data_dir=folder, cache_dir=str(tmp_path / "made"))
-    (made,) = (tmp_path / "made" / "parquet").glob("*/*/*/")
-    copy = hub / "ptb-text-only___ptb_text_only" / "default" / "0.0.0" / made.name
-    copy.parent.mkdir(parents=True)
-    made.rename(copy)
-    for file in copy.glob("parquet-*.arrow"):
-        file.rename(
-            copy / file.name.replace("parquet-train", "ptb_text_only-validation").replace("parquet", "ptb_text_only")
-        )
-    info = json.loads((copy / "dataset_info.json").read_text())
-    info["config_name"] = "default"
-    splits = info["splits"]
-    splits["validation"] = splits.pop("train") | {"name": "validation"}
-    (copy / "dataset_info.json").write_text(json.dumps(info))
-    assert read_documents("ptb", split="evaluation") == ["w1 w2 train"]
-
-
-def test_too_many_parts_and_no_held_out_text(hub):
-    assert_error("write name, name:config or name:config:column", read_documents, "a:b:c:d")
-    assert_error("bookcorpus has no text held out", read_documents, "bookcorpus", split="evaluation")
-
-
-def test_importing_does_not_load_datasets():
-    for file in Path(secateur.__file__).parent.rglob("*.py"):
-        assert not re.search(r"^(from|import) datasets", file.read_text(encoding="utf-8"), re.MULTILINE), file

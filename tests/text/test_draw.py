@@ -1,46 +1,25 @@
-"""Calibration rows of a run: each fit has resampled rows of its own, and mistakes are errors before any work."""
+"""Calibration rows of a run: each fit has resampled rows of its own, which follow the model's distributions."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from models import build, token_rows
 from outputs import record_of, weights_of
-from secateur import SecateurError, draw_rows, open_model, prune
+from secateur import BlockStream, SecateurError, open_checkpoint, prune
 from secateur.commands import fit_blocks
-from secateur.commands.draw_rows import resample_rows
-from secateur.commands.open_model import OpenRun
-from secateur.text import draw, self_calibration
+from secateur.text import draw, resample, self_calibration
 from secateur.text.resample import resample_tokens
 
 SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random"}
-
-
-def opened(folder: Path, **options: Any) -> OpenRun:
-    return open_model(folder, device="cpu", **SIZE | options)
-
-
-@pytest.mark.parametrize("name", ["llama", "llama biased", "gpt2"])
-def test_each_fit_gets_its_own_resampled_rows(checkpoint_folder, name):
-    run = opened(checkpoint_folder(name), effort="best", samples=3, length=12, seed=2)
-    rows = draw_rows(run)
-    assert rows.resampled.shape == (2, 3, 12)
-    assert torch.equal(rows.resampled, resample_tokens(run.stream, rows.fit, count=2, seed=2))
-    every = torch.cat([rows.fit, *rows.resampled])
-    assert len(every.unique(dim=0)) == 9, "no fit takes what another one does"
-    # Only where a fit follows, and the same ones whenever they are asked for.
-    alone = draw_rows(run, resample=False)
-    assert alone.resampled is None
-    assert torch.equal(alone.selection, rows.selection)
-    assert torch.equal(resample_rows(run, alone).resampled, rows.resampled)
 
 
 def test_each_fit_uses_its_own_rows(checkpoint_folder, tmp_path, calls_of):
     model, calls = checkpoint_folder("llama"), calls_of(fit_blocks, "refit")
     prune(model, tmp_path / "a", effort="best", **SIZE)
     rows = calls[0][2]
-    expected = resample_tokens(opened(model).stream, rows.groups[0], count=2)
+    expected = resample_tokens(BlockStream(open_checkpoint(model)), rows.groups[0], count=2)
     for fit, own in zip(rows.fits(), expected, strict=True):
         assert torch.equal(fit.groups[0], rows.groups[0])
         (found,) = [fit.groups[number] for number in rows.resampled if len(fit.groups[number])]
@@ -50,19 +29,6 @@ def test_each_fit_uses_its_own_rows(checkpoint_folder, tmp_path, calls_of):
     prune(model, tmp_path / "c", effort="normal", **SIZE)
     weights = [weights_of(tmp_path / name) for name in "abc"]
     assert weights[0] != weights[1] == weights[2]
-
-
-@pytest.mark.parametrize("effort", ["quick", "normal", "best"])
-def test_placeholders_have_the_shapes_of_resampled_rows(checkpoint_folder, effort):
-    """A dry run draws no resampled rows."""
-    run = opened(checkpoint_folder("llama"), effort=effort)
-    blank = draw_rows(run, dry=True)
-    assert blank.resampled is None
-    found, wanted = (
-        ([group.shape for group in rows.groups], rows.weights, rows.choice_weights, rows.resampled)
-        for rows in (blank.with_placeholders().grouped, draw_rows(run).grouped)
-    )
-    assert found == wanted
 
 
 def test_a_model_that_does_not_fit(checkpoint_folder, tmp_path, monkeypatch):
@@ -75,3 +41,32 @@ def test_a_model_that_does_not_fit(checkpoint_folder, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(self_calibration, "free_memory", lambda _: 100_000)
     prune(checkpoint_folder("llama"), tmp_path / "out", **SIZE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_draws_follow_the_model(checkpoint_folder, name, monkeypatch):
+    monkeypatch.setattr(resample, "RESAMPLED_SHARE", 1.0)
+    text, copies = token_rows(1, 6), 4000
+    drawn = resample_tokens(BlockStream(open_checkpoint(checkpoint_folder(name))), text, count=copies)
+    with torch.no_grad():
+        shares = build(name)(text).logits[0, :-1].softmax(-1)
+    assert drawn.shape == (copies, 1, 6)
+    assert (drawn[..., 0] == text[0, 0]).all()
+    for place in range(5):
+        counts = torch.bincount(drawn[:, 0, place + 1], minlength=shares.shape[1]).double()
+        expected = copies * shares[place].double()
+        likely = expected > 5
+        # Chi-squared: its mean is the number of cells, its variance twice that.
+        statistic, cells = ((counts - expected).square() / expected)[likely].sum(), int(likely.sum())
+        assert statistic < cells + 6 * (2 * cells) ** 0.5
+
+
+def test_half_of_the_tokens_stay(checkpoint_folder):
+    stream, text = BlockStream(open_checkpoint(checkpoint_folder("llama"))), token_rows(8, 64)
+    drawn = resample_tokens(stream, text, count=2, seed=3)
+    same = (drawn == text)[..., 1:].double().mean()
+    assert 0.42 < same < 0.62
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn, resample_tokens(stream, text, count=2, seed=3))
+    assert torch.equal(drawn[:1], resample_tokens(stream, text, seed=3)), "another copy changes nothing about the first"
+    assert not torch.equal(drawn, resample_tokens(stream, text, count=2, seed=4))

@@ -8,10 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from models import BOS, VOCAB, make_tokenizer
 from outputs import assert_error
-from secateur import SecateurError, calibration_rows
-from secateur.text import general
-from secateur.text.general import SHARES, rows_per_kind, spaced, spread
-from secateur.text.windows import windows
+from secateur import calibration_rows
+from secateur.text.general import SHARES, rows_per_kind
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
 
@@ -59,16 +57,6 @@ def test_repeated_rows_have_their_share():
         assert all(part.any() for part in twice.split(32))
 
 
-def test_the_seed_decides_the_rows():
-    assert torch.equal(draw("general", 20, 40), draw("general", 20, 40))
-    assert not torch.equal(draw("general", 20, 40), draw("general", 20, 40, seed=1))
-
-
-def test_more_rows_than_text():
-    """Long rows of a small kind are drawn once more, behind another offset."""
-    assert draw("general", 64, 40_000).shape == (64, 40_000)
-
-
 def test_every_kind_of_text_occurs():
     text = "\n".join(map(read, draw("general", 600, 500)))
     for sign in ("def ", " @-@ ", "The answer is ", "self."):
@@ -101,47 +89,12 @@ def test_advice_for_general_plus_a_short_text(tmp_path):
     assert draw(f"general+{own}", 4, 50).shape == (4, 50)
 
 
-def test_a_missing_text_is_named(tmp_path):
-    assert_error(r"missing\.txt does not exist", draw, f"general+{tmp_path / 'missing.txt'}", 4, 50)
-
-
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_tokenizer_that_knows_other_words(bos):
     """Whatever it makes of the text, rows are full, and open with BOS exactly if a text does."""
     tokenizer: PreTrainedTokenizerFast = make_tokenizer(bos)
-    rows = calibration_rows(tokenizer, "general", samples=9, length=16, seed=0, vocab_size=VOCAB)
+    how: dict[str, int] = {"samples": 9, "length": 16, "seed": 0, "vocab_size": VOCAB}
+    rows = calibration_rows(tokenizer, "general", **how)
     assert rows.shape == (9, 16)
     assert bool((rows[:, 0] == BOS).all()) == bos
-    with pytest.raises(SecateurError, match="general needs a tokenizer"):
-        calibration_rows(None, "general", samples=9, length=16, seed=0, vocab_size=VOCAB)
-
-
-def test_words_and_marks_stand_apart():
-    found = spaced("Title\nIt's 1,500 m (a well-known 2.5 %), isn't it?\nYes.")
-    assert found == " = Title = \n\n It 's 1 @,@ 500 m ( a well @-@ known 2 @.@ 5 % ) , is n't it ? \n Yes . "
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
-def test_spread_keeps_rows_and_spaces_them(counts):
-    parts = [torch.full((count, 1), number) for number, count in enumerate(counts)]
-    rows = spread(parts)[:, 0]
-    for number, count in enumerate(counts):
-        places = (rows == number).nonzero()[:, 0]
-        assert len(places) == count
-        # Any half of the rows has half of each kind, give or take one of each kind before it.
-        assert abs(int((places < len(rows) / 2).sum()) - count / 2) <= len(counts)
-
-
-@given(st.integers(1, 60), st.integers(0, 20), st.integers(1, 90))
-def test_windows_are_runs(tokens, count, length):
-    ids = torch.arange(tokens)
-    found = windows(ids, count, length, torch.Generator().manual_seed(3))
-    assert found.shape == (count, length)
-    assert bool(((found[:, 1:] - found[:, :-1]) % tokens == 1 % tokens).all())
-    if tokens >= count * length:
-        assert len(found.unique()) == count * length
-
-
-def test_licences_are_named():
-    said = (general.FILE.parent / "general.md").read_text(encoding="utf-8")
-    assert all(word in said for word in ("CC BY-SA", "MIT", "Apache", "PSF"))
+    assert_error("general needs a tokenizer", calibration_rows, None, "general", **how)

@@ -1,13 +1,11 @@
 """Which tokens can occur in a text of some characters."""
 
-import unicodedata
 from itertools import product
 
 import pytest
 from fontTools.unicodedata import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from outputs import assert_error
 from secateur.vocabulary.alphabets import Bytes, Characters, byte_characters
@@ -23,10 +21,6 @@ SPELLED = {number: character for character, number in byte_characters().items()}
 
 def spelling(data: bytes) -> str:
     return "".join(SPELLED[number] for number in data)
-
-
-def test_bytes_are_spelled_as_by_gpt2():
-    assert bytes_to_unicode() == SPELLED
 
 
 def test_every_part_of_a_text_occurs_in_it():
@@ -77,8 +71,6 @@ def test_main_scripts_of_a_text():
 
 
 NFKC = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
-
-
 BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}
 
 
@@ -96,15 +88,3 @@ BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": Tr
 )
 def test_characters_after_normalisation(normalizer, given_, made):
     assert with_normalised(frozenset(given_), {"normalizer": normalizer}) >= {*given_, *made}
-
-
-def test_characters_that_a_pre_tokenizer_inserts():
-    contents = {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}}
-    assert with_normalised(frozenset("a"), contents) == {"a", "▁"}
-
-
-@given(st.text(st.sampled_from(sorted(unicodedata.normalize("NFD", "ΐǖåᾧがệ") + "aωか1 ㊀Åﬁ")), max_size=8))
-@settings(max_examples=200, deadline=None)
-def test_composed_texts_have_known_characters(text):
-    characters = with_normalised(frozenset(text), {"normalizer": NFKC})
-    assert characters.issuperset(unicodedata.normalize("NFKC", text).lower())

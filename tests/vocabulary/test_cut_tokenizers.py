@@ -84,37 +84,12 @@ def test_other_texts_can_be_read(kind, scripts, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_removed_characters_become_bytes_or_the_unknown_token(kind):
-    small = by_scripts(kind, "latin")[1]
-    ids = small.encode("булок", add_special_tokens=False).ids
-    assert stored(kind).keeps_all_text == (kind not in LOSSY)
-    assert (small.token_to_id("<unk>") in ids) == (kind in LOSSY)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tokens_keep_their_names_and_order(kind):
-    kept, small = by_scripts(kind, "latin")
-    assert list(kept.ids) == sorted(kept.ids)
-    assert small.get_vocab_size() == len(kept.ids)
-    assert [small.id_to_token(new) for new in range(len(kept.ids))] == [full(kind).id_to_token(old) for old in kept.ids]
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_not_split(kind):
     kept, small = by_scripts(kind, "han")
     for name, token in stored(kind).added.items():
         text = f"1{name} 2"
         check_same(kind, kept, small, text)
         assert kept.new_ids[token] in small.encode(text).ids
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_tokens_kept_change_nothing(kind):
-    tokenizer = stored(kind)
-    rows = tokenizer.size + 7
-    kept = Selection(tokenizer, rows, multiple=rows).by_scripts(parse_scripts("latin"))
-    assert kept.ids == tuple(range(rows))
-    assert cut(kind, kept).to_str() == full(kind).to_str()
 
 
 def counts_of(kind: str, name: str) -> Counter[int]:

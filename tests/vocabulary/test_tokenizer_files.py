@@ -8,20 +8,19 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from outputs import assert_error
+from outputs import assert_error, edit_json
 from secateur.vocabulary.bpe import Bpe
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.selection import Selection
 from secateur.vocabulary.token_ids import fixed_range, named_ids, renumber_ids, resize_vocabulary
 from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
-from secateur.vocabulary.tokenizer_files import stale_files, write_cut
+from secateur.vocabulary.tokenizer_files import write_cut
 from tiny_tokenizers import KINDS, SENTENCES, save_tokenizer
 
 
 def edit(folder: Path, **changes: Any) -> Path:
     """Change entries of the tokenizer.json in a folder."""
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_json(folder / "tokenizer.json", **changes)
     return folder
 
 
@@ -153,12 +152,6 @@ def test_unigram_keeps_a_token_with_the_smallest_score(tmp_path):
     assert stored.size - 1 in latin(stored).ids
 
 
-def test_scripts_of_a_vocabulary(tmp_path):
-    scripts = opened("gemma", tmp_path).scripts()
-    assert scripts[0] == "Latn"
-    assert {"Cyrl", "Grek", "Hani", "Hira", "Arab"} < {*scripts}
-
-
 def test_the_number_of_tokens_is_a_multiple(tmp_path):
     stored = opened("gemma", tmp_path)
     exact, rounded = latin(stored), latin(stored, multiple=64)
@@ -195,10 +188,6 @@ def test_requests_that_cannot_be_met(tmp_path):
     assert_error(r"no tokenizer\.json, .*save_pretrained", read_tokenizer, tmp_path)
 
 
-def _word_level() -> str:
-    return Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str()
-
-
 def _affixes() -> str:
     tokenizer = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -208,7 +197,10 @@ def _affixes() -> str:
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (_word_level(), "the tokenizer is WordLevel; only vocabularies of BPE and Unigram can be cut"),
+        (
+            Tokenizer(models.WordLevel({"a": 0}, "a")).to_str(),
+            "the tokenizer is WordLevel; only vocabularies of BPE and",
+        ),
         (_affixes(), "end_of_word_suffix is '</w>', and merges with affixes cannot be cut"),
         ("{", "not valid JSON"),
         ("[]", "not a JSON object"),
@@ -224,13 +216,6 @@ def _affixes() -> str:
 def test_tokenizers_that_cannot_be_cut(contents, message, tmp_path):
     (tmp_path / "tokenizer.json").write_text(contents)
     assert_error(f"tokenizer.json: .*{message}", read_tokenizer, tmp_path)
-
-
-def test_stale_files(tmp_path):
-    stale = ["merges.txt", "qwen.tiktoken", "spiece.model", "tokenizer.model", "tokenizer.model.v3", "vocab.json"]
-    for name in [*stale, "tokenizer.json", "chat_template.jinja", "model.safetensors"]:
-        (tmp_path / name).touch()
-    assert stale_files(tmp_path) == stale
 
 
 KEPT = KeptTokens((1, 2, 3, 5, 8, 13, 21, 34), beyond=(40,))

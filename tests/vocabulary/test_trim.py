@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from models import build, logits_of, relative, save
 from outputs import assert_error
-from secateur import Options, RunOptions, SecateurError, open_checkpoint, prune, retrain, trim
+from secateur import Options, RunOptions, open_checkpoint, prune, retrain, trim
 from secateur.base.progress import Silent
 from secateur.commands.survey import survey_page
 from secateur.commands.trim import _parameters
@@ -123,14 +123,6 @@ def test_a_pruned_folder_is_trimmed(model, text, tmp_path, widths):
     assert "| before the last step | after |" in card
 
 
-def test_trimming_twice_maps_to_the_original_model(model, latin, text, tmp_path):
-    trim(latin[0], tmp_path / "again", vocabulary="75%", calibration=text, length=16)
-    again = read_map(tmp_path / "again")
-    assert set(again) < set(read_map(latin[0]))
-    before, after = weights(model), weights(tmp_path / "again")
-    assert torch.equal(after["lm_head.weight"], before["lm_head.weight"][again])
-
-
 def test_the_teacher_has_the_kept_tokens(model, latin, text, tmp_path):
     prune(model, tmp_path / "pruned", vocabulary="latin", calibration=text, **PRUNE)
     teacher = open_teacher(open_checkpoint(tmp_path / "pruned"), None, Silent())
@@ -143,14 +135,6 @@ def test_the_teacher_has_the_kept_tokens(model, latin, text, tmp_path):
     assert [kept[token] for token in teacher.kept_tokens] == read_map(tmp_path / "twice")
 
 
-def test_tokens_of_the_text_have_a_price(model, text, tmp_path):
-    done = trim(model, tmp_path / "out", vocabulary="text", calibration=text, length=16)
-    assert done.bits_per_byte is not None
-    # The rest of the text has no other words than the counted part.
-    assert done.bits_per_byte[1] == pytest.approx(done.bits_per_byte[0], rel=0.2)
-    assert relative(*same_text(model, tmp_path / "out", LATIN)) < 1e-6
-
-
 def test_tokens_and_blocks_meet_a_target_together(model, latin, tmp_path):
     options: dict[str, Any] = {name: value for name, value in PRUNE.items() if name != "sparsity"}
     options |= {"calibration": "random", "vocabulary": "latin"}
@@ -159,8 +143,8 @@ def test_tokens_and_blocks_meet_a_target_together(model, latin, tmp_path):
     done = prune(model, tmp_path / "out", target=share, **options)
     assert cut > done.parameters[1] > 0.8 * cut
     assert done.parameters[1] <= float(share[7:-1]) / 100 * whole
-    with pytest.raises(SecateurError, match=r"needs no block to be pruned.*use secateur trim"):
-        prune(model, tmp_path / "other", target="params=99%", **options)
+    said = r"needs no block to be pruned.*use secateur trim"
+    assert_error(said, prune, model, tmp_path / "other", target="params=99%", **options)
 
 
 def test_the_cheapest_number_of_tokens_is_kept(model, text, tmp_path):
@@ -190,8 +174,8 @@ def test_a_survey_of_fewer_tokens_is_for_them_alone(model, latin, text, tmp_path
     assert "--vocabulary latin" in page
     survey = tmp_path / "survey" / "survey.json"
     prune(model, tmp_path / "out", survey=survey, vocabulary="latin", calibration=text, **PRUNE)
-    with pytest.raises(SecateurError, match="a survey of other calibration rows"):
-        prune(model, tmp_path / "other", survey=survey, calibration=text, **PRUNE)
+    said = "a survey of other calibration rows"
+    assert_error(said, prune, model, tmp_path / "other", survey=survey, calibration=text, **PRUNE)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import secateur.formats.hf as writing
 from models import SIZES
-from outputs import assert_error
+from outputs import assert_error, edited_weights
 from secateur import BlockStream, prune
 from secateur.families.entry import Stock
 from secateur.families.registry import FAMILIES
@@ -25,25 +24,14 @@ SMALL: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "de
 @pytest.mark.parametrize("asked", [{"dtype": "float16"}, {"format": "gguf", "type": "f16", "widths": "uniform"}])
 def test_weights_too_large_for_float16_are_refused_early(tmp_path, checkpoint_folder, monkeypatch, asked):
     model = shutil.copytree(checkpoint_folder("llama"), tmp_path / "dense")
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = -1e5
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with edited_weights(model) as tensors:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = -1e5
     monkeypatch.setattr(BlockStream, "embed", lambda *_: pytest.fail("work has begun"))
     out = tmp_path / ("out.gguf" if "type" in asked else "out")
     said = r"1.mlp.up_proj.weight holds 100,000, but float16 goes only to 65,504"
     assert_error(said, prune, model, out, **SMALL | asked)
     with pytest.raises(pytest.fail.Exception, match="work has begun"):
         prune(model, tmp_path / "wide", **SMALL, dtype="bfloat16")
-
-
-def test_licence_files_are_copied(tmp_path, checkpoint_folder):
-    model = tmp_path / "dense"
-    shutil.copytree(checkpoint_folder("llama"), model)
-    files = ("LICENSE", "LICENCE.txt", "NOTICE", "USE_POLICY.md")
-    for name in files:
-        (model / name).write_text(f"{name} of the dense model")
-    prune(model, tmp_path / "out", **SMALL)
-    assert all((tmp_path / "out" / name).read_text() == f"{name} of the dense model" for name in files)
 
 
 def test_a_folder_that_the_stock_class_refuses_never_appears(tmp_path, checkpoint_folder, monkeypatch):

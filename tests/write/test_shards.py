@@ -3,13 +3,11 @@
 import errno
 import json
 import os
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from outputs import assert_error
@@ -65,29 +63,17 @@ def test_overwriting(tmp_path, present):
     assert len(list(place.iterdir())) == (2 if present == "link to model" else 1)
 
 
-def folder_with(path: Path, name: str, contents: str) -> None:
-    path.mkdir()
-    (path / name).write_text(contents)
+def folder_with(place: Path, name: str, contents: str) -> None:
+    (place / "out").mkdir()
+    (place / "out" / name).write_text(contents)
 
 
 REFUSALS = {
     "not empty": ({}, lambda at: model_folder(at / "out"), "exists and is not empty; choose another name or"),
     "a file": ({"overwrite": True}, lambda at: (at / "out").write_text("mine"), "a file with this name exists"),
-    "other files": (
-        {"overwrite": True},
-        lambda at: folder_with(at / "out", "thesis.txt", "mine"),
-        "it is not a model folder",
-    ),
-    "other config": (
-        {"overwrite": True},
-        lambda at: folder_with(at / "out", "config.json", "{}"),
-        "it is not a model folder",
-    ),
-    "broken config": (
-        {"overwrite": True},
-        lambda at: folder_with(at / "out", "config.json", "{"),
-        "it is not a model folder",
-    ),
+    "other files": ({"overwrite": True}, lambda at: folder_with(at, "thesis.txt", "mine"), "it is not a model folder"),
+    "other config": ({"overwrite": True}, lambda at: folder_with(at, "config.json", "{}"), "it is not a model folder"),
+    "broken config": ({"overwrite": True}, lambda at: folder_with(at, "config.json", "{"), "it is not a model folder"),
     "a link to the source": (
         {"overwrite": True, "source": "m"},
         lambda at: (at / "out").symlink_to(model_folder(at / "m")),
@@ -102,7 +88,7 @@ REFUSALS = {
     "no room": (
         {"expected_bytes": 10**18},
         lambda at: None,
-        r"needs 1,000,000,000,016.78 MB of disk space, but [\d.,]+ MB are free",
+        r"needs 1,000,000,000,016.78 MB of disk space, but [\d.,]+",
     ),
 }
 
@@ -116,19 +102,6 @@ def test_a_refused_output_is_left_alone(tmp_path, case):
     for attempt in (Output(tmp_path / "out", **options).check, Output(tmp_path / "out", **options).__enter__):
         assert_error(message, attempt)
         assert tree(tmp_path) == before
-
-
-def test_a_missing_or_read_only_parent_is_refused(tmp_path, monkeypatch):
-    Output(tmp_path / "out", expected_bytes=1).check()
-    assert list(tmp_path.iterdir()) == []
-    assert_error(f"the folder {tmp_path / 'a'} does not exist; create it", Output(tmp_path / "a" / "out").check)
-
-    def mkdir(self, *args, **keys):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", mkdir)
-    assert_error(r"cannot write into .* \(Permission denied\)", Output(tmp_path / "out").check)
-    assert list(tmp_path.iterdir()) == []
 
 
 FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -188,14 +161,6 @@ def test_a_file_created_meanwhile_is_not_overwritten(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_free_space_is_checked_at_the_start(tmp_path, monkeypatch):
-    free = iter([10**9])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
-    with Output(tmp_path / "out", expected_bytes=10**8):
-        pass
-    assert (tmp_path / "out").is_dir()
-
-
 def tensors(count: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {f"t{number:02d}.weight": torch.randn(10, 10, generator=generator) for number in range(count)}
@@ -213,15 +178,6 @@ def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bo
     return found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_one_shard(tmp_path):
-    values = tensors(3)
-    write(tmp_path / "a", values, 10**6)
-    assert [file.name for file in (tmp_path / "a").iterdir()] == ["model.safetensors"]
-    assert equal(load_file(tmp_path / "a" / "model.safetensors"), values)
-    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
 def test_many_shards(tmp_path):
     values = dict(reversed(tensors(7).items())) | {"big": torch.ones(500)}
     write(tmp_path / "a", values, 800)
@@ -233,22 +189,6 @@ def test_many_shards(tmp_path):
     assert equal({name: read_tensor(info) for name, info in list_tensors(tmp_path / "a").items()}, values)
     most = 800 + 8 + header_bytes_for(values)
     assert all(os.path.getsize(tmp_path / "a" / shard) <= most for shard in shards[:-1])
-
-
-@pytest.mark.parametrize("limit", [800, 10**6])
-def test_bytes_are_deterministic(tmp_path, limit):
-    for name in "ab":
-        write(tmp_path / name, tensors(5), limit)
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-
-
-def test_shards_get_their_names_when_all_are_written(tmp_path):
-    shards = ShardWriter(tmp_path, limit_bytes=400)
-    for name, value in tensors(3).items():
-        shards.add(name, value)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [f".shard-0000{number}.partial" for number in (1, 2, 3)]
-    assert shards.total_bytes == 1200
 
 
 def test_views_and_shared_storage(tmp_path):
@@ -268,12 +208,3 @@ def test_the_reserved_header_is_large_enough(tmp_path, count):
     shards.add("a" * 100, torch.ones(1))
     with pytest.raises(ValueError, match="64 bytes were reserved"):
         shards.close()
-
-
-def test_empty_and_duplicate_tensors_are_refused(tmp_path):
-    shards = ShardWriter(tmp_path)
-    with pytest.raises(ValueError, match="no tensor"):
-        shards.close()
-    shards.add("a", torch.ones(1))
-    with pytest.raises(ValueError, match="a was added twice"):
-        shards.add("a", torch.ones(1))
