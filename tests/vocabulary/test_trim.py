@@ -15,6 +15,7 @@ from models import build, logits_of, relative, save
 from outputs import assert_error
 from secateur import Options, RunOptions, open_checkpoint, prune, retrain, trim
 from secateur.base.progress import Silent
+from secateur.commands import trim as trimming
 from secateur.commands.survey import survey_page
 from secateur.commands.trim import _parameters
 from secateur.measure.loading import load
@@ -196,7 +197,12 @@ def test_wrong_vocabularies_are_refused(model, text, tmp_path, vocabulary, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_trim_refuses_what_it_cannot_do(model, latin, tmp_path):
+def test_trim_refuses_what_it_cannot_do(model, latin, tmp_path, monkeypatch):
+    (tmp_path / "out").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(trimming, "with_vocabulary", lambda *_: pytest.fail("refused only after slow work"))
+        assert_error("a file with this name exists", trim, model, tmp_path / "out", vocabulary="latin")
+    (tmp_path / "out").unlink()
     assert_error(r"trim writes a folder.*secateur export", trim, model, tmp_path / "out.gguf", vocabulary="latin")
     said = "keeps all tokens, so there is nothing to trim"
     assert_error(said, trim, latin[0], tmp_path / "out", vocabulary="latin")

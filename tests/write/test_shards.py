@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from outputs import assert_error
 from secateur import SecateurError
+from secateur.base.errors import StoppedError
 from secateur.base.output import Output
 from secateur.model.weights import list_tensors, read_tensor
 from secateur.write.shards import ShardWriter, header_bytes_for
@@ -45,7 +46,7 @@ def test_a_complete_folder_is_put_in_place(tmp_path):
     assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode
 
 
-@pytest.mark.parametrize("present", ["nothing", "empty folder", "model", "link to model"])
+@pytest.mark.parametrize("present", ["nothing", "empty folder", "model", "link to model", "link to itself"])
 def test_overwriting(tmp_path, present):
     place = tmp_path / "place"
     place.mkdir()
@@ -56,6 +57,8 @@ def test_overwriting(tmp_path, present):
         model_folder(target)
     elif present == "link to model":
         target.symlink_to(model_folder(place / "real"))
+    elif present == "link to itself":
+        target.symlink_to(target)
     with Output(target, overwrite="model" in present) as partial:
         (partial / "config.json").write_text("new")
     files = {"config.json": "new"}
@@ -155,7 +158,8 @@ def test_a_failed_swap_restores_the_old_output(tmp_path, monkeypatch, error):
 
 
 def test_a_file_created_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(SecateurError, match="not empty"), Output(tmp_path / "out"):
+    """A run that has worked until then is kept; with `SecateurError`, its state would be deleted."""
+    with pytest.raises(StoppedError, match="not empty"), Output(tmp_path / "out"):
         model_folder(tmp_path / "out")
     assert tree(tmp_path / "out") == {"config.json": '{"model_type": "llama"}', "old.safetensors": "old"}
     assert len(list(tmp_path.iterdir())) == 1

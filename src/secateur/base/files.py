@@ -19,6 +19,11 @@ def local_path(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def real_path(name: str | Path) -> Path:
+    """Return the absolute path behind `~` and symbolic links; a link that leads to itself stays as it is."""
+    return Path(os.path.realpath(local_path(name)))
+
+
 @contextlib.contextmanager
 def replace_atomically(
     path: Path,

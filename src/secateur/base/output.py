@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from secateur.base.errors import SecateurError
-from secateur.base.files import hidden_sibling, local_path, remove, replace_atomically
+from secateur.base.errors import SecateurError, StoppedError
+from secateur.base.files import hidden_sibling, real_path, remove, replace_atomically
 from secateur.base.json_files import parse_json
 from secateur.base.words import first_few
 
@@ -43,8 +43,8 @@ class Output:
 
     def __post_init__(self) -> None:
         # Resolve symbolic links, so that a folder is replaced and not the link to it.
-        self.path = local_path(self.path).resolve()
-        self.source = None if self.source is None else self.source.resolve()
+        self.path = real_path(self.path)
+        self.source = None if self.source is None else real_path(self.source)
 
     def check(self) -> None:
         """Check that the output can be written, and leave no trace.
@@ -57,8 +57,9 @@ class Output:
         remove(self._create(hidden_sibling(self.path, "partial")))
 
     def __enter__(self) -> Path:
-        self._check_before_writing()
-        context = replace_atomically(self.path, self._check_target, resume_path=self.resume_path)
+        with _resumable():
+            self._check_before_writing()
+        context = replace_atomically(self.path, _resumable()(self._check_target), resume_path=self.resume_path)
         return self._create(self._stack.enter_context(context))
 
     def __exit__(
@@ -136,6 +137,15 @@ class Output:
     def _refuse_if(self, wrong: bool, reason: str) -> None:
         if wrong:
             raise SecateurError(f"{self.path}: {reason}")
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Turn an error into one after which the run is kept: another program has filled the disk, or has written there."""
+    try:
+        yield
+    except SecateurError as error:
+        raise StoppedError(str(error)) from error
 
 
 def _is_model(folder: Path) -> bool:

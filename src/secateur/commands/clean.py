@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from secateur.base.files import leftovers, local_path, remove
+from secateur.base.files import leftovers, real_path, remove
 from secateur.base.run_folder import RunFolder
 
 
@@ -18,7 +18,7 @@ def clean(out: str | Path) -> list[Path]:
     Raises:
         SecateurError: A run is at work on this output.
     """
-    out = local_path(out).resolve()
+    out = real_path(out)
     state = RunFolder(out, {})
     removed = [state.path] if state.path.exists() else []
     state.clean()

@@ -9,7 +9,7 @@ import torch
 
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
-from secateur.base.files import leftovers, local_path
+from secateur.base.files import leftovers, real_path
 from secateur.base.memory import MemoryBudget
 from secateur.base.processes import Processes
 from secateur.base.progress import Watcher, busy_reading
@@ -206,7 +206,7 @@ def open_run(
     # A folder from which tokens were cut has a file about them, which is needed at the end.
     original_ids(checkpoint)
     if out is not None and services.processes.is_first:
-        partial_output = run_folder_path(local_path(out).resolve()) / PARTIAL_OUTPUT
+        partial_output = run_folder_path(real_path(out)) / PARTIAL_OUTPUT
         format_of(stream, options, dtype).check_output(
             out, overwrite=run_options.overwrite, partial_output=partial_output
         )

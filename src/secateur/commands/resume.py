@@ -11,7 +11,7 @@ import transformers
 
 import secateur
 from secateur.base.errors import SecateurError, StoppedError
-from secateur.base.files import local_path
+from secateur.base.files import real_path
 from secateur.base.hashes import hash_json, hash_rows
 from secateur.base.run_folder import ROWS, RunFolder
 from secateur.base.services import Services
@@ -59,7 +59,7 @@ def with_run_folder(services: Services, out: Path, inputs: dict[str, Any], *, re
         services.processes.check_equal(inputs)
         yield services
         return
-    with RunFolder(local_path(out).resolve(), inputs, restart=restart) as state:
+    with RunFolder(real_path(out), inputs, restart=restart) as state:
         if state.has_results():
             services.watcher.note(f"Resuming a run that was stopped; its state is in {state.path}")
         services.processes.check_equal(inputs)

@@ -58,6 +58,7 @@ def trim(
             model, revision=run_options.revision, trust_remote_code=run_options.trust_remote_code
         )
     _check_folder(checkpoint)
+    Output(Path(out), overwrite=run_options.overwrite, source=checkpoint.path).check()
     cut, vocabulary = with_vocabulary(checkpoint, options, device, services)
     if vocabulary is None:
         raise SecateurError(f"{model}: --vocabulary {options.vocabulary} keeps all tokens, so there is nothing to trim")

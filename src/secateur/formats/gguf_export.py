@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import local_path
+from secateur.base.files import local_path, real_path
 from secateur.base.json_files import parse_json
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
@@ -76,7 +76,7 @@ def export(
             the output cannot be written.
     """
     watcher = watcher or Silent()
-    folder, path = local_path(folder), local_path(out).resolve()
+    folder, path = local_path(folder), real_path(out)
     check_type(type)
     if type in LLAMA_TYPES:
         return _quantised(folder, path, type=type, overwrite=overwrite, watcher=watcher)

@@ -149,11 +149,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the contents of a JSON file.
 
     Raises:
-        SecateurError: The file cannot be read, or is not a JSON object.
+        SecateurError: The file is not a JSON object.
     """
     try:
         contents = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise SecateurError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(contents, dict):
         raise SecateurError(f"{path}: not a JSON object; download it again")
