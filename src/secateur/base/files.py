@@ -103,7 +103,7 @@ def hidden_sibling(path: Path, purpose: str) -> Path:
 
 def remove(path: Path) -> None:
     """Delete a file or a folder with everything in it, as far as possible."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
