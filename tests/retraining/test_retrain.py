@@ -36,7 +36,7 @@ from secateur.retraining.adapters import adapted_layers
 from secateur.retraining.options import ADAPTERS, Training
 from secateur.retraining.retrain import retrain
 from secateur.retraining.rows import training_rows
-from secateur.retraining.schedule import PLANNED, Seconds, tokens_in_time
+from secateur.retraining.schedule import PLANNED, Seconds, describe_end, tokens_in_time
 
 SMALL: dict[str, Any] = {
     "tokens": "1536",
@@ -323,7 +323,11 @@ def test_a_time_counts_from_the_start(train, monkeypatch):
     assert deadline == began + 3600
     assert all(part > 0 for part in seconds)
     end = f"{datetime.fromtimestamp(deadline).astimezone():%H:%M:%S}"
-    assert watcher.said[1:3] == [f"This command ends by {end}", "Training on 64 tokens, as many as fit into 1h"]
+    assert watcher.said[1].endswith(end)
+    assert watcher.said[2] == "Training on 64 tokens, as many as fit into 1h"
+    assert re.fullmatch(r"This command ends by \d{4}-\d\d-\d\d [\d:]+", describe_end(time.time() + 48 * 3600))
+    monkeypatch.setattr(steps, "tokens_in_time", lambda *_: 10**15)
+    assert "their ids need 8,000,000.00 GB, but" in error_of(train, "other", **TIMED, time="1h")
     one_second = Seconds(step=1.0, measurement=0.0, rest=0.0)
     assert tokens_in_time(training, one_second, time.time() + 100.5) == 64 * int(100 * PLANNED)
     message = error_of(tokens_in_time, training, one_second, time.time() + 1)

@@ -198,6 +198,11 @@ def test_wrong_vocabularies_are_refused(model, text, tmp_path, vocabulary, messa
 
 
 def test_trim_refuses_what_it_cannot_do(model, latin, tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text(LATIN, encoding="utf-8")
+    said = r"short.txt: too short, a tenth of it is set aside.* must fill a row of 30; give a longer text"
+    how: dict[str, Any] = {"vocabulary": "text", "calibration": str(tmp_path / "short.txt")}
+    assert_error(said, trim, model, tmp_path / "out", length=30, **how)
+    assert_error("length is 1000000, but the model has only", trim, model, tmp_path / "out", length=10**6, **how)
     (tmp_path / "out").touch()
     with monkeypatch.context() as patch:
         patch.setattr(trimming, "with_vocabulary", lambda *_: pytest.fail("refused only after slow work"))

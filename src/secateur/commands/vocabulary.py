@@ -11,7 +11,7 @@ from secateur.base.services import Services
 from secateur.base.words import format_count
 from secateur.commands.options import Options
 from secateur.model.checkpoint import Checkpoint
-from secateur.text.calibration import Portion, text_ids
+from secateur.text.calibration import Portion, check_calibration, text_ids
 from secateur.text.sources import RANDOM, SELF
 from secateur.vocabulary.cut import cut_vocabulary
 from secateur.vocabulary.kept import KeptTokens
@@ -182,10 +182,16 @@ def _read_text(checkpoint: Checkpoint, options: Options) -> tuple[dict[int, int]
             f"--vocabulary {options.vocabulary} counts the tokens of the calibration text, but --calibration is "
             f"{options.calibration}; name a text, or scripts such as --vocabulary latin"
         )
-    tokenizer, size = checkpoint.tokenizer(), checkpoint.config.vocab_size
-    kinds = text_ids(tokenizer, options.calibration, size)
+    check_calibration(options.calibration, length=options.length, max_positions=checkpoint.max_positions)
+    tokenizer = checkpoint.tokenizer()
+    kinds = text_ids(tokenizer, options.calibration, checkpoint.config.vocab_size)
     counted, rest = ([portion.of(ids) for ids in kinds] for portion in (Portion(0.0, COUNTED), Portion(COUNTED, 1.0)))
     each = max(1, PRICED_TOKENS // len(rest))
     held_out = "\n\n".join(tokenizer.decode(ids[:each].tolist(), skip_special_tokens=True) for ids in rest)
+    if (size := len(tokenizer.encode(held_out, add_special_tokens=False))) < options.length:
+        raise SecateurError(
+            f"{options.calibration}: too short, a tenth of it is set aside to measure what the cut costs, which has "
+            f"{size:,} tokens and must fill a row of {options.length}; give a longer text, or a smaller --length"
+        )
     ids, times = torch.cat(counted).unique(return_counts=True)
     return dict(zip(ids.tolist(), times.tolist(), strict=True)), held_out

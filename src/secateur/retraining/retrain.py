@@ -39,7 +39,7 @@ from secateur.model.stream import BlockStream
 from secateur.report.folder import check_record
 from secateur.retraining.adapters import adapted_layers, entries_trained, largest_rank
 from secateur.retraining.curve import Curve
-from secateur.retraining.memory import MemoryPlan, plan_memory
+from secateur.retraining.memory import TOKEN_BYTES, MemoryPlan, plan_memory
 from secateur.retraining.options import Training
 from secateur.retraining.rows import TrainingRows, random_rows, training_rows
 from secateur.retraining.schedule import describe_end, measure_seconds, tokens_in_time
@@ -142,9 +142,10 @@ def retrain(
         services = replace(services, budget=MemoryBudget(plan.spare_bytes))
         student = _load(checkpoint, where, plan, services.watcher)
         dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
-        rows = _draw(checkpoint, student, dense, training, plan, services, started)
-        targets_bytes = 0 if dense is None else TARGET_BYTES * rows.train.numel()
+        tokens = _token_count(checkpoint, student, dense, training, plan, services, started)
+        targets_bytes = 0 if dense is None else TARGET_BYTES * tokens
         _check_disk(target.path, checkpoint.bytes + 2 * CHECKPOINT_BYTES * trained + targets_bytes)
+        rows = _draw(checkpoint, training, tokens, services)
         arena = stack.enter_context(Arena(services.budget, run_folder_path(target.path)))
         targets = None if dense is None else teacher_targets(dense, rows, arena)
         student.rows, student.targets = rows.train, targets_of(rows.train, targets, training.text_weight)
@@ -254,7 +255,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, plan: MemoryPlan, watche
     return student
 
 
-def _draw(
+def _token_count(
     checkpoint: Checkpoint,
     student: Student,
     teacher: BlockStream | None,
@@ -262,8 +263,12 @@ def _draw(
     plan: MemoryPlan,
     services: Services,
     started: float,
-) -> TrainingRows:
-    """Return the rows of the training, as many as are asked for or as there is time for."""
+) -> int:
+    """Return the number of tokens to train on: as many as are asked for, or as there is time for.
+
+    Raises:
+        SecateurError: There is no time for one step, or no memory for the ids of so many tokens.
+    """
 
     def plan_tokens(seconds: float) -> int:
         deadline = started + seconds
@@ -276,10 +281,19 @@ def _draw(
         return tokens
 
     if training.seconds is None:
-        tokens = training.token_count
-    else:
-        tokens = services.saved_result("tokens", partial(plan_tokens, training.seconds))
-        services.watcher.note(f"Training on {tokens:,} tokens, as many as fit into {training.time}")
+        return training.token_count
+    tokens: int = services.saved_result("tokens", partial(plan_tokens, training.seconds))
+    services.watcher.note(f"Training on {tokens:,} tokens, as many as fit into {training.time}")
+    if TOKEN_BYTES * tokens > plan.spare_bytes:
+        raise SecateurError(
+            f"time is {training.time}, in which {tokens:,} tokens can be trained on; their ids need "
+            f"{TOKEN_BYTES * tokens / 1e9:,.2f} GB, but {plan.spare_bytes / 1e9:,.2f} GB are left; use a shorter --time"
+        )
+    return tokens
+
+
+def _draw(checkpoint: Checkpoint, training: Training, tokens: int, services: Services) -> TrainingRows:
+    """Return the rows of the training."""
     rows = training_rows(checkpoint, training, tokens, services)
     if rows.passes > 1:
         services.watcher.note(

@@ -69,8 +69,10 @@ def tokens_in_time(training: Training, seconds: Seconds, deadline: float) -> int
 
 
 def describe_end(deadline: float) -> str:
-    """Return a sentence about the time of day (`time.time()`) at which the command has to end."""
-    return f"This command ends by {datetime.fromtimestamp(deadline).astimezone():%H:%M:%S}"
+    """Return a sentence about the time (`time.time()`) at which the command has to end, with the day if not today."""
+    end = datetime.fromtimestamp(deadline).astimezone()
+    day = "" if end.date() == datetime.now().date() else f"{end:%Y-%m-%d }"
+    return f"This command ends by {day}{end:%H:%M:%S}"
 
 
 def measure_seconds(
