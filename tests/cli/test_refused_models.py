@@ -50,6 +50,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: config(f, architectures=[1]),
         "architectures is [1], not a list of class",
     ),
+    "a text config too many": (lambda f: config(f, text_config={"model_type": "llama"}), "llama has no text_config"),
     "a text config that is none": (lambda f: config(f, text_config=5), "text_config is 5, not the config of a model"),
     "too many layers": (
         lambda f: config(f, num_hidden_layers=10**9),

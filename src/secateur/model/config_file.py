@@ -102,7 +102,11 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     file, kind = folder / "config.json", raw["model_type"]
     _check_readable(file, raw, trust_remote_code)
     config = _config_object(folder, own_code=kind not in CONFIG_MAPPING)
-    for part, stored in ((config, raw), (getattr(config, TEXT, None), raw.get(TEXT))):
+    inner = getattr(config, TEXT, None)
+    # transformers keeps a config that the class does not have as the dictionary that it is.
+    if isinstance(inner, dict):
+        raise SecateurError(f"{file}: {kind} has no {TEXT}; correct model_type, or remove {TEXT}")
+    for part, stored in ((config, raw), (inner, raw.get(TEXT))):
         if part is not None:
             _check_sizes(file, part)
             _prepare(part, stored)
