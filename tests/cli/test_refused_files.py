@@ -47,6 +47,8 @@ def test_an_output_that_cannot_be_written_is_refused(place, run, no_work, monkey
     (place / "full" / "thesis.tex").write_text("years of work")
     before = listing(place)
     refused(run("prune", "model", "full", *SMALL), "full: exists and is not empty; choose another name or add --over")
+    said = "missing.txt does not exist: check the path of the text"
+    refused(run("prune", "missing", "out", "--calibration", "missing.txt"), said)
     refused(run("prune", "model", "missing/out", *SMALL), "missing does not exist; create it first")
     refused(run("prune", "model", "model", *SMALL, "--overwrite"), "model: this is the folder of MODEL, which would be")
     with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from conftest import CheckpointFolder
 from models import MIXTURES, blocks_of, build, layers_of, seen, token_rows
 from secateur.criteria import experts
+from secateur.criteria.choice import parse_choice
 from secateur.criteria.experts import expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.fit.expert_regression import MIN_TOKENS
@@ -136,6 +137,7 @@ def test_expert_scores_equal_their_formulas(checkpoint_folder):
         for name, wanted in (("reap", scores), ("frequency", counts)):
             found = expert_order(name, routed, 3)
             assert found.order == tuple(sorted(range(8), key=wanted.__getitem__)[:5])
+            assert parse_choice(name).experts == name
         assert expert_order("random", routed, 3, seed=1) != expert_order("random", routed, 3, seed=2)
 
 

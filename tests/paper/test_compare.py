@@ -110,13 +110,15 @@ def test_figures_are_those_of_prune_and_eval(grid, run, out):
     assert [line["row"] for line in lines] == list(rows)
     assert float(lines[-1]["held.txt most"]) == rows["L2, sparsity 0.4"]["figures"]["held.txt"]["most"]
     assert "seconds" not in lines[0]
+    # Method, removed share, heads, channels and figure.
+    assert {line.count("|") for line in (out / "table.md").read_text().splitlines() if line[:1] == "|"} == {6}
     # No weights stay, and nothing lies around.
     assert {file.name for file in out.iterdir()} == {
         *("table.md", "table.csv", "table.json", "sparsity.png", "runs", "surveys", ".lock")
     }
 
 
-def test_shared_work_is_done_once(grid, run, calls_of):
+def test_shared_work_is_done_once(grid, run, calls_of, monkeypatch):
     surveys, reads = calls_of(survey_model, "survey"), calls_of(calibration, "read_documents")
     assert run(*COMPARE, "--seeds", "0", "--calibration", str(grid / "text.txt")).code == 0
     # One for each criterion, whatever the sparsity.
@@ -127,6 +129,8 @@ def test_shared_work_is_done_once(grid, run, calls_of):
     assert "calibration text.txt, samples 4" in said
     assert "Seed 0." in said
     assert str(grid) not in said
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    refused(run(*COMPARE), "MB of disk space, but 0.00 MB are free; free some")
 
 
 def test_only_missing_runs_are_executed(grid, run, whole, out, calls_of):

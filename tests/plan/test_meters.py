@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models as tiny
 from models import _config, load_written, make_letters, save, wide, write_pruned
-from outputs import assert_error
+from outputs import Notes, assert_error
 from secateur import BlockStream, open_checkpoint, prune
 from secateur.base.progress import Silent
 from secateur.formats.gguf_export import export
@@ -124,7 +124,9 @@ def test_added_biases_count_as_size(tmp_path, opened, name, target, file):
     """No bias is added before a norm, to a module that has one (OPT), or to a block outside the range."""
     stream, out = opened(name), tmp_path / ("out.gguf" if file else "out")
     options = {"format": "gguf", "type": "f32", "widths": "uniform"} if file else {"blocks": "1:3"}
-    summary = prune(stream.checkpoint.path, out, target=target, **BIASED | options)
+    notes = Notes()
+    summary = prune(stream.checkpoint.path, out, target=target, **BIASED | options, watcher=notes)
+    assert not any("speed-up" in note for note in notes.said)
     parameters, taken = held(out)
     assert summary.bytes[1] == taken
     assert file or summary.parameters[1] == parameters

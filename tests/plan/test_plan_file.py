@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -16,6 +17,7 @@ from outputs import edited_weights, error_of, record_of
 from secateur import open_checkpoint, prune
 from secateur.model.structure import Block
 from secateur.model.units.heads import HEADS
+from secateur.model.weights import InMemory
 from secateur.plan.plan_file import read_plan
 from secateur.plan.ratio_file import read_ratios
 
@@ -204,3 +206,5 @@ def test_models_with_different_weights_have_different_fingerprints(tmp_path, che
             tensors[name][row] += 1e-3
         assert open_checkpoint(tmp_path / "copy").fingerprint not in found
         found.add(open_checkpoint(tmp_path / "copy").fingerprint)
+    samples = InMemory.of(torch.tensor([0, 1, 2, 3, 4], dtype=torch.uint8)).samples(2)
+    assert list(samples) == [b"\x00\x01", b"\x01\x02", b"\x03\x04"], "start, middle and end"

@@ -162,6 +162,7 @@ SIZES = [
     ({"length": 65, "max_positions": 64}, "length is 65, but the model has only 64 positions"),
     ({"samples": 30}, "it has 100 tokens, but 30 rows of 8 tokens need 240; use samples 12 or length 3"),
     ({"samples": 1, "length": 101}, "it has 100 tokens, but 1 row of 101 tokens needs 101; use length 100"),
+    ({"samples": 2, "length": 101}, "it has 100 tokens, but 2 rows of 101 tokens need 202; use length 50"),
     ({"samples": 200}, "it has 100 tokens, but 200 rows of 8 tokens need 1,600; use samples 12, or a longer text"),
     ({"vocab_size": 50}, "the tokenizer gives id 103, but the model has 50 ids"),
 ]

@@ -186,6 +186,7 @@ def test_a_survey_of_fewer_tokens_is_for_them_alone(model, latin, text, tmp_path
         ("klingon", "no Unicode script 'klingon'.*latin"),
         ("lat1n", "write all, scripts such as latin"),
         ("text:0", "write all, scripts such as latin"),
+        ("0%", "write all, scripts such as latin"),
         ("100%", "write all, scripts such as latin"),
         ("1.2.3", "write all, scripts such as latin"),
         ("10", "too few"),

@@ -89,9 +89,9 @@ REFUSALS = {
     ),
     "inside the source": ({"source": "."}, lambda at: None, "inside the folder of MODEL, or contains it"),
     "no room": (
-        {"expected_bytes": 10**18},
-        lambda at: None,
-        r"needs 1,000,000,000,016.78 MB of disk space, but [\d.,]+",
+        {"expected_bytes": 10**18, "resume_path": "run"},
+        lambda at: ((at / "run").mkdir(), (at / "run" / "first.safetensors").write_bytes(bytes(10**6))),
+        r"needs 1,000,000,000,015.78 MB of disk space, but [\d.,]+",
     ),
 }
 
@@ -100,7 +100,7 @@ REFUSALS = {
 def test_a_refused_output_is_left_alone(tmp_path, case):
     options, prepare, message = REFUSALS[case]
     prepare(tmp_path)
-    options = options | ({"source": tmp_path / options["source"]} if "source" in options else {})
+    options = options | {name: tmp_path / options[name] for name in ("source", "resume_path") if name in options}
     before = tree(tmp_path)
     for attempt in (Output(tmp_path / "out", **options).check, Output(tmp_path / "out", **options).__enter__):
         assert_error(message, attempt)
