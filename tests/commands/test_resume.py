@@ -152,7 +152,7 @@ def test_a_resume_with_another_text_is_refused(tmp_path, checkpoint_folder):
     with pytest.raises(KeyboardInterrupt):
         prune(checkpoint_folder("llama"), out, **asked, watcher=Stopping())
     text.write_text(" ".join(f"w{number % 39}" for number in range(2000)))
-    said = r"text.txt: the rows of this text differ .*, or add --restart"
+    said = r"text.txt: the rows of this text are not .*, or add --restart"
     assert_error(said, prune, checkpoint_folder("llama"), out, **asked)
     prune(checkpoint_folder("llama"), out, **asked, restart=True)
 
