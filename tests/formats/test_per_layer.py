@@ -395,9 +395,11 @@ def test_unsupported_reasons(written, tmp_path):
     assert HfFolder(stream).unsupported_reason(none) is None
     assert per_layer_unsupported(dense("llama").config, block_of("llama"), wide(0, 0, 0)) is None
     pruned = PrunedModel(Plan({0: none, 2: fewer}, 0, 0), ())
-    for kind, said in (
-        (HfFolder, "olmo2 keeps all 6 heads of a block or none, as its query"),
-        (StockFolder, "one width for all blocks; use --format hf"),
+    empty = PrunedModel(Plan(dict.fromkeys(range(3), none), 0, 0), ())
+    for kind, plan, said in (
+        (HfFolder, pruned, "olmo2 keeps all 6 heads of a block or none, as its query"),
+        (StockFolder, pruned, "one width for all blocks; use --format hf"),
+        (StockFolder, empty, "a stock class needs at least one head and one channel"),
     ):
-        assert_error(said, kind(stream).write, tmp_path / "out", pruned)
+        assert_error(said, kind(stream).write, tmp_path / "out", plan)
     assert not (tmp_path / "out").exists()
