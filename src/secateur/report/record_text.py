@@ -10,6 +10,7 @@ from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
 from secateur.report.summary import pruned_part
 from secateur.vocabulary.map_file import MAP_FILE
+from secateur.write.record import tokens_kept
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -38,7 +39,8 @@ def commands(record: Mapping[str, Any]) -> list[str]:
 
 
 def chain(record: Mapping[str, Any]) -> list[str]:
-    """Return one line for each pruning from the dense model to this one: the model, and the share that was removed.
+    """Return one line for each pruning from the dense model to this one: the model, the share that was removed, and
+    the tokens that were kept if some were cut.
 
     The list is empty if the model was pruned once.
     """
@@ -46,8 +48,8 @@ def chain(record: Mapping[str, Any]) -> list[str]:
     for step in (*record["earlier"], record) if record.get("earlier") else ():
         share, then = step.get("sparsity", {}).get("reached"), ", then retrained" if step.get("retrained") else ""
         removed = "pruned" if share is None else f"{share:.1%} of the parameters of its pruned blocks removed"
-        before, after = (step.get("vocabulary") or {}).get("tokens", (0, 0))
-        kept = f", {after:,} of {before:,} tokens kept" if before else ""
+        tokens = tokens_kept(step)
+        kept = f", {tokens[1]:,} of {tokens[0]:,} tokens kept" if tokens else ""
         lines.append(f"{model_name(step)}: {removed}{kept}{then}")
     return lines
 
