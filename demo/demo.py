@@ -33,7 +33,7 @@ MIN_CHARACTERS = 200
 """Length of the shortest article that is used: many articles are only a title."""
 QUESTION = "Who was Marie Curie?"
 OPENING_WORDS = 25
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 
 console = Console(highlight=False)
 
