@@ -67,7 +67,7 @@ def compare(
     refit_samples: Annotated[
         str | None,
         _replacement(
-            help="Number of rows for the recovery, in runs that use separate rows for it, and for retraining. "
+            help="Number of rows for retraining, and for the recovery in runs where it has rows of its own. "
             "If the recipe varies this number: several, separated by commas."
         ),
     ] = None,
@@ -86,7 +86,7 @@ def compare(
 ) -> None:
     """Run a recipe: prune models in many ways under the same protocol, and write tables and plots of the scores.
 
-    If a model has the name of one of the paper's models, the table also shows the paper's figures.
+    If a model has the name of a model in the paper (arXiv 2407.19126), the table also shows the published numbers.
 
     The folder of --out keeps scores, surveys and generated texts, but no pruned models. The same command skips finished
     runs.

@@ -9,7 +9,7 @@ from secateur.cli.terminal import print_result
 
 @expand_options
 def families() -> None:
-    """List the model families that can be pruned, and what can be removed from each.
+    """List the model families that can be pruned, what can be removed from each, and their formats.
 
     Example: secateur families
     """

@@ -70,7 +70,7 @@ class Options:
         "Limit on the size or the cost of the result, used instead of --sparsity. params=100M or params=80%: "
         "parameters; active=80%: parameters active per token; bytes=60MB: size of the weights; kv=50%: size of the KV "
         "cache; prefill=1.5x or decode=1.5x: speed-up over MODEL, measured on this machine; ppl=1.2x: perplexity at "
-        "most 1.2 times that of MODEL (secateur prune only).",
+        "most 1.2 times that of MODEL (secateur prune only). Percentages refer to MODEL with all of its tokens.",
         default_text="none",
     )
     plan: str | None = option(
@@ -86,7 +86,7 @@ class Options:
         TARGET,
         "How widths vary between blocks. adaptive: each module gets its own width, such that the loss of the whole "
         "model rises least; uniform: all blocks have the same widths, as the standard transformers class needs; or, "
-        "instead of --sparsity, a JSON file with the fraction of units to remove from ranges of blocks, such as "
+        "instead of a sparsity, a JSON file with the fraction of units to remove from ranges of blocks, such as "
         '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}.',
         may_name_file=True,
     )
@@ -107,10 +107,9 @@ class Options:
         TARGET,
         "Tokens to keep. all: every token; latin or latin+cyrillic: the tokens of these Unicode scripts, and digits, "
         "punctuation and symbols; text: the tokens that occur in the calibration text; text:5: those that occur at "
-        "least five times; 64k or 50%: this number or share of the tokens, first those of the calibration text's "
-        "scripts, frequent ones before rare ones; auto (only in secateur prune and plan, with --target): the number of "
-        "tokens with the lowest estimated loss. Special tokens and bytes are always kept. Percentages in --target "
-        "refer to the model with all tokens.",
+        "least five times; 64k or 50%: this number or share of the tokens, where tokens of the calibration "
+        "text's scripts come before others, and frequent ones before rare ones; auto (only in secateur prune and plan, with --target): the number of "
+        "tokens with the lowest estimated loss. Special tokens and bytes are always kept.",
     )
     round: int | None = option(
         None,
@@ -124,7 +123,7 @@ class Options:
         "surgeon",
         METHOD,
         "How to choose the units to remove. surgeon: the units whose output the remaining units reproduce best. Other "
-        "criteria give each unit a score and remove those with the lowest scores. second-moment (the paper's), wanda "
+        "criteria give each unit a score and remove those with the lowest scores. second-moment (of the paper, arXiv 2407.19126), wanda "
         "(Wanda-sp), flap-wifv, flap-ifv, flap-wifn: scores from activations; l1, l2: from weights; llm-pruner-vector, "
         "llm-pruner-element1, llm-pruner-element2: from gradients; random: random scores. heads=X,channels=Y uses X "
         f"for heads and Y for channels; experts=Z uses Z for experts, where Z is {', '.join(EXPERTS[:-1])} or "
@@ -150,8 +149,8 @@ class Options:
     ridge: float = option(
         0.3,
         METHOD,
-        "Strength of the penalty that keeps fitted weights close to the original ones, for --recovery refit and for "
-        "the errors in a survey. A smaller value follows the calibration text more closely.",
+        "Strength of the penalty that keeps fitted weights close to the original ones, for the refit and for the "
+        "errors in a survey. A smaller value follows the calibration text more closely.",
     )
     calibration: str = option(
         GENERAL,
@@ -462,7 +461,7 @@ class RunOptions:
         None,
         COMPUTING,
         "Upper bound on the memory of this process: an amount such as 8GB, or a share of the free memory such as 50%. "
-        "Activations that do not fit are kept in files.",
+        "What does not fit is kept in files or, in secateur retrain, computed again.",
         default_text="half of the free memory",
     )
     revision: str | None = option(

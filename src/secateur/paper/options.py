@@ -43,8 +43,8 @@ class PaperOptions(Base):
     recover: str = option(
         "after",
         PAPER,
-        "When --recovery paper fits the weights: after the units to remove are chosen, before they are chosen, or at "
-        "both times.",
+        "The time at which --recovery paper fits the weights. after: after the units to remove are chosen; before: "
+        "before they are chosen; both: at both times.",
         choices=("after", "before", "both"),
         fit_only=True,
     )
