@@ -45,9 +45,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = few(items, config.getoption("--few").split(","))
 
 
-def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -> tuple[str, str, str] | None:
     """Count fuzz cases whose input was refused, or was no model, apart from those with a right result."""
-    end = dict(report.user_properties).get("end")
+    # The report of a file that cannot be imported has no properties.
+    end = dict(getattr(report, "user_properties", ())).get("end")
     return (end, ".", str(end).upper()) if report.when == "call" and report.passed and end else None
 
 
