@@ -20,7 +20,8 @@ Model = Annotated[
     ),
 ]
 PrunedFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A folder that secateur wrote (prune, trim or retrain).", show_default=False)
+    Path,
+    typer.Argument(metavar="DIR", help="A folder that secateur wrote (prune, trim or retrain).", show_default=False),
 ]
 WHAT_TO_MEASURE = "What to measure"
 """Panel of the options that select measurements."""

@@ -107,9 +107,9 @@ class Options:
         TARGET,
         "Tokens to keep. all: every token; latin or latin+cyrillic: the tokens of these Unicode scripts, and digits, "
         "punctuation and symbols; text: the tokens that occur in the calibration text; text:5: those that occur at "
-        "least five times; 64k or 50%: this number or share of the tokens, where tokens of the calibration "
-        "text's scripts come before others, and frequent ones before rare ones; auto (only in secateur prune and plan, with --target): the number of "
-        "tokens with the lowest estimated loss. Special tokens and bytes are always kept.",
+        "least five times; 64k or 50%: this number or share of the tokens, where tokens of the calibration text's "
+        "scripts come before others, and frequent ones before rare ones; auto (only in secateur prune and plan, with "
+        "--target): the number of tokens with the lowest estimated loss. Special tokens and bytes are always kept.",
     )
     round: int | None = option(
         None,
@@ -123,9 +123,10 @@ class Options:
         "surgeon",
         METHOD,
         "How to choose the units to remove. surgeon: the units whose output the remaining units reproduce best. Other "
-        "criteria give each unit a score and remove those with the lowest scores. second-moment (of the paper, arXiv 2407.19126), wanda "
-        "(Wanda-sp), flap-wifv, flap-ifv, flap-wifn: scores from activations; l1, l2: from weights; llm-pruner-vector, "
-        "llm-pruner-element1, llm-pruner-element2: from gradients; random: random scores. heads=X,channels=Y uses X "
+        "criteria give each unit a score and remove those with the lowest scores. second-moment (of the paper, arXiv "
+        "2407.19126), wanda (Wanda-sp), flap-wifv, flap-ifv, flap-wifn: scores from activations; l1, l2: from weights; "
+        "llm-pruner-vector, llm-pruner-element1, llm-pruner-element2: from gradients; random: random scores. "
+        "heads=X,channels=Y uses X "
         f"for heads and Y for channels; experts=Z uses Z for experts, where Z is {', '.join(EXPERTS[:-1])} or "
         f"{EXPERTS[-1]}.",
     )
