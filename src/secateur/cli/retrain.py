@@ -1,20 +1,29 @@
 """`secateur retrain`: train a pruned folder further."""
 
+from pathlib import Path
 from typing import Annotated
 
+import typer
 from psutil import Process
 
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import OutFolder, PrunedFolder
+from secateur.cli.values import OutFolder
 from secateur.commands.options import RunOptions
 from secateur.retraining.options import Training
 
 
 @expand_options
 def retrain(
-    folder: PrunedFolder,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="The pruned folder. If another tool wrote it, --teacher is needed.",
+            show_default=False,
+        ),
+    ],
     out: OutFolder,
     training: Training,
     run_options: Annotated[RunOptions, Only(("device", "memory", "overwrite", "restart"))],

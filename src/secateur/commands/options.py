@@ -129,6 +129,7 @@ class Options:
         "heads=X,channels=Y uses X "
         f"for heads and Y for channels; experts=Z uses Z for experts, where Z is {', '.join(EXPERTS[:-1])} or "
         f"{EXPERTS[-1]}.",
+        default_text="surgeon; for experts, reroute",
     )
     recovery: str = option(
         "refit",
