@@ -85,8 +85,8 @@ class Options:
         WIDTHS[0],
         TARGET,
         "How widths vary between blocks. adaptive: each module gets its own width, such that the loss of the whole "
-        "model rises least; uniform: all blocks have the same widths, as the standard transformers class needs; or, "
-        "instead of a sparsity, a JSON file with the fraction of units to remove from ranges of blocks, such as "
+        "model rises least; uniform: all blocks have the same widths, as the standard transformers class needs; or "
+        "(not in secateur sizes) a JSON file with the fraction of units to remove from ranges of blocks, such as "
         '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}.',
         may_name_file=True,
     )
@@ -179,7 +179,7 @@ class Options:
         OUTPUT,
         "Data type of the tensors "
         + "; ".join(f"with --format {one.name}: {', '.join(one.types)}" for one in FORMATS.values() if one.types)
-        + ".",
+        + ". as-input: the type that a tensor has in MODEL, a .gguf file.",
     )
     dtype: str | None = option(
         None,
