@@ -69,8 +69,8 @@ def main() -> None:
         f"{Path(arguments.model).name}, {arguments.samples} x {arguments.length} tokens of "
         f"{Path(arguments.calibration).name}, {arguments.tokens:,} tokens of each text in rows of 128, ridge "
         f"{arguments.ridge}; every block {width.heads} heads, {width.kv_groups} key/value heads, {width.channels} "
-        f"channels ({decided.sparsity:.1%} of the blocks' parameters removed); torch {torch.__version__}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads. Dense: "
+        f"channels ({decided.sparsity:.1%} of the blocks' parameters removed); torch {torch.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads. Dense: "
         + ", ".join(f"{name} {value:.2f}" for name, value in zip(names, bench.dense, strict=True))
         + f". Cells: {' / '.join(names)}, over dense"
     )
