@@ -70,7 +70,8 @@ class Options:
         "Limit on the size or the cost of the result, used instead of --sparsity. params=100M or params=80%: "
         "parameters; active=80%: parameters active per token; bytes=60MB: size of the weights; kv=50%: size of the KV "
         "cache; prefill=1.5x or decode=1.5x: speed-up over MODEL, measured on this machine; ppl=1.2x: perplexity at "
-        "most 1.2 times that of MODEL (secateur prune only). Percentages refer to MODEL before --vocabulary removes tokens.",
+        "most 1.2 times that of MODEL (secateur prune only). Percentages refer to MODEL before --vocabulary removes "
+        "tokens.",
         default_text="none",
     )
     plan: str | None = option(
@@ -116,7 +117,7 @@ class Options:
         TARGET,
         "Channel counts of pruned modules are multiples of this number. Kernels are slow unless channel counts are "
         "multiples of 16, GGUF stores weights in groups of 32, and some GPUs are fastest with multiples of 64 or 128.",
-        default_text="32 if every feed-forward has at least 1,024 channels and every expert 256; else 1, or 8 for experts",
+        default_text="32 if every feed-forward has at least 1,024 channels and every expert 256; else 1, for experts 8",
         minimum=1,
     )
     criterion: str = option(
