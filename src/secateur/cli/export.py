@@ -36,5 +36,5 @@ def export(
         from secateur.formats.gguf_export import export as run
 
     done = run(folder, out, type=type_, overwrite=run_options.overwrite, watcher=bars)
-    line = f"Written to {done.path}: {done.bytes / 1e6:,.2f} MB of weights, llama.cpp architecture {done.architecture}"
+    line = f"Written to {out}: {done.bytes / 1e6:,.2f} MB of weights, llama.cpp architecture {done.architecture}"
     print_result(done, None, [line])

@@ -53,5 +53,5 @@ def retrain(
     )
     before, after = done.perplexity
     dense = "" if done.curve.dense is None else f" (dense: {done.curve.dense:.3f})"
-    line = f"Perplexity on held-out rows: {before:.3f} before, {after:.3f} after{dense}. Written to {done.path}"
+    line = f"Perplexity on held-out rows: {before:.3f} before, {after:.3f} after{dense}. Written to {out}"
     print_result(done, None, [line])

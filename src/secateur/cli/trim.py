@@ -36,4 +36,4 @@ def trim(
         from secateur.report.tables import trim_table
 
     done = run(model, out, options, run_options, watcher=bars)
-    print_result(done, *trim_table(done))
+    print_result(done, *trim_table(done, out))

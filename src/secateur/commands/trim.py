@@ -66,7 +66,7 @@ def trim(
     with target as folder:
         _write(cut, vocabulary, folder, services.watcher)
         check_written(folder, target.path, "report this as a bug in secateur")
-    loading = format_of_folder(checkpoint.path).how_to_load(checkpoint.auto_class.__name__, str(target.path))
+    loading = format_of_folder(checkpoint.path).how_to_load(checkpoint.auto_class.__name__, str(out))
     return Trimmed(
         str(target.path),
         vocabulary.tokens,

@@ -37,7 +37,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     return table, lines + (_expectation(summary, out) if summary.is_dry_run else _result(summary, out))
 
 
-def trim_table(done: Trimmed) -> tuple[Table, list[str]]:
+def trim_table(done: Trimmed, out: Path) -> tuple[Table, list[str]]:
     """Return a table of sizes before and after tokens were cut, and lines about the new folder."""
     table = Table(title="Trimmed", title_justify="left")
     for name in ("", "before", "after", "ratio"):
@@ -50,7 +50,7 @@ def trim_table(done: Trimmed) -> tuple[Table, list[str]]:
     figures += [] if done.bits_per_byte is None else [("bits per byte", done.bits_per_byte, "{:.4f}".format)]
     for label, (before, after), form in figures:
         table.add_row(label, form(before), form(after), f"{after / before:.3f}")
-    return table, [f"Written to {done.path}", done.loading]
+    return table, [f"Written to {out}", done.loading]
 
 
 def _expectation(summary: Summary, out: Path) -> list[str]:
