@@ -19,17 +19,10 @@ from secateur.base.quiet import quiet
 from secateur.formats.gguf_export import export
 from secateur.model import gguf_source, hub_source
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.config_file import empty_model
 
-TINY = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+TINY |= {"num_attention_heads": 4, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2}
 WEIGHTS = "model.safetensors"
 GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
 OPT = {**TINY, "ffn_dim": 24, "word_embed_proj_dim": 16}
@@ -391,3 +384,8 @@ def test_multi_token_prediction_heads_are_left_out(folder, kind):
     assert found.tensors.keys() == plain.tensors.keys()
     assert set(found.left_out) == {*more, f"{place}.eh_proj.weight"}
     assert found.raw_config == plain.raw_config | {"num_nextn_predict_layers": 0}
+
+
+def test_a_model_with_experts_larger_than_any_memory_is_described():
+    config = AutoConfig.for_model("mixtral", **TINY, num_local_experts=2**36)
+    assert all(value.is_meta for value in empty_model(AutoModelForCausalLM, config).parameters())

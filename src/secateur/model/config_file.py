@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -27,6 +28,8 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mistral4", "Mistral4ForCausalLM")
 
 TOWER_CONFIGS = ("vision_config", "audio_config", "speech_config", "encoder_config")
 """Keys of a multimodal model's config that hold the config of a tower."""
+_LARGE = 2**28
+"""Entries of a tensor from which on it is certainly a parameter, and no buffer whose values are needed."""
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _DROPPED = ("dropout", "pdrop", "layerdrop")
 """Endings of config keys with dropout rates, which torch would check only when a block runs."""
@@ -76,6 +79,23 @@ def _parsed(file: Path) -> Any:
         raise SecateurError(f"{file}: {error} for a config; download it again") from error
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Mode in which large tensors are created without memory.
+
+    `init_empty_weights` moves a parameter to the meta device after its creation. The matrices of all experts of a block
+    are one parameter, which may need more memory than the machine has.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch; `torch.empty` and `torch.zeros` give large tensors on the meta device."""
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros) and kwargs.get("device") is None:
+            made = func(*args, **{**kwargs, "device": "meta"})
+            if made.numel() >= _LARGE:
+                return made
+        return func(*args, **kwargs)
+
+
 def empty_model(auto: Any, config: Any) -> Any:
     """Build the model of a config in float32, with its parameters on the meta device.
 
@@ -84,8 +104,8 @@ def empty_model(auto: Any, config: Any) -> Any:
         config: The config object.
     """
     make = getattr(auto, "from_config", None) or auto._from_config
-    # Without this, drawing random values for parameters that have no memory would take most of the time.
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    # Without no_init_weights, drawing random values for parameters that have no memory would take most of the time.
+    with init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
         return make(config, dtype=torch.float32).eval()
 
 
