@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from gguf import GGUFReader
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts, Family
 from secateur.families.registry import family_of
+from secateur.model.config_file import empty_model
 from secateur.model.gguf_config import read_config
 from secateur.model.gguf_file import GgufFile
 from secateur.model.gguf_layout import Split, changes_of, split_of
@@ -81,8 +80,7 @@ def _shards(file: GgufFile, config: Any) -> list[list[Read]]:
     Raises:
         SecateurError: Tensors are missing, left over, or have other shapes than the model's class gives them.
     """
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = empty_model(AutoModelForCausalLM, config)
     config.architectures = [type(model).__name__]
     in_block = re.compile(rf"{re.escape(family_of(config).blocks)}\.(\d+)\.(.+)")
     shards: list[list[Read]] = [[] for _ in range(file.blocks + 1)]
