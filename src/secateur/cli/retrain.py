@@ -1,29 +1,20 @@
 """`secateur retrain`: train a pruned folder further."""
 
-from pathlib import Path
 from typing import Annotated
 
-import typer
 from psutil import Process
 
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import OutFolder
+from secateur.cli.values import OutFolder, PrunedFolder
 from secateur.commands.options import RunOptions
 from secateur.retraining.options import Training
 
 
 @expand_options
 def retrain(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR",
-            help="The pruned folder. If another tool wrote it, --teacher is needed.",
-            show_default=False,
-        ),
-    ],
+    folder: PrunedFolder,
     out: OutFolder,
     training: Training,
     run_options: Annotated[RunOptions, Only(("device", "memory", "overwrite", "restart"))],
@@ -31,7 +22,7 @@ def retrain(
     """Train a pruned model for a while, so that it recovers some of the quality that pruning has cost.
 
     The model learns from a text, and from the next-token distributions of the model before pruning (the teacher).
-    --rank needs secateur\\[lora].
+    If another tool pruned DIR, --teacher is needed. --rank needs secateur\\[lora].
 
     Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-healed --time 30m
     """

@@ -21,7 +21,7 @@ Model = Annotated[
 ]
 PrunedFolder = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="The folder that prune, trim or retrain wrote.", show_default=False),
+    typer.Argument(metavar="DIR", help="The folder of a pruned, trimmed or retrained model.", show_default=False),
 ]
 WHAT_TO_MEASURE = "What to measure"
 """Panel of the options that select measurements."""

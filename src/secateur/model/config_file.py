@@ -90,7 +90,7 @@ class _LargeOnMeta(TorchFunctionMode):
         """Call a function of torch; `torch.empty` and `torch.zeros` give large tensors on the meta device."""
         kwargs = kwargs or {}
         if func in (torch.empty, torch.zeros) and kwargs.get("device") is None:
-            made = func(*args, **{**kwargs, "device": "meta"})
+            made = func(*args, **kwargs | {"device": "meta"})
             if made.numel() >= _LARGE:
                 return made
         return func(*args, **kwargs)

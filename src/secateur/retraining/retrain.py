@@ -267,7 +267,7 @@ def _token_count(
     """Return the number of tokens to train on: as many as are asked for, or as there is time for.
 
     Raises:
-        SecateurError: There is no time for one step, or no memory for the ids of so many tokens.
+        SecateurError: The time is too short for one step, or the token ids do not fit into memory.
     """
 
     def plan_tokens(seconds: float) -> int:
