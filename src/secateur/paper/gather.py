@@ -1,4 +1,4 @@
-"""Rows and protocol of a comparison, gathered from the results of its runs."""
+"""Table rows of a comparison, and sentences on how they were measured, from the results of its runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -57,7 +57,7 @@ def _protocol(recipe: Recipe, models: Sequence[ComparedModel], scorer: Scorer) -
     """Return sentences about how everything was measured."""
     # Files appear by name only: the table is read on other machines.
     shared = ", ".join(f"{key} {short(x) if isinstance(x, str) else x}" for key, x in recipe.options.items())
-    lines = [f"Options of all runs: {shared}." if shared else "All runs have the default options."]
+    lines = [f"Options, unless a row has others: {shared}." if shared else "All runs have the default options."]
     for model in models:
         if model.paper is not None and model.paper.options:
             own = ", ".join(f"{name} {value}" for name, value in model.paper.options.items())
