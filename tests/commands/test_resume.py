@@ -22,12 +22,13 @@ import secateur.model.pass_checkpoint
 from conftest import CheckpointFolder
 from models import make_letters
 from outputs import assert_error
-from secateur import BlockStream, prune
+from secateur import BlockStream, Options, prune
 from secateur.base.cache import cached_folder
 from secateur.base.json_files import read_hashed
 from secateur.base.progress import Silent
 from secateur.commands import resume
 from secateur.commands.clean import clean
+from secateur.commands.survey import survey_page
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.write.shards import ShardWriter
 
@@ -137,7 +138,9 @@ def test_a_resume_with_other_options_is_refused(others, said, stopped, checkpoin
     assert bytes_of(stopped.with_name(".out.run")) == before
 
 
-def test_a_resume_with_another_model_or_version_is_refused(stopped, checkpoint_folder, monkeypatch):
+def test_a_resume_with_another_command_model_or_version_is_refused(stopped, checkpoint_folder, monkeypatch):
+    said = "the unfinished run has command prune, this command has survey; .*--restart"
+    assert_error(said, survey_page, checkpoint_folder("llama"), stopped, options=Options())
     said = r"the unfinished run has model .*, this command has .*--restart"
     assert_error(said, prune, checkpoint_folder("qwen3"), stopped, **ASKED)
     monkeypatch.setattr(resume.secateur, "__version__", "99")

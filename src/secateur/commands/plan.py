@@ -53,7 +53,7 @@ def propose(
     def make_plan(services: Services) -> Proposal:
         run = open_model(model, options, run_options, services=services)
         file = out or run.run_options.survey
-        with nullcontext(run) if file is None else resumable(run, file) as run:
+        with nullcontext(run) if file is None else resumable(run, file, "plan") as run:
             rows = draw_rows(run, resample=False)
             findings = survey_model(run, rows)
             run, rows = choose_tokens(run, rows, findings, resample=False)

@@ -52,7 +52,7 @@ def prune(
         run = open_model(model, options, run_options, out=Path(out), services=services, **settings)
         if run.run_options.dry_run:
             return estimate(run)
-        with resumable(run, Path(out)) as run:
+        with resumable(run, Path(out), "prune") as run:
             rows = draw_rows(run)
             findings = survey_model(run, rows)
             run, rows = choose_tokens(run, rows, findings)

@@ -24,19 +24,20 @@ MIN_BATCH_TOKENS = 128
 
 
 @contextmanager
-def resumable(run: OpenRun, out: Path, **more: Any) -> Iterator[OpenRun]:
+def resumable(run: OpenRun, out: Path, command: str, **more: Any) -> Iterator[OpenRun]:
     """Yield the run with a run folder next to `out`, which holds the state of an earlier run if that was stopped.
 
     Args:
         run: The result of `open_model`.
         out: The output of the run.
+        command: Name of the command.
         more: Further values that decide the result, by name.
 
     Raises:
         SecateurError: Another run is at work on the same output; the state is of a run with other options; or the
             processes of this run have different options.
     """
-    inputs = result_inputs(run) | more
+    inputs = {"command": command} | result_inputs(run) | more
     with with_run_folder(run.services, out, inputs, restart=run.run_options.restart) as services:
         yield replace(run, stream=run.stream.using(run_folder=services.run_folder))
 

@@ -80,7 +80,7 @@ def sizes(
             _check_texts(last, texts, tokens)
             _check_finished(runs, rows, folders, finished)
         # The sizes decide which model an unfinished output belongs to.
-        with resumable(last, out, sparsities=[one.sparsity for one in options]) as last:
+        with resumable(last, out, "sizes", sparsities=[one.sparsity for one in options]) as last:
             check_rows(last, rows)
             runs = [replace(run, stream=last.stream) for run in runs]
             own_survey = survey_file if run_options.survey is None else None

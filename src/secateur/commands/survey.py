@@ -74,7 +74,7 @@ def survey_page(
 
     def make_survey(services: Services) -> SurveySummary:
         run = open_model(model, replace(options, sparsity=ANY_SHARE), run_options, services=services)
-        with resumable(run, out) as run:
+        with resumable(run, out, "survey") as run:
             return _survey_and_write(run, model, out, folder)
 
     return retry_in_smaller_batches(services, make_survey)

@@ -312,7 +312,7 @@ def _inputs_of(
     quiet = replace(services, watcher=Silent())
     text = training_rows(checkpoint, replace(training, batch=1), training.length, quiet)
     inputs = {"model": checkpoint.fingerprint, "text": hash_rows(text.held_out), "version": secateur.__version__}
-    return options | inputs | {"teacher": None if teacher is None else teacher.fingerprint}
+    return {"command": "retrain"} | options | inputs | {"teacher": None if teacher is None else teacher.fingerprint}
 
 
 def _record_of(training: Training, curve: Curve, rows: TrainingRows) -> dict[str, Any]:
