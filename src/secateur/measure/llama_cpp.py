@@ -1,7 +1,7 @@
 """A GGUF file as a network that llama.cpp runs, with the part of transformers' interface that measurements use.
 
-transformers cannot hold some files that secateur writes, because their blocks differ in width. Logits come from
-llama.cpp's library.
+transformers cannot read some files that secateur writes, because their blocks differ in width or because it does not
+know their architecture. Logits come from llama.cpp's library.
 
 Shapes: b rows of a batch, t positions, v token ids of the vocabulary.
 """

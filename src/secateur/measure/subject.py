@@ -1,4 +1,5 @@
-"""A model to measure: opened, but not loaded. transformers runs it, or llama.cpp where transformers cannot hold it."""
+"""A model to measure: opened, but not loaded. transformers runs it, or llama.cpp if it is a GGUF file that transformers
+cannot read."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -23,8 +24,6 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.gguf_file import metadata_of
 from secateur.model.gguf_text import read_tokenizer
 
-_WIDTHS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
-"""Metadata that are lists in files whose blocks differ in width."""
 _CONSTANTS = ("rope_freqs.", "rope_factors_")
 """Beginnings of the names of tensors that are not parameters."""
 
@@ -97,7 +96,7 @@ class LlamaCppFile:
 
     def load(self, *_: Any, watcher: Watcher | None = None, **__: Any) -> LlamaCppModel:
         """Load the file with llama.cpp, which computes on the CPU in types of its own."""
-        (watcher or Silent()).note(f"{self.source} runs in llama.cpp on the CPU, because its blocks differ in width")
+        (watcher or Silent()).note(f"{self.source} runs in llama.cpp on the CPU, because transformers cannot read it")
         tensors = [tensor for tensor in self.reader.tensors if not tensor.name.startswith(_CONSTANTS)]
         shapes = {tensor.name: [int(size) for size in reversed(tensor.shape)] for tensor in tensors}
         entries = Counter[str]()
@@ -112,31 +111,29 @@ def open_subject(model: str, *, revision: str | None = None, trust_remote_code: 
     """Open a model to measure it.
 
     Raises:
-        SecateurError: As `open_checkpoint`; or only llama.cpp can hold the file, and its library is not installed.
+        SecateurError: As `open_checkpoint`, unless the model is a GGUF file and llama.cpp's library is installed.
     """
     try:
         checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
         return Subject(checkpoint, partial(load, checkpoint))
-    except SecateurError:
-        if (reader := _with_own_widths(local_path(model))) is None:
-            raise
-    try:
-        library()
     except SecateurError as error:
-        raise SecateurError(
-            f"{model}: its blocks differ in width, so that only llama.cpp runs it, and {error}"
-        ) from error
+        if (reader := _reader_of(local_path(model))) is None:
+            raise
+        try:
+            library()
+        except SecateurError as missing:
+            raise SecateurError(f"{error}; llama.cpp may be able to run it, but {missing}") from error
     file = LlamaCppFile(model, reader)
     return Subject(file, file.load)
 
 
-def _with_own_widths(file: Path) -> GGUFReader | None:
-    """Return the reader of a GGUF file whose blocks differ in width; None for any other model."""
+def _reader_of(file: Path) -> GGUFReader | None:
+    """Return the reader of a GGUF file; None if it is broken or of another format."""
     if file.suffix != ".gguf" or not file.is_file():
         return None
     try:
         reader = GGUFReader(file)
-        metadata = metadata_of(reader)
+        metadata_of(reader)
     except Exception:  # The reader maps the file into memory, and fails in many ways on a broken one.
         return None
-    return reader if any(isinstance(metadata.get(key), list) for key in _WIDTHS) else None
+    return reader
