@@ -58,6 +58,7 @@ def test_the_given_model_is_unchanged_and_the_result_generates(checkpoint_folder
 def test_a_file_is_only_for_prune(checkpoint_folder):
     model = opened(checkpoint_folder("llama"))
     assert_error("format gguf is a file", prune_model, model, None, **OPTIONS, format="gguf", widths="uniform")
+    assert_error("vocabulary changes the tokenizer too", prune_model, model, None, **OPTIONS, vocabulary="latin")
     assert_error("dry_run is for prune", prune_model, model, None, **OPTIONS, dry_run=True)
     assert_error("needs a tokenizer", prune_model, model, None, **OPTIONS | {"calibration": "general"})
 

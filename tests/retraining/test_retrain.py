@@ -443,7 +443,7 @@ def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypat
         ({"calibration": "random"}, "random token ids teach nothing; name a text or data set"),
         ({"calibration": "missing.txt"}, "missing.txt does not exist"),
         ({"teacher": "missing"}, "missing"),
-        ({"device": "cuda:1"}, "device is 'cuda:1', but the Trainer always takes the first GPU; use auto or cpu"),
+        ({"device": "cuda:1"}, "device is 'cuda:1', but the Trainer always takes the first GPU; use auto, cpu or cuda"),
     ],
 )
 def test_wrong_options_raise_an_error_and_leave_no_files(tmp_path, train, wishes, message):

@@ -7,12 +7,12 @@ from typing import Any
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
-from secateur.commands.choose_tokens import choose_tokens
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.fit_blocks import fit_blocks
 from secateur.commands.open_model import check_options, open_run
 from secateur.commands.options import Options, RunOptions, with_settings
 from secateur.commands.plan_widths import plan_widths
+from secateur.commands.resume import retry_in_smaller_batches
 from secateur.commands.survey_model import survey_model
 from secateur.commands.write_model import pruned_model
 from secateur.formats.folder import Folder
@@ -57,14 +57,16 @@ def prune_model(
     device = check_options(options, run_options, services.processes)
     with TemporaryDirectory(prefix="secateur-") as folder:
         checkpoint = checkpoint_in_memory(model, tokenizer, Path(folder))
-        run = open_run(checkpoint, options, run_options, device=device, services=services)
-        rows = draw_rows(run)
-        findings = survey_model(run, rows)
-        run, rows = choose_tokens(run, rows, findings)
-        plan, format = plan_widths(run, rows, findings), run.request.format
-        assert isinstance(format, Folder)
-        with pruned_model(run, plan, fit_blocks(run, rows, plan), []) as pruned:
-            return format.build(pruned).to(model.device)
+
+        def run_steps(services: Services) -> Any:
+            run = open_run(checkpoint, options, run_options, device=device, services=services)
+            rows = draw_rows(run)
+            plan, format = plan_widths(run, rows, survey_model(run, rows)), run.request.format
+            assert isinstance(format, Folder)
+            with pruned_model(run, plan, fit_blocks(run, rows, plan), []) as pruned:
+                return format.build(pruned).to(model.device)
+
+        return retry_in_smaller_batches(services, run_steps)
 
 
 def _check(options: Options, run_options: RunOptions, tokenizer: Any) -> None:
@@ -76,6 +78,11 @@ def _check(options: Options, run_options: RunOptions, tokenizer: Any) -> None:
     for name in REFUSED:
         if getattr(run_options, name) != getattr(RunOptions, name):
             raise SecateurError(f"{name} is for prune, which reads and writes files; leave it out")
+    if options.vocabulary != Options.vocabulary:
+        raise SecateurError(
+            "vocabulary changes the tokenizer too, which is not returned; save the model and the tokenizer, call trim, "
+            "and open its output"
+        )
     if options.output_format.suffix is not None:
         raise SecateurError(f"format {options.format} is a file; save the pruned model, then call export")
     for source in dict.fromkeys(options.sources):

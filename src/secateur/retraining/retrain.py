@@ -185,8 +185,8 @@ def check_retraining(device: str, rank: int | None, reason: str = "") -> None:
                 f"accelerate is configured for {engine}, which divides a model among processes; start retrain with "
                 "torchrun, which gives each process the whole model, and use --rank 16 or --memory if it does not fit"
             )
-    if device not in ("auto", "cpu"):
-        raise SecateurError(f"device is '{device}', but the Trainer always takes the first GPU; use auto or cpu")
+    if device not in ("auto", "cpu", "cuda"):
+        raise SecateurError(f"device is '{device}', but the Trainer always takes the first GPU; use auto, cpu or cuda")
 
 
 def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watcher) -> tuple[Checkpoint, Output]:
