@@ -34,7 +34,7 @@ from secateur.measure.speed import speeds
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.tokens import encode
 from secateur.text.documents import read_documents
-from secateur.vocabulary.price import bits_per_byte
+from secateur.vocabulary.bits_per_byte import bits_per_byte
 from speed import NEW, PROMPT, opened, turn
 from tables import put
 

@@ -57,7 +57,7 @@ def pruned(model: Path, text: tuple[Path, Path], tmp_path_factory: pytest.TempPa
     return folders
 
 
-def test_perplexity(model, text, pruned):
+def test_the_refit_lowers_the_perplexity(model, text, pruned):
     dense, refit, none = (score(folder, text[1]) for folder in (model, pruned["refit"], pruned["none"]))
     assert 5 < dense < 100
     assert refit < 4 * dense

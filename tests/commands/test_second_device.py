@@ -108,18 +108,18 @@ def assert_alike(out: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PRUNE)
-def test_prune(carried_out, name):
+def test_a_second_device_prunes_alike(carried_out, name):
     assert_alike(*carried_out.both(name))
 
 
-def test_survey(carried_out):
+def test_a_second_device_measures_the_same_errors(carried_out):
     found, wanted = (json.loads((path / "survey.json").read_text()) for path in carried_out.both("survey"))
     assert len(found["curves"]) == len(wanted["curves"]) > 0
     for one, other in zip(found["curves"], wanted["curves"], strict=True):
         assert one["errors"] == pytest.approx(other["errors"], rel=1e-3, abs=1e-5 * other["energy"])
 
 
-def test_eval(carried_out):
+def test_a_second_device_gives_the_same_figures(carried_out):
     found, wanted = (json.loads(path.read_text()) for path in carried_out.both("eval"))
     assert len(found["models"]) == len(wanted["models"]) == 2
     for one, other in zip(found["models"], wanted["models"], strict=True):
@@ -129,5 +129,5 @@ def test_eval(carried_out):
         assert one["speed"]["device"].startswith("second")
 
 
-def test_latency(carried_out):
+def test_a_second_device_meets_a_target_for_speed(carried_out):
     assert all((path / "config.json").exists() for path in carried_out.both("latency"))

@@ -203,7 +203,7 @@ def test_a_speed_target_needs_one_process(monkeypatch, checkpoint_folder):
     two = Services(Processes(0, 2))
     with pytest.raises(SecateurError, match=r"decode=1\.01x is a speed, which only a run with one process can measure"):
         open_model(checkpoint_folder("llama"), target="decode=1.01x", calibration="random", services=two)
-    told(monkeypatch)
+    set_variables(monkeypatch)
     found = CliRunner().invoke(app, ["eval", str(checkpoint_folder("llama"))])
     assert str(found.exception).startswith(
         "eval runs in one process, but WORLD_SIZE is 2: unset WORLD_SIZE; only prune, survey and"
@@ -226,7 +226,7 @@ VARIABLES = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RAN
 VARIABLES |= {"MASTER_ADDR": "here", "MASTER_PORT": "1"}
 
 
-def told(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
+def set_variables(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
     for name, value in (VARIABLES | changes).items():
         if value is None:
             monkeypatch.delenv(name, raising=False)
@@ -245,7 +245,7 @@ def told(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
     ],
 )
 def test_incomplete_variables_of_a_launcher_are_refused(monkeypatch, changes, said):
-    told(monkeypatch, **changes)
+    set_variables(monkeypatch, **changes)
     error = error_of(process_place)
     assert said in error
     assert "unset WORLD_SIZE" in error

@@ -78,13 +78,13 @@ FULL, FEWER, NONE = wide(2, 3, 72), wide(1, 3, 72), wide(0, 0, 72)
         ("qwen2 window", [FULL, FULL], False, "all blocks or none; serve it with --model-impl transformers"),
     ],
 )
-def test_unsupported(name, widths, per_layer, reason):
+def test_vllm_refuses_widths_that_it_cannot_run(name, widths, per_layer, reason):
     found = vllm_unsupported(config_of(name), widths, per_layer=per_layer)
     assert (found is None) if reason is None else (reason in (found or "")), found
 
 
 @pytest.mark.parametrize("per_layer", [True, False])
-def test_inside_a_multimodal_checkpoint(per_layer):
+def test_vllm_needs_equal_blocks_in_multimodal_checkpoints(per_layer):
     found = vllm_unsupported(config_of("llama"), [FULL, FULL], per_layer=per_layer, multimodal=True)
     assert found == (
         "its multimodal models need the same widths in all blocks; use --widths uniform" if per_layer else None

@@ -420,7 +420,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 @pytest.mark.parametrize("name", UNIFORM)
-def test_uniform_widths(exported, name):
+def test_llama_cpp_computes_models_of_uniform_widths(exported, name):
     small, done = exported(name)
     assert done.architecture == UNIFORM[name]
     if done.architecture == "gemma4":
@@ -493,7 +493,7 @@ UNEVEN += ("ernie4_5", "helium", "seed_oss")
 
 @pytest.mark.parametrize("empty", [False, True], ids=["some", "none"])
 @pytest.mark.parametrize("name", UNEVEN)
-def test_uneven_widths(tmp_path, name, empty):
+def test_llama_cpp_computes_models_whose_blocks_differ(tmp_path, name, empty):
     small = write_folder(name, uneven(name, empty), tmp_path / "folder")
     done = export(tmp_path / "folder", tmp_path / "m.gguf", type="f32")
     assert done.architecture == ("openelm" if name == "qwen3 tied" else "deci")
@@ -501,7 +501,7 @@ def test_uneven_widths(tmp_path, name, empty):
 
 
 @pytest.mark.parametrize("name", ["gemma4_text", "gemma4_text small"])
-def test_uneven_channels(tmp_path, name):
+def test_llama_cpp_computes_gemma_4_whose_channels_differ(tmp_path, name):
     blocks = blocks_of(build(name))
     kept = [range(3, 40), range(0, 71, 3), (), range(1, 60)]
     keeps = {i: selected(tuple(range(block.width.heads)), tuple(kept[i])) for i, block in enumerate(blocks)}
@@ -511,7 +511,7 @@ def test_uneven_channels(tmp_path, name):
 
 
 @pytest.mark.parametrize(("kind", "least", "bound"), [("q8_0", 1e-3, 0.03), ("q4_0", 1e-2, 0.3)])
-def test_quantised(tmp_path, kind, least, bound):
+def test_quantised_files_differ_by_rounding_only(tmp_path, kind, least, bound):
     """Filling up rows is exact: only rounded weights and llama.cpp's rounded activations differ from the model."""
     blocks, ids = blocks_of(build("llama 64")), torch.tensor([IDS])
     keeps = {i: selected(tuple(range(4)), tuple(range(0, 72, 2))[:33]) for i in range(len(blocks))}
@@ -746,14 +746,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_models(tmp_path, name):
+def test_models_that_llama_cpp_lacks_are_refused(tmp_path, name):
     kinds, message = REFUSED[name]
     write_folder(name, uniform_keeps(name, kinds), tmp_path / "folder")
     assert_error(f"folder: .*{message}", export, tmp_path / "folder", tmp_path / "m.gguf")
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
-def test_refused_requests(tmp_path):
+def test_wrong_types_and_names_are_refused(tmp_path):
     folder, out = tmp_path / "folder", tmp_path / "m.gguf"
     write_folder("llama", uniform_keeps("llama", BOTH), folder)
     assert_error("no type 'int8'; choose one of f32, f16, bf16, q8_0, q4_0, q2_k", export, folder, out, type="int8")
@@ -835,7 +835,7 @@ def forget(*functions: Any) -> None:
         function.cache_clear()
 
 
-def test_refused_tokenizers(tmp_path):
+def test_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path):
     steps = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     for tokenizer, message in (
         (tiny.make_tokenizer(), "folder: the tokenizer is WordLevel"),

@@ -160,7 +160,7 @@ def test_reading_returns_what_was_written(tmp_path, name):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("mixtral wide", "Q8_0"), ("gpt_oss wide", "MXFP4")])
-def test_quantised_experts(made, name, kind, monkeypatch):
+def test_quantised_experts_are_read(made, name, kind, monkeypatch):
     """Experts are dequantised one by one, in pieces of any size."""
     file, type = made(name), GGMLQuantizationType[kind]
     packed: dict[str, Any] = {}
@@ -328,7 +328,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_files(tmp_path, made, case):
+def test_files_that_are_misread_are_refused(tmp_path, made, case):
     name, changes, message = REFUSED[case]
     file = rewritten(made(name), changes)
     assert_error(f"{re.escape(message)}.*; use the checkpoint that it was made from$", read, file)

@@ -149,7 +149,7 @@ def bound(architecture: str) -> float:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_dense_and_pruned(tmp_path, name):
+def test_llama_cpp_computes_dense_and_pruned_decoders(tmp_path, name):
     """Pruning into a file writes the same bytes as exporting the pruned folder, without the tower."""
     architecture, kinds = WRITTEN[name]
     dense, notes = saved(name, tmp_path / "dense"), Notes()
@@ -322,7 +322,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(tmp_path, name):
+def test_decoders_that_llama_cpp_lacks_are_refused(tmp_path, name):
     checkpoint = open_checkpoint(saved(name, tmp_path / "dense"))
     assert REFUSED[name] in (gguf_unsupported(checkpoint, widths_of(checkpoint.config)) or "")
     assert_error("dense: ", export, tmp_path / "dense", tmp_path / "m.gguf")

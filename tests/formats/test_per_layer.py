@@ -303,7 +303,7 @@ def poisoned(made: Written, place: Path) -> Path:
     return place
 
 
-def test_registered_classes(written, tmp_path):
+def test_registered_classes_open_without_code_of_the_folder(written, tmp_path):
     made = written("llama", "gone")
     run_alone(REGISTERED, tmp_path, str(poisoned(made, tmp_path / "model")), str(made.source))
 
@@ -323,7 +323,7 @@ def test_evaluate_runs_no_code_of_the_folder(written, tmp_path):
     [(name, "gone") for name in ("llama", "mistral window", "gemma3_text", "gpt2", "gpt_neox", *FALCON)]
     + [(name, case) for name in HYBRID for case in ("uneven", "one block")],
 )
-def test_generation(written, name, case):
+def test_generation_with_and_without_a_cache_agrees(written, name, case):
     """Lengths and masks come from the cache also where the first block with an attention has no heads left, and where a
     row is padded."""
     model = load_written(written(name, case).folder)

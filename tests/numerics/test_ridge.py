@@ -216,8 +216,8 @@ def test_every_increase_equals_a_refit_without_the_unit(case, ridge):
     check(case, ridge, found, 1)
     left = list(range(len(case.old)))
     for unit in found.order.tolist():
-        prices = cheapest(case, ridge, left, 1, left)
-        assert prices[unit] <= min(prices.values()) * 1.005 + 1e-5 * case.energy
+        costs = cheapest(case, ridge, left, 1, left)
+        assert costs[unit] <= min(costs.values()) * 1.005 + 1e-5 * case.energy
         left.remove(unit)
 
 
@@ -232,10 +232,10 @@ def test_every_step_removes_the_cheapest_unit_of_each_group(seed, size, groups, 
     left = list(range(units))
     for removed in found.order.view(-1, groups).tolist():
         assert [unit // per_group for unit in removed] == list(range(groups))
-        # Each is the cheapest of its group, as prices stand when the round begins.
+        # Each is the cheapest of its group, by the costs at the start of the round.
         for group, unit in enumerate(removed):
-            prices = cheapest(case, ridge, left, size, [u for u in left if u // per_group == group])
-            assert prices[unit] <= min(prices.values()) * 1.005 + 1e-5 * case.energy
+            costs = cheapest(case, ridge, left, size, [u for u in left if u // per_group == group])
+            assert costs[unit] <= min(costs.values()) * 1.005 + 1e-5 * case.energy
         left = [unit for unit in left if unit not in removed]
 
 
@@ -284,18 +284,18 @@ def test_a_step_is_greedy_among_its_candidates(seed):
     matrix = case.gram + ridge * torch.diag(case.gram.diagonal())
     right = case.x.T @ case.t + ridge * case.gram.diagonal()[:, None] * case.old
 
-    def prices() -> dict[int, float]:
+    def costs() -> dict[int, float]:
         inverse = torch.linalg.inv(matrix[left][:, left])
         cost = (inverse @ right[left]).square().sum(1) / inverse.diagonal()
         return dict(zip(left, cost.tolist(), strict=True))
 
     overtaken = 0
     for chosen in found.order.view(-1, step).tolist():
-        before = prices()
+        before = costs()
         pool = sorted(before, key=before.__getitem__)[: 2 * step]
         overtaken += set(chosen) != set(pool[:step])
         for unit in chosen:
-            now = prices()
+            now = costs()
             assert unit in pool
             assert now[unit] <= 1.01 * min(now[candidate] for candidate in pool if candidate in now)
             left.remove(unit)

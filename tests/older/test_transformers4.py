@@ -103,7 +103,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Checkpo
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("row", CASES)
-def test_it_computes_the_same(folders, row, name):
+def test_old_transformers_computes_the_same(folders, row, name):
     from transformers import AutoModelForCausalLM
 
     if (row, name) not in folders.written:

@@ -71,7 +71,7 @@ def distance_tables(draw: st.DrawFn) -> Tensor:
 
 @settings(deadline=None)
 @given(distance_tables(), st.sampled_from([0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5]))
-def test_algorithm_2(distances, tau):
+def test_candidates_are_those_of_algorithm_2(distances, tau):
     found = candidates(distances, tau)
     assert list(found) == algorithm2(distances, tau)
     free = [head for head in range(len(distances)) if head not in found]

@@ -87,18 +87,18 @@ def test_adaptive_is_the_cheapest_of_all_plans(make_problem, target):
     problem = make_problem(target, multiple=24)
     survey = survey_of(problem.blocks, seed=3)
     found = plan(problem, "adaptive", survey)
-    prices, meter = WidthCosts(survey), problem.meter
+    width_costs, meter = WidthCosts(survey), problem.meter
     # Costs and sizes are sums over blocks; one entry a plan.
     costs, sizes = np.zeros(1), np.full(1, meter.dense)
     for index in problem.pruned_blocks:
         widths = block_widths(problem, index)
-        costs = np.add.outer(costs, [prices.total(problem.blocks, {index: width}) for width in widths]).ravel()
+        costs = np.add.outer(costs, [width_costs.total(problem.blocks, {index: width}) for width in widths]).ravel()
         sizes = np.add.outer(sizes, [meter.total({index: width}) - meter.dense for width in widths]).ravel()
     within = costs[sizes <= problem.budget + 1e-6]
     assert meter.total(found.widths) <= problem.budget + 1e-6
     assert 10 < len(within) < 8000
     assert found.cost == pytest.approx(within.min(), rel=1e-9)
-    assert found.cost == pytest.approx(prices.total(problem.blocks, found.widths), rel=1e-9)
+    assert found.cost == pytest.approx(width_costs.total(problem.blocks, found.widths), rel=1e-9)
 
 
 def test_an_adaptive_plan_has_the_requested_sparsity(make_problem):
@@ -324,12 +324,12 @@ class Loss:
 
 
 TRUE: dict[str, Callable[[float], float]] = {
-    "as expected": lambda price: math.exp(price),
-    "half of it": lambda price: math.exp(0.5 * price),
-    "a fifth of it": lambda price: math.exp(0.2 * price),
-    "three times": lambda price: math.exp(3 * price),
-    "slow, then fast": lambda price: math.exp(2 * price**1.5),
-    "better than dense at first": lambda price: math.exp(0.5 * (price - 0.1)),
+    "as expected": lambda cost: math.exp(cost),
+    "half of it": lambda cost: math.exp(0.5 * cost),
+    "a fifth of it": lambda cost: math.exp(0.2 * cost),
+    "three times": lambda cost: math.exp(3 * cost),
+    "slow, then fast": lambda cost: math.exp(2 * cost**1.5),
+    "better than dense at first": lambda cost: math.exp(0.5 * (cost - 0.1)),
 }
 
 
@@ -349,15 +349,15 @@ def test_the_search_approaches_the_ratio_from_below(problem, case, ratio):
 
 
 def test_the_smallest_cut_is_tried_if_all_are_too_expensive(problem):
-    dear = tuple(replace(one, divergence=1e6 * one.divergence) for one in SURVEY.probes)
+    expensive = tuple(replace(one, divergence=1e6 * one.divergence) for one in SURVEY.probes)
     loss = Loss(lambda _: 1.1)
-    found = smallest_within(problem, "adaptive", replace(SURVEY, probes=dear), 1.2, loss)
+    found = smallest_within(problem, "adaptive", replace(SURVEY, probes=expensive), 1.2, loss)
     assert 0 < loss.seen[0].sparsity < 0.01
     assert found.sparsity < 0.2
 
 
 def test_a_ratio_that_no_plan_reaches_is_an_error(problem):
-    loss = Loss(lambda price: 4 + price)
+    loss = Loss(lambda cost: 4 + cost)
     with pytest.raises(SecateurError, match=r"target ppl=1.2x: the best .* has 4\.\d+x the dense .*; allow more than"):
         smallest_within(problem, "adaptive", SURVEY, 1.2, loss)
     assert 1 <= len(loss.seen) <= MAX_ATTEMPTS

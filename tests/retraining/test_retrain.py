@@ -302,9 +302,7 @@ def test_time_decides_the_number_of_tokens(train, monkeypatch):
     """A run that was stopped goes on with the number that was planned."""
     watcher = Notes()
     message = error_of(train, "out", **TIMED, time="0.01s")
-    assert re.search(
-        r"time is 0\.01s, of which [\d.]+ s have gone by, and a training of one step takes [\d.]+ s", message
-    )
+    assert re.search(r"time is 0\.01s, of which [\d.]+ s are over, and a training of one step takes [\d.]+ s", message)
     monkeypatch.setattr(steps, "tokens_in_time", lambda *_, **__: 1536)
     with pytest.raises(KeyboardInterrupt):
         train("out", watcher=Interrupting(), **TIMED, time="1m")
@@ -331,7 +329,7 @@ def test_a_time_counts_from_the_start(train, monkeypatch):
     one_second = Seconds(step=1.0, measurement=0.0, rest=0.0)
     assert tokens_in_time(training, one_second, time.time() + 100.5) == 64 * int(100 * PLANNED)
     message = error_of(tokens_in_time, training, one_second, time.time() + 1)
-    assert re.search(r"time is 1h, of which 3,\d+\.\d s have gone by, and .* takes 1\.0 s", message)
+    assert re.search(r"time is 1h, of which 3,\d+\.\d s are over, and .* takes 1\.0 s", message)
 
 
 def test_damaged_targets_are_noticed(tmp_path, train):

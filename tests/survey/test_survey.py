@@ -71,10 +71,10 @@ class Plain:
         self.target = self.x @ self.old
 
     def refitted(self, kept: Tensor) -> Tensor:
-        """The weights of the kept entries at the minimum, pulled to the old ones."""
+        """The weights of the kept entries at the minimum, with a penalty on the distance to the old ones."""
         gram = self.x.T @ self.x
-        pull = RIDGE * gram.diagonal()
-        matrix, right = gram + torch.diag(pull), gram @ self.old + pull[:, None] * self.old
+        penalty = RIDGE * gram.diagonal()
+        matrix, right = gram + torch.diag(penalty), gram @ self.old + penalty[:, None] * self.old
         return torch.linalg.solve(matrix[kept][:, kept], right[kept])
 
     def error(self, kept: Tensor) -> float:

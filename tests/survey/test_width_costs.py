@@ -113,5 +113,5 @@ def test_removing_more_never_costs_less(steps, probes, whole, energy):
     costs = [cost(found, gone) for gone in range(len(curve.errors))]
     assert costs[0] == 0
     assert all(0 <= one <= two < float("inf") for one, two in pairwise(costs))
-    # No price is beyond all that was measured.
+    # No cost is beyond all that was measured.
     assert costs[-1] <= max(whole, *(d for _, d in probes), 1e-9) * (1 + 1e-9)

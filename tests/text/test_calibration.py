@@ -84,7 +84,7 @@ def test_documents_are_joined_by_a_blank_line(tmp_path):
     assert rows.tolist() == [[5, 6, BREAK, 7]]
 
 
-def test_standard_input(monkeypatch):
+def test_standard_input_can_be_read_twice(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text_of(20).encode())))
     for _ in range(2):  # two models may be scored on it
         assert consecutive_rows(make_tokenizer(), "-", length=5, tokens=20, vocab_size=VOCAB).ids.shape == (4, 5)

@@ -112,7 +112,7 @@ def test_the_counted_text_has_the_same_tokens(kind, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_number_of_tokens(kind):
+def test_a_number_of_tokens_is_kept_exactly(kind):
     tokenizer, counts = stored(kind), counts_of(kind, "latin")
     selection = Selection(tokenizer, tokenizer.size, multiple=16)
     exact = set(Selection(tokenizer, tokenizer.size, multiple=1).by_scripts(("Latn",)).ids)

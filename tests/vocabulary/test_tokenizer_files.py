@@ -83,7 +83,7 @@ def test_ids_of_padding_and_listed_tokens(tmp_path):
     assert small.padding["pad_id"] == kept.new_ids[number]
 
 
-def test_merges_as_strings(tmp_path):
+def test_merges_that_are_strings_stay_strings(tmp_path):
     """Older files spell a merge as one string, and do not state the type of the model."""
     model = json.loads((save_tokenizer("gpt2", tmp_path) / "tokenizer.json").read_text())["model"]
     model |= {"merges": [" ".join(merge) for merge in model["merges"]]}
@@ -255,7 +255,7 @@ RENUMBERED: dict[str, Any] = {
 }
 
 
-def test_ids_in_configs():
+def test_ids_in_configs_are_renumbered():
     assert named_ids(CONFIG, 40) == {1, 2, 3, 5, 8, 13, 21, 34}
     assert renumber_ids(CONFIG, 40, KEPT) == RENUMBERED
 

@@ -47,7 +47,7 @@ def test_a_complete_folder_is_put_in_place(tmp_path):
 
 
 @pytest.mark.parametrize("present", ["nothing", "empty folder", "model", "link to model", "link to itself"])
-def test_overwriting(tmp_path, present):
+def test_an_output_replaces_only_what_it_may(tmp_path, present):
     place = tmp_path / "place"
     place.mkdir()
     target = place / "out"
@@ -182,7 +182,7 @@ def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bo
     return found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_many_shards(tmp_path):
+def test_many_shards_hold_every_tensor(tmp_path):
     values = dict(reversed(tensors(7).items())) | {"big": torch.ones(500)}
     write(tmp_path / "a", values, 800)
     shards = [f"model-{number:05d}-of-00005.safetensors" for number in range(1, 6)]

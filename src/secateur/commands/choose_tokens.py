@@ -1,8 +1,8 @@
 """A step of `prune --vocabulary auto`: the number of tokens at which tokens and blocks together cost least.
 
-Every number of tokens leaves the rest of the target to the blocks. The price of tokens is measured: bits per byte of
-text whose tokens were not counted, split by the cut tokenizer. The price of narrower blocks is the estimated loss of
-the plan. Both are losses per byte of text, so that the number with the smallest sum can be chosen.
+Every number of tokens leaves the rest of the target to the blocks. The loss from cut tokens is measured: bits per byte
+of text whose tokens were not counted, split by the cut tokenizer. The loss from narrower blocks is the estimated loss
+of the plan. Both are losses per byte of text, so that the number with the smallest sum can be chosen.
 """
 
 import math
@@ -23,7 +23,7 @@ from secateur.plan.plan import plan
 from secateur.plan.problem import PlanProblem
 from secateur.survey.curves import Survey
 from secateur.text.draw import CalibrationRows, draw
-from secateur.vocabulary.price import tokens_per_byte
+from secateur.vocabulary.bits_per_byte import tokens_per_byte
 from secateur.vocabulary.wanted import Wanted, parse_vocabulary
 
 CHOICES = 6
@@ -128,7 +128,7 @@ class _Search:
 
     @cached_property
     def _tokens_per_byte(self) -> float:
-        """Tokens per byte of the text by which prices are measured; the survey's losses are per token."""
+        """Tokens per byte of the text by which losses are measured; the survey's losses are per token."""
         return tokens_per_byte(self.run.tokenizer, self._cutter.held_out)
 
     def _cut(self, tokens: int) -> Checkpoint:

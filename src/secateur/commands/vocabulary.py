@@ -13,9 +13,9 @@ from secateur.commands.options import Options
 from secateur.model.checkpoint import Checkpoint
 from secateur.text.calibration import Portion, check_calibration, text_ids
 from secateur.text.sources import RANDOM, SELF
+from secateur.vocabulary.bits_per_byte import bits_per_byte
 from secateur.vocabulary.cut import cut_vocabulary
 from secateur.vocabulary.kept import KeptTokens
-from secateur.vocabulary.price import bits_per_byte
 from secateur.vocabulary.scripts import parse_scripts
 from secateur.vocabulary.selection import Selection
 from secateur.vocabulary.side_files import ids_in_configs
@@ -24,7 +24,7 @@ from secateur.vocabulary.wanted import Wanted, parse_vocabulary
 
 COUNTED = 0.9
 """Share of the calibration text whose tokens are counted; the rest shows what the choice of tokens costs."""
-PRICED_TOKENS = 4096
+SCORED_TOKENS = 4096
 """Number of tokens of the rest, by the original tokenizer, on which the cost is measured."""
 
 
@@ -41,20 +41,20 @@ class TokenChoice:
     """Estimated loss increase from pruning the blocks by the rest, in nats per byte of text."""
 
     @property
-    def price(self) -> float:
+    def from_tokens(self) -> float:
         """Loss increase from cutting tokens, in nats per byte of text."""
         return (self.bits_per_byte - self.bits_before) * math.log(2)
 
     @property
     def loss(self) -> float:
         """Estimated loss increase, in nats per byte of text."""
-        return self.price + self.blocks
+        return self.from_tokens + self.blocks
 
     def describe(self) -> str:
         """Return a sentence for the user."""
         return (
-            f"{self.tokens:,} tokens: estimated loss increase {self.loss:.4f} nats per byte, {self.price:.4f} from "
-            f"tokens and {self.blocks:.4f} from blocks"
+            f"{self.tokens:,} tokens: estimated loss increase {self.loss:.4f} nats per byte, "
+            f"{self.from_tokens:.4f} from tokens and {self.blocks:.4f} from blocks"
         )
 
 
@@ -165,8 +165,8 @@ def with_vocabulary(
         watcher.note(f"All {rows:,} tokens are kept: --vocabulary {options.vocabulary} leaves none out")
         return checkpoint, None
     scored = [] if wanted.is_free else [cutter.bits_per_byte(one, device, services) for one in (checkpoint, cut)]
-    price = (scored[0], scored[1]) if scored else None
-    vocabulary = KeptVocabulary(options.vocabulary, (rows, len(kept.ids)), cut.cut_entries, price)
+    bits = (scored[0], scored[1]) if scored else None
+    vocabulary = KeptVocabulary(options.vocabulary, (rows, len(kept.ids)), cut.cut_entries, bits)
     watcher.note(vocabulary.describe())
     return cut, vocabulary
 
@@ -186,7 +186,7 @@ def _read_text(checkpoint: Checkpoint, options: Options) -> tuple[dict[int, int]
     tokenizer = checkpoint.tokenizer()
     kinds = text_ids(tokenizer, options.calibration, checkpoint.config.vocab_size)
     counted, rest = ([portion.of(ids) for ids in kinds] for portion in (Portion(0.0, COUNTED), Portion(COUNTED, 1.0)))
-    each = max(1, PRICED_TOKENS // len(rest))
+    each = max(1, SCORED_TOKENS // len(rest))
     held_out = "\n\n".join(tokenizer.decode(ids[:each].tolist(), skip_special_tokens=True) for ids in rest)
     if (size := len(tokenizer.encode(held_out, add_special_tokens=False))) < options.length:
         raise SecateurError(

@@ -53,7 +53,7 @@ def family_of(config: Any) -> Family:
 
 
 def twin_of(config: Any) -> Twin | None:
-    """Return the twin in whose place a family's config stands; None if the config is the checkpoint's own."""
+    """Return the twin that a config replaces; None if the config is the checkpoint's own."""
     return TWINS.get(getattr(config, "twin_of", ""))
 
 

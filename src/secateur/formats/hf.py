@@ -33,8 +33,8 @@ class HfFolder(Folder):
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
         """Return why a block cannot be written at its width, for the first such block."""
-        alone = (HfFolder(self.stream, block_range=range(i, i + 1)).unsupported_reason(w) for i, w in widths.items())
-        return next(filter(None, alone), None)
+        reasons = (HfFolder(self.stream, block_range=range(i, i + 1)).unsupported_reason(w) for i, w in widths.items())
+        return next(filter(None, reasons), None)
 
     def language_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the stock model's config with the sizes that differ from block to block."""

@@ -1,4 +1,4 @@
-"""Format `stock`: a folder with one width for all blocks, for the family's own class."""
+"""Format `stock`: a folder with one width for all blocks, which the standard transformers class opens."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -197,13 +197,13 @@ class _Parameter:
                 place.copy_(joined.T if transposed else joined)
             yield self.stored, stack
 
-        def read_apart(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        def read_one_by_one(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             """Yield the tensors of each expert."""
             for expert, tensors in enumerate(read_parts(dtype)):
                 for part, tensor in zip(parts, tensors, strict=True):
                     yield _stored_name(experts, f"{owner}.{expert}.{part}.weight"), tensor.clone()
 
-        return Source(names, read_stacked if experts.stacked else read_apart)
+        return Source(names, read_stacked if experts.stacked else read_one_by_one)
 
     def _check(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         """Raise `SecateurError` for a tensor of another shape than its parameter; dimensions of size 1 are ignored."""

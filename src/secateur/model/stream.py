@@ -176,7 +176,7 @@ class BlockStream:
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
         """Load the weights of one block onto the device, and release them on exit. The next block is read ahead
-        meanwhile. Matrices of experts stay in memory as far as there is room."""
+        meanwhile. Matrices of experts stay in memory until the memory is full."""
         layer, kept = self.layers.get_submodule(str(index)), list[KeptMatrices]()
         try:
             for name in self.blocks[index].shapes:

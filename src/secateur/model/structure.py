@@ -154,8 +154,8 @@ class PrunableModule:
         found = {outer: len({unit // self.nested_units(outer) for unit in units})}
         found |= {axis: len(units) // max(found[outer], 1) for axis in nested}
         if self.kind_inside is not None:
-            inner = len(kept.get(self.kind_inside, ())) // (len(units) + self.shared_multiple) or self.units_inside
-            found |= {axis.name: inner for axis in self.axes if axis.name not in found}
+            inside = len(kept.get(self.kind_inside, ())) // (len(units) + self.shared_multiple) or self.units_inside
+            found |= {axis.name: inside for axis in self.axes if axis.name not in found}
         return found
 
     def can_become(self, width: Mapping[str, int]) -> bool:

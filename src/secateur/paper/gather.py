@@ -72,9 +72,9 @@ def _protocol(recipe: Recipe, models: Sequence[ComparedModel], scorer: Scorer) -
     trained = {run.label: run.training for model in models for run, *_ in model.runs if run.training is not None}
     for label, one in trained.items():
         how = f"adapters of rank {one.rank}" if one.rank else "all weights of the blocks"
-        goal = "the text" if one.teacher == NO_TEACHER else "the dense model's distributions"
+        learned = "the text" if one.teacher == NO_TEACHER else "the dense model's distributions"
         which = f"{one.token_count:,} tokens of {short(one.calibration)}, in rows of {one.length}"
-        lines.append(f"{label}: trained {how} on {which}, to predict {goal}.")
+        lines.append(f"{label}: trained {how} on {which}, to predict {learned}.")
     if seeds := recipe.grid.get("seed"):
         several = f"Mean over the seeds {', '.join(map(str, seeds))}, with the smallest and the largest value."
         lines.append(several if len(seeds) > 1 else f"Seed {seeds[0]}.")

@@ -138,7 +138,7 @@ def _label(panel: Any, model: str, column: Column, axis: str | None) -> None:
 
 
 def _plain(axis: Any) -> None:
-    """Numbers in place of powers on a log scale, fewer of them the longer it is."""
+    """Label a logarithmic axis with plain numbers instead of powers; a longer axis gets fewer of them."""
     from matplotlib.ticker import LogFormatter
 
     axis.set_major_formatter(LogFormatter())

@@ -92,8 +92,8 @@ def vocabulary_kept(record: Mapping[str, Any]) -> str:
     cut = record.get("vocabulary")
     if not cut:
         return ""
-    (before, after), price = cut["tokens"], cut["bits_per_byte"]
-    cost = "" if price is None else f" Bits per byte of calibration text: {price[0]:.3f} before, {price[1]:.3f} after."
+    (before, after), bits = cut["tokens"], cut["bits_per_byte"]
+    cost = "" if bits is None else f" Bits per byte of calibration text: {bits[0]:.3f} before, {bits[1]:.3f} after."
     return (
         f"The vocabulary keeps {after:,} of {before:,} tokens (`--vocabulary {cut['wanted']}`).{cost} Token ids differ "
         f"from those of the base model, so adapters and draft models for the base model do not fit; {MAP_FILE} holds "

@@ -41,7 +41,7 @@ def distribution_loss(hidden: Tensor, head: Head, ids: Tensor, log_p: Tensor, vo
         log_p: Logarithms of the probabilities of the targets (n x k).
         vocabulary: Vocabulary size v.
     """
-    # Equal parts, as the product of a last part of a few tokens takes as long as that of many.
+    # The parts are equal, because the product of a small last part takes as long as the product of a large part.
     parts = -(-len(hidden) // max(1, LOGITS_AT_ONCE // vocabulary))
     loss: Tensor = _DistributionLoss.apply(hidden, head, ids, log_p, -(-len(hidden) // parts))
     return loss

@@ -22,7 +22,8 @@ TOKEN_BYTES = 8
 LOSS_BYTES = 12
 """Bytes per logit of the part of the loss that is computed at once."""
 KEPT = 1.5
-"""Values kept for the backward pass, over inputs and outputs of the matrices: activations and attention add to them."""
+"""Number of values kept for the backward pass, divided by the number of inputs and outputs of all matrices. Activation
+functions and attention keep values too."""
 
 
 class MemoryPlan(NamedTuple):

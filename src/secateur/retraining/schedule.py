@@ -62,7 +62,7 @@ def tokens_in_time(training: Training, seconds: Seconds, deadline: float) -> int
     if steps < 1:
         gone = training.seconds - left
         raise SecateurError(
-            f"time is {training.time}, of which {gone:,.1f} s have gone by, and a training of one step takes "
+            f"time is {training.time}, of which {gone:,.1f} s are over, and a training of one step takes "
             f"{seconds.least:,.1f} s; allow at least {gone + seconds.least / PLANNED + 1:,.0f}s"
         )
     return steps * training.batch * training.length

@@ -1,4 +1,4 @@
-"""The pruned model as it is trained: its weights, what of them is trained, and the loss of some rows.
+"""The pruned model as it is trained: its weights, the part of them that is trained, and the loss of some rows.
 
 Matrices that are not trained are held in the dtype of the products, which is bfloat16 where the device multiplies it.
 All else is float32: trained weights, norms, and the residual stream.
@@ -136,7 +136,7 @@ class _Given(nn.Module):
 
 
 class _Output:
-    """Output of a model without its output layer. All that classes of transformers return beside hidden states is None.
+    """Output of a model without its output layer. Attributes of other transformers outputs are None.
 
     Attributes:
         last_hidden_state: Hidden states after the final norm.

@@ -1,6 +1,6 @@
 """Targets of a training: for every position, tokens and their probabilities, from a text or from the teacher.
 
-The teacher runs block by block from disk, so that it never stands in memory beside the pruned model. Its likeliest
+The teacher runs block by block from disk, so that it is never in memory together with the pruned model. Its likeliest
 tokens are computed once for all rows and kept in a file.
 
 Shapes: t tokens in a row, k targets of a position.
@@ -112,7 +112,7 @@ def targets_of(rows: Tensor, teacher: TeacherTargets | None, text_weight: float)
     Args:
         rows: Token ids of all rows (rows x t).
         teacher: The teacher's targets; None to learn the text alone.
-        text_weight: Weight of the text beside the teacher, from 0 to below 1.
+        text_weight: Share of the text in the mixture with the teacher's distributions, from 0 to below 1.
     """
     if teacher is None:
         return TextTargets(rows)

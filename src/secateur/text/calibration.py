@@ -19,7 +19,7 @@ from secateur.model.tokens import EncodedText, begins_with_bos, encode
 from secateur.text.data_sets import MAX_CHARACTERS, Split
 from secateur.text.documents import is_file, read_documents
 from secateur.text.general import general_ids, general_rows, spread
-from secateur.text.sources import GENERAL, RANDOM, STDIN, text_beside_general
+from secateur.text.sources import GENERAL, RANDOM, STDIN, text_added_to_general
 from secateur.text.windows import checked_ids, windows
 
 _JOIN = "\n\n"
@@ -152,7 +152,7 @@ def calibration_rows(
         _check_enough(source, ids, 1 if repeats else count, length, len(bos), option)
         return windows(ids, count, body, generator)
 
-    text = text_beside_general(source)
+    text = text_added_to_general(source)
     if text is None:
         return _with_bos(bos, drawn(source, samples, option))
     half = samples // 2
@@ -227,7 +227,7 @@ def _rows_of(encoded: EncodedText, ids: Tensor, bos: Tensor, length: int, most: 
     """Return the tokens of a text as rows of a length, at most a number of rows, with the bytes of scored tokens."""
     body = length - len(bos)
     rows = len(ids) // body if most is None else min(len(ids) // body, most)
-    # Behind BOS, the first token of the text is scored too.
+    # If BOS comes first, the first token of the text is scored too.
     not_scored = 1 - len(bos)
     scored = sum(encoded.bytes_of(row * body + not_scored, (row + 1) * body) for row in range(rows))
     return ScoredRows(_with_bos(bos, ids[: rows * body].view(rows, body)), scored)
@@ -252,7 +252,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int) -
         vocab_size: Number of rows of the model's embedding; every id is below it.
     """
     parts: list[Tensor] = []
-    for part in [GENERAL, text] if (text := text_beside_general(source)) else [source]:
+    for part in [GENERAL, text] if (text := text_added_to_general(source)) else [source]:
         if part == GENERAL:
             parts += _general_ids(tokenizer, vocab_size).values()
         else:

@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.text.data_sets import MAX_CHARACTERS, Split, data_set_documents, is_data_set_folder
 from secateur.text.jsonl import jsonl_documents
-from secateur.text.sources import GENERAL, RANDOM, SELF, STDIN, text_beside_general
+from secateur.text.sources import GENERAL, RANDOM, SELF, STDIN, text_added_to_general
 
 _NOT_TEXT = {
     RANDOM: "random ids are not text",
@@ -69,7 +69,7 @@ def is_file(source: str) -> bool:
         SecateurError: The source looks like a file, but does not exist, is not a regular file or has an extension
             that is not read.
     """
-    if (text := text_beside_general(source)) is not None:
+    if (text := text_added_to_general(source)) is not None:
         return is_file(text)
     if source in (*_NOT_TEXT, STDIN):
         return False

@@ -10,6 +10,6 @@ STDIN = "-"
 """Source that reads standard input."""
 
 
-def text_beside_general(source: str) -> str | None:
+def text_added_to_general(source: str) -> str | None:
     """Return TEXT for a source of the form `general+TEXT`, and None for any other source."""
     return source.removeprefix(f"{GENERAL}+") if source.startswith(f"{GENERAL}+") else None

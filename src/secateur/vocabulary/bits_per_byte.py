@@ -1,4 +1,4 @@
-"""Price of a smaller vocabulary: bits per byte of a text, split into tokens by the old and by the new tokenizer."""
+"""Loss from a smaller vocabulary: bits per byte of a text, split into tokens by the old and by the new tokenizer."""
 
 import math
 from typing import Any
