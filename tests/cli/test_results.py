@@ -85,9 +85,9 @@ def test_plan_prints_the_widths_that_prune_gives(place, run):
     assert [row[0] for row in rows] == ["0", "1", "2"]
     assert "40." in result.out.partition("% of the blocks' parameters are removed")[0][-6:]
     assert "Estimated loss increase: " in result.out
-    copied = run("plan", "model", *SMALL, "--sparsity", "0.4", "--effort", "quick", "--recover", "after")
+    copied = run("plan", "model", *SMALL, "--sparsity", "0.4", "--effort", "quick", "--recover", "after", "--dry-run")
     assert copied.out == result.out
-    assert "Without effect on plan: --effort\n" in copied.err
+    assert "Without effect on plan: --effort, --dry-run\n" in copied.err
     part = run("plan", "model", *SMALL, "--sparsity", "0.4", "--blocks", "1:2")
     assert "% of the parameters of blocks 1:2 are removed; " in part.out
     result = run("plan", "model", *SMALL, "--sparsity", "0.4", "--out", "plan.json", "--survey", "survey.json")

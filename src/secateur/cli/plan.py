@@ -15,13 +15,15 @@ from secateur.commands.options import OUTPUT, Options, RunOptions
 
 FITTED = tuple(name for name, one in option_specs(Options).items() if one.fit_only)
 """Options that change the fitted weights only, not the plan."""
+WRITTEN = ("dry_run", "push_to_hub")
+"""Options about the model that `prune` writes."""
 
 
 @expand_options
 def plan(
     model: Model,
     options: Annotated[Options, Without(FITTED, ignored=FITTED)],
-    run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"))],
+    run_options: Annotated[RunOptions, Without(WRITTEN, ignored=WRITTEN)],
     out: Annotated[
         Path | None,
         typer.Option(
