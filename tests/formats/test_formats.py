@@ -86,6 +86,5 @@ def test_vllm_refuses_widths_that_it_cannot_run(name, widths, per_layer, reason)
 @pytest.mark.parametrize("per_layer", [True, False])
 def test_vllm_needs_equal_blocks_in_multimodal_checkpoints(per_layer):
     found = vllm_unsupported(config_of("llama"), [FULL, FULL], per_layer=per_layer, multimodal=True)
-    assert found == (
-        "its multimodal models need the same widths in all blocks; use --widths uniform" if per_layer else None
-    )
+    said = "its multimodal models need the same widths in all blocks; use --widths uniform"
+    assert found == (said if per_layer else None)

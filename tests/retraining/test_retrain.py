@@ -50,7 +50,8 @@ SMALL: dict[str, Any] = {
 """24 steps of four rows."""
 PRUNE: dict[str, Any] = {"calibration": "random", "samples": 12, "length": 16, "sparsity": 0.4, "device": "cpu"}
 # transformers splits text its own way for qwen2, and then the tests' tokenizer finds no word.
-CASES = [("llama", "uniform"), *((name, "adaptive") for name in list(ROWS)[:11] if name != "qwen2")]
+NAMES = [name for name in list(ROWS)[:11] if name != "qwen2"] + ["lfm2", "bamba"]
+CASES = [("llama", "uniform"), *((name, "adaptive") for name in NAMES)]
 
 
 def pruned(model: Path, out: Path, widths: str = "adaptive", **more: Any) -> Path:
@@ -116,7 +117,8 @@ def test_a_folder_saved_by_another_tool_is_retrained(checkpoint_folder, tmp_path
 @pytest.mark.parametrize(("name", "widths"), CASES, ids=["-".join(case) for case in CASES])
 def test_the_loss_falls_and_the_folder_is_complete(checkpoint_folder, tmp_path, train, name, widths):
     folder, out = pruned(checkpoint_folder(name), tmp_path / "pruned", widths), tmp_path / "out"
-    done = train("out", folder)
+    done = train("out", folder, watcher=(notes := Notes()))
+    assert any("has fewer than the 1,536 tokens to train on, so it is used 1.8 times" in note for note in notes.said)
     assert len(done.losses) == 24
     loss, perplexity_over_dense = (axes.lines[0].get_ydata() for axes in done.plot().axes)
     assert list(loss) == list(done.losses)
@@ -465,6 +467,11 @@ def test_wrong_folders_raise_an_error(checkpoint_folder, tmp_path, train):
         (folder / "secateur.json").write_text(json.dumps(record | damaged))
         message = error_of(train, "out", folder)
         assert re.search(r"secateur\.json: not a record that secateur prune wrote .*restore the file", message)
+
+
+def test_other_engines_are_refused(train, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "accelerate is configured for FSDP, which divides a model" in error_of(train, "out")
 
 
 def test_a_training_that_diverges_raises_an_error(tmp_path, train, monkeypatch):
