@@ -106,4 +106,7 @@ def test_a_long_loop_logs_progress_and_time_left(log, monkeypatch):
     assert lines[0] == "Prune 0 of 4, 0:00"
     assert any(re.fullmatch(r"Prune [123] of 4, 0:0\d, about 0:0\d left", line) for line in lines)
     assert re.fullmatch(r"Prune 4 of 4, 0:0\d", lines[-1])
+    shown = Bars()
+    shown.seconds |= {"Survey": 61.0, "Draw": 0.5, "Prune": 2.0}
+    assert shown.times() == "survey 1:01, prune 0:02"
     assert len(lines) >= 8

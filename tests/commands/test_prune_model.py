@@ -45,10 +45,13 @@ def test_the_weights_are_those_of_the_command(name, widths, checkpoint_folder, t
     assert torch.equal(logits_of(found, ids), logits_of(saved.eval(), ids))
 
 
-def test_the_given_model_is_unchanged_and_the_result_generates(checkpoint_folder):
+def test_the_given_model_is_unchanged_and_the_result_generates(checkpoint_folder, tmp_path, monkeypatch):
     model, ids = opened(checkpoint_folder("llama")), token_rows()
     before = logits_of(model, ids)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     found = prune_model(model, None, **OPTIONS)
+    assert not list(tmp_path.iterdir())
     assert torch.equal(logits_of(model, ids), before)
     assert found.num_parameters() < model.num_parameters()
     assert found.generate(ids[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)

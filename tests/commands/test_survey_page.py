@@ -51,6 +51,8 @@ def test_prune_reads_the_survey_file(options, place, run, calls_of):
     assert [(module["block"], module["kind"]) for module in data["modules"]] == list(modules)
     line = next(line for line in result.out.splitlines() if line.startswith("Prune from this survey: "))
     assert data["line"] == line.removeprefix("Prune from this survey: ")
+    assert f"Open {Path('survey', 'survey.html')} in a browser to choose a size; it needs no network." in result.out
+    assert 10 < len(data["plans"]) <= 20
     assert run(*data["line"].split()[1:]).code == 0
     assert len(surveys) == 1, "the survey was made again"
     record = record_of(place / "OUT")

@@ -12,13 +12,7 @@ from torch import Tensor
 from secateur.fit.output_projection import fit_output_projection
 from secateur.numerics.elimination import eliminate
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import (
-    NormalEquations,
-    factorise,
-    least_squares,
-    normal_equations,
-    squared_error,
-)
+from secateur.numerics.ridge import NormalEquations, factorise, least_squares, normal_equations, squared_error
 
 RIDGES = (0.0, 1e-3, 0.03, 0.3, 1.0)
 

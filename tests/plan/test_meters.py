@@ -26,15 +26,7 @@ from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan import latency
 from secateur.plan.latency import LatencyTable, grid, latency_table
-from secateur.plan.meters import (
-    Meter,
-    budget_of,
-    byte_meter,
-    cache_meter,
-    latency_meter,
-    meter_of,
-    parameter_meter,
-)
+from secateur.plan.meters import Meter, budget_of, byte_meter, cache_meter, latency_meter, meter_of, parameter_meter
 from secateur.plan.target import parse_target
 
 CPU = torch.device("cpu")
@@ -237,8 +229,7 @@ def a_meter(dense: float, form: Callable[[float], str] = "{:g} things".format) -
 
 
 @pytest.mark.parametrize(
-    ("target", "budget"),
-    [("params=80%", 80e6), ("params=30M", 30e6), ("prefill=2x", 50e6), ("decode=1.25x", 80e6)],
+    ("target", "budget"), [("params=80%", 80e6), ("params=30M", 30e6), ("prefill=2x", 50e6), ("decode=1.25x", 80e6)]
 )
 def test_the_budget_of_a_target(target, budget):
     assert budget_of(parse_target(target), a_meter(100e6)) == budget

@@ -52,6 +52,9 @@ def test_the_card_says_what_was_done(place, run):
     assert (place / "out" / "README.base.md").read_text().endswith("# The base model\n")
     assert (place / "out" / "LICENSE").read_text() == "all rights"
     assert f"{record['sparsity']['reached']:.1%} of the blocks' parameters" in text
+    channels = sum(block["width"]["channels"] for block in record["blocks"])
+    page = text_of((place / "out" / "report.html").read_text())
+    assert f"were removed: {channels:,} of 216 feed-forward channels are kept. Estimated" in page
     before, after = record["sizes"]["parameters"]
     assert f"| parameters | {before:,} | {after:,} | {after / before:.3f} |" in text
     assert 'from_pretrained("THIS_FOLDER")' in text
@@ -149,10 +152,7 @@ def test_measurements_are_added_to_card_and_page(place, run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["model", "--against", "out", "--report"],
-            "secateur prune did not write this folder (no complete secateur",
-        ),
+        (["model", "--against", "out", "--report"], "secateur prune did not write this folder (no complete secateur"),
         (["out", "--against", "other", "--report"], "with which the report must compare it"),
         (["out", "--report"], "--report needs --against: add --against with the model that MODEL was pruned from"),
         (["out", "--prompt", " "], "a prompt is empty; give some words"),
