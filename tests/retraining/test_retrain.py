@@ -25,6 +25,7 @@ from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
 from secateur.commands.prune import prune
+from secateur.formats.gguf_export import export
 from secateur.measure import loading, perplexity
 from secateur.measure.loading import load
 from secateur.model import pass_checkpoint
@@ -482,3 +483,11 @@ def test_a_training_that_diverges_raises_an_error(tmp_path, train, monkeypatch):
     monkeypatch.setattr(steps, "train", spoilt)
     assert "NaN or infinite after the training; use a smaller --learning-rate" in error_of(train, "out", rank=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_retrained_folder_becomes_a_gguf_file(letters_folder, tmp_path, train):
+    folder = pruned(letters_folder("llama"), tmp_path / "pruned", "uniform")
+    out = train("out", folder).path
+    export(out, tmp_path / "out.gguf", type="f32")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
+    assert relative(logits_of(opened, token_rows()), logits_of(network_of(out), token_rows())) < 1e-5
