@@ -41,7 +41,6 @@ def ready(name: str, module: PrunableModule) -> Criterion:
 
 
 def scores_of(name: str, stats: Statistics) -> Tensor:
-    """A criterion's score per unit."""
     found = all_criteria()[name].score
     return found(stats)
 

@@ -155,7 +155,6 @@ def fitted(folder: Any, experts: int, channels: int | None = None, criterion: st
 
 
 def channels_of(block: Any, inner: int) -> dict[int, list[int]]:
-    """The channels that each expert keeps."""
     every = [(unit // inner, unit % inner) for unit in block.keep["channels"]]
     return {expert: [one for owner, one in every if owner == expert] for expert in block.keep["experts"]}
 

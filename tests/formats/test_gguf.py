@@ -815,17 +815,16 @@ def test_types_as_in_the_input(tmp_path, monkeypatch):
     assert_error("this one comes from no such file; choose", export, tmp_path / "dense", other, type="as-input")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "llama_cpp_py_sync", None)
-        forget(library, _tensor_library, check_quantises, _input_storage)
+        clear_caches(library, _tensor_library, check_quantises, _input_storage)
         said = r"input\.gguf: .* is q\d_k: llama\.cpp's library .* pip install"
         assert_error(said, export, tmp_path / "out", other, type="as-input")
-    forget(library)
+    clear_caches(library)
     source.rename(tmp_path / "moved.gguf")
     assert_error(r"but .*input\.gguf is not there; put it back", export, tmp_path / "out", other, type="as-input")
     assert not other.exists()
 
 
-def forget(*functions: Any) -> None:
-    """Clear the caches of functions."""
+def clear_caches(*functions: Any) -> None:
     for function in functions:
         function.cache_clear()
 

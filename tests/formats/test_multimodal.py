@@ -23,6 +23,7 @@ from secateur.measure.loading import load
 from secateur.model.kinds import KINDS
 from secateur.model.structure import KeptUnits
 from secateur.model.units.experts import EXPERT_CHANNELS
+from secateur.retraining.retrain import retrain
 from secateur.vocabulary.cut import cut_as_before
 from secateur.vocabulary.side_files import ids_in_configs
 
@@ -247,6 +248,7 @@ def test_a_folder_with_a_width_for_each_block_is_pruned_again(tmp_path, name):
         prune(folders[-1], tmp_path / step, **how)
         folders.append(tmp_path / step)
     check_masking(*folders[1:], opened(folders[-1], trust_remote_code=True))
+    assert_error("cannot train multimodal models; name a language model", retrain, folders[-1], tmp_path / "out")
 
 
 def rename_as_newer_checkpoints(folder: Path) -> set[str]:

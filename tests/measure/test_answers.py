@@ -17,6 +17,7 @@ from secateur.measure import answers, perplexity
 from secateur.measure.answers import ANSWER_TOKENS, agreement, greedy_answers, loop_share, loops, packaged_prompts
 from secateur.measure.evaluation import evaluate
 from secateur.measure.generation import greedy_tokens
+from secateur.report.eval_table import measured_rows
 
 VOCAB = 128
 PROMPTS = [[7, 9, 4], [5], [20, 21, 22, 23, 24, 25, 26]]
@@ -134,6 +135,7 @@ def test_a_model_agrees_with_itself(tmp_path):
     assert (figures["agreement"].values, figures["agreement"].ratio) == ([1.0, 1.0], 1.0)
     assert (figures["answers that loop"].values, figures["answers that loop"].ratio) == ([0.0, 0.0], None)
     assert json.loads(json.dumps(result.as_dict()))["models"][0]["answers"]["agreement"] == 1.0
+    assert [row[0] for row in measured_rows(result)][-2:] == ["agreement", "answers that loop"]
 
 
 def noted(*folders: str, **how: Any) -> tuple[Any, list[str]]:

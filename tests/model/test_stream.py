@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import STREAMED, build, layers_of, opened, relative, save, token_rows, wide
 from secateur.fit.loop import refit
@@ -18,10 +18,6 @@ TOLERANCE = 1e-5
 
 def rows_of_two_lengths() -> Rows:
     return Rows((token_rows(5, 24), token_rows(3, 17, seed=1)), (1.0, 0.5), batch_tokens=50)
-
-
-def on_meta(module: nn.Module) -> bool:
-    return all(value.is_meta for value in module.parameters())
 
 
 @pytest.mark.parametrize("name", STREAMED)
@@ -52,7 +48,7 @@ def test_blocks_alone_equal_the_model(checkpoint_folder, name):
             with stream.fewer_logits(some):
                 assert relative(head(hidden.parts[0][1]), wanted[0].logits[1][:, some]) < TOLERANCE
             assert relative(head(hidden.parts[0][1]), wanted[0].logits[1]) < TOLERANCE
-    assert on_meta(stream.model)
+    assert all(value.is_meta for value in stream.model.parameters())
 
 
 def live_bytes() -> int:

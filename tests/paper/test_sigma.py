@@ -1,6 +1,5 @@
 """Covariance of the criterion second-moment: from calibration rows, the identity, or random token ids."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,17 +93,13 @@ def test_the_feed_forward_behind_a_whole_attention(checkpoint_folder, name):
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "sparsity": 0.3, "criterion": "second-moment"}
 
 
-def text_file(folder: Path) -> str:
-    (folder / "text.txt").write_text(" ".join(f"w{i * i % 20}" for i in range(1000)))
-    return str(folder / "text.txt")
-
-
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_each_sigma_chooses_other_units(checkpoint_folder, tmp_path, name):
-    text, kept = text_file(tmp_path), {}
+    text, kept = tmp_path / "text.txt", {}
+    text.write_text(" ".join(f"w{i * i % 20}" for i in range(1000)))
     for sigma in (None, "data", "identity", "random"):
         prune(checkpoint_folder(name), tmp_path / f"{sigma}", widths="uniform", format="hf", sigma=sigma,
-              calibration=text, **SMALL)  # fmt: skip
+              calibration=str(text), **SMALL)  # fmt: skip
         record = record_of(tmp_path / f"{sigma}")
         assert record["options"]["sigma"] == sigma
         kept[sigma] = [(block["heads"], block["channels"]) for block in record["blocks"]]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from models import ROWS, load_written, logits_of, relative, token_rows
-from outputs import Notes, error_of, record_of, weights_of
-from secateur.base.errors import StoppedError
+from outputs import Notes, assert_error, error_of, record_of, weights_of
+from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
@@ -38,6 +39,7 @@ from secateur.retraining.options import ADAPTERS, Training
 from secateur.retraining.retrain import retrain
 from secateur.retraining.rows import training_rows
 from secateur.retraining.schedule import PLANNED, Seconds, describe_end, tokens_in_time
+from secateur.retraining.student import Student
 
 SMALL: dict[str, Any] = {
     "tokens": "1536",
@@ -408,6 +410,10 @@ def test_adapters_are_trained_if_all_weights_do_not_fit(tmp_path, train, monkeyp
 def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypatch):
     """The message of torch.save is that of a full disk. An incomplete checkpoint is removed by the next run."""
     train("whole", tokens="512")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
+        message = r"the training needs 0\.40 GB of disk space for its state and the model, but 0\.10 GB are free; free"
+        assert_error(message, train, "out", teacher=None, tokens="1M")
     monkeypatch.setattr(pass_checkpoint, "SPENT", float("inf"))
     save, saved = torch.save, list[Any]()
 
@@ -447,9 +453,11 @@ def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypat
         ({"device": "cuda:1"}, "device is 'cuda:1', but the Trainer always takes the first GPU; use auto, cpu or cuda"),
     ],
 )
-def test_wrong_options_raise_an_error_and_leave_no_files(tmp_path, train, wishes, message):
+def test_wrong_options_raise_an_error_and_leave_no_files(tmp_path, train, monkeypatch, wishes, message):
     before = sorted(tmp_path.iterdir())
     assert re.search(message, error_of(train, "out", **wishes))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "accelerate is configured for FSDP, which divides a model" in error_of(train, "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -470,19 +478,27 @@ def test_wrong_folders_raise_an_error(checkpoint_folder, tmp_path, train):
         assert re.search(r"secateur\.json: not a record that secateur prune wrote .*restore the file", message)
 
 
-def test_other_engines_are_refused(train, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "accelerate is configured for FSDP, which divides a model" in error_of(train, "out")
-
-
 def test_a_training_that_diverges_raises_an_error(tmp_path, train, monkeypatch):
-    def spoilt(student: Any, *_: Any, **__: Any) -> Any:
+    plain = Student.forward
+
+    def spoil(student: Student, *_: Any, **__: Any) -> Any:
         next(iter(student.trained().values())).data.fill_(float("nan"))
         return [{"loss": 1.0, "step": 1}]
 
-    monkeypatch.setattr(steps, "train", spoilt)
-    assert "NaN or infinite after the training; use a smaller --learning-rate" in error_of(train, "out", rank=0)
-    assert not (tmp_path / "out").exists()
+    def fail(*_: Any) -> float:
+        if not list(tmp_path.glob(".out.run/training/checkpoint-*")):
+            return 1.0
+        raise SecateurError("NaN")
+
+    for owner, name, value, message in (
+        (Student, "forward", lambda student, at: {"loss": plain(student, at)["loss"] / 0}, "the loss of step 1 is inf"),
+        (steps, "train", spoil, "NaN or infinite after the training"),
+        (Student, "perplexity", fail, "the perplexity after step 16 is not finite"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert_error(f"{message}; use a smaller --learning-rate", train, "out", rank=0)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_retrained_folder_becomes_a_gguf_file(letters_folder, tmp_path, train):

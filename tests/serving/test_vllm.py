@@ -260,8 +260,7 @@ def scored(model: Any, ids: Tensor) -> Tensor:
     return torch.tensor([[entry[token].logprob for entry, token in pair] for pair in pairs])
 
 
-def continued(model: Any, ids: Tensor) -> list[list[int]]:
-    """Return the greedy continuations."""
+def greedy_continuations(model: Any, ids: Tensor) -> list[list[int]]:
     return [list(row.outputs[0].token_ids) for row in model.generate(prompts(ids), sampling(NEW), use_tqdm=False)]
 
 
@@ -282,7 +281,7 @@ def test_vllm_computes_what_transformers_computes(expected, case):
     with opened(case, meant.folder) as model:
         assert relative(scored(model, meant.ids), meant.scores) < TOLERANCE[case.dtype]
         if case.dtype == "float32":
-            assert continued(model, meant.ids[:, :PROMPT]) == meant.ids[:, PROMPT:].tolist()
+            assert greedy_continuations(model, meant.ids[:, :PROMPT]) == meant.ids[:, PROMPT:].tolist()
 
 
 def test_vllm_computes_and_encodes_with_a_trimmed_vocabulary(trimmed):

@@ -37,18 +37,14 @@ def counted(rows: Rows) -> list[tuple[Tensor, float]]:
     return [(row[None], weight) for group, weight in pairs if weight and group.shape[1] > 1 for row in group]
 
 
-def sum_of_losses(model: Any, ids: Tensor) -> Tensor:
-    logits = model(ids, use_cache=False).logits[0, :-1]
-    return nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-
-
 def whole(model: Any, rows: Rows) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Return the loss of the whole model, and the gradients of each row's loss by parameter."""
     model.requires_grad_(True)
     names = [name for name, _ in model.named_parameters()]
     total, own = torch.zeros(()), []
     for ids, weight in counted(rows):
-        loss = sum_of_losses(model, ids)
+        logits = model(ids, use_cache=False).logits[0, :-1]
+        loss = nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
         found = torch.autograd.grad(loss / (ids.shape[1] - 1), list(model.parameters()))
         own.append(dict(zip(names, found, strict=True)))
         total += weight * loss.detach()

@@ -69,6 +69,14 @@ def same_text(whole: Path, cut: Path, text: str) -> tuple[torch.Tensor, torch.Te
     return after, before[..., kept]
 
 
+def test_trim_prints_sizes_before_and_after(model, tmp_path, run):
+    result = run("trim", str(model), str(tmp_path / "out"), "--vocabulary", "latin")
+    before, after = (open_checkpoint(folder).config.vocab_size for folder in (model, tmp_path / "out"))
+    row = [cell.strip() for line in result.out.splitlines() if " vocabulary " in line for cell in line.split("│")]
+    assert row[2:5] == [f"{before:,}", f"{after:,}", f"{after / before:.3f}"]
+    assert f"Written to {tmp_path / 'out'}" in "".join(result.out.splitlines())
+
+
 def test_text_of_the_script_keeps_its_tokens_and_logits(model, latin):
     out, done = latin
     assert relative(*same_text(model, out, LATIN)) < 1e-6

@@ -57,7 +57,7 @@ def train(
         Entries with `step`, and `loss` (nats per token) or `held_out` (perplexity).
 
     Raises:
-        SecateurError: The loss of a step is NaN or infinite.
+        SecateurError: The loss of a step, or the perplexity after it, is NaN or infinite.
         StoppedError: A checkpoint cannot be written, or another process has stopped.
     """
     steps, last = len(student.rows) // training.batch, _last_checkpoint(folder)
@@ -79,6 +79,8 @@ def train(
             optim="adamw_torch_fused",
             seed=training.seed,
             logging_steps=1,
+            # With the filter, the Trainer would log the mean of earlier steps in place of NaN.
+            logging_nan_inf_filter=False,
             save_strategy="no",
             save_total_limit=1,
             label_names=[],
@@ -114,7 +116,15 @@ class _Measurement(TrainerCallback):
             self._measure(state)
 
     def _measure(self, state: Any) -> None:
-        state.log_history.append({"step": state.global_step, "held_out": self._student.perplexity(self._held_out)})
+        try:
+            value = self._student.perplexity(self._held_out)
+        except SecateurError as error:
+            if not state.global_step:
+                raise
+            raise SecateurError(
+                f"the perplexity after step {state.global_step} is not finite; use a smaller --learning-rate"
+            ) from error
+        state.log_history.append({"step": state.global_step, "held_out": value})
 
 
 class _Saving(TrainerCallback):

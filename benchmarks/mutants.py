@@ -1,0 +1,274 @@
+"""Plant small errors in the source, one at a time, and count how many of them the tests find.
+
+    pip install pytest-cov
+    pytest -n auto --dist loadfile --cov secateur --cov-context test --cov-report= --junitxml junit.xml
+    python benchmarks/mutants.py fit plan --count 120 --seed 0
+
+The first test run records which tests reach which line, and how long they take. Then functions of fit/ and plan/ are
+drawn at random, and one place in each. A mutant is the program with an error at this place: another comparison, sign,
+constant or return value, `and` for `or`, a `not` or a statement less. The tests that reach the line run on the mutant,
+quickest first, until one fails, at most for `--seconds`. Error messages, annotations and decorators are left out of the
+draw.
+
+The script prints the source of each mutant and the test that found it. `--json FILE` keeps results; the mutants that
+FILE holds are not run again. Mutants run in a copy of the repository, one at a time, each in a process of its own.
+"""
+
+import argparse
+import ast
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+COMPARISONS: dict[type[ast.cmpop], str] = {
+    ast.Lt: "<=",
+    ast.LtE: "<",
+    ast.Gt: ">=",
+    ast.GtE: ">",
+    ast.Eq: "!=",
+    ast.NotEq: "==",
+    ast.In: "not in",
+    ast.NotIn: "in",
+    ast.Is: "is not",
+    ast.IsNot: "is",
+}
+SIGNS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+}
+MESSAGES = ("note", "busy", "stage", "describe")
+"""Functions whose arguments are text for people."""
+
+
+class Mutant(NamedTuple):
+    """A change of the source: the characters from `start` to `end` of the file become `text`."""
+
+    file: str
+    line: int
+    start: int
+    end: int
+    text: str
+
+    def name(self) -> str:
+        """Return the key of the mutant in a file of results."""
+        return f"{self.file}:{self.line}:{self.start}-{self.end} {self.text}"
+
+    def apply(self, source: bytes) -> bytes:
+        """Return the changed source."""
+        return source[: self.start] + self.text.encode() + source[self.end :]
+
+
+def changes(node: ast.AST) -> Iterator[str]:
+    """Yield the source of this node with one error."""
+    match node:
+        case ast.Compare(ops=[op]) if type(op) in COMPARISONS:
+            yield f"({ast.unparse(node.left)} {COMPARISONS[type(op)]} {ast.unparse(node.comparators[0])})"
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in SIGNS and not (is_text(left) or is_text(right)):
+            yield f"({ast.unparse(ast.BinOp(left, SIGNS[type(op)](), right))})"
+        case ast.BoolOp():
+            yield f"({ast.unparse(ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values))})"
+        case ast.UnaryOp(op=ast.Not()):
+            yield f"({ast.unparse(node.operand)})"
+        case ast.Constant(value=bool()):
+            yield str(not node.value)
+        case ast.Constant(value=int() | float()):
+            yield repr(node.value + 1)
+        case ast.Return(value=ast.AST() as value) if not (isinstance(value, ast.Constant) and value.value is None):
+            yield "return None"
+        case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            yield "pass"
+
+
+def is_text(node: ast.AST) -> bool:
+    """Return whether the node is text."""
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def mutated_parts(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the children of a node whose changes can matter to a program's result."""
+    match node:
+        case ast.Raise() | ast.JoinedStr() | ast.Assert():
+            return
+        case ast.Call(func=ast.Attribute(attr=name)) if name in MESSAGES:
+            return
+        case ast.FunctionDef(args=args, body=body):
+            yield from (value for value in [*args.defaults, *args.kw_defaults] if value is not None)
+            yield from body
+        case ast.AnnAssign(value=value):
+            if value is not None:
+                yield value
+        case ast.keyword(arg="strict" | "frozen"):
+            return
+        case _:
+            yield from ast.iter_child_nodes(node)
+
+
+def mutants_of(file: Path) -> Iterator[list[Mutant]]:
+    """Yield the mutants of every function of a file."""
+    source = file.read_bytes()
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def of(node: ast.AST) -> Iterator[Mutant]:
+        for part in mutated_parts(node):
+            if isinstance(part, ast.FunctionDef | ast.ClassDef):
+                continue
+            if isinstance(part, ast.stmt | ast.expr):
+                start, end = (
+                    starts[part.lineno - 1] + part.col_offset,
+                    starts[part.end_lineno - 1] + part.end_col_offset,
+                )
+                for text in changes(part):
+                    yield Mutant(str(file.relative_to(ROOT)), part.lineno, start, end, text)
+            yield from of(part)
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and (found := list(of(node))):
+            yield found
+
+
+def draw(sources: list[str], count: int, seed: int) -> list[Mutant]:
+    """Return mutants of different functions, each function of the sources with the same probability."""
+    random = Random(seed)
+    paths = [ROOT / "src" / "secateur" / name for name in sources]
+    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py")))
+    functions = [found for file in files for found in mutants_of(file)]
+    return [random.choice(found) for found in random.sample(functions, count)]
+
+
+def test_seconds(junit: Path) -> dict[str, float]:
+    """Return the time of each test."""
+    cases = ElementTree.parse(junit).iter("testcase")
+    return {
+        f"{one.get('classname', '').replace('.', '/')}.py::{one.get('name')}": float(one.get("time", 0))
+        for one in cases
+    }
+
+
+def tests_of(mutant: Mutant, contexts: Any, seconds: dict[str, float], limit: float) -> list[str]:
+    """Return the tests that reach the line of a mutant, quickest first, at most for a number of seconds."""
+    at = contexts.contexts_by_lineno(str(ROOT / mutant.file)).get(mutant.line, [])
+    names = sorted({one.partition("|")[0] for one in at} & seconds.keys(), key=lambda name: seconds[name])
+    total, chosen = 0.0, []
+    for name in names:
+        total += seconds[name]
+        if total <= limit:
+            chosen.append(name)
+    return chosen
+
+
+class FirstFailure:
+    """Plugin of pytest that writes the name of the first test that failed."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Write the name of a failed test."""
+        if report.failed and not self.file.exists():
+            self.file.write_text(report.nodeid)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Write the name of a file that could not be imported."""
+        if report.failed and not self.file.exists():
+            self.file.write_text(report.nodeid)
+
+
+def failing(tests: list[str], limit: float, copy: Path) -> str | None:
+    """Run tests in a copy of the repository, in a child process.
+
+    Returns:
+        The test that failed; "time" if the limit (in seconds) passed; None if all tests passed.
+    """
+    failed = copy / "failed.txt"
+    failed.unlink(missing_ok=True)
+    if (child := os.fork()) == 0:
+        os.setsid()
+        os.chdir(copy)
+        quiet = os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        sys.path.insert(0, str(copy / "src"))
+        os.environ["PYTHONPATH"] = str(copy / "src")
+        import pytest
+
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[FirstFailure(failed)])
+        os._exit(int(code))
+    ended, status = time.monotonic() + limit, None
+    while status is None and time.monotonic() < ended:
+        done, code = os.waitpid(child, os.WNOHANG)
+        status = code if done else None
+        time.sleep(0.05)
+    if status is None:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "time"
+    if failed.exists():
+        return failed.read_text()
+    return None if status == 0 else f"exit status {os.waitstatus_to_exitcode(status)}"
+
+
+def killed_by(mutant: Mutant, tests: list[str], limit: float, copy: Path) -> str | None:
+    """Return the test that fails on a mutant, or None if none does."""
+    changed, source = copy / mutant.file, (ROOT / mutant.file).read_bytes()
+    changed.write_bytes(mutant.apply(source))
+    try:
+        return failing(tests, limit, copy) if tests else None
+    finally:
+        changed.write_bytes(source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", default=["."], help="files and folders of src/secateur; all if none")
+    parser.add_argument("--count", type=int, default=120, help="number of mutants")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the draw")
+    parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage", help="file that pytest-cov wrote")
+    parser.add_argument("--junit", type=Path, default=ROOT / "junit.xml", help="file that pytest wrote")
+    parser.add_argument("--seconds", type=float, default=60, help="time of the tests of a mutant, without mutants")
+    parser.add_argument("--json", type=Path, help="file to keep results in")
+    args = parser.parse_args()
+    import coverage
+
+    # Children are copies of this process, so that they need not import these packages again.
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    contexts = coverage.CoverageData(str(args.coverage))
+    contexts.read()
+    seconds = test_seconds(args.junit)
+    results: dict[str, str | None] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    mutants = draw(args.sources, args.count, args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "site", "out"))
+        for mutant in mutants:
+            name = mutant.name()
+            if name not in results:
+                tests = tests_of(mutant, contexts, seconds, args.seconds)
+                results[name] = killed_by(mutant, tests, 60 + 10 * args.seconds, copy)
+                if args.json:
+                    args.json.write_text(json.dumps(results, indent=1))
+            before = (ROOT / mutant.file).read_bytes()[mutant.start : mutant.end].decode()
+            print(f"{mutant.file}:{mutant.line}  {before}  ->  {mutant.text}  |  {results[name]}", flush=True)
+    killed = sum(results[mutant.name()] is not None for mutant in mutants)
+    print(f"{killed} of {len(mutants)} killed ({killed / len(mutants):.0%})")
+
+
+if __name__ == "__main__":
+    main()
