@@ -7,15 +7,17 @@
 The first test run records which tests reach which line, and how long they take. Then functions of fit/ and plan/ are
 drawn at random, and one place in each. A mutant is the program with an error at this place: another comparison, sign,
 constant or return value, `and` for `or`, a `not` or a statement less. The tests that reach the line run on the mutant,
-quickest first, until one fails, at most for `--seconds`. Error messages, annotations and decorators are left out of the
-draw.
+quickest first, until one fails, at most for `--seconds`. Error messages, annotations, default values and
+decorators are left out of the draw.
 
 The script prints the source of each mutant and the test that found it. `--json FILE` keeps results; the mutants that
-FILE holds are not run again. Mutants run in a copy of the repository, one at a time, each in a process of its own.
+FILE holds are not run again. Mutants run in a copy of the repository, one at a time, each in a copy of a process that
+has imported the program and the tests.
 """
 
 import argparse
 import ast
+import gc
 import json
 import os
 import shutil
@@ -26,6 +28,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -104,8 +107,7 @@ def mutated_parts(node: ast.AST) -> Iterator[ast.AST]:
             return
         case ast.Call(func=ast.Attribute(attr=name)) if name in MESSAGES:
             return
-        case ast.FunctionDef(args=args, body=body):
-            yield from (value for value in [*args.defaults, *args.kw_defaults] if value is not None)
+        case ast.FunctionDef(body=body):
             yield from body
         case ast.AnnAssign(value=value):
             if value is not None:
@@ -172,64 +174,115 @@ def tests_of(mutant: Mutant, contexts: Any, seconds: dict[str, float], limit: fl
 
 
 class FirstFailure:
-    """Plugin of pytest that writes the name of the first test that failed."""
+    """Plugin of pytest that notes the first test that fails."""
 
-    def __init__(self, file: Path):
-        self.file = file
+    name: str | None = None
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Write the name of a failed test."""
-        if report.failed and not self.file.exists():
-            self.file.write_text(report.nodeid)
-
-    def pytest_collectreport(self, report: Any) -> None:
-        """Write the name of a file that could not be imported."""
-        if report.failed and not self.file.exists():
-            self.file.write_text(report.nodeid)
+        """Note a failed test."""
+        if report.failed and self.name is None:
+            self.name = report.nodeid
 
 
-def failing(tests: list[str], limit: float, copy: Path) -> str | None:
-    """Run tests in a copy of the repository, in a child process.
+class Mutants:
+    """Plugin of pytest that, in place of one run of all tests, runs some tests on each mutant."""
 
-    Returns:
-        The test that failed; "time" if the limit (in seconds) passed; None if all tests passed.
-    """
-    failed = copy / "failed.txt"
-    failed.unlink(missing_ok=True)
-    if (child := os.fork()) == 0:
-        os.setsid()
-        os.chdir(copy)
-        quiet = os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        sys.path.insert(0, str(copy / "src"))
-        os.environ["PYTHONPATH"] = str(copy / "src")
-        import pytest
+    def __init__(self, args: argparse.Namespace, copy: Path):
+        self.args, self.copy, self.first = args, copy, FirstFailure()
+        self.results: dict[str, str | None] = {}
 
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[FirstFailure(failed)])
-        os._exit(int(code))
-    ended, status = time.monotonic() + limit, None
-    while status is None and time.monotonic() < ended:
-        done, code = os.waitpid(child, os.WNOHANG)
-        status = code if done else None
+    def pytest_runtestloop(self, session: Any) -> bool:
+        """Test all mutants; pytest has imported the tests and the program by now."""
+        import coverage
+
+        contexts, seconds = coverage.CoverageData(str(self.args.coverage)), test_seconds(self.args.junit)
+        contexts.read()
+        session.config.pluginmanager.register(self.first)
+        items = {item.nodeid: item for item in session.items}
+        if self.args.json and self.args.json.exists():
+            self.results = json.loads(self.args.json.read_text())
+        mutants = draw(self.args.sources, self.args.count, self.args.seed)
+        for mutant in mutants:
+            name = mutant.name()
+            if name not in self.results:
+                tests = [
+                    items[test] for test in tests_of(mutant, contexts, seconds, self.args.seconds) if test in items
+                ]
+                self.results[name] = self.killed_by(mutant, tests, session)
+                if self.args.json:
+                    self.args.json.write_text(json.dumps(self.results, indent=1))
+            before = (ROOT / mutant.file).read_bytes()[mutant.start : mutant.end].decode()
+            print(f"{mutant.file}:{mutant.line}  {before}  ->  {mutant.text}  |  {self.results[name]}", flush=True)
+        killed = sum(self.results[mutant.name()] is not None for mutant in mutants)
+        print(f"{killed} of {len(mutants)} killed ({killed / len(mutants):.0%})")
+        return True
+
+    def killed_by(self, mutant: Mutant, tests: list[Any], session: Any) -> str | None:
+        """Run tests on a mutant, in a child process.
+
+        Returns:
+            The test that failed; "time" if the tests took ten times as long as allowed; None if all tests passed.
+        """
+        changed, failed = self.copy / mutant.file, self.copy / "failed.txt"
+        source = (ROOT / mutant.file).read_bytes()
+        # Tests that start processes of their own find the mutant in the file.
+        changed.write_bytes(mutant.apply(source))
+        failed.unlink(missing_ok=True)
+        if (child := os.fork()) == 0:
+            os.setsid()
+            quiet = os.open(self.copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            try:
+                plant(changed)
+                for test, following in zip(tests, [*tests[1:], None], strict=True):
+                    session.config.hook.pytest_runtest_protocol(item=test, nextitem=following)
+                    if self.first.name:
+                        failed.write_text(self.first.name)
+                        break
+                os._exit(0)
+            finally:
+                os._exit(1)
+        try:
+            return wait(child, 60 + 10 * self.args.seconds) or (failed.read_text() if failed.exists() else None)
+        finally:
+            changed.write_bytes(source)
+            for path in session.config._tmp_path_factory.getbasetemp().iterdir():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def plant(file: Path) -> None:
+    """Give all functions of a module that is imported already the code of its changed file."""
+
+    def inside(code: CodeType) -> Iterator[CodeType]:
+        yield code
+        for one in code.co_consts:
+            if isinstance(one, CodeType):
+                yield from inside(one)
+
+    codes = {(one.co_qualname, one.co_firstlineno): one for one in inside(compile(file.read_bytes(), file, "exec"))}
+    for function in gc.get_objects():
+        if isinstance(function, FunctionType) and function.__code__.co_filename == str(file):
+            code = function.__code__
+            function.__code__ = codes.get((code.co_qualname, code.co_firstlineno), code)
+
+
+def wait(child: int, limit: float) -> str | None:
+    """Wait for a child process, at most for a number of seconds; return how it ended, None if without an error."""
+    ended = time.monotonic() + limit
+    while time.monotonic() < ended:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return None if status == 0 else f"exit status {os.waitstatus_to_exitcode(status)}"
         time.sleep(0.05)
-    if status is None:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return "time"
-    if failed.exists():
-        return failed.read_text()
-    return None if status == 0 else f"exit status {os.waitstatus_to_exitcode(status)}"
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "time"
 
 
-def killed_by(mutant: Mutant, tests: list[str], limit: float, copy: Path) -> str | None:
-    """Return the test that fails on a mutant, or None if none does."""
-    changed, source = copy / mutant.file, (ROOT / mutant.file).read_bytes()
-    changed.write_bytes(mutant.apply(source))
-    try:
-        return failing(tests, limit, copy) if tests else None
-    finally:
-        changed.write_bytes(source)
+def absolute(path: str) -> Path:
+    """Return the absolute path of an argument."""
+    return Path(path).absolute()
 
 
 def main() -> None:
@@ -237,37 +290,20 @@ def main() -> None:
     parser.add_argument("sources", nargs="*", default=["."], help="files and folders of src/secateur; all if none")
     parser.add_argument("--count", type=int, default=120, help="number of mutants")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the draw")
-    parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage", help="file that pytest-cov wrote")
-    parser.add_argument("--junit", type=Path, default=ROOT / "junit.xml", help="file that pytest wrote")
+    parser.add_argument("--coverage", type=absolute, default=ROOT / ".coverage", help="file that pytest-cov wrote")
+    parser.add_argument("--junit", type=absolute, default=ROOT / "junit.xml", help="file that pytest wrote")
     parser.add_argument("--seconds", type=float, default=60, help="time of the tests of a mutant, without mutants")
-    parser.add_argument("--json", type=Path, help="file to keep results in")
+    parser.add_argument("--json", type=absolute, help="file to keep results in")
     args = parser.parse_args()
-    import coverage
+    import pytest
 
-    # Children are copies of this process, so that they need not import these packages again.
-    import torch
-    import transformers  # noqa: F401
-
-    torch.set_num_threads(1)
-    contexts = coverage.CoverageData(str(args.coverage))
-    contexts.read()
-    seconds = test_seconds(args.junit)
-    results: dict[str, str | None] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    mutants = draw(args.sources, args.count, args.seed)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "site", "out"))
-        for mutant in mutants:
-            name = mutant.name()
-            if name not in results:
-                tests = tests_of(mutant, contexts, seconds, args.seconds)
-                results[name] = killed_by(mutant, tests, 60 + 10 * args.seconds, copy)
-                if args.json:
-                    args.json.write_text(json.dumps(results, indent=1))
-            before = (ROOT / mutant.file).read_bytes()[mutant.start : mutant.end].decode()
-            print(f"{mutant.file}:{mutant.line}  {before}  ->  {mutant.text}  |  {results[name]}", flush=True)
-    killed = sum(results[mutant.name()] is not None for mutant in mutants)
-    print(f"{killed} of {len(mutants)} killed ({killed / len(mutants):.0%})")
+        os.chdir(copy)
+        sys.path.insert(0, str(copy / "src"))
+        os.environ |= {"PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"}
+        pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[Mutants(args, copy)])
 
 
 if __name__ == "__main__":

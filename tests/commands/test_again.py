@@ -53,10 +53,11 @@ def blocks_in(folder: Path) -> list[Block]:
     return BlockStream(open_checkpoint(folder)).blocks
 
 
-@pytest.mark.parametrize("name", ROWS + OTHERS)
-def test_cut_again_equals_masked(folder, name):
+@pytest.mark.parametrize(("name", "widths"), [*((name, "adaptive") for name in ROWS + OTHERS), ("llama", "uniform")])
+def test_cut_again_equals_masked(folder, name, widths):
     """The second pruning removes whole modules of some rows, and the first one of others."""
-    first, second = folder(name, 0.3, recovery="none"), folder(name, 0.3, 0.4, recovery="none")
+    how = {"recovery": "none", "widths": widths, "format": "hf" if widths == "adaptive" else "stock"}
+    first, second = folder(name, 0.3, **how), folder(name, 0.3, 0.4, **how)
     model, ids, record = load_written(first), token_rows(), record_of(second)
     with silenced(layers_of(model), blocks_in(first), {block["block"]: block for block in record["blocks"]}):
         expected = logits_of(model, ids)

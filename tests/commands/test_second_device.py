@@ -71,7 +71,6 @@ class CarriedOut(NamedTuple):
 
 @pytest.fixture(scope="module")
 def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.TempPathFactory) -> CarriedOut:
-    """Run all command lines in one process."""
     place = tmp_path_factory.mktemp("devices")
     text = place / "text.txt"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 3000)[0].tolist()))

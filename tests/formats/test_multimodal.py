@@ -147,7 +147,6 @@ def _llama4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def decoder(model: Any) -> Any:
-    """The part of a model that holds the blocks."""
     if model.config.model_type == "llama4":
         return model.language_model.model
     return model.model.text_model if model.config.model_type == "smolvlm" else model.model.language_model

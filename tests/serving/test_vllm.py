@@ -245,7 +245,6 @@ def expected(checkpoint_folder: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 @contextmanager
 def opened(case: Case, folder: Path) -> Iterator[Any]:
-    """Yield a model in vLLM."""
     from vllm import LLM
 
     how = {"trust_remote_code": isinstance(case.plan, str), "max_model_len": 64, **dict(case.options)}
