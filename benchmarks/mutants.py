@@ -162,14 +162,25 @@ def test_seconds(junit: Path) -> dict[str, float]:
 
 
 def tests_of(mutant: Mutant, contexts: Any, seconds: dict[str, float], limit: float) -> list[str]:
-    """Return the tests that reach the line of a mutant, quickest first, at most for a number of seconds."""
+    """Return the tests that reach the line of a mutant, quickest first, at most for a number of seconds.
+
+    The first test of a file makes what the tests of this file share. It is expected to take as long as the slowest but
+    one.
+    """
     at = contexts.contexts_by_lineno(str(ROOT / mutant.file)).get(mutant.line, [])
-    names = sorted({one.partition("|")[0] for one in at} & seconds.keys(), key=lambda name: seconds[name])
-    total, chosen = 0.0, []
-    for name in names:
-        total += seconds[name]
-        if total <= limit:
-            chosen.append(name)
+    by_file: dict[str, list[float]] = {}
+    for name, needed in seconds.items():
+        by_file.setdefault(name.partition("::")[0], []).append(needed)
+    slowest = {file: sorted(times)[-2:][0] for file, times in by_file.items()}
+    reached = {one.partition("|")[0] for one in at} & seconds.keys()
+    total, chosen, files = 0.0, [], set[str]()
+    for name in sorted(reached, key=lambda name: (slowest[name.partition("::")[0]], seconds[name])):
+        file = name.partition("::")[0]
+        total += seconds[name] if file in files else max(seconds[name], slowest[file])
+        if total > limit:
+            break
+        files.add(file)
+        chosen.append(name)
     return chosen
 
 
@@ -208,7 +219,7 @@ class Mutants:
                 tests = [
                     items[test] for test in tests_of(mutant, contexts, seconds, self.args.seconds) if test in items
                 ]
-                self.results[name] = self.killed_by(mutant, tests, session)
+                self.results[name] = self.killed_by(mutant, tests, session) if tests else None
                 if self.args.json:
                     self.args.json.write_text(json.dumps(self.results, indent=1))
             before = (ROOT / mutant.file).read_bytes()[mutant.start : mutant.end].decode()

@@ -298,7 +298,8 @@ def _draw(checkpoint: Checkpoint, training: Training, tokens: int, services: Ser
     if rows.passes > 1:
         services.watcher.note(
             f"The text has fewer than the {rows.train.numel():,} tokens to train on, so it is used {rows.passes:,.1f} "
-            "times, cut into other rows each time"
+            "times, cut into other rows each time. A model that reads a text several times gets worse at other texts: "
+            "name a longer text with --calibration, or use fewer tokens"
         )
     return rows
 
