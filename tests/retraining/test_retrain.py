@@ -453,15 +453,13 @@ def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypat
         ({"device": "cuda:1"}, "device is 'cuda:1', but the Trainer always takes the first GPU; use auto, cpu or cuda"),
     ],
 )
-def test_wrong_options_raise_an_error_and_leave_no_files(tmp_path, train, monkeypatch, wishes, message):
+def test_wrong_options_raise_an_error_and_leave_no_files(tmp_path, train, wishes, message):
     before = sorted(tmp_path.iterdir())
     assert re.search(message, error_of(train, "out", **wishes))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "accelerate is configured for FSDP, which divides a model" in error_of(train, "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_wrong_folders_raise_an_error(checkpoint_folder, tmp_path, train):
+def test_wrong_folders_and_engines_raise_an_error(checkpoint_folder, tmp_path, train, monkeypatch):
     assert "not a folder with a config.json; name a folder that secateur prune" in error_of(train, "out", tmp_path)
     folder = shutil.copytree(pruned(checkpoint_folder("llama"), tmp_path / "pruned"), tmp_path / "folder")
     for place in (folder, checkpoint_folder("llama")):
@@ -476,6 +474,8 @@ def test_wrong_folders_raise_an_error(checkpoint_folder, tmp_path, train):
         (folder / "secateur.json").write_text(json.dumps(record | damaged))
         message = error_of(train, "out", folder)
         assert re.search(r"secateur\.json: not a record that secateur prune wrote .*restore the file", message)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "accelerate is configured for FSDP, which divides a model" in error_of(train, "out")
 
 
 def test_a_training_that_diverges_raises_an_error(tmp_path, train, monkeypatch):
