@@ -161,22 +161,27 @@ def test_seconds(junit: Path) -> dict[str, float]:
     }
 
 
-def tests_of(mutant: Mutant, contexts: Any, seconds: dict[str, float], limit: float) -> list[str]:
-    """Return the tests that reach the line of a mutant, quickest first, at most for a number of seconds.
-
-    The first test of a file makes what the tests of this file share. It is expected to take as long as the slowest but
-    one.
-    """
-    at = contexts.contexts_by_lineno(str(ROOT / mutant.file)).get(mutant.line, [])
+def set_up_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    """Return the time of each file's slowest test but one, as an estimate of what its tests share."""
     by_file: dict[str, list[float]] = {}
     for name, needed in seconds.items():
         by_file.setdefault(name.partition("::")[0], []).append(needed)
-    slowest = {file: sorted(times)[-2:][0] for file, times in by_file.items()}
+    return {file: sorted(times)[-2:][0] for file, times in by_file.items()}
+
+
+def tests_of(
+    mutant: Mutant, contexts: Any, seconds: dict[str, float], shared: dict[str, float], limit: float
+) -> list[str]:
+    """Return the tests that reach the line of a mutant, quickest first, at most for a number of seconds.
+
+    The first test of a file is expected to take at least as long as `shared` says.
+    """
+    at = contexts.contexts_by_lineno(str(ROOT / mutant.file)).get(mutant.line, [])
     reached = {one.partition("|")[0] for one in at} & seconds.keys()
     total, chosen, files = 0.0, [], set[str]()
-    for name in sorted(reached, key=lambda name: (slowest[name.partition("::")[0]], seconds[name])):
+    for name in sorted(reached, key=lambda name: (shared[name.partition("::")[0]], seconds[name])):
         file = name.partition("::")[0]
-        total += seconds[name] if file in files else max(seconds[name], slowest[file])
+        total += seconds[name] if file in files else max(seconds[name], shared[file])
         if total > limit:
             break
         files.add(file)
@@ -208,6 +213,7 @@ class Mutants:
 
         contexts, seconds = coverage.CoverageData(str(self.args.coverage)), test_seconds(self.args.junit)
         contexts.read()
+        shared = set_up_seconds(seconds)
         session.config.pluginmanager.register(self.first)
         items = {item.nodeid: item for item in session.items}
         if self.args.json and self.args.json.exists():
@@ -217,7 +223,9 @@ class Mutants:
             name = mutant.name()
             if name not in self.results:
                 tests = [
-                    items[test] for test in tests_of(mutant, contexts, seconds, self.args.seconds) if test in items
+                    items[test]
+                    for test in tests_of(mutant, contexts, seconds, shared, self.args.seconds)
+                    if test in items
                 ]
                 self.results[name] = self.killed_by(mutant, tests, session) if tests else None
                 if self.args.json:
