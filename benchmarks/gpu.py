@@ -19,7 +19,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,32 +49,33 @@ def kept(out: Path) -> set[tuple[int, str, int]]:
     return {(block["block"], kind, unit) for block in blocks for kind in UNITS for unit in block.get(kind, ())}
 
 
-def compared(name: str, device: str, folder: Path) -> str:
-    """Return a line of the first table: the units that differ between CPU and device."""
+def compare(name: str, device: str, folder: Path) -> tuple[int, float]:
+    """Return the number of units that a model keeps on the CPU, and how many of them differ on the device."""
     model = tiny.save(name, folder / "model")
     kinds = []
     for turn, where in enumerate(("cpu", device)):
         prune(model, folder / str(turn), device=where, **TINY)
         kinds.append(kept(folder / str(turn)))
-    differing = len(kinds[0] ^ kinds[1]) / 2
-    return f"| {name} | {len(kinds[0]):,} | {differing:g} | {differing / len(kinds[0]):.1%} |"
+    return len(kinds[0]), len(kinds[0] ^ kinds[1]) / 2
 
 
-def compare_kinds(device: str, names: list[str]) -> Iterator[str]:
-    """Yield the lines of the first table."""
-    yield "| model | units kept | differing | share |"
-    yield "|---|---|---|---|"
+def compare_kinds(device: str, names: list[str], say: Callable[[str], None]) -> bool:
+    """Print the first table, and return whether all models keep the same units on both."""
+    say("| model | units kept | differing | share |")
+    say("|---|---|---|---|")
     same = 0
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                line = compared(name, device, Path(folder))
+                units, differing = compare(name, device, Path(folder))
             except SecateurError as error:
-                line = f"| {name} | | {error} | |"
-        same += line.endswith("| 0 | 0.0% |")
-        yield line
-    yield ""
-    yield f"{same} of {len(names)} models keep the same units on both."
+                say(f"| {name} | | {error} | |")
+            else:
+                same += not differing
+                say(f"| {name} | {units:,} | {differing:g} | {differing / units:.1%} |")
+    say("")
+    say(f"{same} of {len(names)} models keep the same units on both.")
+    return same == len(names)
 
 
 def floor_seconds(model: Path, device: str, options: dict[str, Any]) -> float:
@@ -99,18 +100,18 @@ def timed(label: str, model: Path, device: str, **options: Any) -> str:
     return f"| {label} | {seconds:.1f} | {floor:.1f} | {seconds / floor:.1f} | {peak:.2f} |"
 
 
-def measure(device: str, model: Path | None, blocks: int) -> Iterator[str]:
-    """Yield the lines of the second table."""
-    yield "| model | seconds | floor, s | over floor | peak GB |"
-    yield "|---|---|---|---|---|"
+def measure(device: str, model: Path | None, blocks: int, say: Callable[[str], None]) -> None:
+    """Print the second table."""
+    say("| model | seconds | floor, s | over floor | peak GB |")
+    say("|---|---|---|---|---|")
     if model is not None:
         for effort in ("quick", "normal"):
-            yield timed(f"{model.stem}, `{effort}`", model, device, effort=effort)
+            say(timed(f"{model.stem}, `{effort}`", model, device, effort=effort))
     if blocks:
         with tempfile.TemporaryDirectory() as folder:
             make(SHAPES[SHAPE], blocks, Path(folder))
             label = f"{blocks} blocks of a {SHAPE}, `normal`"
-            yield timed(label, Path(folder), device, calibration="random", effort="normal")
+            say(timed(label, Path(folder), device, calibration="random", effort="normal"))
 
 
 def default_model() -> Path | None:
@@ -130,20 +131,20 @@ def main() -> None:
     if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: torch sees no GPU; install a build of torch for it, or pass --device cpu to try this")
     name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "CPU"
-    lines = [f"{name}, torch {torch.__version__}", ""]
-    print("\n".join(lines))
-    for part in (
-        compare_kinds(arguments.device, arguments.kinds),
-        iter([""]),
-        measure(arguments.device, arguments.model, arguments.blocks),
-    ):
-        for line in part:
-            lines.append(line)
-            print(line, flush=True)
+    lines = list[str]()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    say(f"{name}, torch {torch.__version__}")
+    say("")
+    equal = compare_kinds(arguments.device, arguments.kinds, say)
+    say("")
+    measure(arguments.device, arguments.model, arguments.blocks, say)
     if arguments.out:
         put(arguments.out, f"gpu {name}", lines)
-    number = len(arguments.kinds)
-    sys.exit(f"{number} of {number} models keep the same units on both." not in lines)
+    sys.exit(not equal)
 
 
 if __name__ == "__main__":

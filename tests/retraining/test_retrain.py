@@ -303,16 +303,16 @@ def test_a_text_with_too_few_tokens_is_used_several_times(checkpoint_folder, tex
 TIMED: dict[str, Any] = {"tokens": None, "teacher": None}
 
 
-def test_time_decides_the_number_of_tokens(train, monkeypatch):
+def test_time_decides_the_number_of_tokens(train, text, monkeypatch):
     """A run that was stopped goes on with the number that was planned."""
-    watcher = Notes()
+    text.write_text(f"{text.read_text()} {text.read_text()}")
     message = error_of(train, "out", **TIMED, time="0.01s")
     assert re.search(r"time is 0\.01s, of which [\d.]+ s are over, and a training of one step takes [\d.]+ s", message)
     monkeypatch.setattr(steps, "tokens_in_time", lambda *_, **__: 1536)
     with pytest.raises(KeyboardInterrupt):
         train("out", watcher=Interrupting(), **TIMED, time="1m")
     monkeypatch.undo()
-    assert train("out", watcher=watcher, **TIMED, time="1m").tokens == 1536
+    assert train("out", watcher=(watcher := Notes()), **TIMED, time="1m").tokens == 1536
     assert "Training on 1,536 tokens, as many as fit into 1m" in watcher.said
     assert not any("ends by" in note for note in watcher.said)
 
@@ -329,12 +329,14 @@ def test_a_time_counts_from_the_start(train, monkeypatch):
     assert watcher.said[1].endswith(end)
     assert watcher.said[2] == "Training on 64 tokens, as many as fit into 1h"
     assert re.fullmatch(r"This command ends by \d{4}-\d\d-\d\d [\d:]+", describe_end(time.time() + 48 * 3600))
+    assert tokens_in_time(training, Seconds(1.0, 0.0, 0.0), time.time() + 100.5) == 64 * int(100 * PLANNED)
+
+
+def test_a_time_is_enough_for_one_pass_at_most(train, monkeypatch):
+    """A long time would otherwise fill a model with a short text."""
     monkeypatch.setattr(steps, "tokens_in_time", lambda *_: 10**15)
-    assert "their ids need 8,000,000.00 GB, but" in error_of(train, "other", **TIMED, time="1h")
-    one_second = Seconds(step=1.0, measurement=0.0, rest=0.0)
-    assert tokens_in_time(training, one_second, time.time() + 100.5) == 64 * int(100 * PLANNED)
-    message = error_of(tokens_in_time, training, one_second, time.time() + 1)
-    assert re.search(r"time is 1h, of which 3,\d+\.\d s are over, and .* takes 1\.0 s", message)
+    assert train("out", watcher=(watcher := Notes()), **TIMED, time="1h").tokens == int(0.95 * 900) // 64 * 64
+    assert re.match("Training on 832 tokens: the whole text once, in less than 1h. To train", *watcher.said[2:])
 
 
 def test_damaged_targets_are_noticed(tmp_path, train):
@@ -472,8 +474,7 @@ def test_wrong_folders_and_engines_raise_an_error(checkpoint_folder, tmp_path, t
     record = record_of(folder)
     for damaged in ({"sizes": {"parameters": [1]}}, {"blocks": [{"block": 0}]}, {"retrained": 5}):
         (folder / "secateur.json").write_text(json.dumps(record | damaged))
-        message = error_of(train, "out", folder)
-        assert re.search(r"secateur\.json: not a record that secateur prune wrote .*restore the file", message)
+        assert_error(r"secateur\.json: not a record that secateur prune .*restore the file", train, "out", folder)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "accelerate is configured for FSDP, which divides a model" in error_of(train, "out")
 

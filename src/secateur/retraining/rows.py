@@ -50,6 +50,15 @@ def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, servi
     return TrainingRows(torch.tensor(train), torch.tensor(held_out), passes)
 
 
+def tokens_of_text(checkpoint: Checkpoint, training: Training) -> int:
+    """Return the number of tokens of the text, with those that are held out.
+
+    Raises:
+        SecateurError: The text cannot be read.
+    """
+    return sum(map(len, text_ids(checkpoint.tokenizer(), training.calibration, checkpoint.config.vocab_size)))
+
+
 def _read(checkpoint: Checkpoint, training: Training, count: int) -> tuple[Tensor, Tensor, int]:
     """Return a number of rows to train on, the held-out rows, and the number of tokens of the text."""
     tokenizer, vocabulary = checkpoint.tokenizer(), checkpoint.config.vocab_size
@@ -68,7 +77,7 @@ def _read(checkpoint: Checkpoint, training: Training, count: int) -> tuple[Tenso
         )
 
     with cached_token_ids():
-        text = sum(map(len, text_ids(tokenizer, training.calibration, vocabulary)))
+        text = tokens_of_text(checkpoint, training)
         # One token of a row may be BOS.
         if (1 - TRAINED_SHARE) * text < training.length - 1:
             raise SecateurError(
