@@ -50,9 +50,12 @@ def test_weights_are_the_mean_of_separate_fits(checkpoint_folder, name, monkeypa
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2), (1,)])
 @pytest.mark.parametrize("name", NAMES)
-def test_held_out_rows_run_through_the_dense_and_the_averaged_model(checkpoint_folder, name, blocks):
-    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+def test_held_out_rows_run_through_the_dense_and_the_averaged_model(checkpoint_folder, monkeypatch, name, blocks):
+    """After the last pruned block, only these rows run on."""
+    stream, groups = BlockStream(open_checkpoint(checkpoint_folder(name))), set[tuple[int, int]]()
     seen: dict[str, Tensor] = {}
+    run = stream.run_through
+    monkeypatch.setattr(stream, "run_through", lambda *a, **more: groups.add((a[0], a[3])) or run(*a, **more))
 
     def record_streams(dense: Activations, pruned: Activations) -> None:
         seen.update(dense=dense.parts[3].clone(), pruned=pruned.parts[3].clone())
@@ -67,3 +70,4 @@ def test_held_out_rows_run_through_the_dense_and_the_averaged_model(checkpoint_f
         logits_of(network, HELD_OUT)
         assert relative(seen[kind], last[0]) < 1e-4
     assert relative(seen["pruned"], seen["dense"]) > 1e-2
+    assert ((2, 0) in groups, (2, 3) in groups) == (2 in blocks, True)

@@ -71,7 +71,11 @@ def fit_work(stream: BlockStream, rows: Rows, widths: Mapping[int, Width], input
     activations = first * (4 * stream.width + 2 * stream.columns + inputs) + waiting * 2 * stream.columns
     activations += (first + waiting) * stream.side_inputs.token_entries
     passes = Work(
-        forward=sum(forward_flops(block, rows.tokens + held_out + sum(fits)) for block in stream.blocks),
+        forward=sum(
+            # After the last pruned block, only the held-out rows run on.
+            forward_flops(block, 2 * held_out if index > max(widths) else rows.tokens + held_out + sum(fits))
+            for index, block in enumerate(stream.blocks)
+        ),
         resident_bytes=resident_bytes(
             stream,
             tokens=first,

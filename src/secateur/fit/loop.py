@@ -51,7 +51,7 @@ def refit(
         method: Criterion and recovery.
         dtype: Dtype of the new tensors, by default the checkpoint's. Later blocks read the rounded weights.
         compare: Function that is called at the end with the dense and the pruned stream after the last block, on this
-            process's held-out rows. If it is given, the blocks after the last pruned one run as well.
+            process's held-out rows. If it is given, these rows also run through the blocks after the last pruned one.
         checkpoint: Saves the streams after each block, and resumes after the last block that was saved.
 
     Yields:
@@ -66,11 +66,12 @@ def refit(
     rows = stream.local_rows(Rows.of(rows))
     with stream.arena() as arena, stream.fast_products():
         streams = _Streams.start(stream, rows, arena, held_out=compare is not None)
-        stop = max(plan.widths) + 1 if compare is None else len(stream)
+        last = max(plan.widths)
+        stop = last + 1 if compare is None else len(stream)
         for index in checkpoint.blocks(stop, "Prune", lambda: streams.all):
             with stream.filled(index) as layer:
                 if index not in plan.widths:
-                    streams.advance(stream, index, layer)
+                    streams.advance(stream, index, layer, only_held_out=index > last)
                     continue
                 fitted = _fit_and_average(stream, index, layer, plan, streams, method, dtype, arena)
                 # The dense weights must not stay in memory while the caller works on the block.
@@ -112,9 +113,10 @@ class _Streams:
         """Every stream."""
         return [self.dense, *(pruned for _, pruned in self.pruned)]
 
-    def advance(self, stream: BlockStream, index: int, layer: nn.Module) -> None:
-        """Run every stream through a block that is not pruned, in place."""
-        for rows, hidden in ((self.rows, self.dense), *self.pruned):
+    def advance(self, stream: BlockStream, index: int, layer: nn.Module, *, only_held_out: bool) -> None:
+        """Run every stream through a block that is not pruned, in place; or only the held-out rows of each."""
+        dense = [(rows, self.dense) for rows, _ in self.held_out] if only_held_out else [(self.rows, self.dense)]
+        for rows, hidden in (*dense, *(self.held_out if only_held_out else self.pruned)):
             stream.advance(index, layer, rows, hidden)
 
 
