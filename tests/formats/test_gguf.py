@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 from llama_cpp_py_sync import _cffi_bindings as bindings
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -34,10 +35,11 @@ from secateur.formats.gguf import GgufFormat
 from secateur.formats.gguf_as_input import _input_storage
 from secateur.formats.gguf_export import Exported, export
 from secateur.formats.gguf_meter import gguf_byte_meter
-from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_vocabulary, vocabulary_of
+from secateur.formats.gguf_tokenizer import add_vocabulary, vocabulary_of
 from secateur.formats.llama_cpp import _tensor_library, check_quantises, library
 from secateur.model.gguf_rope import llama3_settings, read_rope
 from secateur.model.gguf_source import gguf_folder
+from secateur.model.gguf_splits import PRE_TOKENIZERS, SAME_RULE, split_rule
 from secateur.model.structure import KeptUnits
 from secateur.model.surgery import width_of
 
@@ -551,39 +553,25 @@ def write_out(writer: GGUFWriter) -> None:
     writer.close()
 
 
-def vocabulary_file(tokenizer: Any, path: Path) -> Path:
+def vocabulary_file(tokenizer: Any, path: Path, **changes: str) -> Path:
     """A file with nothing but a tokenizer."""
     writer = GGUFWriter(path, "llama")
-    words = vocabulary_of(tokenizer, len(tokenizer) + 3)
+    words = replace(vocabulary_of(tokenizer, len(tokenizer) + 3), **changes)
     writer.add_name(words.safe_name(path.stem))
     add_vocabulary(writer, words)
     write_out(writer)
     return path
 
 
-def steps_of(splits: tuple[str, ...]) -> Any:
-    """Pre-tokenizers built from their splits in `PRE_TOKENIZERS`."""
-    known = {
-        "single digits": pre_tokenizers.Digits(individual_digits=True),
-        "numbers": pre_tokenizers.Digits(individual_digits=False),
-        "punctuation": pre_tokenizers.Punctuation("contiguous"),
-        "GPT-2 words": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    }
-    made = [known[split] if split in known else pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
-    if "GPT-2 words" not in splits:
-        made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    return pre_tokenizers.Sequence(made)
-
-
 SAMPLES = [TEXT, "</s>the steps</s> of  the sea", "it's IT'S 12 123 1234", " a\n\n\nb\t\tc   ", "x(y)...z!?/\n/"]
 
 
-@pytest.mark.parametrize("key", PRE_TOKENIZERS, ids=PRE_TOKENIZERS.values())
-def test_byte_level_tokenizers(tmp_path, key):
-    splits, whole_words = key
-    tokenizer = byte_level(steps_of(splits), whole_words, size=400)
-    file = vocabulary_file(tokenizer, tmp_path / "t.gguf")
-    assert GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == PRE_TOKENIZERS[key]
+@pytest.mark.parametrize("name", [*PRE_TOKENIZERS.values(), *SAME_RULE])
+def test_byte_level_tokenizers(tmp_path, name):
+    """The name is found by the rule, and llama.cpp splits by this rule under each of its names."""
+    tokenizer = byte_level(*split_rule(name), size=400)
+    assert vocabulary_of(tokenizer, 400).pre == SAME_RULE.get(name, name)
+    file = vocabulary_file(tokenizer, tmp_path / "t.gguf", pre=name)
     for sample in SAMPLES:
         assert tokens(file, sample) == tokenizer(sample).input_ids
 

@@ -26,7 +26,6 @@ from test_gguf import (  # noqa: F401
     row,
     run,
     sentencepiece,
-    steps_of,
     tokens,
     uniform_keeps,
     with_the_table,
@@ -40,10 +39,11 @@ from outputs import assert_error
 from secateur import open_checkpoint
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_export import export
-from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, vocabulary_of
+from secateur.formats.gguf_tokenizer import vocabulary_of
 from secateur.model import gguf_file
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.gguf_file import dense_reading, readings
+from secateur.model.gguf_splits import PRE_TOKENIZERS, split_rule
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MORE_ROWS = test_gguf.MORE_ROWS | {
@@ -371,13 +371,10 @@ def test_text_becomes_the_same_tokens(tmp_path, name, kind):
         assert again.decode(again(sample).input_ids, skip_special_tokens=True) == sample.removeprefix("</s>")
 
 
-UNKNOWN = ("bloom", "exaone-moe", "falcon")
-
-
-@pytest.mark.parametrize("key", [key for key, name in PRE_TOKENIZERS.items() if name not in UNKNOWN])
-def test_pre_tokenizer_survives_writing_and_reading(tmp_path, key):
+@pytest.mark.parametrize("name", PRE_TOKENIZERS.values())
+def test_pre_tokenizer_survives_writing_and_reading(tmp_path, name):
     """A model that was read from a file gets the same name of pre-tokenizer when it is written again."""
-    tokenizer = byte_level(steps_of(key[0]), key[1], size=400)
+    tokenizer = byte_level(*split_rule(name), size=400)
     again = AutoTokenizer.from_pretrained(read(file_with(tokenizer, "mixtral 1000", tmp_path)).path)
     assert [again(sample).input_ids for sample in SAMPLES] == [tokenizer(sample).input_ids for sample in SAMPLES]
-    assert vocabulary_of(again, 400).pre == PRE_TOKENIZERS[key]
+    assert vocabulary_of(again, 400).pre == name

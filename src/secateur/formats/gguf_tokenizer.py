@@ -1,53 +1,19 @@
 """A transformers tokenizer as metadata of a GGUF file.
 
-GGUF stores a vocabulary in one of llama.cpp's own forms. For byte-level BPE, it stores only the *name* of the
-pre-tokenizer, the rule by which text is split before merging. Secateur looks up the name by the rule in tokenizer.json,
-so that a fine-tuned or rebuilt tokenizer gets the same name as the original. A tokenizer with an unknown rule is
-refused, because llama.cpp would silently split text at other places.
+GGUF stores a vocabulary in one of llama.cpp's own forms. For byte-level BPE, it stores only the name of the rule by
+which text is split before merging (`secateur.model.gguf_splits`).
 """
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
 from secateur.base.errors import SecateurError
+from secateur.model.gguf_splits import split_name, steps_of
 from secateur.model.tokens import begins_with_bos, encode
-
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_REST_SLASH = _REST.replace(r"\r\n]*", r"\r\n/]*")
-_REST_MARKED = _REST.replace(r"\p{L}", r"\p{L}\p{M}")
-_WORD_MARKED = r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|"
-_WORD = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST_ONE = r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
-_PHRASE = r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|"
-_LOWER_END = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_UPPER_START = r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-
-_DIGITS, _NUMBERS, _PUNCTUATION, _WORDS = "single digits", "numbers", "punctuation", "GPT-2 words"
-
-_GPT_4O = f"{_LOWER_END}{_CONTRACTION}?{_UPPER_START}{_CONTRACTION}?" + r"|\p{N}{1,3}" + _REST_SLASH
-_BY_THREES = _CONTRACTION + _WORD + r"\p{N}{1,3}" + _REST
-
-PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
-    ((_WORDS,), False): "gpt-2",
-    ((_DIGITS, _WORDS), False): "smollm",
-    ((_BY_THREES,), True): "llama-bpe",
-    ((_BY_THREES,), False): "dbrx",
-    ((_CONTRACTION + _WORD + r"\p{N}" + _REST,), False): "qwen2",
-    ((_CONTRACTION + _WORD_MARKED + r"\p{N}" + _REST_MARKED,), False): "qwen35",
-    ((_LOWER_END + _UPPER_START + r"|\p{N}" + _REST_SLASH,), True): "tekken",
-    ((_GPT_4O,), False): "gpt-4o",
-    ((_PUNCTUATION, _WORDS, _NUMBERS, "[0-9][0-9][0-9]"), False): "falcon",
-    ((r" ?[^(\s|[.,!?…。，、।۔،])]+",), False): "bloom",
-    ((_CONTRACTION + _PHRASE + r"\p{N}" + _REST_ONE,), False): "exaone-moe",
-}
-"""llama.cpp's names of pre-tokenizers, by their splits in order, and by whether a word that is in the vocabulary
-becomes one token without merging its characters (`ignore_merges`)."""
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -156,14 +122,14 @@ def _stored(tokenizer: Any) -> dict[str, Any]:
 
 def _is_byte_level(stored: dict[str, Any]) -> bool:
     """Return whether a BPE tokenizer works on bytes, rather than on characters as SentencePiece does."""
-    return any(step["type"] == "ByteLevel" for step in _steps(stored.get("pre_tokenizer")))
+    return any(step["type"] == "ByteLevel" for step in steps_of(stored.get("pre_tokenizer")))
 
 
 def _byte_level_fields(stored: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a `Vocabulary` that depend on the algorithm, for byte-level BPE."""
     return {
         "model": "gpt2",
-        "pre": _pre_tokenizer(stored),
+        "pre": split_name(stored),
         "merges": [" ".join(pair) for pair in _pairs(stored)],
         "scores": None,
         "space_prefix": False,
@@ -206,49 +172,6 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
         writer.add_chat_template(template)
-
-
-def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield normalizers or pre-tokenizers in order, with sequences unrolled."""
-    if part is None:
-        return
-    if part["type"] != "Sequence":
-        yield part
-    for inner in part.get("pretokenizers") or part.get("normalizers") or ():
-        yield from _steps(inner)
-
-
-def _pre_tokenizer(stored: dict[str, Any]) -> str:
-    """Return llama.cpp's name of the pre-tokenizer.
-
-    Raises:
-        SecateurError: secateur knows no name for its rule.
-    """
-    splits = tuple(filter(None, map(_split, _steps(stored.get("pre_tokenizer")))))
-    name = PRE_TOKENIZERS.get((splits, bool(stored["model"].get("ignore_merges"))))
-    if name is None:
-        known = ", ".join(sorted(PRE_TOKENIZERS.values()))
-        raise SecateurError(
-            f"secateur does not know what llama.cpp calls the rule by which this tokenizer splits text (known: "
-            f"{known}); add the rule to secateur/formats/gguf_tokenizer.py, or keep the safetensors folder"
-        )
-    return name
-
-
-def _split(step: dict[str, Any]) -> str:
-    """Return one step of a pre-tokenizer in the spelling of `PRE_TOKENIZERS`; empty if the step does not split."""
-    match step:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
-            return _WORDS if use_regex else ""
-        case {"type": "Digits", "individual_digits": single}:
-            return _DIGITS if single else _NUMBERS
-        case {"type": "Punctuation", "behavior": "Contiguous"}:
-            return _PUNCTUATION
-        case {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}:
-            # If a regex matches all text, isolating its matches and removing everything else are the same.
-            if (behavior, invert) in (("Isolated", False), ("Removed", True)):
-                return str(regex).replace("\r", r"\r").replace("\n", r"\n")
-    return f"unknown {step['type']}"
 
 
 def _tokens(stored: dict[str, Any], size: int, byte_level: bool) -> tuple[list[str], list[int]]:
@@ -301,7 +224,7 @@ def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
 
 def _has_space_prefix(stored: dict[str, Any]) -> bool:
     """Return whether a SentencePiece tokenizer puts a space before a text."""
-    normalizers, pre_tokenizers = (_steps(stored.get(part)) for part in ("normalizer", "pre_tokenizer"))
+    normalizers, pre_tokenizers = (steps_of(stored.get(part)) for part in ("normalizer", "pre_tokenizer"))
     prepends = (step["type"] == "Prepend" and step["prepend"] == _SPACE for step in normalizers)
     schemes = (step.get("prepend_scheme", "always") for step in pre_tokenizers if step["type"] == "Metaspace")
     return any(prepends) or any(scheme != "never" for scheme in schemes)
