@@ -10,6 +10,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ def main() -> None:
             floors = {}
             for dtype in {torch.float32, products}:
                 rows, matrix = torch.randn(pairs, shape.width).to(dtype), torch.randn(3 * shape.channels, shape.width)
-                floors[dtype] = seconds(lambda rows=rows, matrix=matrix.to(dtype): linear(rows, matrix))
+                floors[dtype] = seconds(partial(linear, rows, matrix.to(dtype)))
                 del rows
             stored = sum(whole(value.data).nbytes for value in mixture.experts.parameters())
             print(
@@ -104,7 +105,7 @@ def main() -> None:
                 layers = unfused(mixture, dtype)
                 size = sum(part.weight.nbytes for parts in layers for part in parts)
                 name = f"one at a time, separate linear layers, {str(dtype).removeprefix('torch.')}"
-                row(name, dtype, size, lambda layers=layers: run_unfused(layers, x, routes))
+                row(name, dtype, size, partial(run_unfused, layers, x, routes))
                 del layers
             for leaf, value in list(mixture.experts.named_parameters()):
                 assign(mixture.experts, leaf, whole(value.data).float())

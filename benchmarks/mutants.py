@@ -87,8 +87,8 @@ def changes(node: ast.AST) -> Iterator[str]:
             yield f"({ast.unparse(node.operand)})"
         case ast.Constant(value=bool()):
             yield str(not node.value)
-        case ast.Constant(value=int() | float()):
-            yield repr(node.value + 1)
+        case ast.Constant(value=int() | float() as value):
+            yield repr(value + 1)
         case ast.Return(value=ast.AST() as value) if not (isinstance(value, ast.Constant) and value.value is None):
             yield "return None"
         case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
@@ -130,6 +130,8 @@ def mutants_of(file: Path) -> Iterator[list[Mutant]]:
             if isinstance(part, ast.FunctionDef | ast.ClassDef):
                 continue
             if isinstance(part, ast.stmt | ast.expr):
+                assert part.end_lineno is not None
+                assert part.end_col_offset is not None
                 start, end = (
                     starts[part.lineno - 1] + part.col_offset,
                     starts[part.end_lineno - 1] + part.end_col_offset,

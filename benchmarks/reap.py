@@ -8,6 +8,7 @@ releases of transformers. `secateur eval MIXTURE OUT --perplexity TEXT --length 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from llmcompressor import oneshot
@@ -32,7 +33,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     how = {"samples": given.samples, "length": 128, "vocab_size": model.config.vocab_size}
     rows = calibration_rows(tokenizer, given.calibration, seed=given.seed, **how)
-    data = DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows], batch_size=1)
+    items: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+    data: Any = DataLoader(items, batch_size=1)
     # REAP scores an expert by its output on the tokens routed to it.
     oneshot(
         model=model,

@@ -12,6 +12,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def product_seconds(network: Any, rank: int, tokens: int, dtype: torch.dtype) ->
     total = 0.0
     for ((outputs, inputs), is_trained), count in shapes.items():
         x, g, w = (torch.randn(*shape).to(dtype) for shape in ((tokens, inputs), (tokens, outputs), (outputs, inputs)))
-        seconds = cpu_seconds(lambda x=x, w=w: x @ w.T) + cpu_seconds(lambda g=g, w=w: g @ w)
-        total += count * (seconds + (cpu_seconds(lambda g=g, x=x: g.T @ x) if is_trained else 0.0))
+        products = [(x, w.T), (g, w), *([(g.T, x)] if is_trained else [])]
+        total += count * sum(cpu_seconds(partial(torch.matmul, *factors)) for factors in products)
     return total
 
 

@@ -34,6 +34,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,7 +144,7 @@ def run(case: Case, place: Path) -> None:
         size = {"WORLD_SIZE": case.processes, "LOCAL_WORLD_SIZE": case.processes}
         common: dict[str, Any] = size | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(case.processes)]
-        for member in [child(lambda rank=rank: commands(case, place, rank)) for rank in ranks]:
+        for member in [child(partial(commands, case, place, rank)) for rank in ranks]:
             ended(member)
     else:
         # Children then share what is imported. How a command talks to other processes is decided by its import.
@@ -218,7 +219,7 @@ def count_synchronisations(count: Path | None, last: int) -> None:
     """Replace disk synchronisation by a count of its calls; kill this process at call `last`."""
     calls = 0
 
-    def synchronise(_: int) -> None:
+    def synchronise(fd: Any) -> None:
         nonlocal calls
         calls += 1
         if count:

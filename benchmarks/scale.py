@@ -60,13 +60,15 @@ class Shape(NamedTuple):
 
     def config(self, blocks: int) -> Any:
         """Return the config of a model with some number of blocks."""
-        keys = {"vocab_size": VOCABULARY, "hidden_size": self.width, "num_hidden_layers": blocks}
+        keys: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": self.width, "num_hidden_layers": blocks}
         keys |= {"num_attention_heads": self.heads, "num_key_value_heads": self.groups, **self.more}
         keys |= {"max_position_embeddings": 4096, "tie_word_embeddings": True, "dtype": torch.bfloat16}
         if not self.experts:
             return AutoConfig.for_model(self.family, **keys, intermediate_size=self.channels)
         config = AutoConfig.for_model(self.family, **keys, moe_intermediate_size=self.channels)
-        setattr(config, experts_of(config).number, self.experts)
+        experts = experts_of(config)
+        assert experts is not None
+        setattr(config, experts.number, self.experts)
         return config
 
 
@@ -182,7 +184,7 @@ def carried_out(
         make(
             SHAPES[case.shape] if experts is None else SHAPES[case.shape]._replace(experts=experts), case.blocks, model
         )
-        asked = {"calibration": "random", "samples": case.samples, "effort": effort}
+        asked: dict[str, Any] = {"calibration": "random", "samples": case.samples, "effort": effort}
         run = open_model(model, **asked)
         work = work_by_effort(run, draw_rows(run, dry=True), plan(run.request.problem, run.options.widths))
         before = rates(run.stream.fast_products_dtype)
@@ -235,8 +237,8 @@ def main() -> None:
     torch.set_num_threads(1)
     group = bounded(parse_memory(arguments.limit)) if arguments.limit else None
     teams = list(zip(arguments.processes, arguments.threads, strict=True))
-    heads = ("shape", "blocks", "samples", "effort", "processes x threads", "limit", "wall s", "CPU s", "floor, s")
-    heads += ("over floor", "full depth, h", "peak GB", "GB sent")
+    heads = ["shape", "blocks", "samples", "effort", "processes x threads", "limit", "wall s", "CPU s", "floor, s"]
+    heads += ["over floor", "full depth, h", "peak GB", "GB sent"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     print("\n".join(lines), flush=True)
     seconds: dict[Case, tuple[float, float]] = {}
@@ -246,10 +248,11 @@ def main() -> None:
         )
         seconds[case] = found.cpu, floor
         whole = found.wall / case.blocks * SHAPES[case.shape].depth / 3600
-        cells = (case.shape, case.blocks, case.samples, f"`{arguments.effort}`", " x ".join(map(str, case.team)))
-        cells += (arguments.limit or "", f"{found.wall:,.0f}", f"{found.cpu:,.0f}", f"{floor:,.0f}")
-        cells += (f"{found.cpu / floor:.1f}", f"{whole:.1f}", f"{found.peak / 1e9:.2f}", f"{moved / 1e9:.2f}")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        cells = [case.shape, f"{case.blocks}", f"{case.samples}", f"`{arguments.effort}`"]
+        cells += [" x ".join(map(str, case.team)), arguments.limit or ""]
+        cells += [f"{found.wall:,.0f}", f"{found.cpu:,.0f}", f"{floor:,.0f}", f"{found.cpu / floor:.1f}"]
+        cells += [f"{whole:.1f}", f"{found.peak / 1e9:.2f}", f"{moved / 1e9:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
         if arguments.out:
             put(arguments.out, f"scale {' '.join(arguments.shapes)}", lines)

@@ -20,7 +20,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 
@@ -113,8 +112,8 @@ def main() -> None:
     lines = ["| " + " | ".join([*heads, "seen", "unseen"]) + " |", "|" + "---|" * (len(heads) + 2)]
     print("\n".join(lines), flush=True)
 
-    def say(*of: Any) -> None:
-        lines.append(row(*of, arguments, texts))
+    def say(name: str, model: Path, whole: Path | None) -> None:
+        lines.append(row(name, model, whole, arguments, texts))
         print(lines[-1], flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
