@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models import blocks_of, build, layers_of, seen, token_rows
 from secateur.criteria.choice import CRITERIA
-from secateur.criteria.order import error_curve, remaining_units, removal_order
+from secateur.criteria.order import error_curve, put_first, remaining_units, removal_order
 from secateur.criteria.registry import Criteria, Criterion, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import PrunableModule
@@ -192,3 +192,10 @@ def test_surgeon_equals_elimination():
     # At most what dropping the group without a refit costs.
     plain = inner.double()[:, kept] @ stats.weight_ao.double()[kept]
     assert float(found.errors[1]) < float((plain - target).square().sum())
+
+
+def test_groups_with_most_preselected_heads_are_removed_first():
+    for seed in range(50):
+        scores = torch.rand(12, generator=torch.Generator().manual_seed(seed)) - 0.5
+        order = put_first(scores, frozenset({0, 1, 2, 3, 4, 6}), 3).view(4, 3).sum(1).argsort().tolist()
+        assert order == [0, 1, 2, 3]
