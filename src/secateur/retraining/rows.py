@@ -73,7 +73,7 @@ def _read(checkpoint: Checkpoint, training: Training, count: int) -> tuple[Tenso
             vocab_size=vocabulary,
             max_positions=checkpoint.max_positions,
             portion=portion,
-            repeats=True,
+            to_train=True,
         )
 
     with cached_token_ids():

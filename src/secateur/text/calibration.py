@@ -101,7 +101,7 @@ def calibration_rows(
     split: Split = "calibration",
     option: SampleOption = SAMPLES,
     portion: Portion = WHOLE,
-    repeats: bool = False,
+    to_train: bool = False,
 ) -> Tensor:
     """Draw random rows from a source; the same seed gives the same rows.
 
@@ -120,7 +120,9 @@ def calibration_rows(
         split: The part of a data set that is read.
         option: The option that sets the number of rows, for error messages.
         portion: The part of the text from which rows are drawn.
-        repeats: Whether a text with too few tokens is drawn from several times, cut into other rows each time.
+        to_train: Whether a model is trained on the rows. Then all tokens of `general` are drawn alike, without the rows
+            that hold a passage twice; and a text with too few tokens is drawn from several times, cut into other rows
+            each time.
 
     Returns:
         Token ids, int64 (samples x length).
@@ -147,9 +149,11 @@ def calibration_rows(
         required = _require(tokenizer, source)
         if source == GENERAL:
             ids_of_kinds = {kind: portion.of(ids) for kind, ids in _general_ids(required, vocab_size).items()}
+            if to_train:
+                return windows(torch.cat([*ids_of_kinds.values()]), count, body, generator)
             return general_rows(ids_of_kinds, samples=count, body=body, generator=generator)
         ids = portion.of(_text_ids(required, source, split, MAX_CHARACTERS, vocab_size))
-        _check_enough(source, ids, 1 if repeats else count, length, len(bos), option)
+        _check_enough(source, ids, 1 if to_train else count, length, len(bos), option)
         return windows(ids, count, body, generator)
 
     text = text_added_to_general(source)
