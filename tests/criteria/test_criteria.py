@@ -1,5 +1,6 @@
 """Criteria against their formulas, and the orders of removal that follow from scores."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from models import blocks_of, build, layers_of, seen, token_rows
 from secateur.criteria.choice import CRITERIA
-from secateur.criteria.order import error_curve, put_first, remaining_units, removal_order
+from secateur.criteria.order import error_curve, remaining_units, removal_order
 from secateur.criteria.registry import Criteria, Criterion, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import PrunableModule
@@ -194,8 +195,10 @@ def test_surgeon_equals_elimination():
     assert float(found.errors[1]) < float((plain - target).square().sum())
 
 
-def test_groups_with_most_preselected_heads_are_removed_first():
-    for seed in range(50):
-        scores = torch.rand(12, generator=torch.Generator().manual_seed(seed)) - 0.5
-        order = put_first(scores, frozenset({0, 1, 2, 3, 4, 6}), 3).view(4, 3).sum(1).argsort().tolist()
-        assert order == [0, 1, 2, 3]
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_heads_that_are_removed_first_leave_the_order_of_the_others(name):
+    for index in range(3):
+        stats, surgeon = statistics(name, "heads", index=index)[0], all_criteria()["surgeon"]
+        order = removal_order(surgeon, stats, KV_GROUPS, 1)
+        heads = frozenset(head for head in range(stats.module.units) if head // stats.module.per_group == order[0])
+        assert torch.equal(removal_order(replace(surgeon, removed_first=heads), stats, KV_GROUPS, 1), order)

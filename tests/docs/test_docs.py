@@ -342,8 +342,7 @@ def test_every_promise_has_its_test() -> None:
 
 
 def test_the_readme_is_read_in_one_sitting() -> None:
-    lines = source("README.md").split("\n")
-    assert len(lines) <= 160
+    assert len(source("README.md").split("\n")) <= 160
     # Tables, formulas and output of benchmarks may be wider.
     wide = ("|", "    ", "SmolLM2-135M-Instruct, ", "second-moment: ")
     assert max(len(line) for page in PAGES for line in source(page).split("\n") if not line.startswith(wide)) <= 120

@@ -53,8 +53,7 @@ def test_weights_are_the_mean_of_separate_fits(checkpoint_folder, name, monkeypa
 def test_held_out_rows_run_through_the_dense_and_the_averaged_model(checkpoint_folder, monkeypatch, name, blocks):
     """After the last pruned block, only these rows run on."""
     stream, groups = BlockStream(open_checkpoint(checkpoint_folder(name))), set[tuple[int, int]]()
-    seen: dict[str, Tensor] = {}
-    run = stream.run_through
+    seen, run = dict[str, Tensor](), stream.run_through
     monkeypatch.setattr(stream, "run_through", lambda *a, **more: groups.add((a[0], a[3])) or run(*a, **more))
 
     def record_streams(dense: Activations, pruned: Activations) -> None:

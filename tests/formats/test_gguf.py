@@ -572,6 +572,7 @@ def test_byte_level_tokenizers(tmp_path, name):
     tokenizer = byte_level(*split_rule(name), size=400)
     assert vocabulary_of(tokenizer, 400).pre == SAME_RULE.get(name, name)
     file = vocabulary_file(tokenizer, tmp_path / "t.gguf", pre=name)
+    assert GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == name
     for sample in SAMPLES:
         assert tokens(file, sample) == tokenizer(sample).input_ids
 

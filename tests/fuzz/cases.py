@@ -107,8 +107,7 @@ def tokenizer(bench: Bench, rng: random.Random, at: Path) -> None:
         loaded(at / "out")
         return
     checkpoint = open_checkpoint(folder)
-    rows = _rows(checkpoint.tokenizer(), bench.text)
-    assert rows.shape == (4, 8)
+    assert _rows(checkpoint.tokenizer(), bench.text).shape == (4, 8)
 
 
 def _rows(words: Any, source: Path) -> Any:
@@ -274,8 +273,7 @@ def evaluated(bench: Bench, rng: random.Random, at: Path) -> None:
         more = ("--report", "--against", bench.letters) if rng.random() < 0.7 else ()
         command("eval", folder, "--perplexity", bench.text, "--length", "8", "--tokens", "64", *more)
         return
-    found = evaluate(str(folder), texts=[str(bench.text)], length=8, tokens=64)
-    assert found.models[0].parameters > 0
+    assert evaluate(str(folder), texts=[str(bench.text)], length=8, tokens=64).models[0].parameters > 0
 
 
 def exported(bench: Bench, rng: random.Random, at: Path) -> None:

@@ -162,8 +162,7 @@ def test_pruned_like_the_dequantised_weights(tmp_path, row):
         rewritten(save(row, tmp_path / name, torch.bfloat16), DEEPSEEK if change is fp8 else {}, change)
         options = {"widths": "uniform", "sparsity": 0.3, "effort": "quick", "samples": 4, "length": 16}
         prune(tmp_path / name, tmp_path / f"{name}-out", calibration="random", **options)
-    config = json.loads((tmp_path / "quantised-out" / "config.json").read_text())
-    assert "quantization_config" not in config
+    assert "quantization_config" not in json.loads((tmp_path / "quantised-out" / "config.json").read_text())
     weights = [(tmp_path / f"{name}-out" / "model.safetensors").read_bytes() for name in ("quantised", "plain")]
     assert weights[0] == weights[1]
     dense = [open_checkpoint(tmp_path / name) for name in ("quantised", "plain")]

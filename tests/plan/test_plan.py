@@ -223,8 +223,7 @@ def test_a_target_is_an_upper_bound(make_problem, target):
     problem = make_problem(target)
     plans = uniform_plans(problem)
     for one in plans:
-        taken = problem.meter.total(one.widths)
-        assert taken <= problem.budget
+        assert problem.meter.total(one.widths) <= problem.budget
         wider = dict.fromkeys(range(3), one.widths[0] | {CHANNELS: one.widths[0][CHANNELS] + 1})
         assert one.widths[0][CHANNELS] == 72 or problem.meter.total(wider) > problem.budget
     assert problem.meter.total(plans[0].widths) == max(problem.meter.total(one.widths) for one in plans)
@@ -364,5 +363,4 @@ def test_a_ratio_that_no_plan_reaches_is_an_error(problem):
 
 
 def test_the_search_ends_with_the_smallest_model_if_nothing_is_lost(problem):
-    found = smallest_within(problem, "adaptive", SURVEY, 1.2, Loss(lambda _: 0.9))
-    assert found.sparsity > 0.9
+    assert smallest_within(problem, "adaptive", SURVEY, 1.2, Loss(lambda _: 0.9)).sparsity > 0.9

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -325,11 +326,12 @@ def test_a_time_counts_from_the_start(train, monkeypatch):
     training, seconds, deadline = given
     assert deadline == began + 3600
     assert all(part > 0 for part in seconds)
-    end = f"{datetime.fromtimestamp(deadline).astimezone():%H:%M:%S}"
-    assert watcher.said[1].endswith(end)
+    assert watcher.said[1].endswith(f"{datetime.fromtimestamp(deadline).astimezone():%H:%M:%S}")
     assert watcher.said[2] == "Training on 64 tokens, as many as fit into 1h"
     assert re.fullmatch(r"This command ends by \d{4}-\d\d-\d\d [\d:]+", describe_end(time.time() + 48 * 3600))
-    assert tokens_in_time(training, Seconds(1.0, 0.0, 0.0), time.time() + 100.5) == 64 * int(100 * PLANNED)
+    planned = partial(tokens_in_time, training, Seconds(step=1.0, measurement=0.0, rest=0.0))
+    assert planned(time.time() + 100.5) == 64 * int(100 * PLANNED)
+    assert_error(r"time is 1h, of which 3,\d+\.\d s are over, and .* takes 1\.0 s", planned, time.time() + 1)
 
 
 def test_a_time_is_enough_for_one_pass_at_most(train, monkeypatch):
@@ -337,6 +339,8 @@ def test_a_time_is_enough_for_one_pass_at_most(train, monkeypatch):
     monkeypatch.setattr(steps, "tokens_in_time", lambda *_: 10**15)
     assert train("out", watcher=(watcher := Notes()), **TIMED, time="1h").tokens == int(0.95 * 900) // 64 * 64
     assert re.match("Training on 832 tokens: the whole text once, in less than 1h. To train", *watcher.said[2:])
+    monkeypatch.setattr(steps, "tokens_for_one_pass", lambda *_: 10**15)
+    assert "their ids need 8,000,000.00 GB, but" in error_of(train, "other", **TIMED, time="1h")
 
 
 def test_damaged_targets_are_noticed(tmp_path, train):
@@ -474,7 +478,8 @@ def test_wrong_folders_and_engines_raise_an_error(checkpoint_folder, tmp_path, t
     record = record_of(folder)
     for damaged in ({"sizes": {"parameters": [1]}}, {"blocks": [{"block": 0}]}, {"retrained": 5}):
         (folder / "secateur.json").write_text(json.dumps(record | damaged))
-        assert_error(r"secateur\.json: not a record that secateur prune .*restore the file", train, "out", folder)
+        message = error_of(train, "out", folder)
+        assert re.search(r"secateur\.json: not a record that secateur prune wrote .*restore the file", message)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "accelerate is configured for FSDP, which divides a model" in error_of(train, "out")
 

@@ -115,8 +115,10 @@ class _Streams:
 
     def advance(self, stream: BlockStream, index: int, layer: nn.Module, *, only_held_out: bool) -> None:
         """Run every stream through a block that is not pruned, in place; or only the held-out rows of each."""
-        dense = [(rows, self.dense) for rows, _ in self.held_out] if only_held_out else [(self.rows, self.dense)]
-        for rows, hidden in (*dense, *(self.held_out if only_held_out else self.pruned)):
+        dense, pruned = [(self.rows, self.dense)], self.pruned
+        if only_held_out:
+            dense, pruned = [(rows, self.dense) for rows, _ in self.held_out], self.held_out
+        for rows, hidden in (*dense, *pruned):
             stream.advance(index, layer, rows, hidden)
 
 

@@ -1,9 +1,9 @@
 """Rules by which byte-level BPE splits text before merging, and llama.cpp's names of them.
 
-A GGUF file holds the *name* of the rule only, its pre-tokenizer. Writing a file, secateur looks up the name by the rule
-in tokenizer.json, so that a fine-tuned or rebuilt tokenizer gets the same name as the original; reading a file, it
-looks up the rule by the name. Unknown rules and names are refused, because text would silently be split at other
-places.
+A GGUF file holds only the *name* of the rule, its pre-tokenizer. When secateur writes a file, it looks up the name by
+the rule in tokenizer.json. A fine-tuned or rebuilt tokenizer thus gets the same name as the original. When secateur
+reads a file, it looks up the rule by the name. Unknown rules and names are refused, because text would silently be
+split at other places.
 """
 
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ SAME_RULE = {
     **dict.fromkeys(("deepseek-r1-qwen", "f2llmv2", "hunyuan", "kormo", "megrez", "solar-open"), "qwen2"),
     **dict.fromkeys(("kanana2", "llama4", "minimax-m2", "talkie"), "gpt-4o"),
 }
-"""Other names, each with the name in `PRE_TOKENIZERS` of the same rule."""
+"""Names of rules that have another name in `PRE_TOKENIZERS`, and that name."""
 
 
 def split_name(stored: dict[str, Any]) -> str:

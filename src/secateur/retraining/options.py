@@ -44,7 +44,7 @@ class Training:
         None,
         TRAINING,
         "Time for the whole command, such as 30m or 2h, used instead of --tokens. The number of tokens is chosen from "
-        "the speed of the first steps on this machine, but is at most that of the text.",
+        "the speed of the first steps on this machine. Each token of the text is used about once at most.",
         default_text="none",
     )
     teacher: str | None = option(

@@ -39,9 +39,9 @@ from secateur.model.stream import BlockStream
 from secateur.report.folder import check_record
 from secateur.retraining.adapters import adapted_layers, entries_trained, largest_rank
 from secateur.retraining.curve import Curve
-from secateur.retraining.memory import MemoryPlan, plan_memory
+from secateur.retraining.memory import TOKEN_BYTES, MemoryPlan, plan_memory
 from secateur.retraining.options import Training
-from secateur.retraining.rows import TRAINED_SHARE, TrainingRows, random_rows, tokens_of_text, training_rows
+from secateur.retraining.rows import TrainingRows, random_rows, tokens_for_one_pass, training_rows
 from secateur.retraining.schedule import describe_end, measure_seconds, tokens_in_time
 from secateur.retraining.student import Student
 from secateur.retraining.targets import TARGET_BYTES, TextTargets, targets_of, teacher_targets
@@ -270,7 +270,8 @@ def _token_count(
     other texts (docs/results.md).
 
     Raises:
-        SecateurError: The time is too short for one step, or the text cannot be read.
+        SecateurError: The time is too short for one step, the text cannot be read, or the token ids do not fit into
+            memory.
     """
 
     def plan_tokens(seconds: float) -> int:
@@ -285,9 +286,7 @@ def _token_count(
 
     if training.seconds is None:
         return training.token_count
-    text = services.processes.broadcast(lambda: tokens_of_text(checkpoint, training))
-    step = training.batch * training.length
-    once = max(1, int(TRAINED_SHARE * text) // step) * step
+    once = tokens_for_one_pass(checkpoint, training, services)
     tokens: int = services.saved_result("tokens", partial(plan_tokens, training.seconds))
     services.watcher.note(
         f"Training on {tokens:,} tokens: the whole text once, in less than {training.time}. To train for longer, name "
@@ -295,6 +294,11 @@ def _token_count(
         if tokens == once
         else f"Training on {tokens:,} tokens, as many as fit into {training.time}"
     )
+    if TOKEN_BYTES * tokens > plan.spare_bytes:
+        raise SecateurError(
+            f"time is {training.time}, in which {tokens:,} tokens can be trained on; their ids need "
+            f"{TOKEN_BYTES * tokens / 1e9:,.2f} GB, but {plan.spare_bytes / 1e9:,.2f} GB are left; use a shorter --time"
+        )
     return tokens
 
 
@@ -304,8 +308,8 @@ def _draw(checkpoint: Checkpoint, training: Training, tokens: int, services: Ser
     if rows.passes > 1:
         services.watcher.note(
             f"The text has fewer than the {rows.train.numel():,} tokens to train on, so it is used {rows.passes:,.1f} "
-            "times, cut into other rows each time. A model that reads a text several times gets worse at other texts: "
-            "name a longer text with --calibration, or use fewer tokens"
+            "times, cut into other rows each time. A model that reads a text several times may get worse at other "
+            "texts: name a longer text with --calibration, or use fewer tokens"
         )
     return rows
 

@@ -50,12 +50,19 @@ def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, servi
     return TrainingRows(torch.tensor(train), torch.tensor(held_out), passes)
 
 
-def tokens_of_text(checkpoint: Checkpoint, training: Training) -> int:
-    """Return the number of tokens of the text, with those that are held out.
+def tokens_for_one_pass(checkpoint: Checkpoint, training: Training, services: Services) -> int:
+    """Return the number of tokens of as many steps as the text is long enough for, and at least of one step.
 
     Raises:
         SecateurError: The text cannot be read.
     """
+    text = services.processes.broadcast(lambda: _tokens_of_text(checkpoint, training))
+    step = training.batch * training.length
+    return max(1, int(TRAINED_SHARE * text) // step) * step
+
+
+def _tokens_of_text(checkpoint: Checkpoint, training: Training) -> int:
+    """Return the number of tokens of the text, with those that are held out."""
     return sum(map(len, text_ids(checkpoint.tokenizer(), training.calibration, checkpoint.config.vocab_size)))
 
 
@@ -77,7 +84,7 @@ def _read(checkpoint: Checkpoint, training: Training, count: int) -> tuple[Tenso
         )
 
     with cached_token_ids():
-        text = tokens_of_text(checkpoint, training)
+        text = _tokens_of_text(checkpoint, training)
         # One token of a row may be BOS.
         if (1 - TRAINED_SHARE) * text < training.length - 1:
             raise SecateurError(
