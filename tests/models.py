@@ -388,15 +388,9 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 def write_pruned(
     source: Path, out: Path, keeps: dict[int, KeptUnits], changed: Any = None, format: str | None = None, **how: Any
 ) -> int:
-    """Write some units of a checkpoint as `prune` does, without a fit, and return the bytes of the weights.
+    """Write the kept units of each pruned block as `prune` does, without a fit; return the bytes of the weights.
 
-    Args:
-        source: Folder of the dense model.
-        out: Folder to write.
-        keeps: Kept units of each pruned block.
-        changed: Changed tensors of each block.
-        format: Output format; by default `stock`, and `hf` for what `stock` cannot hold.
-        how: Further arguments of the format.
+    The default format is `stock`, or `hf` for what `stock` cannot hold. `changed` has changed tensors of each block.
     """
     stream = BlockStream(open_checkpoint(source))
     widths = {index: width_of(stream.blocks[index], keep) for index, keep in keeps.items()}

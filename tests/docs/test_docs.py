@@ -67,8 +67,13 @@ OF_OTHERS |= {"--model", "--model_args", "--hf-path", "--no-deps"}
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "tokens": 256, "overwrite": True}
 """Defaults while a page runs. Most commands of a page overwrite the same files."""
 LLAMA = {**tiny.SIZES, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-MORE_ROWS = {"docs": lambda: AutoConfig.for_model("llama", **LLAMA, head_dim=8)}
-"""Model that every page prunes."""
+HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3}
+LIKE_SMOLLM2 = LLAMA | HEADS | {"hidden_size": 72, "intermediate_size": 1536, "num_hidden_layers": 9}
+MORE_ROWS = {
+    "docs": lambda: AutoConfig.for_model("llama", **LLAMA, head_dim=8),
+    "plans": lambda: AutoConfig.for_model("llama", **LIKE_SMOLLM2, head_dim=8),
+}
+"""Model that every page prunes, and model that the plans on the pages fit."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -230,7 +235,10 @@ def test_a_page_runs(page, place, run, monkeypatch):
     for block in blocks(page):
         where = f"{page}:{block.line}"
         if block.language == "json":
-            json.loads(block.text)
+            if "blocks" in json.loads(block.text):
+                (place / "example.json").write_text(block.text)
+                tiny.build("plans").save_pretrained(place / "PLANS")
+                assert run("plan", "PLANS", "--plan", "example.json", "--calibration", "random").code == 0, where
         elif block.language == "python":
             exec(compile(block.text, where, "exec"), {"__name__": "__main__"})
         elif block.language == "bash":

@@ -93,8 +93,7 @@ def read(file: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
 
 
 def rewritten(file: Path, changes: dict[str, Any]) -> Path:
-    """Write a copy of a file with changed metadata (None removes a key; keys lack the architecture's name) and,
-    by patterns of their names, changed tensors."""
+    """Write a copy of a file with changed metadata (keys without architecture; None removes) and changed tensors."""
     reader = GGUFReader(file)
     path = file.with_name(f"other-{len(list(file.parent.iterdir()))}.gguf")
     architecture = changes.get("general.architecture", reader.fields["general.architecture"].contents())
@@ -181,8 +180,7 @@ def test_quantised_experts_are_read(made, name, kind, monkeypatch):
 
 
 def test_layouts_of_other_converters(made):
-    """Gate and up of experts in one tensor; matrices to keys and values in one tensor; additional last blocks; no key
-    for the gating function."""
+    """Experts' gate and up in one tensor; keys and values in one; additional last blocks; no gating function."""
     file = made("deepseek_v3")
     exact, held = read(file), {tensor.name: np.array(tensor.data) for tensor in GGUFReader(file).tensors}
 

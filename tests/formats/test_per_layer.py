@@ -1,5 +1,4 @@
-"""Widths that differ from block to block: whatever is written computes what the dense model does with the removed
-units silenced, with this library and without it."""
+"""Widths that differ between blocks: what is written computes what the dense model does with removed units silenced."""
 
 import ast
 import copy
@@ -324,8 +323,7 @@ def test_evaluate_runs_no_code_of_the_folder(written, tmp_path):
     + [(name, case) for name in HYBRID for case in ("uneven", "one block")],
 )
 def test_generation_with_and_without_a_cache_agrees(written, name, case):
-    """Lengths and masks come from the cache also where the first block with an attention has no heads left, and where a
-    row is padded."""
+    """Lengths and masks are right also where the first attention has no heads left, and where a row is padded."""
     model = load_written(written(name, case).folder)
     ids, mask = token_rows(2, 8), torch.ones(2, 8, dtype=torch.long)
     how = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 2}

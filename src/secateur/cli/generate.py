@@ -6,7 +6,7 @@ the dataclass. `Only(...)` and `Without(...)` in the annotation of a parameter s
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -30,6 +30,8 @@ class Only:
     """Check of the values that only this command makes, before the dataclass makes its own."""
     ignored: tuple[str, ...] = ()
     """Fields that the command accepts and ignores, so that options can be copied from another command."""
+    texts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """By field, the entries of its `OptionSpec` that differ in this command, such as `help`."""
 
     def selects(self, name: str) -> bool:
         """Return whether a field becomes an option."""
@@ -53,11 +55,12 @@ class _Group:
 
     @property
     def specs(self) -> dict[str, OptionSpec]:
-        return {name: spec for name, spec in option_specs(self.owner).items() if self.selection.selects(name)}
+        selected = {name: spec for name, spec in option_specs(self.owner).items() if self.selection.selects(name)}
+        return {name: spec._replace(**self.selection.texts.get(name, {})) for name, spec in selected.items()}
 
     def parameters(self) -> list[tuple[str, inspect.Parameter]]:
         """Return the panel and the parameter of each option; ignored options are hidden from the help."""
-        hints, specs = get_type_hints(self.owner), option_specs(self.owner)
+        hints, specs = get_type_hints(self.owner), option_specs(self.owner) | self.specs
         hidden = self.selection.ignored
         return [
             (specs[name].panel, _parameter(self.owner, name, specs[name], hints[name], name in hidden))

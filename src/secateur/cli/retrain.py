@@ -11,13 +11,15 @@ from secateur.cli.values import OutFolder, PrunedFolder
 from secateur.commands.options import RunOptions
 from secateur.retraining.options import Training
 
+TEXTS = {"device": {"help": "Device to compute on: auto (the first CUDA GPU, otherwise the CPU), cpu or cuda."}}
+
 
 @expand_options
 def retrain(
     folder: PrunedFolder,
     out: OutFolder,
     training: Training,
-    run_options: Annotated[RunOptions, Only(("device", "memory", "overwrite", "restart"))],
+    run_options: Annotated[RunOptions, Only(("device", "memory", "overwrite", "restart"), texts=TEXTS)],
 ) -> None:
     """Train a pruned model for a while, so that it recovers some of the quality that pruning has cost.
 

@@ -12,15 +12,20 @@ from secateur.cli.generate import Without, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, check_survey_path, parse_fractions
 from secateur.commands.options import TARGET, WIDTHS, Options, RunOptions
+from secateur.formats.registry import FORMATS
 
 ONE_SIZE = ("sparsity", "target", "plan")
 """Options that set one size."""
+FOLDERS = {name: one for name, one in FORMATS.items() if one.suffix is None}
+TEXTS = {
+    "format": {"help": f"Format of the models. {'; '.join(f'{name}: {one.help}' for name, one in FOLDERS.items())}."}
+}
 
 
 @expand_options
 def sizes(
     model: Model,
-    options: Annotated[Options, Without(ONE_SIZE)],
+    options: Annotated[Options, Without((*ONE_SIZE, "type"), texts=TEXTS)],
     run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"))],
     out: Annotated[
         Path,

@@ -11,6 +11,17 @@ from secateur.cli.terminal import print_result
 from secateur.cli.values import Model
 from secateur.commands.options import Options, RunOptions
 
+TEXTS = {
+    "vocabulary": {"default_text": "none; must be given"},
+    "calibration": {
+        "help": "Text whose tokens are counted: general (a mix of texts that comes with secateur), general+TEXT or "
+        "TEXT. TEXT is a .txt file, a .jsonl file with the key text or messages, - for standard input, or a data set "
+        "(wikitext2, c4, ptb, bookcorpus or name:config:column)."
+    },
+    "length": {"help": "Tokens in each row on which the cost of the cut is measured."},
+}
+"""Help of options that have a narrower meaning here than in `secateur prune`."""
+
 
 @expand_options
 def trim(
@@ -21,7 +32,7 @@ def trim(
             metavar="OUT", help="The folder to write; it appears only once it is complete.", show_default=False
         ),
     ],
-    options: Annotated[Options, Only(("vocabulary", "calibration", "length"))],
+    options: Annotated[Options, Only(("vocabulary", "calibration", "length"), texts=TEXTS)],
     run_options: Annotated[RunOptions, Only(("device", "revision", "trust_remote_code", "overwrite"))],
 ) -> None:
     """Cut tokens from the vocabulary of MODEL, and write the smaller checkpoint to OUT. Blocks are unchanged.
