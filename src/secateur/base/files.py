@@ -24,6 +24,12 @@ def real_path(name: str | Path) -> Path:
     return Path(os.path.realpath(local_path(name)))
 
 
+def existing_path(model: str | Path) -> Path | None:
+    """Return the file or folder of a model; None for the id of a model on the hub."""
+    path = local_path(model)
+    return path if path.exists() else None
+
+
 @contextlib.contextmanager
 def replace_atomically(
     path: Path,
@@ -80,15 +86,16 @@ def leftovers(path: Path) -> list[Path]:
     """Return unfinished files and folders next to an output, from runs that were killed or are still at work."""
     name = glob.escape(path.name)
     # A GGUF file is written by way of a folder, which has a hidden path of its own.
-    patterns = (f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*")
+    patterns = (f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*", f"..{name}.partial-*")
     return [left for pattern in patterns for left in path.parent.glob(pattern)]
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an exception is about a full disk or quota."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
-        return error.errno in codes
+        # numpy gives no number: "1114112 requested and 926624 written".
+        return error.errno in codes or (error.errno is None and "requested and" in str(error))
     # torch.save does not say why it cannot write on; a full disk is by far the likeliest reason.
     if isinstance(error, RuntimeError) and "inline_container" in str(error):
         return True

@@ -61,7 +61,8 @@ def parse_memory(amount: str | None) -> int:
         return round(DEFAULT_SHARE * available_bytes())
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     match = re.fullmatch(r"(\d+\.?\d*) *([a-z%]*)", amount.strip().lower())
-    if match is None or match[2] not in (*units, "%") or not match[2]:
+    # An amount with more digits may be too large for a float.
+    if match is None or match[2] not in (*units, "%") or not match[2] or len(match[1]) > 18:
         raise SecateurError(
             f"memory is '{amount}'; write an amount with a unit such as 8GB, or 50% for half of the free memory"
         )

@@ -32,7 +32,7 @@ class Output:
     overwrite: bool = False
     """Whether to replace an existing file, model folder, or folder with no files but `file_names`."""
     source: Path | None = None
-    """Folder of the model that is read, which is never replaced."""
+    """Folder or file of the model that is read, which is never replaced."""
     expected_bytes: int = 0
     """Expected size, compared with the free space of the disk; 0 for no check."""
     file_names: Collection[str] | None = None
@@ -108,7 +108,8 @@ class Output:
         nested = model is not None and (model in path.parents or path in model.parents)
         named = path.name.lower().endswith(self.suffix or "")
         self._refuse_if(not named, f"the file name must end in {self.suffix}; rename it")
-        self._refuse_if(path == model, "this is the folder of MODEL, which would be replaced; choose another path")
+        kind = "file" if path.is_file() else "folder"
+        self._refuse_if(path == model, f"this is the {kind} of MODEL, which would be replaced; choose another path")
         self._refuse_if(nested, "this path is inside the folder of MODEL, or contains it; choose another path")
         self._refuse_if(path == Path.cwd(), "this is the current folder, which cannot be replaced; choose a path in it")
         self._refuse_if(path.is_mount(), "this is a mount point, which cannot be replaced; choose a path in it")

@@ -24,7 +24,8 @@ def parse_count(text: str, units: str = "kmb") -> int | None:
         units: Units that may follow the number: k (1,024), m (1,024 k), b (1,024 m).
     """
     match = re.fullmatch(rf"(\d+(?:\.\d+)?) *([{units}]?)", text.strip().replace(",", "").lower())
-    return None if match is None else round(float(match[1]) * _UNITS[match[2]])
+    # A number of more digits is no number of tokens, and may be too large for a float.
+    return None if match is None or len(match[1]) > 18 else round(float(match[1]) * _UNITS[match[2]])
 
 
 def joined(names: Sequence[str]) -> str:

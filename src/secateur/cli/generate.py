@@ -8,10 +8,12 @@ the dataclass. `Only(...)` and `Without(...)` in the annotation of a parameter s
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from secateur.base.files import local_path
 from secateur.base.options import OptionSpec, cli_name, option_specs
 from secateur.cli import terminal
 from secateur.cli.terminal import MESSAGES, OutputOptions, set_output_options
@@ -90,6 +92,8 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
     expanded += [parameter for _, parameter in options]
 
     def command(**values: Any) -> None:
+        # The shell replaces ~ in `--out ~/x`, but not in `--out=~/x`.
+        values = {name: local_path(value) if isinstance(value, Path) else value for name, value in values.items()}
         output_options = output.build(values)
         ignored = [option for group in groups.values() for option in group.ignored(values)]
         built = {name: group.build(values) for name, group in groups.items()}

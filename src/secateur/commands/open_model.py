@@ -9,7 +9,7 @@ import torch
 
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
-from secateur.base.files import leftovers, real_path
+from secateur.base.files import existing_path, leftovers, real_path
 from secateur.base.memory import MemoryBudget
 from secateur.base.processes import Processes
 from secateur.base.progress import Watcher, busy_reading
@@ -279,8 +279,8 @@ def _check_files(
         check_calibration(source, samples=options.samples, length=options.length)
     if out is not None:
         # The output is checked again once its size is known.
-        folder = Path(model) if Path(model).is_dir() else None
-        options.output_format.output(out, source=folder, overwrite=run_options.overwrite).check()
+        target = options.output_format.output(out, source=existing_path(model), overwrite=run_options.overwrite)
+        target.check()
         for left in leftovers(out):
             watcher.note(f"{left} was left by a run that was killed; delete it, unless another run is writing it now")
     if run_options.push_to_hub is not None:

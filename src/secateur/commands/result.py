@@ -100,7 +100,7 @@ def make_record(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": stream.checkpoint.source,
-        "fingerprint": stream.checkpoint.fingerprint,
+        **stream.checkpoint.identity,
         "command": command_line(stream.checkpoint.source, run.options),
         "options": asdict(run.options),
         "calibration": {

@@ -107,7 +107,7 @@ def result_inputs(run: OpenRun) -> dict[str, Any]:
     options, family = asdict(run.options), run.run_options.family
     files = [options[name] for name in ("plan", "widths") if options[name] and Path(options[name]).is_file()]
     return {
-        "model": run.stream.checkpoint.fingerprint,
+        "model": run.stream.checkpoint.identity,
         **options,
         **{f"contents of {file}": _hash_of(Path(file)) for file in files},
         **({} if family is None else {"family": _hash_of(family)}),

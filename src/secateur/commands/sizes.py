@@ -8,7 +8,7 @@ from pathlib import Path
 
 import secateur
 from secateur.base.errors import SecateurError
-from secateur.base.files import write_atomically
+from secateur.base.files import existing_path, write_atomically
 from secateur.base.hashes import hash_rows
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher, busy_reading
@@ -130,7 +130,7 @@ def _finished(folders: list[Path], model: str | Path, run_options: RunOptions) -
     Raises:
         SecateurError: A folder cannot be written.
     """
-    source = Path(model) if Path(model).is_dir() else None
+    source = existing_path(model)
     finished = [folder for folder in folders if (folder / RECORD).exists() and not run_options.overwrite]
     for folder in folders:
         if folder not in finished:
@@ -164,7 +164,7 @@ def _is_result_of(run: OpenRun, rows: CalibrationRows, folder: Path) -> bool:
         record = read_record(folder)
         same = {
             "secateur": secateur.__version__,
-            "fingerprint": run.stream.checkpoint.fingerprint,
+            **run.stream.checkpoint.identity,
             "options": json.loads(json.dumps(asdict(run.options))),
         }
         return record.items() >= same.items() and record["calibration"]["rows"][0] == hash_rows(rows.fit)

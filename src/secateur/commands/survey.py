@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import existing_path
 from secateur.base.options import changed_options, cli_name
 from secateur.base.output import Output
 from secateur.base.progress import Watcher
@@ -65,7 +66,7 @@ def survey_page(
     folder = Output(
         out,
         overwrite=run_options.overwrite,
-        source=Path(model) if Path(model).is_dir() else None,
+        source=existing_path(model),
         file_names=(FILE, PAGE),
     )
     services = Services.join(watcher)

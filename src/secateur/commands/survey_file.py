@@ -31,7 +31,7 @@ def survey_key(run: OpenRun, rows: Tensor | None) -> dict[str, Any]:
     """Return everything that a survey depends on, by name; without the calibration rows if `rows` is None."""
     blocks = run.request.block_range
     key: dict[str, Any] = {
-        "fingerprint": run.stream.checkpoint.fingerprint,
+        **run.stream.checkpoint.identity,
         "blocks": f"{blocks.start}:{blocks.stop}",
         "modules": ",".join(run.request.problem.kinds),
         **run.options.survey_key,

@@ -6,6 +6,7 @@ from typing import Any
 import secateur
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
+from secateur.base.files import existing_path
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.services import Services
@@ -58,11 +59,12 @@ def trim(
             model, revision=run_options.revision, trust_remote_code=run_options.trust_remote_code
         )
     _check_folder(checkpoint)
-    Output(Path(out), overwrite=run_options.overwrite, source=checkpoint.path).check()
+    source = existing_path(model) or checkpoint.path
+    Output(Path(out), overwrite=run_options.overwrite, source=source).check()
     cut, vocabulary = with_vocabulary(checkpoint, options, device, services)
     if vocabulary is None:
         raise SecateurError(f"{model}: --vocabulary {options.vocabulary} keeps all tokens, so there is nothing to trim")
-    target = Output(Path(out), overwrite=run_options.overwrite, source=checkpoint.path, expected_bytes=cut.bytes)
+    target = Output(Path(out), overwrite=run_options.overwrite, source=source, expected_bytes=cut.bytes)
     with target as folder:
         _write(cut, vocabulary, folder, services.watcher)
         check_written(folder, target.path, "report this as a bug in secateur")

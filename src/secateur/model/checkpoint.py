@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
+from secateur.base.hashes import hash_json
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import first_few
 from secateur.families.registry import FAMILIES, twin_of
@@ -68,6 +69,10 @@ _COPIED = (
     "generation_config.json",
     "*processor_config.json",
 )
+
+
+_NOT_DECISIVE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+"""Keys of config.json that do not change what the model computes here."""
 
 
 @dataclass(kw_only=True)
@@ -155,6 +160,13 @@ class Checkpoint(Stored):
             for sample in info.samples(_SAMPLE):
                 digest.update(sample)
         return digest.hexdigest()[:32]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of the weights and of config.json, by which a changed model is noticed."""
+        config = self.original.raw_config
+        decisive = {key: value for key, value in config.items() if key not in _NOT_DECISIVE}
+        return {"fingerprint": self.fingerprint, "config": hash_json(decisive)}
 
     @property
     def auto_class(self) -> Any:

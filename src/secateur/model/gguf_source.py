@@ -22,11 +22,11 @@ from secateur.base.cache import cached_folder
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
 from secateur.model.gguf_file import architecture_of, is_read_here
-from secateur.model.gguf_text import read_tokenizer
+from secateur.model.gguf_text import alone, read_tokenizer
 from secateur.model.gguf_transformers import check_read, complete_config
 from secateur.model.gguf_weights import folder_writer
 
-_VERSION = "5"
+_VERSION = "6"
 """Version of the conversion, part of the cache key; to be raised when the conversion changes."""
 
 
@@ -116,11 +116,12 @@ def _loaded(file: Path, reader: GGUFReader, dtype: torch.dtype) -> Callable[[Pat
     Raises:
         SecateurError: transformers does not read all of the file.
     """
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    complete_config(config, reader)
-    model, found = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
-    )
+    with alone(file) as folder:
+        config = AutoConfig.from_pretrained(folder, gguf_file=file.name)
+        complete_config(config, reader)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
+        )
     check_read(model, reader, found["missing_keys"])
     # The weights are no longer quantised, and transformers would refuse to save a model that claims otherwise.
     if hasattr(model.config, "quantization_config"):

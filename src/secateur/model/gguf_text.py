@@ -1,5 +1,8 @@
 """The tokenizer of a GGUF file, which must split text as llama.cpp does: other tokens were never seen in training."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,17 @@ from tokenizers.normalizers import Prepend, Replace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from secateur.model.gguf_splits import split_rule
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[Path]:
+    """Yield a folder that holds a link to a file and nothing else.
+
+    transformers takes a tokenizer or a config that lies beside a GGUF file instead of the one inside.
+    """
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def read_tokenizer(file: Path, reader: GGUFReader, read_here: bool) -> Any:
@@ -30,7 +44,9 @@ def read_tokenizer(file: Path, reader: GGUFReader, read_here: bool) -> Any:
     model = stated("model")
     rule = split_rule(stated("pre", "")) if model == "gpt2" else None
     kind: Any = PreTrainedTokenizerFast if read_here else AutoTokenizer
-    tokenizer = kind.from_pretrained(file.parent, gguf_file=file.name)
+    with alone(file) as folder:
+        tokenizer = kind.from_pretrained(folder, gguf_file=file.name)
+    tokenizer.name_or_path = str(file)
     backend = tokenizer.backend_tokenizer
     if rule is not None:
         # transformers knows fewer names, and would split text as GPT-2 does.

@@ -68,7 +68,7 @@ def compare_dense(recipe: Recipe, models: Sequence[str], out: Path, *, watcher: 
         for name, (run, text) in opened.items():
             decided_by = {
                 "kind": recipe.kind,
-                "fingerprint": run.stream.checkpoint.fingerprint,
+                **run.stream.checkpoint.identity,
                 "blocks": f"{run.request.block_range.start}:{run.request.block_range.stop}",
                 "rows": hash_rows(text),
             }

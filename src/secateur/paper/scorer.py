@@ -54,7 +54,7 @@ class Scorer:
         tasks = {name: repr([(task.name, task.items) for task in opened]) for name, opened in self.tasks.items()}
         return {
             "secateur": secateur.__version__,
-            "fingerprint": model.checkpoint.fingerprint,
+            **model.checkpoint.identity,
             "device": self.device.type,
             "texts": {column: hash_rows(rows) for column, rows in model.texts.items()},
             "tasks": {name: hashlib.sha256(items.encode()).hexdigest()[:16] for name, items in tasks.items()},

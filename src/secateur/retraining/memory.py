@@ -1,5 +1,7 @@
 """Memory of a training: how many rows run together, and whether the insides of blocks are computed again."""
 
+import math
+from collections.abc import Sequence
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -9,14 +11,17 @@ from torch import nn
 from secateur.base.errors import SecateurError
 from secateur.base.memory import available_bytes, parse_memory, rss_bytes
 from secateur.base.words import format_count
-from secateur.families.registry import family_of
+from secateur.families.registry import experts_of, family_of
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.units.experts import experts_per_token
 from secateur.retraining.adapters import entries_trained
 from secateur.retraining.loss import LOGITS_AT_ONCE
 from secateur.retraining.options import Training
 
 STATES = 16
 """Bytes per trained parameter: the weight in float32, its gradient and two moments of AdamW."""
+SENT = 8
+"""More bytes per trained parameter if several processes add up their gradients: two copies in float32."""
 TOKEN_BYTES = 8
 """Bytes of a token id, of which all rows are in memory."""
 LOSS_BYTES = 12
@@ -40,6 +45,11 @@ class MemoryPlan(NamedTuple):
     spare_bytes: int = 0
     """Bytes that it may take beyond them, for activations and targets of the teacher."""
 
+    @property
+    def way(self) -> tuple[int, int, bool]:
+        """Rank, rows that run together, and whether blocks are computed again: what decides the result."""
+        return self[:3]
+
     def describe(self, training: Training, trained: int) -> str:
         """Return a note about what is trained, why, and in how much memory.
 
@@ -54,7 +64,14 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(
-    checkpoint: Checkpoint, network: Any, training: Training, *, products: torch.dtype, share: int, memory: str | None
+    checkpoint: Checkpoint,
+    network: Any,
+    training: Training,
+    *,
+    products: torch.dtype,
+    share: int,
+    memory: str | None,
+    way: Sequence[int] = (),
 ) -> MemoryPlan:
     """Return the best way to run a step that fits: of the ranks that the training allows, the first one that does.
 
@@ -64,29 +81,35 @@ def plan_memory(
         training: Rank, batch and length.
         products: Dtype of matrix products.
         share: Rows of a batch that this process runs.
-        memory: Most memory that the process may take; see `parse_memory`. By default half of the free memory, or all of
-            it if the training needs more than half.
+        memory: Most memory that the process may take; see `parse_memory`. By default half of the free memory; if that
+            is too little for the smallest plan, as much as this plan needs.
+        way: Rank, rows that run together and whether blocks are computed again, as the run began; other rows only if
+            the number of processes has changed.
 
     Raises:
-        SecateurError: One row at a time needs more than that.
+        SecateurError: One row at a time, or the way in which the run began, needs more than that.
     """
-    for rank in training.ranks:
+    for rank in way[:1] or training.ranks:
         plans = _plans(network, rank, training, products, share)
+        plans = [plan for plan in plans if (plan.micro_batch, plan.recompute) == tuple(way[1:])] or plans
         least, limit = plans[-1].bytes, parse_memory(memory)
         if memory is None:
             limit = max(limit, min(round(least), available_bytes()))
         if found := next((plan for plan in plans if plan.bytes <= limit), None):
             return found._replace(spare_bytes=round(limit - found.bytes))
     advice = "" if training.rank != 0 else ", or train adapters with --rank 16, which need less"
+    # Rounded up, with room for what differs from one start of Python to the next.
+    enough = math.ceil(1.02 * least / 1e7) / 100
     raise SecateurError(
-        f"training {checkpoint.source} needs at least {least / 1e9:,.2f} GB, but {limit / 1e9:,.2f} GB are allowed; "
+        f"training {checkpoint.source} needs at least {enough:,.2f} GB, but {limit / 1e9:,.2f} GB are allowed; "
         f"raise --memory{advice}"
     )
 
 
 def _plans(network: Any, rank: int, training: Training, products: torch.dtype, share: int) -> list[MemoryPlan]:
     """Return all ways to run a step with adapters of one rank; the fastest is first and the smallest last."""
-    fixed = rss_bytes() + _fixed_bytes(network, rank, products) + TOKEN_BYTES * training.token_count
+    sent = 0 if share == training.batch else SENT * entries_trained(network, rank)
+    fixed = rss_bytes() + _fixed_bytes(network, rank, products) + sent + TOKEN_BYTES * training.token_count
     whole, outside = _row_bytes(network, training.length, products)
     divisors = {size for size in range(1, isqrt(share) + 1) if share % size == 0}
     sizes = sorted(divisors | {share // size for size in divisors}, reverse=True)
@@ -107,13 +130,16 @@ def _row_bytes(network: Any, length: int, products: torch.dtype) -> tuple[float,
     """Return the bytes that one row takes: with all insides of blocks, and with the inputs of blocks and one block."""
     width = network.config.hidden_size
     layers = [*network.get_submodule(family_of(network.config).blocks).children()]
-    stream, inside = 4 * width, [_inside_bytes(layer, width, products) for layer in layers]
+    mixture = experts_of(network.config)
+    used = 1 if mixture is None else experts_per_token(network.config, mixture)
+    stream, inside = 4 * width, [_inside_bytes(layer, width, products, used) for layer in layers]
     return length * (len(layers) * stream + sum(inside)), length * (len(layers) * stream + max(inside))
 
 
-def _inside_bytes(layer: nn.Module, width: int, products: torch.dtype) -> float:
-    """Return the bytes per token that a block keeps for the backward pass."""
+def _inside_bytes(layer: nn.Module, width: int, products: torch.dtype, used: int) -> float:
+    """Return the bytes per token that a block keeps for the backward pass, if a token uses so many experts."""
     # Matrices of experts have three dimensions, of which the first counts experts.
-    matrices = [value.shape[-2:] for value in layer.parameters() if value.dim() >= 2]
+    matrices = [value for value in layer.parameters() if value.dim() >= 2]
+    kept = sum(sum(value.shape[-2:]) * (used if value.dim() == 3 else 1) for value in matrices)
     norms = 4 * 4 * width
-    return KEPT * products.itemsize * sum(map(sum, matrices)) + norms
+    return KEPT * products.itemsize * kept + norms

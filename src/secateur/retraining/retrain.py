@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -44,7 +45,7 @@ from secateur.retraining.options import Training
 from secateur.retraining.rows import TrainingRows, random_rows, tokens_for_one_pass, training_rows
 from secateur.retraining.schedule import describe_end, measure_seconds, tokens_in_time
 from secateur.retraining.student import Student
-from secateur.retraining.targets import TARGET_BYTES, TextTargets, targets_of, teacher_targets
+from secateur.retraining.targets import STREAM_BYTES, TARGET_BYTES, TextTargets, targets_of, teacher_targets
 from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import CHECKPOINT_BYTES, train
 from secateur.retraining.trained_weights import TrainedWeights
@@ -144,7 +145,9 @@ def retrain(
         dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
         tokens = _token_count(checkpoint, student, dense, training, plan, services, started)
         targets_bytes = 0 if dense is None else TARGET_BYTES * tokens
-        _check_disk(target.path, checkpoint.bytes + 2 * CHECKPOINT_BYTES * trained + targets_bytes)
+        stream_bytes = 0 if dense is None else 2 * STREAM_BYTES * checkpoint.config.hidden_size * tokens
+        state_bytes = max(2 * CHECKPOINT_BYTES * trained, stream_bytes)
+        _check_disk(target.path, checkpoint.bytes + state_bytes + targets_bytes)
         rows = _draw(checkpoint, training, tokens, services)
         arena = stack.enter_context(Arena(services.budget, run_folder_path(target.path)))
         targets = None if dense is None else teacher_targets(dense, rows, arena)
@@ -233,12 +236,13 @@ def _plan_memory(
     if training.rank and training.rank > (largest := largest_rank(network)):
         raise SecateurError(f"rank is {training.rank}, but no matrix has more than {largest}; use a smaller one, or 0")
 
-    def planned(rank: int | None) -> MemoryPlan:
+    def planned(way: Sequence[int] = ()) -> MemoryPlan:
         how: dict[str, Any] = {"share": training.batch // processes, "products": fast_dtype(device), "memory": memory}
-        return plan_memory(checkpoint, network, replace(training, rank=rank), **how)
+        return plan_memory(checkpoint, network, training, way=way, **how)
 
-    # A resumed run goes on with what it began with, even if less memory is free.
-    plan = planned(services.saved_result(CHOICE, lambda: planned(training.rank).rank))
+    # A resumed run goes on as it began, even if less memory is free, and all processes do the same.
+    way = services.saved_result(CHOICE, lambda: planned().way)
+    plan = planned(services.processes.broadcast(lambda: planned(way).way))
     check_retraining("auto", plan.rank, "" if training.rank else "all weights do not fit into memory, and ")
     services.watcher.note(plan.describe(training, trained := entries_trained(network, plan.rank)))
     return plan, trained
@@ -303,8 +307,17 @@ def _token_count(
 
 
 def _draw(checkpoint: Checkpoint, training: Training, tokens: int, services: Services) -> TrainingRows:
-    """Return the rows of the training."""
+    """Return the rows of the training.
+
+    Raises:
+        SecateurError: They are not the rows with which the run began.
+    """
     rows = training_rows(checkpoint, training, tokens, services)
+    if services.saved_result("rows", lambda: hash_rows(rows.train)) != hash_rows(rows.train):
+        raise SecateurError(
+            f"{training.calibration}: the rows of this text are not the rows of the run that was stopped; restore the "
+            "text, or add --restart to start over"
+        )
     if rows.passes > 1:
         services.watcher.note(
             f"The text has fewer than the {rows.train.numel():,} tokens to train on, so it is used {rows.passes:,.1f} "
@@ -322,8 +335,8 @@ def _inputs_of(
     # The held-out rows are the same for every number of tokens.
     quiet = replace(services, watcher=Silent())
     text = training_rows(checkpoint, replace(training, batch=1), training.length, quiet)
-    inputs = {"model": checkpoint.fingerprint, "text": hash_rows(text.held_out), "version": secateur.__version__}
-    return {"command": "retrain"} | options | inputs | {"teacher": None if teacher is None else teacher.fingerprint}
+    inputs = {"model": checkpoint.identity, "text": hash_rows(text.held_out), "version": secateur.__version__}
+    return {"command": "retrain"} | options | inputs | {"teacher": None if teacher is None else teacher.identity}
 
 
 def _record_of(training: Training, curve: Curve, rows: TrainingRows) -> dict[str, Any]:

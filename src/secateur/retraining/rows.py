@@ -9,8 +9,10 @@ from secateur.base.errors import SecateurError
 from secateur.base.progress import busy_reading
 from secateur.base.services import Services
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.tokens import begins_with_bos
 from secateur.retraining.options import Training
 from secateur.text.calibration import Portion, cached_token_ids, calibration_rows, text_ids
+from secateur.text.sources import GENERAL, text_added_to_general
 
 HELD_OUT = 16
 """Number of held-out rows, on which perplexity is measured before and after the training."""
@@ -56,14 +58,20 @@ def tokens_for_one_pass(checkpoint: Checkpoint, training: Training, services: Se
     Raises:
         SecateurError: The text cannot be read.
     """
-    text = services.processes.broadcast(lambda: _tokens_of_text(checkpoint, training))
+    text, _ = services.processes.broadcast(lambda: _tokens_of_text(checkpoint, training))
     step = training.batch * training.length
     return max(1, int(TRAINED_SHARE * text) // step) * step
 
 
-def _tokens_of_text(checkpoint: Checkpoint, training: Training) -> int:
-    """Return the number of tokens of the text, with those that are held out."""
-    return sum(map(len, text_ids(checkpoint.tokenizer(), training.calibration, checkpoint.config.vocab_size)))
+def _tokens_of_text(checkpoint: Checkpoint, training: Training) -> tuple[int, int]:
+    """Return the number of tokens of the text, with those that are held out, and of its shortest source.
+
+    Half of the rows of general+TEXT are from each of the two sources, so the shorter one counts twice.
+    """
+    tokenizer, vocabulary, text = checkpoint.tokenizer(), checkpoint.config.vocab_size, training.calibration
+    sources = [GENERAL, added] if (added := text_added_to_general(text)) else [text]
+    shortest = min(sum(map(len, text_ids(tokenizer, source, vocabulary))) for source in sources)
+    return len(sources) * shortest, shortest
 
 
 def _read(checkpoint: Checkpoint, training: Training, count: int) -> tuple[Tensor, Tensor, int]:
@@ -84,13 +92,12 @@ def _read(checkpoint: Checkpoint, training: Training, count: int) -> tuple[Tenso
         )
 
     with cached_token_ids():
-        text = _tokens_of_text(checkpoint, training)
-        # One token of a row may be BOS.
-        if (1 - TRAINED_SHARE) * text < training.length - 1:
+        text, shortest = _tokens_of_text(checkpoint, training)
+        if shortest - round(TRAINED_SHARE * shortest) < training.length - begins_with_bos(tokenizer):
             raise SecateurError(
-                f"{training.calibration}: too short, it has {text:,} tokens, of which {1 - TRAINED_SHARE:.0%} are held "
-                f"out; rows of {training.length} tokens need {training.length / (1 - TRAINED_SHARE):,.0f}, or use a "
-                "smaller --length"
+                f"{training.calibration}: too short, it has {shortest:,} tokens, of which {1 - TRAINED_SHARE:.0%} are "
+                f"held out; rows of {training.length} tokens need {training.length / (1 - TRAINED_SHARE):,.0f}, or use "
+                "a smaller --length"
             )
         return draw(count, Portion(0.0, TRAINED_SHARE)), draw(HELD_OUT, Portion(TRAINED_SHARE, 1.0)), text
 

@@ -33,6 +33,8 @@ LIKELIEST = 64
 """Number of tokens of a position whose probabilities are kept; the others count together."""
 TARGET_BYTES = 6 * LIKELIEST
 """Bytes of the targets of a position: tokens in int32, logarithms of probabilities in float16."""
+STREAM_BYTES = 4
+"""Bytes per token and hidden dimension of the teacher's saved state, of which two may be on the disk."""
 ROWS_AT_ONCE = 256
 """Number of rows whose targets one process sends to the others at a time."""
 STEP, FILE = "teacher", "targets"

@@ -1,17 +1,21 @@
 """Training loop of transformers (Trainer), with checkpoints in a folder from which a stopped training resumes."""
 
+import json
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
+from zipfile import BadZipFile, ZipFile
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from secateur.base.errors import SecateurError
+from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.files import remove
+from secateur.base.json_files import damaged_state
 from secateur.base.processes import Processes, connection_errors
 from secateur.base.quiet import quiet
 from secateur.base.run_folder import saving_state
@@ -85,18 +89,27 @@ def train(
             save_total_limit=1,
             label_names=[],
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
+            # The norm before a module that lost all units gets no gradient.
+            ddp_find_unused_parameters=True,
             report_to="none",
             disable_tqdm=True,
             use_cpu=device.type == "cpu",
             dataloader_pin_memory=False,
         )
+        # The Trainer would spread a batch over all GPUs of the machine.
+        arguments._n_gpu = min(1, arguments.n_gpu)
         callbacks = [_Progress(bar), _Measurement(student, held_out, every), _Saving(services.processes)]
         trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=callbacks)
         # This callback prints the loss of every step.
         trainer.remove_callback(PrinterCallback)
         with nullcontext() if services.processes.is_single else connection_errors(), saving_state(folder):
-            trainer.train(resume_from_checkpoint=last)
+            try:
+                trainer.train(resume_from_checkpoint=last)
+            except torch.OutOfMemoryError as error:
+                raise StoppedError(
+                    "the device is out of memory; add --restart and train adapters with --rank, or use a smaller "
+                    "--length"
+                ) from error
         next(bar, None)
     return list(trainer.state.log_history)
 
@@ -174,6 +187,21 @@ def _remove_incomplete(folder: Path) -> None:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """Return the folder of the last complete checkpoint."""
+    """Return the folder of the last complete checkpoint.
+
+    Raises:
+        SecateurError: A file of the checkpoint is damaged, for example after a power failure.
+    """
     checkpoints = sorted(folder.glob(f"checkpoint-*/{LAST_FILE}"), key=lambda file: int(file.parent.name.split("-")[1]))
-    return str(checkpoints[-1].parent) if checkpoints else None
+    if not checkpoints:
+        return None
+    last = checkpoints[-1].parent
+    try:
+        json.loads((last / LAST_FILE).read_bytes())
+        for weights in last.glob("*.safetensors"):
+            safe_open(weights, "pt")
+        for states in last.glob("*.pt*"):
+            ZipFile(states).close()
+    except (ValueError, OSError, SafetensorError, BadZipFile) as error:
+        raise damaged_state(last) from error
+    return str(last)

@@ -100,6 +100,7 @@ def save_survey(survey: Survey, path: Path) -> None:
 
 _HASHED = {
     "fingerprint": "of other weights;",
+    "config": "of a model with another config.json;",
     "calibration": "of other calibration rows; use the same --calibration, --samples, --length and --seed, or",
 }
 """Messages about settings that the file has as hashes only."""

@@ -97,6 +97,6 @@ def _tensors_per_token(checkpoint: Checkpoint) -> set[str]:
 def _side_folder(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: KeptTokens) -> Path:
     """Return the folder of the cache with config.json, tokenizer and all other files for the kept tokens."""
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    key = hash_json([str(checkpoint.path), checkpoint.fingerprint, stamps, list(kept.ids)])
+    key = hash_json([str(checkpoint.path.resolve()), checkpoint.identity, stamps, list(kept.ids)])
     name = f"{checkpoint.path.name}-vocabulary-{key}"
     return cached_folder(name, lambda partial: write_side_files(checkpoint, tokenizer, kept, partial))

@@ -72,7 +72,7 @@ def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     if names is None or not hasattr(parent, names.router):
         return None
     prefix = family.mixture
-    number, per_token = int(getattr(config, names.number)), _experts_per_token(config, names)
+    number, per_token = int(getattr(config, names.number)), experts_per_token(config, names)
     rows = _rows_of_experts(layer, family, names, number)
     down = f"{prefix}{names.experts}.{names.stored[-1][0]}"
     output = next(slab for slab in rows if slab.name == down)
@@ -103,7 +103,7 @@ def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     )
 
 
-def _experts_per_token(config: Any, names: Experts) -> int:
+def experts_per_token(config: Any, names: Experts) -> int:
     """Return the number of experts per token; the largest where a config has one for each block (Hunyuan)."""
     number = getattr(config, names.experts_per_token)
     return max(number) if isinstance(number, list) else int(number)
