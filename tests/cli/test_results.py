@@ -11,7 +11,7 @@ import pytest
 from command_line import SMALL, TEXT, Result, listing, refused, remove_tokenizer
 from safetensors.torch import load_file
 
-from outputs import record_of, weights_of
+from outputs import edit_json, record_of, weights_of
 from secateur.cli import bars
 from secateur.families.registry import FAMILIES
 
@@ -181,6 +181,15 @@ def test_json_holds_the_results(place, run):
     (model,) = json.loads(run("eval", "out", "--json", "-").out)["models"]
     assert model["parameters"] == found["parameters"][1]
     assert json.loads(run("clean", "out", "--json", "-").out) == {"removed": []}
+
+
+def test_another_config_is_another_model_and_a_tilde_is_the_home_folder(place, run, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    arguments = ["plan", "model", "--survey=~/survey.json", *SMALL]
+    assert run(*arguments).code == 0
+    assert (place / "survey.json").exists()
+    edit_json(place / "model" / "config.json", rms_norm_eps=1e-5)
+    assert "survey.json: a survey of a model with another config.json; name another file" in last_error(run(*arguments))
 
 
 def test_version_and_help_list_commands_options_and_panels(run):

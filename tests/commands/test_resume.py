@@ -194,6 +194,8 @@ def test_the_cache_is_cleared(tmp_path, run, monkeypatch):
     assert cached_folder("c", lambda _: None).exists()
     assert first.exists()
     assert not old.exists()
+    (first / "file").unlink()
+    assert (cached_folder("a", lambda folder: (folder / "file").touch()) / "file").exists()
     assert "0.0 MB" in run("clean", "--cache").out
     assert not list(tmp_path.iterdir())
     assert "name the output of a stopped run, or add --cache" in run("clean").err

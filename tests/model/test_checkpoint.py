@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from outputs import edit_json, edited_weights, error_of
+from secateur import prune
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_export import export
 from secateur.model import gguf_source, hub_source
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import empty_model
+from tiny_tokenizers import gpt2
 
 TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
 TINY |= {"num_attention_heads": 4, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2}
@@ -321,6 +324,15 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def gguf_file(tmp_path, letters_folder):
     return export(letters_folder("llama"), tmp_path / "tiny.gguf", type="f32").path
+
+
+def test_a_gguf_file_is_read_alone_and_not_replaced(gguf_file, cache):
+    wanted = open_checkpoint(gguf_file).tokenizer()("abcabc")["input_ids"]
+    shutil.rmtree(cache)
+    gpt2().save(str(gguf_file.parent / "tokenizer.json"))
+    assert open_checkpoint(gguf_file).tokenizer()("abcabc")["input_ids"] == wanted
+    how = {"format": "gguf", "widths": "uniform", "calibration": "random", "overwrite": True}
+    assert "this is the file of MODEL, which would be replaced; choose" in error_of(prune, gguf_file, gguf_file, **how)
 
 
 def test_a_gguf_file_is_dequantised_once(gguf_file, cache, letters_folder, monkeypatch, capfd):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -192,7 +193,7 @@ def test_the_seed_alone_decides_the_bytes(tmp_path, train):
 
 
 @pytest.mark.parametrize("rank", [8, 0])
-def test_an_interrupted_training_resumes(checkpoint_folder, tmp_path, train, rank):
+def test_an_interrupted_training_resumes(checkpoint_folder, tmp_path, text, train, rank):
     """The resumed training writes the same bytes as an uninterrupted one, and leaves no checkpoint.
 
     Neither requests that are refused in between, nor a checkpoint that is half written, change that.
@@ -208,6 +209,13 @@ def test_an_interrupted_training_resumes(checkpoint_folder, tmp_path, train, ran
     assert "needs at least" in error_of(train, "out", memory="1MB", **how)
     assert (state / "trainer_state.json").exists()
     (state.parent / "checkpoint-99").mkdir()
+    words, damaged = text.read_text(), (state / "optimizer.pt").read_bytes()
+    text.write_text(words.replace("w3", "w4", 1))
+    assert "the rows of this text are not the rows of the run that was stopped" in error_of(train, "out", **how)
+    text.write_text(words)
+    (state / "optimizer.pt").write_bytes(damaged[:-9])
+    assert f"{state}: damaged, so the run cannot be resumed; add --restart" in error_of(train, "out", **how)
+    (state / "optimizer.pt").write_bytes(damaged)
     train("out", **how)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "whole", "out"}
@@ -296,9 +304,12 @@ def test_a_text_with_too_few_tokens_is_used_several_times(checkpoint_folder, tex
     assert torch.equal(rows.held_out, training_rows(checkpoint, training, 64, Services()).held_out)
     trained, kept = ({tuple(part) for part in some.unfold(1, 4, 1).flatten(0, 1).tolist()} for some in rows[:2])
     assert not trained & kept
-    text.write_text("w1 w2 w3 " * 90)
-    message = error_of(training_rows, checkpoint, training, 4096, Services())
-    assert "has 270 tokens, of which 5% are held out; rows of 16 tokens need 320" in message
+    mixed = replace(training, calibration=f"general+{text}")
+    assert training_rows(checkpoint, mixed, 4096, Services()).passes == pytest.approx(2048 / (0.95 * 900), rel=1e-3)
+    for some in (training, mixed):
+        text.write_text("w1 w2 w3 " * 90)
+        message = error_of(training_rows, checkpoint, some, 4096, Services())
+        assert "has 270 tokens, of which 5% are held out; rows of 16 tokens need 320" in message
 
 
 TIMED: dict[str, Any] = {"tokens": None, "teacher": None}
@@ -377,8 +388,8 @@ def test_the_fastest_way_that_fits_is_taken(checkpoint_folder, text, monkeypatch
     network = checkpoint.empty(AutoModelForCausalLM)
     training = Training(calibration=str(text), length=16, batch=4, tokens="1536", rank=rank)
 
-    def planned(limit: str | None) -> Any:
-        return memory.plan_memory(checkpoint, network, training, products=torch.float32, share=4, memory=limit)
+    def planned(limit: str | None, **how: Any) -> Any:
+        return memory.plan_memory(checkpoint, network, training, products=torch.float32, share=4, memory=limit, **how)
 
     limit = planned("1000GB").bytes
     for _ in range(5):
@@ -388,6 +399,9 @@ def test_the_fastest_way_that_fits_is_taken(checkpoint_folder, text, monkeypatch
         if ways[-1] != (1, True):
             limit = planned(f"{limit - 1}B").bytes
     assert ways == [(4, False), (2, False), (1, False), (2, True), (1, True)]
+    # A run goes on as it began, and a limit that a message names is enough.
+    assert planned("1000GB", way=[rank, 2, True]).way == (rank, 2, True)
+    assert planned(re.search(r"at least ([\d.]+ GB)", error_of(planned, "1B"))[1]).rank == rank
     assert ("train adapters with --rank 16" in error_of(planned, f"{limit - 1}B")) == (rank == 0)
     monkeypatch.setattr(memory, "parse_memory", lambda _: limit // 2)
     monkeypatch.setattr(memory, "available_bytes", lambda: limit)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from models import build, logits_of, relative, save
-from outputs import assert_error
+from outputs import assert_error, edit_json
 from secateur import Options, RunOptions, open_checkpoint, prune, retrain, trim
 from secateur.base.progress import Silent
 from secateur.commands import trim as trimming
@@ -75,6 +75,11 @@ def test_trim_prints_sizes_before_and_after(model, tmp_path, run):
     row = [cell.strip() for line in result.out.splitlines() if " vocabulary " in line for cell in line.split("│")]
     assert row[2:5] == [f"{before:,}", f"{after:,}", f"{after / before:.3f}"]
     assert f"Written to {tmp_path / 'out'}" in "".join(result.out.splitlines())
+    shutil.copytree(model, tmp_path / "other")
+    for theta in (10_000.0, 5000.0):
+        edit_json(tmp_path / "other" / "config.json", rope_theta=theta)
+        trim(tmp_path / "other", tmp_path / "out", vocabulary="latin", overwrite=True)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == theta
 
 
 def test_text_of_the_script_keeps_its_tokens_and_logits(model, latin):

@@ -77,6 +77,11 @@ REFUSALS = {
     "other files": ({"overwrite": True}, lambda at: folder_with(at, "thesis.txt", "mine"), "it is not a model folder"),
     "other config": ({"overwrite": True}, lambda at: folder_with(at, "config.json", "{}"), "it is not a model folder"),
     "broken config": ({"overwrite": True}, lambda at: folder_with(at, "config.json", "{"), "it is not a model folder"),
+    "a training": (
+        {"overwrite": True},
+        lambda at: (model_folder(at / "out") / "checkpoint-5").mkdir(),
+        r"not overwritten, because it contains other files \(checkpoint-5\); choose",
+    ),
     "a link to the source": (
         {"overwrite": True, "source": "m"},
         lambda at: (at / "out").symlink_to(model_folder(at / "m")),
@@ -119,6 +124,7 @@ FULL = "Error while serializing: I/O error: No space left on device (os error 28
         (OSError(errno.ENOSPC, "No space left on device"), SecateurError, "the disk is full; free some space"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), SecateurError, "the disk is full"),
         (SafetensorError(FULL), SecateurError, "the disk is full"),
+        (OSError("1114112 requested and 926624 written"), SecateurError, "the disk is full"),
         (SafetensorError("something else"), SafetensorError, "something else"),
     ],
 )

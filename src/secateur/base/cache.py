@@ -1,5 +1,6 @@
 """Files that secateur keeps in the cache of the user: dequantised models, cut vocabularies, measured times."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 from secateur.base.errors import SecateurError
 from secateur.base.files import remove, replace_atomically
 
+_LIST = ".files.json"
+"""File in each folder of the cache with the sizes of the others."""
 ADVICE = "free some space, or set XDG_CACHE_HOME to another folder"
 UNUSED_SECONDS = 30 * 86400
 """A cached folder that was not used for so long is deleted when another one is made."""
@@ -37,10 +40,11 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
         SecateurError: The cache cannot be written.
     """
     folder = cache_folder() / name
-    if folder.is_dir():
+    if _is_whole(folder):
         with suppress(OSError):
             os.utime(folder)
         return folder
+    remove(folder)
     _delete_unused()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +52,22 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
         with replace_atomically(folder, keep_existing=True, advice=ADVICE) as partial:
             partial.mkdir()
             make(partial)
+            sizes = {str(file.relative_to(partial)): file.stat().st_size for file in partial.rglob("*")}
+            (partial / _LIST).write_text(json.dumps(sizes), encoding="utf-8")
     except OSError as error:
         raise SecateurError(
             f"{folder.parent}: the cache cannot be written ({error.strerror or error}); {ADVICE}"
         ) from error
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a folder of the cache has all its files; programs that delete old files may have taken some."""
+    try:
+        sizes = json.loads((folder / _LIST).read_text(encoding="utf-8"))
+        return all((folder / name).is_dir() or (folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 def clear_cache() -> tuple[Path, int]:

@@ -14,6 +14,19 @@ from secateur.base.files import hidden_sibling, real_path, remove, replace_atomi
 from secateur.base.json_files import parse_json
 from secateur.base.words import first_few
 
+_MODEL_FILES = (
+    *("*.json", "*.safetensors", "*.bin", "*.pth", "*.py", "*.jinja", "*.model", "*.tiktoken", "*.md", "*.html"),
+    *(
+        "merges.txt",
+        "vocab.txt",
+        "LICEN[CS]E*",
+        "NOTICE*",
+        "USE_POLICY*",
+        "additional_chat_templates",
+        ".gitattributes",
+    ),
+)
+"""Names and patterns of what is in a folder of a model. A folder with anything else is not replaced."""
 _SPARE_BYTES = 16 * 2**20
 """Free space needed beyond the expected bytes of a folder, for configs and the tokenizer."""
 
@@ -120,6 +133,8 @@ class Output:
         path, is_folder, known = self.path, self.path.is_dir(), self.file_names
         names = sorted(file.name for file in path.iterdir()) if is_folder else [path.name]
         foreign = [name for name in names if known is not None and name not in known]
+        if is_folder and known is None and _is_model(path):
+            foreign = _not_of_a_model(path)
         replaceable = not is_folder or not names or known is not None or _is_model(path)
         exists = "exists and is not empty" if is_folder else "exists"
         wrong_kind = f"a {'folder' if is_folder else 'file'} with this name exists; choose another name"
@@ -147,6 +162,15 @@ def _resumable() -> Iterator[None]:
         yield
     except SecateurError as error:
         raise StoppedError(str(error)) from error
+
+
+def _not_of_a_model(folder: Path) -> list[str]:
+    """Return the names in a model folder that are not files of a model, such as checkpoints of a training."""
+    return sorted(
+        file.name
+        for file in folder.iterdir()
+        if (file.is_dir() and file.name not in _MODEL_FILES) or not any(map(file.match, _MODEL_FILES))
+    )
 
 
 def _is_model(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from secateur.base.errors import SecateurError
 from secateur.base.files import leftovers, real_path, remove
 from secateur.base.run_folder import RunFolder
 
@@ -18,7 +19,8 @@ def clean(out: str | Path) -> list[Path]:
     Raises:
         SecateurError: A run is at work on this output.
     """
-    out = real_path(out)
+    if not (out := real_path(out)).name:
+        raise SecateurError(f"{out}: not an output; name what --out or OUT was in the command that was stopped")
     state = RunFolder(out, {})
     removed = [state.path] if state.path.exists() else []
     state.clean()

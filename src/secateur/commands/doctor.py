@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
@@ -168,7 +168,11 @@ def _try_engine(package: str, request: dict[str, object]) -> tuple[bool, str, li
     done = _run([sys.executable, "-m", doctor_probe.__name__, package, json.dumps(request)])
     if isinstance(done, str):
         return False, done, None
-    result = json.loads(done.stdout.splitlines()[-1])
+    # Some engines print something when Python ends.
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        return False, "ended without a result", None
+    result = json.loads(lines[-1])
     return True, str(result["message"]), result.get("tokens")
 
 
@@ -176,7 +180,9 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str] | str:
     """Run a command, and return its result, or one line about why it failed."""
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | quiet)
+        # The text that a model writes may end in the middle of a character.
+        how: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": TIMEOUT}
+        done = subprocess.run(command, env=os.environ | quiet, **how)
     except subprocess.TimeoutExpired:
         return f"did not finish within {TIMEOUT // 60:.0f} minutes"
     if done.returncode < 0:
