@@ -41,14 +41,16 @@ class Declaration:
 
         Args:
             out: The file or folder.
-            source: Folder of the dense model, which the output must not touch.
+            source: Folder or file of the dense model, which the output must not touch.
             overwrite: Replace an output that exists.
 
         Raises:
             SecateurError: The name has the ending of another format's file.
         """
         if self.suffix is not None:
-            return Output(out, suffix=self.suffix, overwrite=overwrite)
+            # A file may be written into the folder of the model.
+            file = source if source is not None and source.is_file() else None
+            return Output(out, suffix=self.suffix, overwrite=overwrite, source=file)
         if other := next((one for one in FORMATS.values() if one.suffix and out.name.endswith(one.suffix)), None):
             raise SecateurError(
                 f"{out}: the format {self.name} writes a folder; add --format {other.name}, or leave out {other.suffix}"
