@@ -349,7 +349,7 @@ def test_a_time_is_enough_for_one_pass_at_most(train, monkeypatch):
     """A long time would otherwise fill a model with a short text."""
     monkeypatch.setattr(steps, "tokens_in_time", lambda *_: 10**15)
     assert train("out", watcher=(watcher := Notes()), **TIMED, time="1h").tokens == int(0.95 * 900) // 64 * 64
-    assert re.match("Training on 832 tokens: the whole text once, in less than 1h. To train", *watcher.said[2:])
+    assert re.match("Training on 832 tokens: the whole text once, in less than 1h. To use", *watcher.said[2:])
     monkeypatch.setattr(steps, "tokens_for_one_pass", lambda *_: 10**15)
     assert "their ids need 8,000,000.00 GB, but" in error_of(train, "other", **TIMED, time="1h")
 

@@ -33,7 +33,7 @@ class Only:
     ignored: tuple[str, ...] = ()
     """Fields that the command accepts and ignores, so that options can be copied from another command."""
     texts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    """By field, the entries of its `OptionSpec` that differ in this command, such as `help`."""
+    """Entries of a field's `OptionSpec` that differ in this command, such as `help`, by name of the field."""
 
     def selects(self, name: str) -> bool:
         """Return whether a field becomes an option."""

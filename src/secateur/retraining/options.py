@@ -29,8 +29,8 @@ class Training:
         GENERAL,
         CALIBRATION,
         "Text to train on: general, general+TEXT or TEXT, as for secateur prune. TEXT is a file, - for standard "
-        "input, or a data set. A text with fewer tokens than --tokens is used several times, cut into other rows each "
-        "time.",
+        "input, or a data set. A text with fewer tokens than --tokens is read several times, each time cut at other "
+        "places.",
     )
     length: int = option(128, CALIBRATION, "Tokens in each row.")
     seed: int = option(0, CALIBRATION, "Random seed for the rows, their order and the initial adapters.")

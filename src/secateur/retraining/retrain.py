@@ -293,8 +293,8 @@ def _token_count(
     once = tokens_for_one_pass(checkpoint, training, services)
     tokens: int = services.saved_result("tokens", partial(plan_tokens, training.seconds))
     services.watcher.note(
-        f"Training on {tokens:,} tokens: the whole text once, in less than {training.time}. To train for longer, name "
-        "a longer text with --calibration"
+        f"Training on {tokens:,} tokens: the whole text once, in less than {training.time}. To use all of the time, "
+        "name a longer text with --calibration"
         if tokens == once
         else f"Training on {tokens:,} tokens, as many as fit into {training.time}"
     )

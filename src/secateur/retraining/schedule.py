@@ -19,7 +19,7 @@ from secateur.retraining.student import Student
 from secateur.retraining.train import MEASUREMENTS, STEPS_BETWEEN
 
 PLANNED = 0.9
-"""Share of the remaining time that is planned. Checkpoints may take a third of the rest (`pass_checkpoint.SPENT`)."""
+"""Share of the remaining time that is planned. Checkpoints may take a third of what is left (`pass_checkpoint.SPENT`)."""
 
 
 class Seconds(NamedTuple):
@@ -30,7 +30,7 @@ class Seconds(NamedTuple):
     measurement: float
     """Seconds of one measurement of perplexity on the held-out rows."""
     rest: float
-    """All else but measurements: the teacher's blocks are read, and it runs over the held-out rows."""
+    """Time that does not depend on the number of steps: reading the teacher and running it on the held-out rows."""
 
     def steps_in(self, available: float) -> int:
         """Return the largest number of steps for which the available seconds are enough."""
