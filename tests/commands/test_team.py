@@ -169,11 +169,10 @@ def test_a_killed_process_ends_the_others_and_any_number_resume(done, together, 
 
 def test_two_retrain_as_one_and_any_number_resume(together, checkpoint_folder, tmp_path):
     """One of two processes is killed while the teacher runs, or in a step; one process alone goes on."""
-    text, model = tmp_path / "text.txt", tmp_path / "model"
+    text, model, plan = tmp_path / "text.txt", tmp_path / "model", tmp_path / "plan.json"
     text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 4000)[0].tolist()))
-    plan, width = tmp_path / "plan.json", {"kv_groups": 0, "heads_per_group": 0, "channels": 32}
     # The norm before the heads of block 1, which are removed, gets no gradient.
-    plan.write_text(json.dumps({"blocks": [{"block": 1, "width": width}]}))
+    plan.write_text('{"blocks": [{"block": 1, "width": {"kv_groups": 0, "heads_per_group": 0, "channels": 32}}]}')
     how = {"plan": str(plan), "samples": 8, "length": LENGTH, "effort": "quick"}
     prune(checkpoint_folder("llama"), model, calibration=str(text), **how)
     size = ["--length", str(LENGTH), "--batch", "4", "--tokens", "768", "--learning-rate", "1e-3", "--device", "cpu"]

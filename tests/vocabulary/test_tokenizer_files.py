@@ -207,6 +207,8 @@ def _affixes() -> str:
         ("{}", "not a valid tokenizer"),
         ('{"model": {"type": "BPE", "vocab": {}, "merges": ["a b c"]}}', "not a valid tokenizer"),
         ('{"model": {"type": "Unigram", "vocab": [["a"]]}}', "not a valid tokenizer"),
+        ('{"model": {"type": "Unigram", "vocab": [["a", "1"]]}}', "not a valid tokenizer"),
+        ('{"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}}', "not a valid tokenizer"),
         (
             '{"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": [{"id": 4, "content": "<s>"}]}',
             "the added token '<s>' has the id 4, but is loaded with the id 1",
@@ -258,6 +260,7 @@ RENUMBERED: dict[str, Any] = {
 def test_ids_in_configs_are_renumbered():
     assert named_ids(CONFIG, 40) == {1, 2, 3, 5, 8, 13, 21, 34}
     assert renumber_ids(CONFIG, 40, KEPT) == RENUMBERED
+    assert_error("is not a list of pairs", renumber_ids, {"sequence_bias": [[1]]}, 40, KEPT)
 
 
 def test_tokens_whose_ids_code_computes_are_found():

@@ -79,8 +79,8 @@ REFUSALS = {
     "broken config": ({"overwrite": True}, lambda at: folder_with(at, "config.json", "{"), "it is not a model folder"),
     "a training": (
         {"overwrite": True},
-        lambda at: (model_folder(at / "out") / "checkpoint-5").mkdir(),
-        r"not overwritten, because it contains other files \(checkpoint-5\); choose",
+        lambda at: (model_folder(at / "out") / "run-5").mkdir(),
+        "other files .run-5",
     ),
     "a link to the source": (
         {"overwrite": True, "source": "m"},

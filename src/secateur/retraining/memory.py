@@ -137,7 +137,7 @@ def _row_bytes(network: Any, length: int, products: torch.dtype) -> tuple[float,
 
 
 def _inside_bytes(layer: nn.Module, width: int, products: torch.dtype, used: int) -> float:
-    """Return the bytes per token that a block keeps for the backward pass; `used` is the number of experts per token."""
+    """Return the bytes per token that a block keeps for the backward pass; a token uses `used` experts."""
     # Matrices of experts have three dimensions, of which the first counts experts.
     matrices = [value for value in layer.parameters() if value.dim() >= 2]
     kept = sum(sum(value.shape[-2:]) * (used if value.dim() == 3 else 1) for value in matrices)

@@ -19,7 +19,7 @@ from secateur.retraining.student import Student
 from secateur.retraining.train import MEASUREMENTS, STEPS_BETWEEN
 
 PLANNED = 0.9
-"""Share of the remaining time that is planned. Checkpoints may take a third of what is left (`pass_checkpoint.SPENT`)."""
+"""Planned share of the remaining time. Checkpoints may take a third of what is left (`pass_checkpoint.SPENT`)."""
 
 
 class Seconds(NamedTuple):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from secateur.base.errors import SecateurError
 from secateur.vocabulary.kept import KeptTokens
 
 _IDS = re.compile(
@@ -98,12 +99,26 @@ def _every_number(value: Any, change: _Change) -> Any:
 
 def _first_of_pairs(value: Any, change: _Change) -> Any:
     """Change the first item of each pair: `[[ids, bias], ...]`."""
-    return [[_every_number(first, change), second] for first, second in value] if isinstance(value, list) else value
+    return [[_every_number(first, change), second] for first, second in _pairs(value)] if value is not None else None
 
 
 def _second_of_pairs(value: Any, change: _Change) -> Any:
     """Change the second item of each pair: `[[position, id], ...]`."""
-    return [[first, _every_number(second, change)] for first, second in value] if isinstance(value, list) else value
+    return [[first, _every_number(second, change)] for first, second in _pairs(value)] if value is not None else None
+
+
+def _pairs(value: Any) -> list[Any]:
+    """Return a value that is a list of pairs.
+
+    Raises:
+        SecateurError: It is something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise SecateurError(
+            f"generation_config.json: {value!r} is not a list of pairs, as sequence_bias and forced_decoder_ids are; "
+            "correct or remove it"
+        )
+    return value
 
 
 _PAIRS: dict[str, Callable[[Any, _Change], Any]] = {

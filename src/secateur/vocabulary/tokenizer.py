@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
 from secateur.vocabulary.alphabets import Alphabet, Bytes, Characters
@@ -12,7 +14,7 @@ from secateur.vocabulary.bpe import Bpe
 from secateur.vocabulary.inserted_ids import inserted_ids
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.model import TokenModel
-from secateur.vocabulary.normalised import steps_of
+from secateur.vocabulary.normalised import steps_of, with_normalised
 from secateur.vocabulary.scripts import main_scripts
 from secateur.vocabulary.unigram import Unigram
 
@@ -76,10 +78,14 @@ def read_tokenizer(folder: Path) -> StoredTokenizer:
     contents = read_json_object(path)
     side_files = {name: read_json_object(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
     try:
-        return _tokenizer(folder, contents, side_files)
+        tokenizer = _tokenizer(folder, contents, side_files)
+        # The library finds what is not read here.
+        Tokenizer.from_file(str(path))
+        _check_entries(tokenizer)
+        return tokenizer
     except SecateurError as error:
         raise SecateurError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # the tokenizers library raises errors of no other class
         raise SecateurError(f"{path}: not a valid tokenizer ({error!r}); download it again") from error
 
 
@@ -92,6 +98,21 @@ def _tokenizer(folder: Path, contents: dict[str, Any], side_files: dict[str, Any
     added |= _listed(side_files)
     _check_added(model, added)
     return StoredTokenizer(folder, contents, side_files, model, alphabet, added)
+
+
+def _check_entries(tokenizer: StoredTokenizer) -> None:
+    """Check ids, and everything else that is read only later, so that it fails here.
+
+    Raises:
+        ValueError: An id is not a number of a token.
+        Exception: Another entry is not what the tokenizers library writes.
+    """
+    for token in (*tokenizer.model.spellings, *tokenizer.added.values()):
+        if type(token) is not int or token < 0:
+            raise ValueError(f"the id {token!r}")
+    tokenizer.model.fixed()
+    tokenizer.named()
+    with_normalised(frozenset("a"), tokenizer.contents)
 
 
 def _model(stored: dict[str, Any]) -> TokenModel:
