@@ -25,6 +25,7 @@ from outputs import assert_error
 from secateur import BlockStream, Options, prune
 from secateur.base.cache import cached_folder
 from secateur.base.json_files import read_hashed
+from secateur.base.output import Output
 from secateur.base.progress import Silent
 from secateur.commands import resume
 from secateur.commands.clean import clean
@@ -182,6 +183,9 @@ def test_a_damaged_state_is_refused(pattern, how, stopped, checkpoint_folder):
 def test_clean_removes_the_state(stopped, run):
     stopped.mkdir()
     (stopped / "kept").touch()
+    with Output(stopped.parent / "new"):
+        assert "another process is writing this; stop it first" in run("clean", str(stopped.parent / "new")).err
+    (stopped.parent / "new").rmdir()
     for said in (r"Deleted .*\.out\.run", "Nothing to delete"):
         assert re.search(said, run("clean", str(stopped)).out)
     assert [file.name for file in stopped.parent.rglob("*")] == ["out", "kept"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import os
 import secrets
@@ -88,6 +89,31 @@ def leftovers(path: Path) -> list[Path]:
     # A GGUF file is written by way of a folder, which has a hidden path of its own.
     patterns = (f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*", f"..{name}.partial-*")
     return [left for pattern in patterns for left in path.parent.glob(pattern)]
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[Path]:
+    """Lock a file or folder, so that `is_held` is true of it in all processes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some file systems have no locks.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield path
+    finally:
+        os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a process is writing a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def is_disk_full(error: BaseException) -> bool:

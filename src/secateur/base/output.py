@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from secateur.base.errors import SecateurError, StoppedError
-from secateur.base.files import hidden_sibling, real_path, remove, replace_atomically
+from secateur.base.files import held, hidden_sibling, real_path, remove, replace_atomically
 from secateur.base.json_files import parse_json
 from secateur.base.words import first_few
 
@@ -73,7 +73,8 @@ class Output:
         with _resumable():
             self._check_before_writing()
         context = replace_atomically(self.path, _resumable()(self._check_target), resume_path=self.resume_path)
-        return self._create(self._stack.enter_context(context))
+        partial = self._create(self._stack.enter_context(context))
+        return self._stack.enter_context(held(partial))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import leftovers, real_path, remove
+from secateur.base.files import is_held, leftovers, real_path, remove
 from secateur.base.run_folder import RunFolder
 
 
@@ -21,6 +21,8 @@ def clean(out: str | Path) -> list[Path]:
     """
     if not (out := real_path(out)).name:
         raise SecateurError(f"{out}: not an output; name what --out or OUT was in the command that was stopped")
+    if held := [left for left in leftovers(out) if is_held(left)]:
+        raise SecateurError(f"{held[0]}: another process is writing this; stop it first")
     state = RunFolder(out, {})
     removed = [state.path] if state.path.exists() else []
     state.clean()
