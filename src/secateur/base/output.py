@@ -12,21 +12,9 @@ from types import TracebackType
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.files import held, hidden_sibling, real_path, remove, replace_atomically
 from secateur.base.json_files import parse_json
+from secateur.base.model_files import MODEL_FILES
 from secateur.base.words import first_few
 
-_MODEL_FILES = (
-    *("*.json", "*.safetensors", "*.bin", "*.pth", "*.py", "*.jinja", "*.model", "*.tiktoken", "*.md", "*.html"),
-    *(
-        "merges.txt",
-        "vocab.txt",
-        "LICEN[CS]E*",
-        "NOTICE*",
-        "USE_POLICY*",
-        "additional_chat_templates",
-        ".gitattributes",
-    ),
-)
-"""Names and patterns of what is in a folder of a model. A folder with anything else is not replaced."""
 _SPARE_BYTES = 16 * 2**20
 """Free space needed beyond the expected bytes of a folder, for configs and the tokenizer."""
 
@@ -170,7 +158,7 @@ def _not_of_a_model(folder: Path) -> list[str]:
     return sorted(
         file.name
         for file in folder.iterdir()
-        if (file.is_dir() and file.name not in _MODEL_FILES) or not any(map(file.match, _MODEL_FILES))
+        if (file.is_dir() and file.name not in MODEL_FILES) or not any(map(file.match, MODEL_FILES))
     )
 
 

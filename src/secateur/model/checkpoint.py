@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.hashes import hash_json
+from secateur.base.model_files import SIDE_FILES
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import first_few
 from secateur.families.registry import FAMILIES, twin_of
@@ -50,27 +51,6 @@ PREDICTION_HEAD_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_h
 
 _SAMPLE = 4096
 """Number of bytes that the fingerprint reads at each of three places of a tensor."""
-
-_COPIED = (
-    # Licences require these files to accompany the weights.
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
-    "*processor_config.json",
-)
-
-
 _NOT_DECISIVE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Keys of config.json that do not change what the model computes here."""
 
@@ -219,7 +199,7 @@ class Checkpoint(Stored):
     def files(self) -> tuple[Path, ...]:
         """Files besides config and weights that are copied to the output: tokenizer, chat templates, generation
         settings."""
-        wanted = (*_COPIED, "*.py") if self.trust_remote_code else _COPIED
+        wanted = (*SIDE_FILES, "*.py") if self.trust_remote_code else SIDE_FILES
         entries = sorted(self.side_folder.iterdir())
         return tuple(entry for entry in entries if any(fnmatch(entry.name, glob) for glob in wanted))
 
