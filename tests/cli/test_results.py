@@ -177,6 +177,7 @@ def test_json_holds_the_results(place, run):
     stock = {family["name"]: family["stock"] for family in json.loads((place / "families.json").read_text())}
     assert (stock.keys(), stock["olmo2"]) == (FAMILIES.keys(), "as in the dense model")
     assert "families.json: exists" in run("families", "--json", "families.json").err
+    assert run("families", "--json", "families.json", "--overwrite").code == 0
     assert json.loads(run("plan", "model", *SMALL, "--json", "-").out)["sparsity"]["reached"] > 0
     (model,) = json.loads(run("eval", "out", "--json", "-").out)["models"]
     assert model["parameters"] == found["parameters"][1]

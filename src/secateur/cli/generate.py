@@ -18,9 +18,12 @@ from secateur.base.options import OptionSpec, cli_name, option_specs
 from secateur.cli import terminal
 from secateur.cli.terminal import MESSAGES, OutputOptions, set_output_options
 from secateur.cli.values import WHAT_TO_MEASURE, parse_fraction
+from secateur.commands.options import RunOptions
 
 _PANELS = ("Target", "Method", "Calibration", WHAT_TO_MEASURE, "Training", "Output", "Computing", MESSAGES)
 """Panels in the order of the help; panels of plug-ins follow."""
+JSON_ONLY = {"overwrite": {"help": "Replace the file of --json, if it already exists."}}
+"""Help of `--overwrite` in commands without another output."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,10 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
     """Return a function for typer in which each dataclass parameter is replaced by its options, sorted by panel."""
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     groups = {parameter.name: group for parameter in parameters if (group := _group(parameter.annotation))}
-    output = _Group(OutputOptions)
-    options = [entry for group in (*groups.values(), output) for entry in group.parameters()]
+    output, json_only = _Group(OutputOptions), _Group(RunOptions, Only(("overwrite",), texts=JSON_ONLY))
+    overwrites = any("overwrite" in group.specs for group in groups.values())
+    all_groups = [*groups.values(), output, *([] if overwrites else [json_only])]
+    options = [entry for group in all_groups for entry in group.parameters()]
     options.sort(key=lambda entry: _PANELS.index(entry[0]) if entry[0] in _PANELS else len(_PANELS))
     expanded = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters if one.name not in groups]
     expanded += [parameter for _, parameter in options]
@@ -97,7 +102,8 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
         output_options = output.build(values)
         ignored = [option for group in groups.values() for option in group.ignored(values)]
         built = {name: group.build(values) for name, group in groups.items()}
-        set_output_options(output_options, any(getattr(one, "overwrite", False) for one in built.values()))
+        with_overwrite = [*built.values(), *([] if overwrites else [json_only.build(values)])]
+        set_output_options(output_options, any(getattr(one, "overwrite", False) for one in with_overwrite))
         if ignored:
             terminal.log.print(f"Without effect on {function.__name__}: {', '.join(ignored)}")
         function(**values, **built)
