@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from basket import Basket
+from basket import Basket, token_scores
 from secateur import open_checkpoint
 from secateur.measure.loading import load
 from secateur.measure.perplexity import scoring
@@ -47,12 +46,8 @@ def inside_messages(tokenizer: Any, path: str, rows: Tensor) -> Tensor:
 
 def losses(network: Any, rows: Tensor) -> Tensor:
     """Return the negative log-likelihood of each token after the first of its row (rows x length - 1), in nats."""
-    found = []
     with scoring(network):
-        for part in rows.split(8):
-            logits = network(input_ids=part, use_cache=False).logits[:, :-1]
-            found.append(cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none"))
-    return torch.cat(found)
+        return torch.cat([token_scores(network, part, part.shape[1] - 1)[1] for part in rows.split(8)])
 
 
 def main() -> None:

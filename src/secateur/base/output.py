@@ -121,10 +121,10 @@ class Output:
         """Check that the existing file or folder may be replaced."""
         path, is_folder, known = self.path, self.path.is_dir(), self.file_names
         names = sorted(file.name for file in path.iterdir()) if is_folder else [path.name]
+        is_model = is_folder and known is None and _is_model(path)
         foreign = [name for name in names if known is not None and name not in known]
-        if is_folder and known is None and _is_model(path):
-            foreign = _not_of_a_model(path)
-        replaceable = not is_folder or not names or known is not None or _is_model(path)
+        foreign = _not_of_a_model(path) if is_model else foreign
+        replaceable = not is_folder or not names or known is not None or is_model
         exists = "exists and is not empty" if is_folder else "exists"
         wrong_kind = f"a {'folder' if is_folder else 'file'} with this name exists; choose another name"
         self._refuse_if(is_folder == (self.suffix is not None), wrong_kind)

@@ -88,10 +88,10 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
     """Return a function for typer in which each dataclass parameter is replaced by its options, sorted by panel."""
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     groups = {parameter.name: group for parameter in parameters if (group := _group(parameter.annotation))}
-    output, json_only = _Group(OutputOptions), _Group(RunOptions, Only(("overwrite",), texts=JSON_ONLY))
-    overwrites = any("overwrite" in group.specs for group in groups.values())
-    all_groups = [*groups.values(), output, *([] if overwrites else [json_only])]
-    options = [entry for group in all_groups for entry in group.parameters()]
+    output, of_json = _Group(OutputOptions), list[_Group]()
+    if not any("overwrite" in group.specs for group in groups.values()):
+        of_json = [_Group(RunOptions, Only(("overwrite",), texts=JSON_ONLY))]
+    options = [entry for group in (*groups.values(), output, *of_json) for entry in group.parameters()]
     options.sort(key=lambda entry: _PANELS.index(entry[0]) if entry[0] in _PANELS else len(_PANELS))
     expanded = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters if one.name not in groups]
     expanded += [parameter for _, parameter in options]
@@ -102,8 +102,8 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
         output_options = output.build(values)
         ignored = [option for group in groups.values() for option in group.ignored(values)]
         built = {name: group.build(values) for name, group in groups.items()}
-        with_overwrite = [*built.values(), *([] if overwrites else [json_only.build(values)])]
-        set_output_options(output_options, any(getattr(one, "overwrite", False) for one in with_overwrite))
+        all_built = [*built.values(), *(group.build(values) for group in of_json)]
+        set_output_options(output_options, any(getattr(one, "overwrite", False) for one in all_built))
         if ignored:
             terminal.log.print(f"Without effect on {function.__name__}: {', '.join(ignored)}")
         function(**values, **built)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
@@ -181,8 +181,9 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str] | str:
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     try:
         # The text that a model writes may end in the middle of a character.
-        how: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": TIMEOUT}
-        done = subprocess.run(command, env=os.environ | quiet, **how)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, env=os.environ | quiet
+        )
     except subprocess.TimeoutExpired:
         return f"did not finish within {TIMEOUT // 60:.0f} minutes"
     if done.returncode < 0:

@@ -130,9 +130,17 @@ def check_rows(run: OpenRun, rows: CalibrationRows) -> None:
         SecateurError: The calibration text has changed.
     """
     parts = (rows.selection, rows.separate_refit, rows.held_out, rows.random)
-    hashes = [hash_rows(part) for part in parts if part is not None]
-    if run.services.saved_result(ROWS, lambda: hashes) != hashes:
+    check_row_hashes(run.services, run.options.calibration, [hash_rows(part) for part in parts if part is not None])
+
+
+def check_row_hashes(services: Services, source: str, hashes: list[str]) -> None:
+    """Check that the run that is resumed used rows with the same hashes.
+
+    Raises:
+        SecateurError: The text `source` has changed.
+    """
+    if services.saved_result(ROWS, lambda: hashes) != hashes:
         raise SecateurError(
-            f"{run.options.calibration}: the rows of this text are not the rows of the run that was stopped; restore "
+            f"{source}: the rows of this text are not the rows of the run that was stopped; restore "
             "the text, or add --restart to start over"
         )

@@ -30,7 +30,7 @@ from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import CHOICE, run_folder_path
 from secateur.base.services import Services
-from secateur.commands.resume import with_run_folder
+from secateur.commands.resume import check_row_hashes, with_run_folder
 from secateur.formats.folder import open_folder
 from secateur.measure import loading
 from secateur.model.arena import Arena
@@ -313,11 +313,7 @@ def _draw(checkpoint: Checkpoint, training: Training, tokens: int, services: Ser
         SecateurError: They are not the rows with which the run began.
     """
     rows = training_rows(checkpoint, training, tokens, services)
-    if services.saved_result("rows", lambda: hash_rows(rows.train)) != hash_rows(rows.train):
-        raise SecateurError(
-            f"{training.calibration}: the rows of this text are not the rows of the run that was stopped; restore the "
-            "text, or add --restart to start over"
-        )
+    check_row_hashes(services, training.calibration, [hash_rows(rows.train)])
     if rows.passes > 1:
         services.watcher.note(
             f"The text has fewer than the {rows.train.numel():,} tokens to train on, so it is used {rows.passes:,.1f} "
