@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from models import ROWS, load_written, logits_of, relative, token_rows
 from outputs import Notes, assert_error, error_of, record_of, weights_of
+from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError, StoppedError
+from secateur.base.memory import available_bytes, rss_bytes
 from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
@@ -95,6 +97,15 @@ def train(llama: Path, tmp_path: Path, text: Path) -> Callable[..., Any]:
         return retrain(folder, tmp_path / out, **SMALL | {"calibration": str(text)} | changes)
 
     return call
+
+
+class Counting(Silent):
+    """Numbers of training steps that were done before, and that were left."""
+
+    def track(self, items: Any, what: str, done: int = 0) -> Iterator[Any]:
+        if what == "Retrain":
+            self.done, self.left = done, len(items)
+        yield from items
 
 
 class Interrupting(Silent):
@@ -216,7 +227,8 @@ def test_an_interrupted_training_resumes(checkpoint_folder, tmp_path, text, trai
     (state / "optimizer.pt").write_bytes(damaged[:-9])
     assert f"{state}: damaged, so the run cannot be resumed; add --restart" in error_of(train, "out", **how)
     (state / "optimizer.pt").write_bytes(damaged)
-    train("out", **how)
+    train("out", watcher=(progress := Counting()), **how)
+    assert (progress.done, progress.left) == (int(state.name.split("-")[1]), 24 - progress.done)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "whole", "out"}
 
@@ -383,13 +395,14 @@ def test_memory_decides_how_a_step_is_run(checkpoint_folder, tmp_path, train, mo
 @pytest.mark.parametrize("rank", [0, 8])
 def test_the_fastest_way_that_fits_is_taken(checkpoint_folder, text, monkeypatch, rank):
     """As many rows as possible, then one block's insides at a time; more than half of the free memory if need be."""
-    monkeypatch.setattr(memory, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "memory_of", lambda _: (0, 10**12))
     checkpoint, ways = open_checkpoint(checkpoint_folder("llama")), []
     network = checkpoint.empty(AutoModelForCausalLM)
     training = Training(calibration=str(text), length=16, batch=4, tokens="1536", rank=rank)
 
-    def planned(limit: str | None, **how: Any) -> Any:
-        return memory.plan_memory(checkpoint, network, training, products=torch.float32, share=4, memory=limit, **how)
+    def planned(limit: str | None, device: str = "cpu", **how: Any) -> Any:
+        how = {"device": torch.device(device), "products": torch.float32, "share": 4, "memory": limit} | how
+        return memory.plan_memory(checkpoint, network, training, **how)
 
     limit = planned("1000GB").bytes
     for _ in range(5):
@@ -403,9 +416,26 @@ def test_the_fastest_way_that_fits_is_taken(checkpoint_folder, text, monkeypatch
     assert planned("1000GB", way=[rank, 2, True]).way == (rank, 2, True)
     assert planned(re.search(r"at least ([\d.]+ GB)", error_of(planned, "1B"))[1]).rank == rank
     assert ("train adapters with --rank 16" in error_of(planned, f"{limit - 1}B")) == (rank == 0)
-    monkeypatch.setattr(memory, "parse_memory", lambda _: limit // 2)
-    monkeypatch.setattr(memory, "available_bytes", lambda: limit)
-    assert planned(None).bytes == limit
+    monkeypatch.setattr(memory, "memory_of", lambda _: (0, limit))
+    assert planned(None).way == planned(None, "cuda").way == (rank, 1, True)
+
+
+def test_a_gpu_has_memory_of_its_own(checkpoint_folder, text, monkeypatch):
+    """Most of a GPU's free memory is used, and activations of the teacher stay in the machine's memory."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (700, 10**6))
+    assert memory_of(device) == (300, 1000)
+    checkpoint = open_checkpoint(checkpoint_folder("llama"))
+    network, training = checkpoint.empty(AutoModelForCausalLM), Training(calibration=str(text))
+    how: dict[str, Any] = {"products": torch.float32, "share": 8, "memory": None}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**12, 10**12))
+    needed = memory.plan_memory(checkpoint, network, training, device=device, **how).bytes
+    for room, fits in ((1.3, True), (1.2, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, room=room: (round(room * needed), 10**12))
+        plan = memory.plan_memory(checkpoint, network, training, device=device, **how)
+        assert (plan.way == (0, 8, False)) == fits
+        assert abs(plan.spare_bytes - available_bytes() / 2 + rss_bytes()) < available_bytes() / 4
 
 
 def test_adapters_are_trained_if_all_weights_do_not_fit(tmp_path, train, monkeypatch):

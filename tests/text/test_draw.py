@@ -33,13 +33,13 @@ def test_each_fit_uses_its_own_rows(checkpoint_folder, tmp_path, calls_of):
 
 def test_a_model_that_does_not_fit(checkpoint_folder, tmp_path, monkeypatch):
     """The error comes before any text is read; a run without generated rows checks no memory."""
-    monkeypatch.setattr(self_calibration, "free_memory", lambda _: 100_000)
+    monkeypatch.setattr(self_calibration, "memory_of", lambda _: (0, 100_000))
     monkeypatch.setattr(draw, "calibration_rows", lambda *_, **__: pytest.fail("the text was read"))
     for source in ("calibration", "refit_calibration"):
         with pytest.raises(SecateurError, match=r"whole model must be in memory, .* GB are free; calibrate on a text"):
             prune(checkpoint_folder("llama"), tmp_path / "out", **SIZE | {source: "self"})
     monkeypatch.undo()
-    monkeypatch.setattr(self_calibration, "free_memory", lambda _: 100_000)
+    monkeypatch.setattr(self_calibration, "memory_of", lambda _: (0, 100_000))
     prune(checkpoint_folder("llama"), tmp_path / "out", **SIZE)
 
 

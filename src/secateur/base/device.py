@@ -8,6 +8,7 @@ import torch
 
 from secateur.base.errors import SecateurError
 from secateur.base.launcher import process_place
+from secateur.base.memory import available_bytes, rss_bytes
 
 
 def pick_device(name: str) -> torch.device:
@@ -39,6 +40,14 @@ def pick_device(name: str) -> torch.device:
     if device.type == "meta":
         raise SecateurError("device 'meta' computes nothing; use --device auto or cpu")
     return device
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Return the bytes that this process holds in a device's memory, and those that it can have, these included."""
+    if device.type != "cuda":
+        return rss_bytes(), available_bytes()
+    held = torch.cuda.memory_reserved(device)
+    return held, held + torch.cuda.mem_get_info(device)[0]
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

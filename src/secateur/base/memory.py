@@ -43,12 +43,13 @@ class MemoryBudget:
         self.used -= size
 
 
-def parse_memory(amount: str | None) -> int:
+def parse_memory(amount: str | None, available: int | None = None) -> int:
     """Return an amount of memory in bytes.
 
     Args:
         amount: A number with a unit, such as `8GB`, or a share of the free memory, such as `50%`; None for the default
             share.
+        available: Number of bytes of which a share is taken; by default `available_bytes()`.
 
     Raises:
         SecateurError: The text is neither.
@@ -57,8 +58,9 @@ def parse_memory(amount: str | None) -> int:
         >>> parse_memory("1.5GiB")
         1610612736
     """
+    available = available_bytes() if available is None else available
     if amount is None:
-        return round(DEFAULT_SHARE * available_bytes())
+        return round(DEFAULT_SHARE * available)
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     match = re.fullmatch(r"(\d+\.?\d*) *([a-z%]*)", amount.strip().lower())
     # An amount with more digits may be too large for a float.
@@ -66,7 +68,7 @@ def parse_memory(amount: str | None) -> int:
         raise SecateurError(
             f"memory is '{amount}'; write an amount with a unit such as 8GB, or 50% for half of the free memory"
         )
-    return round(float(match[1]) * (units[match[2]] if match[2] != "%" else available_bytes() / 100))
+    return round(float(match[1]) * (units[match[2]] if match[2] != "%" else available / 100))
 
 
 def available_bytes() -> int:

@@ -11,7 +11,14 @@ from secateur.cli.values import OutFolder, PrunedFolder
 from secateur.commands.options import RunOptions
 from secateur.retraining.options import Training
 
-TEXTS = {"device": {"help": "Device to compute on: auto (the first CUDA GPU, otherwise the CPU), cpu or cuda."}}
+TEXTS = {
+    "device": {"help": "Device to compute on: auto (the first CUDA GPU, otherwise the CPU), cpu or cuda."},
+    "memory": {
+        "help": "Upper bound on the memory of this process, of the GPU if it trains there: an amount such as 8GB, or a "
+        "share of the free memory such as 50%. What does not fit is computed again.",
+        "default_text": "half of the free memory, or 80 % of a GPU's",
+    },
+}
 
 
 @expand_options

@@ -464,7 +464,7 @@ class RunOptions:
         None,
         COMPUTING,
         "Upper bound on the memory of this process: an amount such as 8GB, or a share of the free memory such as 50%. "
-        "What does not fit is kept in files or, in secateur retrain, computed again.",
+        "What does not fit is kept in files.",
         default_text="half of the free memory",
     )
     revision: str | None = option(

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError
-from secateur.base.memory import available_bytes, parse_memory, rss_bytes
+from secateur.base.memory import parse_memory, rss_bytes
 from secateur.base.words import format_count
 from secateur.families.registry import experts_of, family_of
 from secateur.model.checkpoint import Checkpoint
@@ -29,6 +30,8 @@ LOSS_BYTES = 12
 KEPT = 1.5
 """Number of values kept for the backward pass, divided by the number of inputs and outputs of all matrices. Activation
 functions and attention keep values too."""
+GPU_SHARE = "80%"
+"""Share of a GPU's free memory to use by default; the rest is for the workspace of its libraries."""
 
 
 class MemoryPlan(NamedTuple):
@@ -41,9 +44,9 @@ class MemoryPlan(NamedTuple):
     recompute: bool
     """Whether only the inputs of blocks are kept for the backward pass; it takes one forward pass more."""
     bytes: float
-    """Bytes that the process is expected to need."""
+    """Bytes that the process is expected to need on the device."""
     spare_bytes: int = 0
-    """Bytes that it may take beyond them, for activations and targets of the teacher."""
+    """Bytes of the machine's memory that it may take beyond them, for activations and targets of the teacher."""
 
     @property
     def way(self) -> tuple[int, int, bool]:
@@ -68,6 +71,7 @@ def plan_memory(
     network: Any,
     training: Training,
     *,
+    device: torch.device,
     products: torch.dtype,
     share: int,
     memory: str | None,
@@ -79,24 +83,28 @@ def plan_memory(
         checkpoint: The pruned model.
         network: The same model without weights.
         training: Rank, batch and length.
+        device: Device of the training, whose memory is planned.
         products: Dtype of matrix products.
         share: Rows of a batch that this process runs.
-        memory: Most memory that the process may take; see `parse_memory`. By default half of the free memory; if that
-            is too little for the smallest plan, as much as this plan needs.
+        memory: Most memory that the process may take; see `parse_memory`. By default half of the free memory, or
+            `GPU_SHARE` of a GPU's; if that is too little for the smallest plan, as much as this plan needs.
         way: Rank, rows that run together and whether blocks are computed again, as the run began; other rows only if
             the number of processes has changed.
 
     Raises:
         SecateurError: One row at a time, or the way in which the run began, needs more than that.
     """
+    (held, available), on_gpu = memory_of(device), device.type == "cuda"
+    limit = parse_memory(GPU_SHARE if memory is None and on_gpu else memory, available)
     for rank in way[:1] or training.ranks:
-        plans = _plans(network, rank, training, products, share)
+        plans = _plans(network, rank, training, products, share, held)
         plans = [plan for plan in plans if (plan.micro_batch, plan.recompute) == tuple(way[1:])] or plans
-        least, limit = plans[-1].bytes, parse_memory(memory)
+        least = plans[-1].bytes
         if memory is None:
-            limit = max(limit, min(round(least), available_bytes()))
+            limit = max(limit, min(round(least), available))
         if found := next((plan for plan in plans if plan.bytes <= limit), None):
-            return found._replace(spare_bytes=round(limit - found.bytes))
+            spare = max(0, parse_memory(None) - rss_bytes()) if on_gpu else limit - found.bytes
+            return found._replace(spare_bytes=round(spare))
     advice = "" if training.rank != 0 else ", or train adapters with --rank 16, which need less"
     # Rounded up, with room for what differs from one start of Python to the next.
     enough = math.ceil(1.02 * least / 1e7) / 100
@@ -106,10 +114,15 @@ def plan_memory(
     )
 
 
-def _plans(network: Any, rank: int, training: Training, products: torch.dtype, share: int) -> list[MemoryPlan]:
-    """Return all ways to run a step with adapters of one rank; the fastest is first and the smallest last."""
+def _plans(
+    network: Any, rank: int, training: Training, products: torch.dtype, share: int, held: int
+) -> list[MemoryPlan]:
+    """Return all ways to run a step with adapters of one rank; the fastest is first and the smallest last.
+
+    `held` is the number of bytes that this process holds now.
+    """
     sent = 0 if share == training.batch else SENT * entries_trained(network, rank)
-    fixed = rss_bytes() + _fixed_bytes(network, rank, products) + sent + TOKEN_BYTES * training.token_count
+    fixed = held + _fixed_bytes(network, rank, products) + sent + TOKEN_BYTES * training.token_count
     whole, outside = _row_bytes(network, training.length, products)
     divisors = {size for size in range(1, isqrt(share) + 1) if share % size == 0}
     sizes = sorted(divisors | {share // size for size in divisors}, reverse=True)

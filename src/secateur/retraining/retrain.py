@@ -113,7 +113,8 @@ def retrain(
         out: The new folder; it appears complete or not at all.
         training: Options of the training; alternatively, give its fields by name (`tokens="1M"`, ...).
         device: `auto` for the first GPU if there is one, or `cpu`.
-        memory: Most memory that the process may take; see `secateur.base.memory.parse_memory`.
+        memory: Most memory that the process may take, on the GPU if it trains there; see
+            `secateur.base.memory.parse_memory`.
         overwrite: Whether to replace a model folder at `out`.
         restart: Whether to discard the state of an earlier, stopped training.
         watcher: Receives progress.
@@ -237,8 +238,8 @@ def _plan_memory(
         raise SecateurError(f"rank is {training.rank}, but no matrix has more than {largest}; use a smaller one, or 0")
 
     def planned(way: Sequence[int] = ()) -> MemoryPlan:
-        how: dict[str, Any] = {"share": training.batch // processes, "products": fast_dtype(device), "memory": memory}
-        return plan_memory(checkpoint, network, training, way=way, **how)
+        how: dict[str, Any] = {"share": training.batch // processes, "memory": memory, "way": way}
+        return plan_memory(checkpoint, network, training, device=device, products=fast_dtype(device), **how)
 
     # A resumed run goes on as it began, even if less memory is free, and all processes do the same.
     way = services.saved_result(CHOICE, lambda: planned().way)

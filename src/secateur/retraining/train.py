@@ -68,7 +68,8 @@ def train(
     if services.processes.is_first:
         _remove_incomplete(folder)
     every = max(-(-steps // MEASUREMENTS), STEPS_BETWEEN)
-    bar = cast("Generator[int, None, None]", services.watcher.track(range(steps), "Retrain"))
+    done = 0 if last is None else _step_of(last)
+    bar = cast("Generator[int, None, None]", services.watcher.track(range(done, steps), "Retrain", done))
     # If the training fails, the bar is closed at once, so that it is not drawn after the error.
     with closing(bar), quiet():
         numbers: Any = [{"at": torch.tensor(row)} for row in range(steps * training.batch)]
@@ -104,7 +105,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         with nullcontext() if services.processes.is_single else connection_errors(), saving_state(folder):
             try:
-                trainer.train(resume_from_checkpoint=last)
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
             except torch.OutOfMemoryError as error:
                 raise StoppedError(
                     "the device is out of memory; add --restart and train adapters with --rank, or use a smaller "
@@ -166,10 +167,6 @@ class _Progress(TrainerCallback):
     def __init__(self, bar: Generator[int, None, None]):
         self._bar = bar
 
-    def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        for _done in range(state.global_step):
-            next(self._bar, None)
-
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         next(self._bar, None)
 
@@ -186,16 +183,21 @@ def _remove_incomplete(folder: Path) -> None:
             remove(checkpoint)
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def _step_of(checkpoint: Path) -> int:
+    """Return the number of steps after which a checkpoint was written, which is part of the folder's name."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
     """Return the folder of the last complete checkpoint.
 
     Raises:
         SecateurError: A file of the checkpoint is damaged, for example after a power failure.
     """
-    checkpoints = sorted(folder.glob(f"checkpoint-*/{LAST_FILE}"), key=lambda file: int(file.parent.name.split("-")[1]))
+    checkpoints = [file.parent for file in folder.glob(f"checkpoint-*/{LAST_FILE}")]
     if not checkpoints:
         return None
-    last = checkpoints[-1].parent
+    last = max(checkpoints, key=_step_of)
     try:
         json.loads((last / LAST_FILE).read_bytes())
         for weights in last.glob("*.safetensors"):
@@ -204,4 +206,4 @@ def _last_checkpoint(folder: Path) -> str | None:
             ZipFile(states).close()
     except (ValueError, OSError, SafetensorError, BadZipFile) as error:
         raise damaged_state(last) from error
-    return str(last)
+    return last

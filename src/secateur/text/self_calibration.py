@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError
-from secateur.base.memory import available_bytes, rss_bytes
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
 from secateur.model.checkpoint import Checkpoint
@@ -67,17 +67,13 @@ def check_self(
     opening_token(checkpoint, tokenizer)
     check_calibration(SELF, length=length, max_positions=checkpoint.max_positions)
     needed = generation_bytes(checkpoint, length=length, cache_bytes=cache_bytes)
-    free = free_memory(device)
+    held, available = memory_of(device)
+    free = available - held
     if needed > free:
         raise SecateurError(
             f"{checkpoint.source}: to write its own text, the whole model must be in memory, {needed / 1e9:,.1f} GB, "
             f"but {free / 1e9:,.1f} GB are free; {ALTERNATIVE}"
         )
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes() - rss_bytes()
 
 
 def generation_bytes(checkpoint: Checkpoint, *, length: int, cache_bytes: float) -> float:
