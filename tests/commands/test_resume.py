@@ -188,6 +188,12 @@ def test_clean_removes_the_state(stopped, run):
     (stopped.parent / "new").rmdir()
     for said in (r"Deleted .*\.out\.run", "Nothing to delete"):
         assert re.search(said, run("clean", str(stopped)).out)
+    (replaced := stopped.with_name(".out.old-1a")).mkdir()
+    # While there is no output, the folder that it was to replace is not deleted.
+    stopped.rename(stopped.with_name("moved"))
+    assert "Nothing to delete" in run("clean", str(stopped)).out
+    stopped.with_name("moved").rename(stopped)
+    assert f"Deleted {replaced}" in run("clean", str(stopped)).out
     assert [file.name for file in stopped.parent.rglob("*")] == ["out", "kept"]
 
 

@@ -84,10 +84,15 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Return unfinished files and folders next to an output, from runs that were killed or are still at work."""
+    """Return hidden files and folders next to an output, from runs that were killed or are still at work.
+
+    These are unfinished outputs, and replaced folders that are not deleted yet.
+    """
     name = glob.escape(path.name)
     # A GGUF file is written by way of a folder, which has a hidden path of its own.
     patterns = (f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*", f"..{name}.partial-*")
+    # Without an output, the run was killed before the new folder was there, and the old one is all that is left.
+    patterns += (f".{name}.old-*",) if path.exists() else ()
     return [left for pattern in patterns for left in path.parent.glob(pattern)]
 
 
