@@ -20,8 +20,9 @@ from conftest import CheckpointFolder
 from models import save, token_rows
 from outputs import error_of, record_of
 from secateur import SecateurError, open_model, prune
+from secateur.base.errors import StoppedError
 from secateur.base.launcher import process_place
-from secateur.base.processes import Processes
+from secateur.base.processes import Processes, connection_errors
 from secateur.base.services import Services
 from secateur.cli.app import app
 from secateur.model.kinds import KINDS
@@ -128,6 +129,13 @@ def test_any_number_of_processes_writes_the_same_bytes(done, name):
 def test_any_number_of_processes_measures_the_same_survey(done):
     one, *others = [(path / "survey.json").read_bytes() for path in done.outputs("survey")]
     assert others == [one, one]
+
+
+def test_only_errors_of_a_connection_name_another_process():
+    for error, named in (("[gloo/transport/tcp/pair.cc:547] Connection closed", True), ("shapes differ", False)):
+        with pytest.raises(RuntimeError if not named else StoppedError) as caught, connection_errors():
+            raise RuntimeError(error)
+        assert ("another process of this run has stopped" in str(caught.value)) == named
 
 
 def test_processes_with_different_options_are_refused(done):

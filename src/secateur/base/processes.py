@@ -232,10 +232,13 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
 
 @contextmanager
 def connection_errors() -> Iterator[None]:
-    """Turn the error of a broken connection into one for the user."""
+    """Turn the error of a broken connection into one for the user; other errors stay as they are."""
     try:
         yield
     except RuntimeError as error:
+        # Gloo raises plain RuntimeErrors, which begin with the path of its source file.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         raise StoppedError(
             "another process of this run has stopped: fix the error that it printed, then run the same command again; "
             "the number of processes may change"
