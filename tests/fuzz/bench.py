@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import secateur.model.pass_checkpoint
 from models import ROWS, SIZES, make_letters, save
@@ -19,6 +19,7 @@ from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES
 from secateur.formats import family_file
+from tiny_tokenizers import KINDS, save_tokenizer
 
 NEVER = 99
 """Number of an item that no run reaches."""
@@ -68,6 +69,16 @@ class Bench:
         """Folder of the smallest model, with a tokenizer that a GGUF file can hold."""
         folder = shutil.copytree(self.tiny, self.place / "letters")
         make_letters().save_pretrained(folder)
+        return folder
+
+    @cache  # noqa: B019
+    def scripts(self, kind: str) -> Path:
+        """Return the folder of the smallest model whose tokenizer has eight scripts, some of which can be cut."""
+        size = max(KINDS[kind]().get_vocab().values()) + 1
+        config = AutoConfig.for_model("llama", **SIZES | NARROW | {"intermediate_size": 24, "vocab_size": size})
+        folder = self.saved(f"llama {kind}", config)
+        file = save_tokenizer(kind, folder) / "tokenizer.json"
+        PreTrainedTokenizerFast(tokenizer_file=str(file)).save_pretrained(folder)
         return folder
 
     @cached_property

@@ -35,6 +35,7 @@ from secateur import (
     prune,
     retrain,
     survey_model,
+    trim,
 )
 from secateur.criteria.registry import all_criteria
 from secateur.families.registry import FAMILIES
@@ -43,6 +44,7 @@ from secateur.measure.evaluation import evaluate
 from secateur.paper.recipe import expand, read_recipe
 from secateur.paper.recipes import FOLDER
 from secateur.retraining.options import Training
+from secateur.vocabulary.map_file import original_ids
 
 CONFIGS = ("llama", "llama biased", "mistral window", "gpt2", "gemma2", "phi3", "opt", "qwen3_moe")
 """Rows whose config.json is damaged."""
@@ -108,6 +110,19 @@ def tokenizer(bench: Bench, rng: random.Random, at: Path) -> None:
         return
     checkpoint = open_checkpoint(folder)
     assert _rows(checkpoint.tokenizer(), bench.text).shape == (4, 8)
+
+
+def trimmed(bench: Bench, rng: random.Random, at: Path) -> None:
+    """Damage a file of the tokenizer, then remove tokens; the others keep their rows of the embedding."""
+    folder = shutil.copytree(bench.scripts(rng.choice(["gpt2", "llama2", "unigram_bytes"])), at / "in")
+    damaged_file(rng, folder / rng.choice(["tokenizer.json", "tokenizer.json", "tokenizer_config.json"]))
+    trim(folder, at / "out", vocabulary=rng.choice(["text", "text:2", "latin"]), calibration=str(bench.text), length=16)
+    dense, cut = open_checkpoint(folder), open_checkpoint(at / "out")
+    name = "model.embed_tokens.weight"
+    assert torch.equal(cut.read(name), dense.read(name)[original_ids(cut)])
+    # A damaged length would be compared with the number of tokens.
+    assert max(cut.tokenizer().backend_tokenizer.encode(TEXT).ids) < cut.config.vocab_size
+    loaded(at / "out")
 
 
 def _rows(words: Any, source: Path) -> Any:
@@ -395,10 +410,11 @@ def drawn(rng: random.Random) -> dict[str, Any]:
 
 
 KINDS: dict[str, tuple[int, Callable[[Bench, random.Random, Path], None]]] = {
-    "safetensors": (12, weights),
+    "safetensors": (10, weights),
     "index": (6, index),
-    "config": (11, config),
+    "config": (10, config),
     "tokenizer": (7, tokenizer),
+    "trim": (3, trimmed),
     "rows": (7, rows),
     "gguf": (7, gguf),
     "plan": (7, plan),

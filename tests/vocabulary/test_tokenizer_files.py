@@ -184,6 +184,7 @@ def test_requests_that_cannot_be_met(tmp_path):
     model["vocab"]["zzz"] = 5000
     stored = read_tokenizer(edit(tmp_path, model=model, added_tokens=[], post_processor=None))
     assert_error("a config names the token id 4000, which is no token", latin, stored, must_keep=frozenset({4000}))
+    assert_error("has a token with the id 5,000, but the model has 901 tokens", Selection, stored, 901)
     (tmp_path / "tokenizer.json").unlink()
     assert_error(r"no tokenizer\.json, .*save_pretrained", read_tokenizer, tmp_path)
 
@@ -191,6 +192,12 @@ def test_requests_that_cannot_be_met(tmp_path):
 def _affixes() -> str:
     tokenizer = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer.to_str()
+
+
+def _padding() -> str:
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.enable_padding(pad_id=7, pad_token="a")
     return tokenizer.to_str()
 
 
@@ -213,6 +220,7 @@ def _affixes() -> str:
             '{"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": [{"id": 4, "content": "<s>"}]}',
             "the added token '<s>' has the id 4, but is loaded with the id 1",
         ),
+        (_padding(), "the post-processor or the padding inserts the id 7, which no token has"),
     ],
 )
 def test_tokenizers_that_cannot_be_cut(contents, message, tmp_path):

@@ -95,11 +95,12 @@ def _check(options: Options, out: str | Path) -> None:
 
 
 def _check_folder(checkpoint: Checkpoint) -> None:
-    """Check what an earlier run has written next to the weights.
+    """Check the tokenizer, and what an earlier run has written next to the weights.
 
     Raises:
-        SecateurError: The record or the map of token ids is damaged.
+        SecateurError: The tokenizer does not load, or the record or the map of token ids is damaged.
     """
+    checkpoint.tokenizer()
     original_ids(checkpoint)
     if "sizes" in read_record(checkpoint.path):
         check_record(checkpoint.path)

@@ -31,7 +31,7 @@ _Counts = Mapping[int, int]
 
 @dataclass(frozen=True)
 class Selection:
-    """Selection of the tokens that are kept."""
+    """Selection of the tokens that are kept; a tokenizer with tokens that the model lacks raises `SecateurError`."""
 
     tokenizer: StoredTokenizer
     rows: int
@@ -40,6 +40,14 @@ class Selection:
     """Ids that config.json and other files name."""
     multiple: int = 64
     """The number of kept tokens is rounded up to a multiple of this number."""
+
+    def __post_init__(self) -> None:
+        # Added tokens may lie beyond the rows: they are for inputs of other kinds, or for training.
+        if (largest := max(self.tokenizer.model.spellings)) >= self.rows:
+            raise SecateurError(
+                f"{self.tokenizer.folder}: the tokenizer has a token with the id {largest:,}, but the model has "
+                f"{self.rows:,} tokens; use the tokenizer of this model"
+            )
 
     def by_scripts(self, scripts: tuple[str, ...], counts: _Counts | None = None) -> KeptTokens:
         """Keep the tokens that can occur in texts of some scripts.

@@ -105,13 +105,15 @@ def _check_entries(tokenizer: StoredTokenizer) -> None:
 
     Raises:
         ValueError: An id is not a number of a token.
+        SecateurError: The tokenizer inserts an id that no token has.
         Exception: Another entry is not what the tokenizers library writes.
     """
     for token in (*tokenizer.model.spellings, *tokenizer.added.values()):
         if type(token) is not int or token < 0:
             raise ValueError(f"the id {token!r}")
     tokenizer.model.fixed()
-    tokenizer.named()
+    if unknown := tokenizer.named() - {*tokenizer.model.spellings, *tokenizer.added.values()}:
+        raise SecateurError(f"the post-processor or the padding inserts the id {min(unknown)}, which no token has")
     with_normalised(frozenset("a"), tokenizer.contents)
 
 
