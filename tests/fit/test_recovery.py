@@ -18,6 +18,7 @@ from secateur.fit.loop import refit
 from secateur.fit.method import Method
 from secateur.fit.recoveries.refit import Refit
 from secateur.fit.recovery import Recovery, all_recoveries, recovery_of
+from secateur.fit.target import ModuleTarget
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
 from secateur.model.rows import Rows
@@ -253,6 +254,23 @@ def assert_equal_fits(found: list[FittedBlock], wanted: list[FittedBlock], toler
         assert all(relative(one.changed[path], two.changed[path]) < tolerance for path in two.changed)
         errors = [report.relative for report in two.reports]
         assert [report.relative for report in one.reports] == pytest.approx(errors, rel=10 * tolerance, abs=1e-7)
+
+
+def test_a_bias_that_stays_is_no_inherited_error(checkpoint_folder, monkeypatch):
+    """Nothing is inherited by the first attention, which keeps its bias, so all tokens count alike."""
+    weights, find = [], ModuleTarget._weights
+
+    def found(target: ModuleTarget, *given: Tensor) -> Tensor | None:
+        weights.append((target.module.kind, target.state.index, find(target, *given)))
+        return weights[-1][-1]
+
+    monkeypatch.setattr(ModuleTarget, "_weights", found)
+    stream = BlockStream(open_checkpoint(checkpoint_folder("bloom")))
+    plan = Plan({0: stream.blocks[0].width | {"channels": 40}}, 0.1, 0.1)
+    list(refit(stream, plan, IDS, method=Method("surgeon", recovery_of("refit"))))
+    first = [values for *place, values in weights if place == ["heads", 0]]
+    assert first
+    assert all((values > 0.99).all() for values in first)
 
 
 def test_tokens_with_a_large_inherited_error_get_smaller_weights(checkpoint_folder):

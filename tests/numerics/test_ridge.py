@@ -306,3 +306,4 @@ def test_equations_without_a_solution_and_without_inputs():
         least_squares(case.normal(0.3), torch.arange(6))
     with pytest.raises(FloatingPointError, match="not positive definite"):
         factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]))
+    assert torch.isfinite(factorise(torch.tensor([[1.0, 1.05], [1.05, 1.0]]))).all()

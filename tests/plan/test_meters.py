@@ -251,3 +251,5 @@ def test_each_target_has_its_meter(opened, monkeypatch):
     for target in ("kv=80%", "decode=2x"):
         said = "attend to keys and values of other blocks"
         assert_error(said, meter_of, parse_target(target), opened("gemma4_text small"), **how)
+    said = "heads have another size in some blocks"
+    assert_error(said, meter_of, parse_target("kv=80%"), opened("gemma4_text"), **how)

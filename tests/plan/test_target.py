@@ -50,6 +50,7 @@ def test_a_target_is_parsed(text, value, relative):
         ("bytes=60M", "'M' is not a unit of bytes.*bytes=60MB"),
         ("params=-5M", "at least 1"),
         ("params=0.8", "write 80% for a share"),
+        ("params=0.07", "write 7% for a share"),
         ("params=0%", "between 0% and 100%"),
         ("params=100%", "between 0% and 100%"),
         ("prefill=1x", "above 1x"),

@@ -244,6 +244,13 @@ def estimated(dense: Tensor, others: list[Tensor], seed: int = 0) -> Tensor:
     return torch.stack(found)
 
 
+def test_a_sure_model_gives_exact_divergences():
+    """All probability lies on tokens that are selected anyway, so that the drawn ones have no weight."""
+    dense, change = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0))
+    dense, other = 1000 * dense, 1000 * dense + change
+    torch.testing.assert_close(estimated(dense, [other])[:, 0], exact(dense, other), rtol=1e-3, atol=1e-3)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**31), st.integers(1, LIKELY_TOKENS + DRAWN_TOKENS), st.floats(1e-3, 30), st.floats(1e-4, 20))
 def test_a_small_vocabulary_gives_exact_divergences(seed, size, spread, change):

@@ -90,6 +90,7 @@ def leftovers(path: Path) -> list[Path]:
     """
     name = glob.escape(path.name)
     # A GGUF file is written by way of a folder, which has a hidden path of its own.
+    patterns: tuple[str, ...]
     patterns = (f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*", f"..{name}.partial-*")
     # Without an output, the run was killed before the new folder was there, and the old one is all that is left.
     patterns += (f".{name}.old-*",) if path.exists() else ()

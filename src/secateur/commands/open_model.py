@@ -142,14 +142,14 @@ class OpenRun:
         """Return the criterion of every module; a criterion that needs gradients takes one backward pass per purpose.
 
         Args:
-            purpose: Name of the step that needs the criteria; gradient scores are cached under this name.
+            purpose: Name of the step that needs the criteria; gradient scores are cached by step, criterion and blocks.
             rows: Rows of the backward pass.
             first: Heads that are removed before all others.
             exact: Whether the plan names the units to keep, so that no gradients are needed.
             blocks: Blocks of the backward pass; all of them by default.
         """
         name = self.options.criterion_name
-        key = f"{purpose} {blocks}"
+        key = f"{purpose} {name} {blocks}"
         if Criteria(name).needs_gradients and not exact and key not in self.gradients:
             self.gradients[key] = gradient_scores(self.stream, rows, name, blocks=blocks)
         return Criteria(name, self.gradients.get(key), first.candidates if first else None)
@@ -217,10 +217,12 @@ def open_run(
     if SELF in options.sources:
         cache_bytes = cache_meter(stream, checkpoint.dtype).dense
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cache_bytes, device=device)
+    # There are about as many resampled rows as rows of text.
+    rows = max(options.samples, options.refit_rows or 0) * (2 if options.resampled_fits else 1)
     memory, activations = memory_limit(
         stream,
         run_options.memory,
-        tokens=max(options.samples, options.refit_rows or 0) * options.length // services.processes.size,
+        tokens=rows * options.length // services.processes.size,
         input_steps=options.recovery_settings.input_steps > 0,
         separate_choice=options.separate_choice,
     )

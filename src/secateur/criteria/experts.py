@@ -25,10 +25,10 @@ from secateur.model.mixture import Routes
 from secateur.model.structure import PrunableModule
 
 MAX_TOKENS = 4096
-"""Largest number of calibration tokens from which an order is computed; each of these tokens runs through many
-experts."""
-STEP = 16
-"""Divisor of the number of experts that gives the number removed per round: one in sixteen."""
+"""Number of calibration tokens, at least, from which an order is computed if there are as many; fewer than twice as
+many. Each of these tokens runs through many experts."""
+ROUNDS = 16
+"""Number of rounds in which all experts would be removed, if their number is a multiple of it."""
 
 
 class ExpertOrder(NamedTuple):
@@ -41,7 +41,7 @@ class ExpertOrder(NamedTuple):
 
 def experts_per_round(module: PrunableModule) -> int:
     """Return how many experts are removed per round, a multiple of the number of groups."""
-    return max(module.groups, module.units // STEP // module.groups * module.groups)
+    return max(module.groups, module.units // ROUNDS // module.groups * module.groups)
 
 
 def expert_order(name: str, routed: RoutedTokens, stop: int, seed: int = 0) -> ExpertOrder:

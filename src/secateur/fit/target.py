@@ -80,10 +80,11 @@ class ModuleTarget:
         target = self._target(z_btd, at).reshape(-1, z_btd.shape[-1])
         scale = self.norm.inverse_rms(z_btd)
         scale = None if scale is None else scale.reshape(-1, 1)
+        weights = self._weights(target, z_btd)
         if self.module.bias is not None and not self.fits_bias:
             bias = self.norm.scale(self.state.tensors[self.module.bias])
             target = target - (bias if scale is None else bias * scale)
-        return BatchTarget(target, scale, self._weights(target, z_btd))
+        return BatchTarget(target, scale, weights)
 
     def _dense_output(self, at: Batch) -> Tensor:
         """Return the output of the dense output projection (b x t x d)."""
@@ -120,6 +121,8 @@ class ModuleTarget:
 
     def _weights(self, target_nd: Tensor, z_btd: Tensor) -> Tensor | None:
         """Return Cauchy weights of the tokens, 1 / (1 + e_n / (c median(e))), with e_n the inherited squared error.
+
+        Both the target and the dense output contain the bias. The median is over the tokens of the batch.
 
         The inherited error has heavy tails: a few tokens whose massive activation was missed carry errors that no later
         module can repair, and in ordinary least squares these tokens would dominate every later fit. Weights are equal

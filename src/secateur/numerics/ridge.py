@@ -175,7 +175,9 @@ def _least_eigenvalue(factor_aa: Tensor) -> float:
 
 
 def factorise(matrix_aa: Tensor) -> Tensor:
-    """Return the lower Cholesky factor; a matrix that rounding made indefinite gets the smallest sufficient jitter.
+    """Return the lower Cholesky factor; the diagonal of a matrix that rounding made indefinite is raised.
+
+    It is raised by ten times more until that suffices.
 
     Raises:
         FloatingPointError: The matrix is far from positive definite.
@@ -183,10 +185,10 @@ def factorise(matrix_aa: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix_aa)
     jitter = torch.finfo(matrix_aa.dtype).eps * len(matrix_aa)
     while bool(failed):
-        factor, failed = torch.linalg.cholesky_ex(matrix_aa + jitter * torch.diag_embed(matrix_aa.diagonal()))
-        jitter *= 10
         if jitter > 1:
             raise FloatingPointError("the normal equations are not positive definite; are activations finite?")
+        factor, failed = torch.linalg.cholesky_ex(matrix_aa + jitter * torch.diag_embed(matrix_aa.diagonal()))
+        jitter *= 10
     return factor
 
 

@@ -112,6 +112,10 @@ def _unsupported_quantity(stream: BlockStream, target: Target) -> str | None:
             "params or bytes",
         ),
         (
+            target.quantity == "kv" and len({module.size for module in modules if KV_GROUPS in module.removed}) > 1,
+            "heads have another size in some blocks, so that the KV cache is not measured; use params or bytes",
+        ),
+        (
             is_time and any(module.experts_per_token for module in modules),
             "the time of experts depends on the tokens that are routed to them and is not measured; use params, bytes "
             "or kv",

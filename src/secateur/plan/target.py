@@ -93,7 +93,7 @@ class Target:
     def _problem(self) -> str | None:
         """Return what is wrong with the value; None if it is possible."""
         if not self.relative:
-            share = f" (write {_plain(100 * self.value)}% for a share)" if 0 < self.value < 1 else ""
+            share = f" (write {_plain(100 * Decimal(str(self.value)))}% for a share)" if 0 < self.value < 1 else ""
             return None if self.value >= 1 else f"the value must be at least 1{share}"
         if _SPELLINGS[self.quantity].is_ratio:
             ratio = "speed-up" if self.quantity in SPEEDUPS else "ratio to the dense model's perplexity"

@@ -26,12 +26,6 @@ CHUNK = 2**19
 ATTENTION_NAME = "secateur_watched"
 """Name of the attention function in configs."""
 
-Distance = Callable[[Tensor], Tensor]
-"""Function from attention probabilities (h x n x k) to the distances between all pairs of heads.
-
-Distances are summed over the n attention rows (h x h, float64); they are symmetric, with zeros on the diagonal.
-"""
-
 
 def jensen_shannon(probabilities_hnk: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergences between all pairs of heads in nats, summed over rows (h x h).
@@ -60,7 +54,6 @@ def head_distances(
     rows: Tensor | Rows,
     *,
     blocks: range | None = None,
-    distance: Distance = jensen_shannon,
     watcher: Watcher | None = None,
 ) -> dict[int, Tensor]:
     """Return the mean distances between the attention probabilities of all pairs of query heads in each block.
@@ -69,7 +62,6 @@ def head_distances(
         stream: The dense model.
         rows: Calibration tokens (rows x length), or several groups of them with token weights.
         blocks: Indices of the blocks; by default all.
-        distance: Distance between attention probabilities; by default the Jensen-Shannon divergence in nats.
         watcher: Display of progress.
 
     Returns:
@@ -101,7 +93,7 @@ def head_distances(
                         use("eager")
                         hidden[batch] = stream.run_through(index, layer, hidden[batch], batch.group)
                         continue
-                    with _record_distances(layer, attention.path, distance) as parts:
+                    with _record_distances(layer, attention.path) as parts:
                         use(ATTENTION_NAME)
                         hidden[batch] = stream.run_through(index, layer, hidden[batch], batch.group)
                     sums.append(batch.weight * torch.stack(parts).sum(0, keepdim=True))
@@ -125,7 +117,7 @@ def _implementation(config: Any) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _record_distances(layer: nn.Module, path: str | None, distance: Distance) -> Iterator[list[Tensor]]:
+def _record_distances(layer: nn.Module, path: str | None) -> Iterator[list[Tensor]]:
     """Record the distances between the heads of a block's attention while the block runs.
 
     Yields:
@@ -151,7 +143,7 @@ def _record_distances(layer: nn.Module, path: str | None, distance: Distance) ->
                 module, query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], mask_part, **options
             )
             outputs.append(output)
-            parts.append(distance(probabilities.transpose(0, 1).flatten(1, 2)))
+            parts.append(jensen_shannon(probabilities.transpose(0, 1).flatten(1, 2)))
         return torch.cat(outputs, 1), None
 
     ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME] = attend

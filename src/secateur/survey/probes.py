@@ -115,7 +115,9 @@ class ProbeStreams:
                 generator = torch.Generator().manual_seed(self._first + row)
                 parts = (dense, *(hidden.parts[0] for hidden in self.hidden))
                 streams = torch.stack([part[row][POSITION_STRIDE - 1 :: POSITION_STRIDE] for part in parts])
-                tokens, shares = sampled_tokens(head(streams[0]), generator)
+                logits = head(streams[0])
+                self._check_finite(logits)
+                tokens, shares = sampled_tokens(logits, generator)
                 found = []
                 for place, (ids, weights) in enumerate(zip(tokens, shares, strict=True)):
                     with self.stream.fewer_logits(ids):
@@ -125,11 +127,15 @@ class ProbeStreams:
         totals = self.stream.processes.gather(torch.cat(row_sums)).sum(0)
         for hidden in self.hidden:
             self.arena.release(hidden)
-        if not torch.isfinite(totals).all():
-            source = self.stream.checkpoint.source
-            raise SecateurError(f"{source}: NaN or infinite logits: the last norm or the output layer is broken")
+        self._check_finite(totals)
         means = (totals / self._count).tolist()
         return [replace(probe, divergence=value) for probe, value in zip(self.begun, means, strict=True)]
+
+    def _check_finite(self, values: Tensor) -> None:
+        """Raise `SecateurError` if logits, or divergences of them, are NaN or infinite."""
+        if not torch.isfinite(values).all():
+            source = self.stream.checkpoint.source
+            raise SecateurError(f"{source}: NaN or infinite logits: the last norm or the output layer is broken")
 
 
 def sampled_tokens(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -152,7 +158,9 @@ def sampled_tokens(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, 
     shares = logits.float().softmax(-1)
     likely = shares.topk(LIKELY_TOKENS, -1)
     rest = shares.scatter(-1, likely.indices, 0.0)
-    drawn = torch.multinomial(rest.cpu(), DRAWN_TOKENS, replacement=True, generator=generator).to(rest.device)
+    # Where no probability is left, any token may be drawn, as its weight is zero.
+    some = rest.cpu().clamp_min(torch.finfo(rest.dtype).tiny)
+    drawn = torch.multinomial(some, DRAWN_TOKENS, replacement=True, generator=generator).to(rest.device)
     remaining = rest.double().sum(-1, keepdim=True)
     weights = torch.cat([likely.values.double(), (remaining / DRAWN_TOKENS).expand(-1, DRAWN_TOKENS)], -1)
     return torch.cat([likely.indices, drawn], -1), weights / weights.sum(-1, keepdim=True)
