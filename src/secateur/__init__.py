@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from secateur.commands.trim import trim
     from secateur.commands.write_model import write_model
     from secateur.formats.per_layer import register
-    from secateur.measure import perplexity, speed
+    from secateur.measure import perplexity, speeds
     from secateur.model.checkpoint import open_checkpoint
     from secateur.model.rows import Rows
     from secateur.model.stream import BlockStream
@@ -57,7 +57,7 @@ _MODULES = {
     "calibration_rows": "secateur.text.calibration",
     "consecutive_rows": "secateur.text.calibration",
     "perplexity": "secateur.measure",
-    "speed": "secateur.measure",
+    "speeds": "secateur.measure",
     "register": "secateur.formats.per_layer",
     "SecateurError": "secateur.base.errors",
 }
@@ -66,7 +66,7 @@ _MODULES = {
 __all__ = ["Bars", "BlockStream", "Options", "Rows", "RunOptions", "SecateurError"]
 __all__ += ["calibration_rows", "choose_tokens", "consecutive_rows", "draw_rows", "fit_blocks", "open_checkpoint"]
 __all__ += ["open_model", "perplexity", "plan_widths", "propose", "prune", "prune_model", "register", "retrain"]
-__all__ += ["speed", "survey_model", "trim", "write_model"]
+__all__ += ["speeds", "survey_model", "trim", "write_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -65,7 +65,7 @@ def test_experts_are_read_one_at_a_time_if_there_is_no_room(checkpoint_folder, t
     assert bytes_of(tmp_path / "roomy") == bytes_of(tmp_path / "narrow")
 
 
-@pytest.mark.parametrize("wrong", ["", "8", "lots", "8 parsecs", "-1GB", "8%GB"])
+@pytest.mark.parametrize("wrong", ["", "8", "lots", "8 parsecs", "-1GB", "8%GB", "101%", 10**9])
 def test_an_invalid_amount_of_memory_is_refused(wrong):
     assert_error(r"memory is .*; write an amount with a unit such as 8GB, or 50%", amounts.parse_memory, wrong)
 

@@ -62,7 +62,11 @@ def test_a_file_is_only_for_prune(checkpoint_folder):
     model = opened(checkpoint_folder("llama"))
     assert_error("format gguf is a file", prune_model, model, None, **OPTIONS, format="gguf", widths="uniform")
     assert_error("vocabulary changes the tokenizer too", prune_model, model, None, **OPTIONS, vocabulary="latin")
-    assert_error("dry_run is for prune", prune_model, model, None, **OPTIONS, dry_run=True)
+    assert_error(
+        "calibration 'self' reads the model from a", prune_model, model, None, **OPTIONS | {"calibration": "self"}
+    )
+    for name in ("dry_run", "overwrite"):
+        assert_error(f"{name} is for prune", prune_model, model, None, **OPTIONS, **{name: True})
     assert_error("needs a tokenizer", prune_model, model, None, **OPTIONS | {"calibration": "general"})
 
 
@@ -70,6 +74,11 @@ def test_models_that_cannot_be_read_are_refused(checkpoint_folder):
     assert_error("int is not a language model", prune_model, 3, None, **OPTIONS)
     adapted = get_peft_model(opened(checkpoint_folder("llama")), LoraConfig(target_modules=["q_proj"]))
     assert_error("adapters; call merge_and_unload", prune_model, adapted, None, **OPTIONS)
+    untied = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama tied"))
+    untied.lm_head.weight = torch.nn.Parameter(2 * untied.lm_head.weight)
+    assert_error(
+        "lm_head.weight is another tensor than model.embed_tokens.weight", prune_model, untied, None, **OPTIONS
+    )
     assert_error("is not in memory", prune_model, opened(checkpoint_folder("llama")).to("meta"), None, **OPTIONS)
 
 
@@ -106,6 +115,27 @@ def test_steps_and_command_write_the_same_bytes(case, tmp_path, checkpoint_folde
 def test_an_unknown_option_is_refused(tmp_path, checkpoint_folder):
     with pytest.raises(TypeError, match="no option 'fits'; the options are sparsity, target"):
         secateur.prune(checkpoint_folder("llama"), tmp_path / "out", fits=2)
+
+
+def test_arguments_of_another_type_are_refused(tmp_path, checkpoint_folder):
+    for given in (0.25, {"sparsity": 0.25}, RunOptions()):
+        with pytest.raises(
+            TypeError, match=r"is not an object of Options; give options by name, such as sparsity=0.25"
+        ):
+            secateur.prune(checkpoint_folder("llama"), tmp_path / "out", given)
+    assert Options(modules=["heads"]) == Options(modules="heads") == Options(modules=("heads",))
+
+
+def test_public_names_are_classes_and_functions():
+    assert all(callable(getattr(secateur, name)) for name in secateur.__all__)
+
+
+def test_a_proposal_is_written_to_a_path_in_text(tmp_path, checkpoint_folder):
+    own = {name: value for name, value in OPTIONS.items() if name != "device"}
+    proposal = secateur.propose(checkpoint_folder("llama"), Options(**own), out=str(tmp_path / "plan.json"))
+    assert (tmp_path / "plan.json").exists()
+    # What a notebook asks a figure for.
+    assert proposal.plot()._repr_png_().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

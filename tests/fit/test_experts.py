@@ -138,6 +138,7 @@ def test_expert_scores_equal_their_formulas(checkpoint_folder):
             found = expert_order(name, routed, 3)
             assert found.order == tuple(sorted(range(8), key=wanted.__getitem__)[:5])
             assert parse_choice(name).experts == name
+            assert parse_choice(f"experts={name},heads=l1, channels=l2").experts == name
         assert expert_order("random", routed, 3, seed=1) != expert_order("random", routed, 3, seed=2)
 
 

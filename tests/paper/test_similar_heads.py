@@ -220,6 +220,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "heads=l1"}, "write a criterion for each as heads=X,channels=Y"),
     ({"criterion": "heads=l1,channels=similarity", "tau": 0.1}, "the criterion of channels must be one of surgeon"),
     ({"criterion": "l1,experts=reap,experts=random"}, "the criterion of experts must be one of reroute, reap"),
+    ({"criterion": "reap, experts=random"}, "reap and random are both for experts; name one"),
     ({"tau": 0.2}, "tau is an option of --criterion similarity: add that, or leave --tau out"),
     ({"criterion": "similarity"}, "similarity needs a threshold: add --tau, for example 0.19"),
     ({"criterion": "similarity", "tau": 0}, "tau is 0; it must be above 0 and at most ln 2 = 0.6931"),

@@ -375,6 +375,11 @@ def test_damaged_targets_are_noticed(tmp_path, train):
     train("out", restart=True, teacher=None)
 
 
+def test_settings_beside_a_training_are_refused(llama, tmp_path):
+    with pytest.raises(TypeError, match="tokens is given together with Training; set it in that object"):
+        retrain(llama, tmp_path / "out", Training(), tokens="1k")
+
+
 def test_memory_decides_how_a_step_is_run(checkpoint_folder, tmp_path, train, monkeypatch):
     """Fewer rows at a time, then only inputs of blocks are kept; the weights are the same up to rounding."""
     folder = pruned(checkpoint_folder("llama"), tmp_path / "pruned", dtype="float32")

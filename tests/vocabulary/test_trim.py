@@ -75,6 +75,9 @@ def test_trim_prints_sizes_before_and_after(model, tmp_path, run):
     row = [cell.strip() for line in result.out.splitlines() if " vocabulary " in line for cell in line.split("│")]
     assert row[2:5] == [f"{before:,}", f"{after:,}", f"{after / before:.3f}"]
     assert f"Written to {tmp_path / 'out'}" in "".join(result.out.splitlines())
+    for others in ({"sparsity": 0.5}, {"dry_run": True}):
+        said = f"{next(iter(others))} has no effect on trim"
+        assert_error(said, trim, model, tmp_path / "more", vocabulary="latin", **others)
     shutil.copytree(model, tmp_path / "other")
     for theta in (10_000.0, 5000.0):
         edit_json(tmp_path / "other" / "config.json", rope_theta=theta)

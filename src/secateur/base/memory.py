@@ -62,9 +62,10 @@ def parse_memory(amount: str | None, available: int | None = None) -> int:
     if amount is None:
         return round(DEFAULT_SHARE * available)
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    match = re.fullmatch(r"(\d+\.?\d*) *([a-z%]*)", amount.strip().lower())
+    match = re.fullmatch(r"(\d+\.?\d*) *([a-z%]*)", str(amount).strip().lower())
     # An amount with more digits may be too large for a float.
-    if match is None or match[2] not in (*units, "%") or not match[2] or len(match[1]) > 18:
+    known = match is not None and match[2] in (*units, "%") and match[2] and len(match[1]) <= 18
+    if match is None or not known or (match[2] == "%" and float(match[1]) > 100):
         raise SecateurError(
             f"memory is '{amount}'; write an amount with a unit such as 8GB, or 50% for half of the free memory"
         )

@@ -80,6 +80,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     wrong_bool = isinstance(value, bool) != (accepted is bool)
     if wrong_bool or not isinstance(value, accepted) or not all(isinstance(item, str) for item in items):
         raise SecateurError(f"{name} is {value!r}; it must be {description}")
+    if declared is tuple:
+        return tuple(items)
     if isinstance(value, Integral) and abs(int(value)) >= 2**63:
         raise SecateurError(f"{name} is a number of more than 18 digits; choose a smaller one")
     if not isinstance(value, Real) or isinstance(value, int | float):

@@ -44,6 +44,7 @@ def propose(
     Raises:
         SecateurError: The model or an option is wrong, or no plan meets the target.
     """
+    out = None if out is None else Path(out)
     if options.targets_perplexity:
         raise SecateurError(
             "only secateur prune can reach a target of perplexity, because it prunes to several sizes; its "

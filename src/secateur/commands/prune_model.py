@@ -18,9 +18,9 @@ from secateur.commands.write_model import pruned_model
 from secateur.formats.folder import Folder
 from secateur.model.in_memory import checkpoint_in_memory
 from secateur.text.calibration import check_calibration
-from secateur.text.sources import RANDOM
+from secateur.text.sources import RANDOM, SELF
 
-REFUSED = ("dry_run", "push_to_hub", "restart", "trust_remote_code", "revision")
+REFUSED = ("dry_run", "overwrite", "push_to_hub", "restart", "trust_remote_code", "revision")
 """Options that make no sense for a model in memory."""
 
 
@@ -85,6 +85,8 @@ def _check(options: Options, run_options: RunOptions, tokenizer: Any) -> None:
         )
     if options.output_format.suffix is not None:
         raise SecateurError(f"format {options.format} is a file; save the pruned model, then call export")
+    if SELF in options.sources:
+        raise SecateurError("calibration 'self' reads the model from a folder; save the model, and call prune")
     for source in dict.fromkeys(options.sources):
         if tokenizer is None and source != RANDOM:
             raise SecateurError(f"calibration {source} needs a tokenizer; pass the model's, or calibration='random'")

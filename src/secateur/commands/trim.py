@@ -7,6 +7,7 @@ import secateur
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import existing_path
+from secateur.base.options import changed_options, option_specs
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.services import Services
@@ -27,6 +28,11 @@ from secateur.vocabulary.wanted import parse_vocabulary
 from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.record import RECORD, read_record, tokens_kept
 from secateur.write.shards import ShardWriter, header_bytes_for
+
+USED = ("vocabulary", "calibration", "length")
+"""Options that decide the result."""
+RUN_USED = ("device", "revision", "overwrite", "trust_remote_code")
+"""Other options that have an effect."""
 
 
 def trim(
@@ -53,6 +59,7 @@ def trim(
     """
     options, run_options = with_settings(options, run_options, settings)
     services, device = Services(watcher=watcher or Silent()), pick_device(run_options.device)
+    _check_names(options, run_options)
     _check(options, out)
     with busy_reading(services.watcher, "Opening", str(model)):
         checkpoint = open_checkpoint(
@@ -77,6 +84,14 @@ def trim(
         vocabulary.bits_per_byte,
         loading.line,
     )
+
+
+def _check_names(options: Options, run_options: RunOptions) -> None:
+    """Raise `SecateurError` for an option that has no effect here."""
+    for given, used in ((options, USED), (run_options, RUN_USED)):
+        others = changed_options(given, [name for name in option_specs(type(given)) if name not in used])
+        if others:
+            raise SecateurError(f"{next(iter(others))} has no effect on trim, which only removes tokens; leave it out")
 
 
 def _check(options: Options, out: str | Path) -> None:

@@ -5,7 +5,9 @@ The forms of the option are
     X                        criterion X for heads and channels
     heads=X,channels=Y       criterion X for heads, Y for channels
     Z                        criterion Z for experts, the default for heads and channels
-    ...,experts=Z            any of the other forms, with criterion Z for experts
+    ...,experts=Z            one of the first two forms, with criterion Z for experts
+
+`random` is a criterion of all three kinds; alone, it applies to all of them.
 
 For heads, X may also be P or P+X: the preselection P alone, or followed by criterion X.
 """
@@ -68,12 +70,16 @@ def parse_choice(text: str) -> Choice:
     Raises:
         SecateurError: The text has none of these forms, or a name is not known.
     """
-    others, *experts = re.split(r"(?:^|,)\s*experts=", text)
+    parts = [part.strip() for part in text.split(",")]
+    experts = [part.removeprefix("experts=") for part in parts if part.startswith("experts=")]
+    others = ",".join(part for part in parts if not part.startswith("experts="))
     if text in EXPERTS and text not in CRITERIA:
         return Choice(DEFAULT, DEFAULT, None, text, text)
     if experts:
         if len(experts) > 1 or experts[0] not in EXPERTS:
             raise SecateurError(f"criterion is '{text}'; the criterion of experts must be one of {', '.join(EXPERTS)}")
+        if others in EXPERTS and others not in CRITERIA:
+            raise SecateurError(f"criterion is '{text}'; {others} and {experts[0]} are both for experts; name one")
         return replace(parse_choice(others or DEFAULT), experts=experts[0], text=text)
     return _parse_pair(text) if "=" in text else _parse_single(text)
 

@@ -25,7 +25,8 @@ def checkpoint_in_memory(model: Any, tokenizer: Any, folder: Path) -> Checkpoint
     with quiet():
         model.config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
+            # `save_pretrained` refuses settings that contradict each other, which do not matter here.
+            model.generation_config.to_json_file(folder / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     source, raw = model.config.name_or_path or type(model).__name__, read_config(folder)
@@ -56,6 +57,13 @@ def _check(model: Any) -> None:
         raise SecateurError(f"{name} has adapters; call merge_and_unload() first")
     if getattr(model, "hf_quantizer", None) is not None:
         raise SecateurError(f"{name} is quantised; load it without quantization_config")
+    parameters = model.state_dict(keep_vars=True)
+    for key, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if parameters.get(key) is not parameters.get(source):
+            raise SecateurError(
+                f"{name}: {key} is another tensor than {source}, but the config ties them; set "
+                "config.tie_word_embeddings to False, save the model, and load it again"
+            )
     absent = [key for key, value in model.state_dict().items() if value.device.type == "meta"]
     if absent:
         raise SecateurError(f"{name}: {absent[0]} is not in memory; load the model without offloading")

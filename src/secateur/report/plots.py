@@ -1,6 +1,7 @@
 """Plots of pruned models, as figures of matplotlib."""
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -73,6 +74,15 @@ def plot_training(
     return figure
 
 
+class _Picture(Figure):
+    """Figure that a notebook displays as a picture, also before pyplot is imported."""
+
+    def _repr_png_(self) -> bytes:
+        png = BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
+
+
 def _figure() -> Figure:
     # pyplot would keep global state and look for a screen.
-    return Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    return _Picture(figsize=(6, 4), dpi=150, layout="constrained")

@@ -125,6 +125,8 @@ def retrain(
             or the memory is too small, the training diverges, or the output cannot be written.
     """
     started = time.time() if started is None else started
+    if training is not None and settings:
+        raise TypeError(f"{next(iter(settings))} is given together with Training; set it in that object")
     training, services = training or Training(**settings), Services.join(watcher)
     check_retraining(device, training.rank)
     where = pick_device(device)

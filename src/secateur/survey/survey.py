@@ -48,7 +48,7 @@ def survey(
     Args:
         stream: The dense model.
         rows: Calibration tokens (rows x length). If they are `Rows`, errors are measured with the token weights of
-            the fit, and the order of units with those of the choice.
+            the fit, and the order of units with the weights of the choice.
         probe_rows: Tokens on which probes are measured (rows x length); without them, no probes are made.
         blocks: Indices of the blocks to measure; by default all.
         kinds: Kinds of units that may be removed.
