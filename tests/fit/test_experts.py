@@ -114,7 +114,7 @@ def test_errors_are_interpolated_within_a_round(checkpoint_folder, monkeypatch, 
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         routed, groups = routed_of(mixture), mixture.module.groups
         found = expert_order("frequency", routed, mixture.module.min_units)
-        monkeypatch.setattr(experts, "STEP", 2)
+        monkeypatch.setattr(experts, "ROUNDS", 2)
         quick = expert_order("frequency", routed, mixture.module.min_units)
         assert quick.order == found.order
         assert [quick.errors[end] for end in (0, -1)] == pytest.approx([found.errors[end] for end in (0, -1)])

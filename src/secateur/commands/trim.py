@@ -32,7 +32,7 @@ from secateur.write.shards import ShardWriter, header_bytes_for
 USED = ("vocabulary", "calibration", "length")
 """Options that decide the result."""
 RUN_USED = ("device", "revision", "overwrite", "trust_remote_code")
-"""Other options that have an effect."""
+"""Options that do not decide the result, but have an effect."""
 
 
 def trim(
