@@ -90,10 +90,10 @@ def leftovers(path: Path) -> list[Path]:
     """
     name = glob.escape(path.name)
     # A GGUF file is written by way of a folder, which has a hidden path of its own.
-    patterns: tuple[str, ...]
-    patterns = (f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*", f"..{name}.partial-*")
+    patterns = [f".{name}.partial-*", f".{name}.folder-*", f"..{name}.folder-*.partial-*", f"..{name}.partial-*"]
     # Without an output, the run was killed before the new folder was there, and the old one is all that is left.
-    patterns += (f".{name}.old-*",) if path.exists() else ()
+    if path.exists():
+        patterns.append(f".{name}.old-*")
     return [left for pattern in patterns for left in path.parent.glob(pattern)]
 
 

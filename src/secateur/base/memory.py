@@ -61,15 +61,14 @@ def parse_memory(amount: str | None, available: int | None = None) -> int:
     available = available_bytes() if available is None else available
     if amount is None:
         return round(DEFAULT_SHARE * available)
-    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    units = {unit.lower(): factor for unit, factor in UNITS.items() if unit} | {"%": available / 100}
     match = re.fullmatch(r"(\d+\.?\d*) *([a-z%]*)", str(amount).strip().lower())
     # An amount with more digits may be too large for a float.
-    known = match is not None and match[2] in (*units, "%") and match[2] and len(match[1]) <= 18
-    if match is None or not known or (match[2] == "%" and float(match[1]) > 100):
+    if match is None or match[2] not in units or len(match[1]) > 18 or (match[2] == "%" and float(match[1]) > 100):
         raise SecateurError(
             f"memory is '{amount}'; write an amount with a unit such as 8GB, or 50% for half of the free memory"
         )
-    return round(float(match[1]) * (units[match[2]] if match[2] != "%" else available / 100))
+    return round(float(match[1]) * units[match[2]])
 
 
 def available_bytes() -> int:

@@ -3,14 +3,16 @@
 The command line, the Python signature, recipes and the record in secateur.json are made from these fields.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from secateur.base.errors import SecateurError
+
+T = TypeVar("T")
 
 
 class OptionSpec(NamedTuple):
@@ -87,6 +89,17 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if not isinstance(value, Real) or isinstance(value, int | float):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def given_or_made(kind: type[T], given: T | None, settings: Mapping[str, Any]) -> T:
+    """Return an object of options as given, or made of settings, which are some of its fields by name.
+
+    Raises:
+        TypeError: Both are given.
+    """
+    if given is not None and settings:
+        raise TypeError(f"{next(iter(settings))} is given together with {kind.__name__}; set it in that object")
+    return given or kind(**settings)
 
 
 def split_names(text: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secateur.base.errors import SecateurError
-from secateur.base.options import OptionSpec, check_types, cli_name, option, option_specs
+from secateur.base.options import OptionSpec, check_types, cli_name, given_or_made, option, option_specs
 from secateur.base.plugins import plugins, recovery_modules
 from secateur.base.words import DTYPES
 from secateur.criteria.choice import EXPERTS, Choice, parse_choice
@@ -507,8 +507,4 @@ def with_settings(
         raise TypeError(f"no option {unknown[0]!r}; the options are {', '.join([*names, *run_names])}")
     own = {name: value for name, value in settings.items() if name in names}
     others = {name: value for name, value in settings.items() if name not in own}
-    for object_given, fields_given in ((options, own), (run_options, others)):
-        if object_given is not None and fields_given:
-            kind = type(object_given).__name__
-            raise TypeError(f"{next(iter(fields_given))} is given together with {kind}; set it in that object")
-    return options or Options(**own), run_options or RunOptions(**others)
+    return given_or_made(Options, options, own), given_or_made(RunOptions, run_options, others)

@@ -5,6 +5,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from secateur.base.errors import SecateurError
+from secateur.base.options import changed_options
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
 from secateur.commands.draw_rows import draw_rows
@@ -75,9 +76,8 @@ def _check(options: Options, run_options: RunOptions, tokenizer: Any) -> None:
     Raises:
         SecateurError: An option is only for files, or the calibration text cannot be read or tokenised.
     """
-    for name in REFUSED:
-        if getattr(run_options, name) != getattr(RunOptions, name):
-            raise SecateurError(f"{name} is for prune, which reads and writes files; leave it out")
+    for name in changed_options(run_options, REFUSED):
+        raise SecateurError(f"{name} is for prune, which reads and writes files; leave it out")
     if options.vocabulary != Options.vocabulary:
         raise SecateurError(
             "vocabulary changes the tokenizer too, which is not returned; save the model and the tokenizer, call trim, "

@@ -64,6 +64,6 @@ def _check(model: Any) -> None:
                 f"{name}: {key} is another tensor than {source}, but the config ties them; set "
                 "config.tie_word_embeddings to False, save the model, and load it again"
             )
-    absent = [key for key, value in model.state_dict().items() if value.device.type == "meta"]
+    absent = [key for key, value in parameters.items() if value.device.type == "meta"]
     if absent:
         raise SecateurError(f"{name}: {absent[0]} is not in memory; load the model without offloading")

@@ -94,7 +94,8 @@ def plan_memory(
     Raises:
         SecateurError: One row at a time, or the way in which the run began, needs more than that.
     """
-    (held, available), on_gpu = memory_of(device), device.type == "cuda"
+    on_gpu = device.type == "cuda"
+    held, available = memory_of(device)
     limit = parse_memory(GPU_SHARE if memory is None and on_gpu else memory, available)
     for rank in way[:1] or training.ranks:
         plans = _plans(network, rank, training, products, share, held)

@@ -26,6 +26,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.hashes import hash_rows
 from secateur.base.memory import MemoryBudget
+from secateur.base.options import given_or_made
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import CHOICE, run_folder_path
@@ -125,9 +126,7 @@ def retrain(
             or the memory is too small, the training diverges, or the output cannot be written.
     """
     started = time.time() if started is None else started
-    if training is not None and settings:
-        raise TypeError(f"{next(iter(settings))} is given together with Training; set it in that object")
-    training, services = training or Training(**settings), Services.join(watcher)
+    training, services = given_or_made(Training, training, settings), Services.join(watcher)
     check_retraining(device, training.rank)
     where = pick_device(device)
     checkpoint, target = _open_folder(folder, out, overwrite, services.watcher)
