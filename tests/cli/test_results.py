@@ -89,7 +89,7 @@ def test_plan_prints_the_widths_that_prune_gives(place, run):
     assert copied.out == result.out
     assert "Without effect on plan: --effort, --dry-run\n" in copied.err
     part = run("plan", "model", *SMALL, "--sparsity", "0.4", "--blocks", "1:2")
-    assert "% of the parameters of blocks 1:2 are removed; " in part.out
+    assert "% of the parameters of block 1 are removed; " in part.out
     result = run("plan", "model", *SMALL, "--sparsity", "0.4", "--out", "plan.json", "--survey", "survey.json")
     assert "Written to plan.json; prune with --plan plan.json" in result.out
     assert run("prune", "model", "planned", *SMALL, "--plan", "plan.json").code == 0

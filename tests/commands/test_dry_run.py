@@ -55,3 +55,19 @@ def test_a_dry_run_neither_generates_nor_resamples(expected, monkeypatch):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the model was run"))
     for options in ({"effort": "best", "calibration": "self"}, {"criterion": "llm-pruner-vector"}):
         assert expected(**options).is_dry_run
+
+
+@pytest.mark.parametrize("blocks", [None, "1:2", "2:"])
+def test_a_survey_takes_the_counted_operations(checkpoint_folder, tmp_path, expected, blocks):
+    """Only blocks that may be pruned are measured; probes from them run to the end of the model."""
+    how: dict[str, Any] = SIZE | {"samples": 64, "length": 32, "blocks": blocks, "effort": "quick", "sparsity": 0.1}
+    model, counts = checkpoint_folder("llama"), {}
+    for name, options in {"measured": {}, "known": {"survey": tmp_path / "survey.json"}}.items():
+        if options:
+            prune(model, tmp_path / "first", **how | options | {"dry_run": False})
+        with FlopCounterMode(display=False) as counter:
+            prune(model, tmp_path / name, **how | options | {"dry_run": False})
+        counts[name] = counter.get_total_flops(), expected("llama", speeds=PRODUCTS, **how | options).seconds
+    (total, estimate), (fits, estimated_fits) = counts.values()
+    ratio = (estimate - estimated_fits) / dry_run.SLACK / (total - fits)
+    assert 0.7 < ratio < 1.4

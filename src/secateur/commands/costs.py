@@ -14,27 +14,33 @@ from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
 
 
-def survey_work(stream: BlockStream, tokens: int, probe_tokens: int, probes: int) -> Work:
+def survey_work(stream: BlockStream, surveyed: range, tokens: int, probe_tokens: int, probes: int) -> Work:
     """Return the work of a survey, without the output layer.
 
-    The dense model runs once, each module has its error curve measured, and from each block on the streams of its
-    probes run to the last block. If only some blocks are pruned, this is an upper bound, as fewer probes begin.
+    The dense model runs once, each module has its error curve measured, and from each surveyed block on the streams of
+    its probes run to the last block.
 
     Args:
         stream: The open model.
+        surveyed: Indices of the blocks that may be pruned.
         tokens: Number of tokens for the error curves.
         probe_tokens: Number of tokens of each probe.
-        probes: Number of probes in each block.
+        probes: Number of probes in each surveyed block.
     """
     blocks, kept = stream.blocks, stream.side_inputs.token_entries
-    probed = sum(probes * (index + 0.5) * forward_flops(block, probe_tokens) for index, block in enumerate(blocks))
-    streams = tokens + probe_tokens * (1 + probes * len(blocks))
+    # In its own block, a probe runs through one of two modules.
+    begun = [min(max(index + 0.5 - surveyed.start, 0), len(surveyed)) for index in range(len(blocks))]
+    probed = sum(
+        probes * count * forward_flops(block, probe_tokens) for count, block in zip(begun, blocks, strict=True)
+    )
+    streams = tokens + probe_tokens * (1 + probes * len(surveyed))
     passes = Work(
         forward=sum(forward_flops(block, tokens + probe_tokens) for block in blocks) + probed,
         resident_bytes=resident_bytes(stream, tokens=tokens),
         activation_bytes=4 * (stream.columns * streams + kept * (tokens + probe_tokens)),
     )
-    return Work.total([passes, *(module.survey(tokens) for block in blocks for module in costs_of(stream, block))])
+    modules = (module for index in surveyed for module in costs_of(stream, blocks[index]))
+    return Work.total([passes, *(module.survey(tokens) for module in modules)])
 
 
 def resampling_work(stream: BlockStream, tokens: int) -> Work:

@@ -84,9 +84,9 @@ def _before_fits(run: OpenRun, rows: CalibrationRows, lists_units: bool) -> list
     parts, file = [], run.run_options.survey
     if run.request.needs_survey and not (file and file.exists()):
         curve_rows, probe_rows = split_survey_rows(rows.selection)
-        modules = max(len(run.request.problem.prunable_modules(index)) for index in run.request.block_range)
-        probes = modules * (len(PROBED_SHARES) + 1)
-        parts.append(survey_work(run.stream, curve_rows.numel(), probe_rows.numel(), probes))
+        blocks = run.request.block_range
+        probes = max(len(run.request.problem.prunable_modules(index)) for index in blocks) * (len(PROBED_SHARES) + 1)
+        parts.append(survey_work(run.stream, blocks, curve_rows.numel(), probe_rows.numel(), probes))
     if Criteria(run.options.criterion_name).needs_gradients and not lists_units:
         parts.append(gradient_work(run.stream, rows.grouped.tokens))
     return parts

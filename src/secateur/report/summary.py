@@ -173,7 +173,11 @@ class Trimmed:
 
 def pruned_part(blocks: str | None) -> str:
     """Return words for the parameters of which a sparsity is the share; the range of blocks is as in `--blocks`."""
-    return "the blocks' parameters" if blocks is None else f"the parameters of blocks {blocks}"
+    if blocks is None:
+        return "the blocks' parameters"
+    first, end = blocks.split(":")
+    first, last = first or "0", str(int(end) - 1) if end else "the last"
+    return f"the parameters of block {first}" if first == last else f"the parameters of blocks {first} to {last}"
 
 
 def bos_note(begins_with_bos: bool) -> str:
