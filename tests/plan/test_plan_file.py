@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a survey": ({"blocks": "0:2", "curves": []}, "not a plan: 'blocks' must be a list of entries"),
     "another model": ({"fingerprint": "4567", **one(heads=[0])}, "made for another model; remove 'fingerprint' to use"),
     "no such block": ({"blocks": [{"block": 3, "heads": []}]}, "block 3 does not exist; the model has blocks 0 to 2"),
-    "true for a block": ({"blocks": [{"block": True, "heads": []}]}, "block True does not exist"),
+    "true for a block": ({"blocks": [{"block": True, "heads": []}]}, "'block' is true; it must be a number from 0 to 2"),
     "two entries for a block": ({"blocks": [{"block": 1, "heads": []}] * 2}, "block 1 has two entries"),
     "a head twice": (one(heads=[0, 1, 1]), "block 0, heads: 1 is listed twice"),
     "too large a head": (one(heads=[6]), "block 0, heads: 6 does not exist; use indices from 0 to 5"),
@@ -136,8 +136,9 @@ def test_a_ratio_file_gives_ratios_for_ranges_of_blocks(file):
     # The nearest multiple; the attention has its own steps.
     path = file({"1:2": {"heads": 0.3, "channels": 0.3}, "2:3": 1})
     assert read_ratios(path, blocks(), 16) == {1: wide(2, 2, 48), 2: wide(0, 0, 0)}
-    # A large multiple does not empty a module.
+    # Neither a large multiple nor a large ratio below 1 removes a module.
     assert read_ratios(file({"0:3": {"channels": 0.5}}), blocks(), 64)[0] == wide(3, 2, 64)
+    assert read_ratios(file({"0:3": {"heads": 0.95}}), blocks(), 1)[0] == wide(1, 2, 72)
     large = file({"0:3": {"channels": 0.9}})
     refused(read_ratios, large, blocks(), 200, message="no unit is removed")
     assert read_ratios(file({"0:3": {"heads": 0.4, "channels": 0.5}}), blocks("olmo2"), 16)[0] == wide(3, 2, 32)

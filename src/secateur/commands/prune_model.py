@@ -17,7 +17,7 @@ from secateur.commands.resume import retry_in_smaller_batches
 from secateur.commands.survey_model import survey_model
 from secateur.commands.write_model import pruned_model
 from secateur.formats.folder import Folder
-from secateur.model.in_memory import checkpoint_in_memory
+from secateur.model.in_memory import check_in_memory, checkpoint_in_memory
 from secateur.text.calibration import check_calibration
 from secateur.text.sources import RANDOM, SELF
 
@@ -54,6 +54,7 @@ def prune_model(
     """
     options, run_options = with_settings(options, None, settings)
     services = Services(watcher=watcher or Silent())
+    check_in_memory(model)
     _check(options, run_options, tokenizer)
     device = check_options(options, run_options, services.processes)
     with TemporaryDirectory(prefix="secateur-") as folder:

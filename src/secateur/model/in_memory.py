@@ -21,7 +21,7 @@ def checkpoint_in_memory(model: Any, tokenizer: Any, folder: Path) -> Checkpoint
     Raises:
         SecateurError: The object is no such model, or its weights are quantised, adapted or not in memory.
     """
-    _check(model)
+    check_in_memory(model)
     with quiet():
         model.config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:
@@ -44,7 +44,7 @@ def checkpoint_in_memory(model: Any, tokenizer: Any, folder: Path) -> Checkpoint
     return checkpoint
 
 
-def _check(model: Any) -> None:
+def check_in_memory(model: Any) -> None:
     """Check that an object is a model whose weights can be read.
 
     Raises:

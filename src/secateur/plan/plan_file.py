@@ -1,5 +1,6 @@
 """Reader of plan files: a width or the exact units to keep for each block, as `secateur plan` writes them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def _entries(path: Path, count: int, fingerprint: str) -> dict[int, dict[str, An
     result: dict[int, dict[str, Any]] = {}
     for entry in entries:
         index = entry.get("block")
-        if type(index) is not int or not 0 <= index < count:
+        if type(index) is not int:
+            raise SecateurError(f"{path}: 'block' is {json.dumps(index)}; it must be a number from 0 to {count - 1}")
+        if not 0 <= index < count:
             raise SecateurError(f"{path}: block {index} does not exist; the model has blocks 0 to {count - 1}")
         if index in result:
             raise SecateurError(f"{path}: block {index} has two entries; remove one of them")

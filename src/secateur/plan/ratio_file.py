@@ -94,11 +94,11 @@ def _candidates(
     block: Block, module: PrunableModule, axes: Sequence[Axis], ratio: float, multiple: int
 ) -> Sequence[Width]:
     """Return the widths from which a ratio selects one, the dense width first."""
-    if len(axes) > 1:
-        return module_widths(block, module, multiple, lambda _: None)
     # Only a ratio of one removes the module. Rounding to a multiple larger than the module does not remove it.
     if ratio == 1 and not module.fixed:
         return [block.width | module.removed]
+    if len(axes) > 1:
+        return [width for width in module_widths(block, module, multiple, lambda _: None) if module.units_at(width)]
     (axis,) = axes
     dense, *narrower = axis.all_numbers(multiple)
     return [block.width | {axis.name: number} for number in (dense, *reversed(narrower))]
