@@ -64,6 +64,9 @@ def adaptive_widths(problem: PlanProblem, costs: WidthCosts) -> dict[int, Width]
     best = select_options(option_costs, sizes, max(budget, min(smallest, budget + problem.slack)))
     if best is None:
         return None
+    if problem.slack and best.size < budget - problem.slack:
+        # Widths are coarse. A plan that removes a little less than requested may be nearer to the target.
+        best = select_options(option_costs, sizes, budget + problem.slack) or best
     for each, option in zip(options, best.options, strict=True):
         widths[each.block] |= {axis.name: each.widths[option][axis.name] for axis in each.module.axes}
     return widths

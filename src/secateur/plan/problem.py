@@ -167,8 +167,8 @@ class PlanProblem:
 
     def _note(self, requested: float, reached: float, cost: float | None, nearest: bool) -> str:
         """Return the note of a plan whose sparsity differs from the requested one."""
-        best = "this is the nearest" if nearest else "this has the lowest cost"
-        reason = f"{best} among the widths that the format and --round allow"
+        best = "this is the nearest" if nearest else "this has the lowest cost of those that remove enough"
+        reason = f"among the widths that the format and --round allow, {best}"
         if reached > requested and cost is not None and cost < NEGLIGIBLE_COST:
             reason = "all removed units contribute next to nothing"
         return f"sparsity is {reached:.1%} instead of {requested:.1%}: {reason}"
