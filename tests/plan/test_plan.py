@@ -287,6 +287,19 @@ def test_the_nearest_target_in_an_error_is_reachable(make_problem):
         assert problem.meter.total(found.widths) <= problem.budget
 
 
+def test_a_mixture_that_needs_all_experts_has_none_to_remove(make_problem):
+    problem = make_problem(0.2, "mixtral", kinds=("experts",))
+    problem = replace(problem, blocks=[_with_experts_needed(block) for block in problem.blocks])
+    assert_error("nothing can be removed: the model needs all of its 6 experts", check_reachable, problem)
+
+
+def _with_experts_needed(block: Block) -> Block:
+    """Return a block whose experts are all locked, as if each token went to all of them."""
+    module = block.feed_forward
+    axes = tuple(replace(axis, min_units=axis.units) if axis.kind == "experts" else axis for axis in module.axes)
+    return replace(block, feed_forward=replace(module, axes=axes))
+
+
 @pytest.fixture
 def problem(checkpoint_folder: CheckpointFolder) -> PlanProblem:
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))

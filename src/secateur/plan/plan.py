@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from secateur.base.errors import SecateurError
+from secateur.base.words import joined
 from secateur.plan.allocation import adaptive_widths, search_uniform_widths, smallest_size
 from secateur.plan.meters import unreachable_error
 from secateur.plan.problem import Plan, PlanProblem
@@ -124,4 +125,5 @@ def _nothing_to_remove(problem: PlanProblem, reasons: list[str]) -> str:
             return f"--round {problem.multiple} leaves nothing to remove: the model has {axis.units:,} {axis.label}"
     if block.attention.locked:
         return f"heads cannot be removed exactly, because {block.attention.locked}; prune channels"
-    return "nothing can be removed: the model has one head and one channel"
+    needed = [f"{axis.units:,} {axis.label}" for axis in block.axes if axis.kind in problem.kinds]
+    return f"nothing can be removed: the model needs all of its {joined(needed)}"
