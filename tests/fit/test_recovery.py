@@ -289,3 +289,7 @@ def test_tokens_with_a_large_inherited_error_get_smaller_weights(checkpoint_fold
     assert relative(found[0].changed[module.output_projection.name].double().T[kept], best) < 1e-4
     plain, _ = least_squares(x, target, old, intercept=False)
     assert relative(plain, best) > 1e-2
+    # The error is a weighted mean, and the energy a mean.
+    error = float((root * (x @ best - target)).square().sum() / root.square().sum())
+    energy = float(seen(dense, 0, "", IDS)[1].square().sum(1).mean())
+    assert found[0].reports[1].relative == pytest.approx(error / energy, rel=1e-3)

@@ -15,9 +15,9 @@ class ModuleReport:
     units: int
     """Number of units of the dense module."""
     error: float
-    """||XW - T||^2 per token, without the penalty, in error units."""
+    """Mean of ||XW - T||^2 over the tokens with their weights, without the penalty, in error units."""
     relative: float
-    """The error divided by the energy of the dense residual stream after the module."""
+    """The error divided by the mean energy per token of the dense residual stream after the module."""
     relative_before: float
     """The same before the refit: with the old weights of the units that are kept."""
     unfitted: tuple[int, ...] = ()
@@ -30,14 +30,14 @@ def report_module(target: ModuleTarget, kept: int, error: float, old_error: floa
     Args:
         target: The module's target.
         kept: Number of units that it keeps.
-        error, old_error: ||XW - T||^2 over all tokens, after the refit and with the old weights.
+        error, old_error: Sum of ||XW - T||^2 with the token weights, after the refit and with the old weights.
         tokens: Sum of the token weights.
     """
     state, module = target.state, target.module
-    energy = state.stream.processes.total(
-        state.dense_residual[module.kind].energies(state.rows, target.norm.reading_scale_o)
-    )
+    total, energies = state.stream.processes.total, state.dense_residual[module.kind].energies
+    count = total(at.weight * state.rows.ids(at).numel() for at in state.rows.batches())
+    energy = total(energies(state.rows, target.norm.reading_scale_o)) / count
     # Targets are divided by the multiplier of the module's output.
-    error, old_error = (value * target.multiplier**2 for value in (error, old_error))
+    error, old_error = (value / tokens * target.multiplier**2 for value in (error, old_error))
     relative, relative_before = (value / energy if energy else 0.0 for value in (error, old_error))
-    return ModuleReport(module.kind, kept, module.units, error / tokens, relative, relative_before)
+    return ModuleReport(module.kind, kept, module.units, error, relative, relative_before)
