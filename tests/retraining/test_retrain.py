@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from models import ROWS, load_written, logits_of, relative, token_rows
+from models import ROWS, build, load_written, logits_of, relative, token_rows
 from outputs import Notes, assert_error, error_of, record_of, weights_of
 from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError, StoppedError
@@ -562,3 +562,27 @@ def test_a_retrained_folder_becomes_a_gguf_file(letters_folder, tmp_path, train)
     export(out, tmp_path / "out.gguf", type="f32")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
     assert relative(logits_of(opened, token_rows()), logits_of(network_of(out), token_rows())) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
+def test_a_plan_counts_what_attention_keeps(checkpoint_folder, name):
+    """Only some families compute attention without keeping its probabilities; see `attn_implementation`."""
+    network = build(name).requires_grad_(True).train()
+    assert (network.config._attn_implementation == "eager") == (name != "llama")
+
+    def counted(length: int) -> tuple[float, float]:
+        """Return the bytes that torch keeps of a row, and those that are planned."""
+        kept: dict[int, Tensor] = {}
+
+        def keep(value: Tensor) -> Tensor:
+            kept[value.data_ptr()] = value
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), torch.autocast("cpu", torch.bfloat16):
+            _hidden = network.base_model(token_rows(1, length), use_cache=False)
+        return sum(value.nbytes for value in kept.values()), memory._row_bytes(network, length, torch.bfloat16)[0]
+
+    (short, planned_short), (long, planned_long) = counted(24), counted(48)
+    # Weights are kept too, whatever the length.
+    ratio = (planned_long - planned_short) / (long - short)
+    assert 0.9 < ratio < 2.0

@@ -146,8 +146,18 @@ def _row_bytes(network: Any, length: int, products: torch.dtype) -> tuple[float,
     layers = [*network.get_submodule(family_of(network.config).blocks).children()]
     mixture = experts_of(network.config)
     used = 1 if mixture is None else experts_per_token(network.config, mixture)
-    stream, inside = 4 * width, [_inside_bytes(layer, width, products, used) for layer in layers]
+    attention = _attention_bytes(network.config, length, products)
+    stream, inside = 4 * width, [attention + _inside_bytes(layer, width, products, used) for layer in layers]
     return length * (len(layers) * stream + sum(inside)), length * (len(layers) * stream + max(inside))
+
+
+def _attention_bytes(config: Any, length: int, products: torch.dtype) -> float:
+    """Return the bytes per token of the attention probabilities that a block keeps for the backward pass.
+
+    Fused attention computes them again. Otherwise they are kept once in float32, and twice as they are multiplied.
+    """
+    is_fused = config._attn_implementation != "eager"
+    return 0.0 if is_fused else config.num_attention_heads * length * (4 + 2 * products.itemsize)
 
 
 def _inside_bytes(layer: nn.Module, width: int, products: torch.dtype, used: int) -> float:
