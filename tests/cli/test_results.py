@@ -44,6 +44,9 @@ def test_a_dry_run_writes_nothing(place, run, no_work):
     words = "Expected|parameters|weights on disk|KV cache per token| s and | GB of memory|Nothing was written"
     assert [word for word in words.split("|") if word not in result.out] == []
     assert listing(place) == before
+    assert "Without effect" not in result.err
+    result = run("prune", "model", "out", *SMALL, "--dry-run", "--recovery", "bias", "--effort", "best")
+    assert "\nWithout effect with --recovery bias: --effort\n" in result.err
 
 
 def test_file_pipe_and_jsonl_of_one_text_give_one_model(place, run, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from secateur.base.words import first_few, format_count
 from secateur.commands.open_model import OpenRun
+from secateur.commands.options import Options
 from secateur.commands.resume import check_rows
 from secateur.commands.survey_file import check_survey_file
 from secateur.model.pass_checkpoint import PassCheckpoint
@@ -69,3 +70,5 @@ def _describe(run: OpenRun, rows: CalibrationRows) -> None:
         f"Calibrating on {options.samples} rows of {options.length} tokens{others}; computing on {run.stream.device}; "
         f"writing {run.request.format.number_type}"
     )
+    if options.effort != Options.effort and not run.recovery.uses_effort:
+        run.watcher.note(f"Without effect with --recovery {options.recovery}: --effort")
