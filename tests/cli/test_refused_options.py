@@ -17,6 +17,7 @@ from secateur import Options, RunOptions
 from secateur.base.options import cli_name, option_specs
 from secateur.fit.recovery import recovery_of
 from secateur.measure import subject
+from secateur.retraining.options import Training
 
 OPTIONS: list[tuple[str, str]] = [
     ("--sparsity 0", "sparsity is 0.0; it must lie between 0 and 1, for example 0.25"),
@@ -175,6 +176,7 @@ def test_equivalent_types_are_converted():
     assert json.dumps([given.sparsity, given.samples]) == "[0.25, 8]"
     assert Options(modules="heads, channels").modules == ("heads", "channels")  # type: ignore[arg-type]
     assert RunOptions(survey="a.json").survey == Path("a.json")  # type: ignore[arg-type]
+    assert Training(teacher=file).teacher == str(file)  # type: ignore[arg-type]
 
 
 def test_the_default_recovery_is_that_of_the_library():

@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a survey": ({"blocks": "0:2", "curves": []}, "not a plan: 'blocks' must be a list of entries"),
     "another model": ({"fingerprint": "4567", **one(heads=[0])}, "made for another model; remove 'fingerprint' to use"),
     "no such block": ({"blocks": [{"block": 3, "heads": []}]}, "block 3 does not exist; the model has blocks 0 to 2"),
-    "true for a block": ({"blocks": [{"block": True, "heads": []}]}, "'block' is true; it must be a number from 0 to 2"),
+    "true for a block": ({"blocks": [{"block": True, "heads": []}]}, "'block' is true; it must be a number"),
     "two entries for a block": ({"blocks": [{"block": 1, "heads": []}] * 2}, "block 1 has two entries"),
     "a head twice": (one(heads=[0, 1, 1]), "block 0, heads: 1 is listed twice"),
     "too large a head": (one(heads=[6]), "block 0, heads: 6 does not exist; use indices from 0 to 5"),

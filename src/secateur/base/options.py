@@ -58,7 +58,7 @@ ACCEPTED: dict[type, tuple[Any, str]] = {
 def check_types(owner: Any) -> None:
     """Check that the options of a dataclass object have their declared types, and convert equivalent ones.
 
-    Numbers of NumPy become Python's, and names separated by commas become a tuple.
+    Numbers of NumPy become Python's, a path becomes text, and names separated by commas become a tuple.
 
     Raises:
         SecateurError: An option has another type; the message names it.
@@ -77,6 +77,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     accepted, description = ACCEPTED[declared]
     if declared is tuple and isinstance(value, str):
         return split_names(value)
+    if declared is str and isinstance(value, Path):
+        return str(value)
     items = value if isinstance(value, tuple | list) else ()
     # bool is a subclass of int, but no number here.
     wrong_bool = isinstance(value, bool) != (accepted is bool)

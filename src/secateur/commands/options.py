@@ -191,10 +191,6 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        for name in option_specs(Options):
-            # A file name may be given as a path.
-            if isinstance(value := getattr(self, name), Path):
-                object.__setattr__(self, name, str(value))
         check_types(self)
         self._check_values()
         self._check_target()
