@@ -71,6 +71,8 @@ ONE_GROUP = {**tiny.ROUTED, "n_group": 1, "topk_group": 1}
 TIED = {"tie_word_embeddings": True}
 FULL = {"rope_type": "default", "rope_theta": 1e4}
 SCALED4 = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}
+ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
+HUNYUAN = {**tiny.GROUPED, "num_experts": 8, "head_dim": 8}
 FALCON = {"ffn_hidden_size": 72, "num_kv_heads": 3, "new_decoder_architecture": True}
 WINDOWED4 = {"layer_types": (DEEP[:1] * 3 + DEEP[1:]) * 16, "sliding_window": 7, "num_hidden_layers": 64}
 SECOND = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
@@ -132,6 +134,21 @@ MORE_ROWS = {
     ),
     "olmo3 apart": row(
         "olmo3", **tiny.GROUPED, **tiny.WINDOWED, rope_parameters={DEEP[0]: FULL | {"rope_theta": 500.0}, DEEP[1]: FULL}
+    ),
+    "hunyuan_v1_dense alpha": row("hunyuan_v1_dense", **tiny.GROUPED, head_dim=16, rope_parameters=ALPHA),
+    "hunyuan_v1_moe alpha": row("hunyuan_v1_moe", **HUNYUAN, moe_topk=[3, 3, 3], rope_parameters=ALPHA),
+    "hunyuan_v1_moe apart": row("hunyuan_v1_moe", **HUNYUAN, moe_topk=[3, 1, 3]),
+    "olmoe clipped": row("olmoe", num_key_value_heads=6, num_experts=8, num_experts_per_tok=3, clip_qkv=0.3),
+    "gemma3_text ahead": row("gemma3_text", **tiny.GEMMA, use_bidirectional_attention=True),
+    "starcoder2 unbiased": row("starcoder2", **tiny.GROUPED, use_bias=False),
+    "ernie4_5_moe alone": row(
+        "ernie4_5_moe",
+        **tiny.GROUPED,
+        moe_num_experts=8,
+        moe_k=3,
+        moe_intermediate_size=20,
+        moe_num_shared_experts=0,
+        moe_layer_start_index=1,
     ),
     "exaone4 deep": row("exaone4", **tiny.GROUPED, **WINDOWED4),
     "falcon heads": row("falcon", ffn_hidden_size=72, multi_query=False),
@@ -337,7 +354,7 @@ ROWS_OF = {
     "command-r": ("cohere", "cohere deep"),
     "deepseek2": ("deepseek_v2 greedy", "deepseek_v3", "deepseek_v3 scaled", "deepseek_v3 queries", "youtu"),
     "dots1": ("dots1 every head",),
-    "ernie4_5-moe": ("ernie4_5_moe",),
+    "ernie4_5-moe": ("ernie4_5_moe", "ernie4_5_moe alone"),
     "exaone-moe": ("exaone_moe",),
     "exaone4": ("exaone4 plain", "exaone4 deep"),
     "falcon": ("falcon", "falcon new", "falcon heads", "falcon one norm"),
@@ -352,8 +369,8 @@ ROWS_OF = {
     "gptneox": ("gpt_neox", "gpt_neox serial"),
     "granite": ("granite", "granite biased"),
     "granitemoe": ("granitemoe",),
-    "hunyuan-dense": ("hunyuan_v1_dense",),
-    "hunyuan-moe": ("hunyuan_v1_moe",),
+    "hunyuan-dense": ("hunyuan_v1_dense", "hunyuan_v1_dense alpha"),
+    "hunyuan-moe": ("hunyuan_v1_moe", "hunyuan_v1_moe alpha"),
     "jais2": ("jais2 every head", "jais2 bare"),
     "lfm2": ("lfm2", "lfm2 untied"),
     "lfm2moe": ("lfm2_moe",),
@@ -381,7 +398,7 @@ ROWS_OF = {
     "qwen3moe": ("qwen3_moe",),
     "qwen3next": ("qwen3_next even", "qwen3_next fourth"),
     "smollm3": ("smollm3 rotated",),
-    "starcoder2": ("starcoder2",),
+    "starcoder2": ("starcoder2", "starcoder2 unbiased"),
     "stablelm": ("stablelm", "stablelm plain"),
 }
 """Rows whose files have an architecture, when all blocks keep the same width."""
@@ -724,6 +741,9 @@ REFUSED = {
     "llama4_text 128": ((), "llama4 computes with use_qk_norm = False only"),
     "mistral4": (EXPERTS, "mistral4 needs yarn's mscale and mscale_all_dim to be the same number"),
     "mistral4 half": (EXPERTS, "mistral4 needs yarn's mscale to be 1"),
+    "hunyuan_v1_moe apart": (EXPERTS, "hunyuan-moe needs the same number of experts per token in all blocks"),
+    "olmoe clipped": (EXPERTS, "olmoe does not clip queries, keys and values"),
+    "gemma3_text ahead": (CHANNELS, "gemma3 attends to earlier tokens only"),
     "gpt_oss wide open": (EXPERTS, "and has a window in every other block, beginning with the first"),
     "phi3": (BOTH, "phi3 needs heads x head size = 48, so all 6 heads; llama rotates whole heads, but 4 of 8"),
 }

@@ -91,6 +91,8 @@ class Architecture:
     """Whether llama.cpp rounds the limits of the range of frequencies that YaRN scales."""
     caps_scores: bool = False
     """Whether attention scores are capped (`attn_logit_softcapping`)."""
+    clamps: bool = False
+    """Whether queries, keys and values may be clipped (`clip_qkv`)."""
     states_routing: bool = False
     """Whether files state how gates are computed although `GATES_SUM_TO_ONE` lists the architecture."""
 

@@ -109,7 +109,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(_LLAMA, name="arcee", activation="relu2", biases=frozenset()),
         replace(_LLAMA, name="granite"),
         Architecture("gemma", frozenset(), activation="gelu", output="tied"),
-        Architecture("starcoder2", _ALL - {"ffn_gate"}, square=True, activation="gelu", epsilon="layer_norm_epsilon"),
+        Architecture(
+            "starcoder2",
+            _ALL - {"ffn_gate"},
+            needs_biases=True,
+            square=True,
+            activation="gelu",
+            epsilon="layer_norm_epsilon",
+        ),
         Architecture("qwen2", _QKV, square=True),
         Architecture("qwen2vl", _QKV, square=True, sections="consecutive"),
         _QWEN3,
@@ -207,6 +214,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             name="mpt",
             biases=frozenset(),
             alibi=True,
+            clamps=True,
             requirements=(MPT,),
             metadata=(steepest_slope,),
         ),
@@ -217,7 +225,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(_NEMOTRON, name="jais2", partial=False, needs_biases=True, ungrouped=True),
         replace(_NEMOTRON, name="stablelm", biases=_QKV, activation="silu"),
         Architecture(
-            "olmo", frozenset(), square=True, interleaved_rope=True, final_norm=None, epsilon="layer_norm_epsilon"
+            "olmo",
+            frozenset(),
+            square=True,
+            interleaved_rope=True,
+            final_norm=None,
+            clamps=True,
+            epsilon="layer_norm_epsilon",
         ),
         replace(
             _QWEN3,

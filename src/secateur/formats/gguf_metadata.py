@@ -128,9 +128,9 @@ def _expert_metadata(model: GgufModel, architecture: Architecture) -> Values:
 
 
 def _shared_expert_metadata(model: GgufModel, first: int) -> Values:
-    if (shared := model.experts.shared_expert) is None:
+    output = f"{model.family.feed_forward}.{model.experts.shared_expert}.down_proj.weight"
+    if (stored := model.inside[first].get(output)) is None:
         return {}
-    stored = model.inside[first][f"{model.family.feed_forward}.{shared}.down_proj.weight"]
     return {
         "expert_shared_feed_forward_length": model.checkpoint.tensors[stored].shape[1],
         "expert_shared_count": getattr(model.config, "n_shared_experts", 1),

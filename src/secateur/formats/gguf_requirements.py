@@ -96,6 +96,13 @@ def _paired_rotation(model: GgufModel, _: Architecture) -> str | None:
     return f"rotates entries of a head in pairs, but {model.rotated} rotate here" if model.rotated % 2 else None
 
 
+def _same_number_per_token(model: GgufModel, _: Architecture) -> bool:
+    """Return whether each token uses the same number of experts in all mixtures; a config may have a list of
+    numbers."""
+    per_token = getattr(model.config, model.experts.experts_per_token) if model.first_experts is not None else 1
+    return not isinstance(per_token, list) or len(set(per_token)) == 1
+
+
 def _same_experts(model: GgufModel, _: Architecture) -> bool:
     """Return whether all mixtures have the same numbers of experts and of expert channels."""
     return len({(sizes.experts, sizes.expert_channels) for sizes in model.blocks if sizes.experts}) <= 1
@@ -104,6 +111,7 @@ def _same_experts(model: GgufModel, _: Architecture) -> bool:
 COMMON: tuple[Requirement, ...] = (
     _experts_in_order,
     requires(_same_experts, "needs the same number of experts, and of channels of each, in all blocks with experts"),
+    requires(_same_number_per_token, "needs the same number of experts per token in all blocks"),
     _gates,
     requires(
         lambda model, architecture: not architecture.ungrouped or model.blocks[0].kv_heads == model.blocks[0].heads,
@@ -147,6 +155,14 @@ COMMON: tuple[Requirement, ...] = (
             architecture.caps_scores or not getattr(model.config, "attn_logit_softcapping", None)
         ),
         "does not cap attention scores, which this model does",
+    ),
+    requires(
+        lambda model, architecture: architecture.clamps or not getattr(model.config, "clip_qkv", None),
+        "does not clip queries, keys and values, which this model does (clip_qkv)",
+    ),
+    config_requires(
+        lambda config: getattr(config, "use_bidirectional_attention", None) not in (True, "all"),
+        "attends to earlier tokens only, not to later ones",
     ),
 )
 """Requirements of every architecture, in the order in which errors list them."""
@@ -232,9 +248,6 @@ GEMMA4: tuple[Requirement, ...] = (
     config_requires(
         lambda config: not config.hidden_size_per_layer_input or config.vocab_size_per_layer_input == config.vocab_size,
         "reads per-layer inputs for all tokens (vocab_size_per_layer_input)",
-    ),
-    config_requires(
-        lambda config: config.use_bidirectional_attention != "all", "attends to earlier tokens only, not to later ones"
     ),
 )
 LINEAR: tuple[Requirement, ...] = (

@@ -79,13 +79,19 @@ def rope_metadata(config: Any, rotated: int, sections: Sections | None) -> Numbe
     return {
         "rope.dimension_count": rotated,
         "rope.dimension_sections": [*_sections(rope, rotated, sections), 0] if sections else None,
-        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.freq_base": _base(rope, rotated),
         "rope.freq_base_swa": float_or_none(window_rope_of(config).get("rope_theta")),
         "attention.temperature_scale": float_or_none(beta),
         "attention.temperature_length": original if beta else None,
         "rope.scaling.original_context_length": original if beta or kind in ("yarn", "longrope") else None,
         **_SCALING_METADATA.get(kind, lambda _: {})(config),
     }
+
+
+def _base(rope: Numbers, rotated: int) -> float:
+    """Return the base of the frequencies; Hunyuan raises it by a fixed `alpha`, which llama.cpp does not read."""
+    alpha = rope.get("alpha") if rope.get("rope_type") == "dynamic" else None
+    return float(rope["rope_theta"] * (alpha or 1.0) ** (rotated / (rotated - 2)))
 
 
 def _sections(rope: Numbers, rotated: int, sections: Sections) -> list[int]:
