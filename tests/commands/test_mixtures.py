@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from models import blocks_of, build, config_of, load_written
+from models import blocks_of, build, config_of, load_written, save
 from outputs import Notes, assert_error, record_of, weights_of
 from secateur import BlockStream, open_checkpoint, prune
 from secateur.base.quiet import quiet
@@ -252,3 +252,15 @@ def test_requests_that_token_mixers_rule_out_are_refused(tmp_path, checkpoint_fo
         ("no biases of output projections, which --recovery bias adds", {"widths": "uniform", "recovery": "bias"}),
     ):
         assert_error(said, prune, folder, out, **QUICK | asked, sparsity=0.1)
+
+
+def test_biases_of_routers_keep_their_dtype_in_every_block(tmp_path):
+    """transformers stores these biases in float32 although all weights are bfloat16."""
+    model = save("deepseek_v3", tmp_path / "model", torch.bfloat16)
+    stored = load_file(model / "model.safetensors")
+    biases = {name: torch.randn(value.shape) for name, value in stored.items() if name.endswith("correction_bias")}
+    save_file(stored | biases, model / "model.safetensors", {"format": "pt"})
+    prune(model, tmp_path / "out", **SMALL, blocks="1:2", modules="channels", sparsity=0.3)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(biases) > 1
+    assert all(torch.equal(written[name], value) for name, value in biases.items())

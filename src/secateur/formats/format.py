@@ -201,12 +201,13 @@ class Format(ABC):
             written: Names of tensors to leave out, because an interrupted run has written them already.
         """
         stream, checkpoint = self.stream, self.stream.checkpoint
-        inside = self.names_inside(pruned.plan)
+        inside, buffers = self.names_inside(pruned.plan), stream.stored_buffers
         last = {str(checkpoint.resolve(name)): name for name in stream.final_norm}
         for name, info in checkpoint.weights.items():
             if name not in inside and name not in last and name not in written:
                 tensor = checkpoint.read(name)
-                yield name, info.as_stored(tensor.to(self.dtype) if info.dtype.is_floating_point else tensor)
+                keeps_dtype = name in buffers or not info.dtype.is_floating_point
+                yield name, info.as_stored(tensor if keeps_dtype else tensor.to(self.dtype))
         for index, tensors in pruned.blocks:
             yield from self._as_stored(index, tensors)
             # Free the block before the next one is computed.

@@ -99,6 +99,12 @@ class BlockStream:
         return stream
 
     @property
+    def stored_buffers(self) -> frozenset[str]:
+        """Stored names of buffers. They keep their own, finer dtype, such as the biases of a router."""
+        names = (self.checkpoint.resolve(name) for name, _ in self.model.named_buffers())
+        return frozenset(name for name in names if name is not None)
+
+    @property
     def processes(self) -> Processes:
         """Processes that share the rows."""
         return self.services.processes

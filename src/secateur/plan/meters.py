@@ -136,8 +136,7 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
         biases: Whether recovery adds a bias to each output projection of a pruned block that has none. An output
             projection that a norm follows never gets a bias.
     """
-    buffers = {stream.checkpoint.resolve(name) for name, _ in stream.model.named_buffers()}
-    return _entry_meter(stream, Block.module_parameters, buffers, biases)
+    return _entry_meter(stream, Block.module_parameters, stream.stored_buffers, biases)
 
 
 def _entry_meter(
