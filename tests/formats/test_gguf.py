@@ -777,6 +777,8 @@ def test_the_library_makes_its_own_types(tmp_path, monkeypatch):
     write_folder("llama", uniform_keeps("llama", BOTH), tmp_path / "folder")
     plain, quantised = (export(tmp_path / "folder", tmp_path / f"{one}.gguf", type=one) for one in ("f32", "q6_k"))
     assert quantised.bytes < plain.bytes
+    names = [GGUFReader(one.path).fields["general.name"].contents() for one in (plain, quantised)]
+    assert names == ["f32", "q6_k"]
     ids = tiny.token_rows(1, 20).tolist()[0]
     assert 0 < relative(run(quantised.path, ids), run(plain.path, ids)) < 0.2
     assert sorted(file.name for file in tmp_path.iterdir()) == ["f32.gguf", "folder", "q6_k.gguf"]

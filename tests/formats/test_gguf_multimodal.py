@@ -196,7 +196,7 @@ def test_the_chat_template_of_a_processor(tmp_path):
     assert written() is None
     template.write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert written() == "{{ messages }}"
-    for damaged in ("{", "[]"):
+    for damaged in ("{", "[]", '{"chat_template": 5}'):
         template.write_text(damaged)
         assert_error(r"chat_template\.json: not valid JSON with a chat template; download it again", written)
     tokenizer = byte_level()

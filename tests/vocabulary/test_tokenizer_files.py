@@ -216,6 +216,7 @@ def _padding() -> str:
         ('{"model": {"type": "Unigram", "vocab": [["a"]]}}', "not a valid tokenizer"),
         ('{"model": {"type": "Unigram", "vocab": [["a", "1"]]}}', "not a valid tokenizer"),
         ('{"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}}', "not a valid tokenizer"),
+        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "its vocabulary is empty"),
         (
             '{"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": [{"id": 4, "content": "<s>"}]}',
             "the added token '<s>' has the id 4, but is loaded with the id 1",

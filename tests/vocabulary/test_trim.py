@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from models import build, logits_of, relative, save
@@ -28,6 +28,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 901, "bos_token_id": 900, "eos_token_id": 900}
 MORE_ROWS = {"llama trimmed": lambda: AutoConfig.for_model("llama", **SIZES)}
 LATIN, CYRILLIC = (" ".join(SENTENCES[name]) for name in ("latin", "cyrillic"))
+PYTORCH = {"format": "pt"}
 PRUNE: dict[str, Any] = {"samples": 8, "length": 16, "sparsity": 0.4, "device": "cpu", "effort": "quick"}
 
 
@@ -134,6 +135,8 @@ def test_a_pruned_folder_is_trimmed(model, text, tmp_path, widths):
     record = json.loads((tmp_path / "twice" / "secateur.json").read_text(encoding="utf-8"))
     twice = [901, len(read_map(tmp_path / "twice"))]
     assert record["sizes"]["vocabulary"] == record["vocabulary"]["tokens"] == twice
+    removed = build("llama trimmed").get_input_embeddings().weight.shape[1] * (901 - twice[1])
+    assert (record["vocabulary"]["parameters"], record["vocabulary"]["bits_per_byte"]) == (2 * removed, None)
     prune(tmp_path / "twice", tmp_path / "last", calibration=text, widths=widths, **PRUNE)
     card = (tmp_path / "last" / "README.md").read_text(encoding="utf-8")
     assert f", {twice[1]:,} of 901 tokens kept\n" in card
@@ -230,6 +233,8 @@ def test_trim_refuses_what_it_cannot_do(model, latin, tmp_path, monkeypatch):
     assert_error(said, trim, latin[0], tmp_path / "out", vocabulary="latin")
     said = "counts the tokens of the calibration text, but --calibration is random"
     assert_error(said, prune, model, tmp_path / "out", Options(vocabulary="text", calibration="random"))
+    biased = changed_model(model, tmp_path / "biased", sequence_bias={"a": 1})
+    assert_error(r"^config\.json: .* is not a list of pairs", trim, biased, tmp_path / "out", vocabulary="latin")
     shutil.copytree(latin[0], tmp_path / "cut")
     for ids, said in {"[3, 1]": "not a map of token ids.*ascending", "[1, 3]": "has 2 token ids, but the mo"}.items():
         (tmp_path / "cut" / MAP_FILE).write_text(f'{{"original_ids": {ids}}}', encoding="utf-8")
@@ -237,6 +242,44 @@ def test_trim_refuses_what_it_cannot_do(model, latin, tmp_path, monkeypatch):
     (tmp_path / "cut" / MAP_FILE).unlink()
     (tmp_path / "cut" / "secateur.json").write_text('{"sizes": {"bytes": [1]}}')
     assert_error("not a record that secateur prune wrote", trim, tmp_path / "cut", tmp_path / "out", vocabulary="latin")
+
+
+def changed_model(model: Path, folder: Path, **keys: Any) -> Path:
+    """Return a copy of the model with other values in config.json; None removes a key."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text()) | keys
+    kept = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
+
+
+def test_config_json_is_written_with_corrections(model, tmp_path):
+    """config.json may leave the number of tokens to its class, and name tied tensors or blocks that there are not."""
+    more = changed_model(model, tmp_path / "more", num_nextn_predict_layers=1, tie_word_embeddings=True)
+    tensors = weights(more)
+    save_file(tensors | {"model.layers.2.eh_proj.weight": torch.zeros(32, 64)}, more / "model.safetensors", PYTORCH)
+    trim(more, tmp_path / "out", vocabulary="latin")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_nextn_predict_layers"], config["tie_word_embeddings"]) == (0, False)
+    without = changed_model(model, tmp_path / "without", vocab_size=None)
+    rows = {name: torch.zeros(32_000, 32) for name, value in tensors.items() if len(value) == 901}
+    save_file(tensors | rows, without / "model.safetensors", PYTORCH)
+    done = trim(without, tmp_path / "small", vocabulary="latin")
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["vocab_size"] == done.tokens[1]
+
+
+def test_changed_files_beside_the_weights_are_read_again(model, tmp_path):
+    """Copies with new token ids are kept in the cache of the user."""
+    folder = changed_model(model, tmp_path / "model", use_cache=True)
+    (folder / "additional_chat_templates").mkdir()
+    template = folder / "additional_chat_templates" / "rag.jinja"
+    for number, used in enumerate((True, False)):
+        template.write_text("b" * (number + 1))
+        edit_json(folder / "config.json", use_cache=used)
+        out = tmp_path / str(number)
+        trim(folder, out, vocabulary="latin")
+        assert json.loads((out / "config.json").read_text())["use_cache"] is used
+        assert (out / "additional_chat_templates" / "rag.jinja").read_text() == template.read_text()
 
 
 def test_stored_buffers_are_no_parameters(checkpoint_folder):

@@ -16,9 +16,7 @@ from secateur.commands.vocabulary import KeptVocabulary, with_vocabulary
 from secateur.formats.folder import format_of_folder
 from secateur.formats.opened import check_written
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.config_file import read_config
 from secateur.model.per_layer import empty_decoder
-from secateur.model.quantised import without_quantisation
 from secateur.report.card import BASE_CARD, CARD
 from secateur.report.folder import check_record, read_text, readme_and_report
 from secateur.report.summary import Trimmed
@@ -133,7 +131,9 @@ def _write(cut: Checkpoint, vocabulary: KeptVocabulary, folder: Path, watcher: W
     for name in watcher.track(list(cut.weights), "Write"):
         writer.add(name, cut.tensors[name].as_stored(cut.read(name)))
     writer.close()
-    write_json(folder / "config.json", without_quantisation(read_config(cut.side_folder)))
+    # This also corrects what config.json says about tied tensors.
+    cut.check_shapes(empty_decoder(cut))
+    write_json(folder / "config.json", cut.whole_config)
     for file in (*cut.files, *format_of_folder(cut.path).code):
         copy_into(folder, file)
     ids = original_ids(cut) or []
@@ -144,9 +144,11 @@ def _write(cut: Checkpoint, vocabulary: KeptVocabulary, folder: Path, watcher: W
 
 def _records(cut: Checkpoint, vocabulary: KeptVocabulary) -> dict[str, Any]:
     """Return the contents of secateur.json and of the model card by file name, of the folder of a pruned model too."""
-    earlier = read_record(cut.path)
-    first = tokens_kept(earlier) or vocabulary.tokens
-    entry = vocabulary.as_record() | {"tokens": (first[0], vocabulary.tokens[1])}
+    earlier, entry = read_record(cut.path), vocabulary.as_record()
+    if (first := tokens_kept(earlier)) is not None:
+        # The text of the earlier cut may have been another one, so that its bits per byte cannot be compared.
+        parameters = earlier["vocabulary"].get("parameters", 0) + vocabulary.parameters
+        entry |= {"tokens": (first[0], vocabulary.tokens[1]), "parameters": parameters, "bits_per_byte": None}
     record = {"secateur": secateur.__version__, "model": cut.source} | earlier | {"vocabulary": entry}
     if "sizes" not in earlier:
         card = read_text(cut.path / CARD)

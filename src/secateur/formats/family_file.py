@@ -5,7 +5,7 @@ blocks: imaginary.layers
 stock: {head_counts: dense}
 """
 
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -16,6 +16,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.yaml_files import read_yaml
 from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
+from secateur.formats.gguf_architectures import ARCHITECTURES
 
 KIND = "model_type"
 _READ: set[str] = set()
@@ -38,7 +39,12 @@ def read_family(path: Path) -> str:
     kind = raw.pop(KIND)
     if kind in FAMILIES and kind not in _READ:
         raise SecateurError(f"{path}: secateur knows {kind}; leave --family out")
-    FAMILIES[kind] = _entry(path, Family, raw, "")
+    family: Family = _entry(path, Family, raw, "")
+    if unknown := [name for name in family.gguf.architectures if name not in ARCHITECTURES]:
+        raise SecateurError(
+            f"{path}: gguf.architectures: secateur does not write {unknown[0]}; it writes {', '.join(ARCHITECTURES)}"
+        )
+    FAMILIES[kind] = family
     _READ.add(kind)
     return kind
 
@@ -61,6 +67,9 @@ def _entry(path: Path, owner: type[Any], raw: Any, place: str) -> Any:
     for name in raw:
         if name not in known:
             raise SecateurError(f"{path}: {place}{name}: no such field; there are {', '.join(known)}")
+    needed = [field.name for field in fields(owner) if field.default is MISSING and field.default_factory is MISSING]
+    if missing := [name for name in needed if name not in raw]:
+        raise SecateurError(f"{path}: {place}{missing[0]} is missing")
     return owner(**{name: _value(path, hints[name], value, place + name) for name, value in raw.items()})
 
 

@@ -103,7 +103,7 @@ def _input_file(checkpoint: Checkpoint) -> Path:
     if not (file := local_path(source)).is_file():
         raise SecateurError(
             f"{checkpoint.source}: type {AS_INPUT} reads the types from the file that was pruned, but {source} is not "
-            "there; put it back, or choose another type"
+            "there; put it back, run in the folder where it was pruned, or choose another type"
         )
     return file
 

@@ -58,6 +58,7 @@ def export(
     overwrite: bool = False,
     watcher: Watcher | None = None,
     at: Path | None = None,
+    name: str | None = None,
 ) -> Exported:
     """Convert a folder that `prune` wrote to a GGUF file, which appears complete or not at all.
 
@@ -70,6 +71,7 @@ def export(
         overwrite: Replace a file that exists.
         watcher: Shows the progress.
         at: Path of the file until it is complete; by default a hidden name in the folder of `out`.
+        name: Name of the model in the file; by default the name of the file.
 
     Raises:
         SecateurError: The folder holds no model, llama.cpp cannot compute the model, GGUF cannot hold its tokenizer, or
@@ -91,7 +93,7 @@ def export(
     _note(watcher, model, architecture, tensors)
     size = sum(tensor.bytes for tensor in tensors)
     with Output(path, suffix=".gguf", overwrite=overwrite, expected_bytes=size, resume_path=at) as partial:
-        write_gguf(partial, model, architecture, tensors, vocabulary, name=path.stem, watcher=watcher)
+        write_gguf(partial, model, architecture, tensors, vocabulary, name=name or path.stem, watcher=watcher)
         if (difference := check_tensors(partial, tensors)) is not None:
             raise SecateurError(
                 f"{out}: the written file was not as planned ({difference}), so it was deleted; report this as a bug"
@@ -107,7 +109,8 @@ def _quantised(folder: Path, path: Path, *, type: str, overwrite: bool, watcher:
     with target as partial:
         exact = partial.with_name(f"{partial.name}.exact.gguf")
         try:
-            done = export(folder, exact, type=EXACT.get(open_folder(folder).dtype, "f32"), watcher=watcher)
+            exact_type = EXACT.get(open_folder(folder).dtype, "f32")
+            done = export(folder, exact, type=exact_type, name=path.stem, watcher=watcher)
             with watcher.busy(f"Converting to {type}"):
                 quantise(exact, partial, type)
         finally:
@@ -160,9 +163,12 @@ def _processor_template(folder: Path) -> Any:
     """
     file = folder / "chat_template.json"
     try:
-        return parse_json(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+        template = parse_json(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+        if not isinstance(template, str | list | dict | None):
+            raise ValueError("the template is no text")
     except (ValueError, AttributeError) as error:
         raise SecateurError(f"{file}: not valid JSON with a chat template; download it again, or remove it") from error
+    return template
 
 
 def _note(watcher: Watcher, model: GgufModel, architecture: Architecture, tensors: Sequence[FileTensor]) -> None:

@@ -149,6 +149,12 @@ class Checkpoint(Stored):
         return {"fingerprint": self.fingerprint, "config": hash_json(decisive)}
 
     @property
+    def whole_config(self) -> dict[str, Any]:
+        """Contents of config.json, with corrections where the weights contradict the stored file."""
+        whole = self.multimodal_config
+        return self.raw_config if whole is None else whole | {TEXT: self.raw_config}
+
+    @property
     def auto_class(self) -> Any:
         """Auto class of transformers that opens the whole model."""
         return AutoModelForCausalLM if self.multimodal_config is None else AutoModelForImageTextToText

@@ -17,10 +17,12 @@ from secateur.model.config_file import empty_model, load_config, read_config
 from secateur.model.per_layer import decoder_class, empty_decoder
 from secateur.model.weights import SelectedRows
 from secateur.vocabulary.kept import KeptTokens
-from secateur.vocabulary.side_files import write_side_files
+from secateur.vocabulary.side_files import CONFIG, write_side_files
 from secateur.vocabulary.token_ids import SIZE_KEYS
 from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
 
+_VERSION = 2
+"""Version of the files in the cache, part of their key; to be raised when their contents change."""
 ROWS_MORE = 64
 """Number of tokens by which a config is made larger, to find the tensors with one row per token."""
 
@@ -96,7 +98,9 @@ def _tensors_per_token(checkpoint: Checkpoint) -> set[str]:
 
 def _side_folder(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: KeptTokens) -> Path:
     """Return the folder of the cache with config.json, tokenizer and all other files for the kept tokens."""
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    key = hash_json([str(checkpoint.path.resolve()), checkpoint.identity, stamps, list(kept.ids)])
+    read = [checkpoint.side_folder / CONFIG, *checkpoint.files]
+    inside = [file for entry in read for file in (entry, *sorted(entry.rglob("*")))]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in inside]
+    key = hash_json([_VERSION, str(checkpoint.path.resolve()), checkpoint.identity, stamps, list(kept.ids)])
     name = f"{checkpoint.path.name}-vocabulary-{key}"
     return cached_folder(name, lambda partial: write_side_files(checkpoint, tokenizer, kept, partial))

@@ -115,8 +115,7 @@ def _pairs(value: Any) -> list[Any]:
     """
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise SecateurError(
-            f"generation_config.json: {value!r} is not a list of pairs, as sequence_bias and forced_decoder_ids are; "
-            "correct or remove it"
+            f"{value!r} is not a list of pairs, as sequence_bias and forced_decoder_ids are; correct or remove it"
         )
     return value
 

@@ -108,6 +108,8 @@ def _check_entries(tokenizer: StoredTokenizer) -> None:
         SecateurError: The tokenizer inserts an id that no token has.
         Exception: Another entry is not what the tokenizers library writes.
     """
+    if not tokenizer.model.spellings:
+        raise ValueError("its vocabulary is empty")
     for token in (*tokenizer.model.spellings, *tokenizer.added.values()):
         if type(token) is not int or token < 0:
             raise ValueError(f"the id {token!r}")
