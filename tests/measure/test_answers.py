@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import remove_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from models import EOS, MIXTURES, ROWS, SIMILAR, build, make_letters, make_tokenizer
@@ -16,7 +17,8 @@ from outputs import Notes, error_of
 from secateur.measure import answers, perplexity
 from secateur.measure.answers import ANSWER_TOKENS, agreement, greedy_answers, loop_share, loops, packaged_prompts
 from secateur.measure.evaluation import evaluate
-from secateur.measure.generation import greedy_tokens
+from secateur.measure.generation import greedy_tokens, prompt_ids
+from secateur.measure.quiz import Question, _log_likelihoods, answer_quiz
 from secateur.report.eval_table import measured_rows
 
 VOCAB = 128
@@ -105,6 +107,32 @@ def test_every_family_answers_in_a_batch_as_alone(name, monkeypatch):
     assert greedy_tokens(model, prompts, ends=[EOS], new_tokens=20) == alone
     monkeypatch.setattr(sys.modules[perplexity.__module__], "_FORWARD_LOGITS", 2 * 104 * VOCAB)
     assert agreement(model, prompts, alone) == 1
+
+
+def ending_with_eos() -> Any:
+    """Return a tokenizer that puts EOS after every text."""
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    return tokenizer
+
+
+def test_texts_that_go_on_have_no_end_token():
+    tokenizer, network = make_tokenizer(), build("llama")
+    assert prompt_ids(ending_with_eos(), "w1 w2") == prompt_ids(tokenizer, "w1 w2")
+    question = Question("w1 w2", ("w3 w4", "w5", "w6 w7 w8", "w9"))
+    plain = _log_likelihoods(network, tokenizer, question)
+    assert torch.equal(_log_likelihoods(network, ending_with_eos(), question), plain)
+    opened = make_tokenizer(bos=True)
+    assert prompt_ids(opened, "w1 w2") == opened("w1 w2")["input_ids"]
+
+
+def test_ids_that_the_model_lacks_are_an_error():
+    network = model_of_next_tokens(COUNTING)
+    message = error_of(greedy_tokens, network, [[5, VOCAB]], ends=[EOS], new_tokens=2)
+    assert message.startswith(f"the rows hold ids outside the vocabulary of {VOCAB}; use the model's own tokenizer")
+    narrow = model_of_next_tokens(COUNTING, max_position_embeddings=2)
+    message = error_of(answer_quiz, narrow, make_tokenizer())
+    assert "but the model has only 2 positions" in message
 
 
 def test_generation_settings_of_the_checkpoint_are_not_used():

@@ -12,7 +12,7 @@ from models import relative, token_rows
 from outputs import error_of
 from secateur import SecateurError, prune
 from secateur.formats.gguf_export import export
-from secateur.measure import subject
+from secateur.measure import speeds, subject
 from secateur.measure.answers import agreement
 from secateur.measure.evaluation import evaluate
 from secateur.measure.generation import greedy_tokens
@@ -58,6 +58,27 @@ def test_logits_are_those_of_transformers(pair):
     # After other rows, which stay in the context, the result is the same.
     assert relative(network(input_ids=ids.flip(1)).logits, expected) > 0.1
     assert torch.equal(network(input_ids=ids).logits, network(input_ids=ids).logits)
+
+
+class Counting:
+    """llama.cpp's library, which notes how many tokens run at once."""
+
+    def __init__(self, network: Any):
+        self.library, self.counts = network._library, list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.library, name)
+
+    def llama_decode(self, context: Any, batch: Any) -> Any:
+        self.counts.append(batch.n_tokens)
+        return self.library.llama_decode(context, batch)
+
+
+def test_every_run_of_a_speed_measurement_begins_with_the_whole_prompt(pair):
+    network = open_subject(str(pair.file)).load()
+    network._library = counting = Counting(network)
+    speeds([network], prompt=12, new=2, repeats=2)
+    assert counting.counts == [12, 1, 1] * 3
 
 
 def test_a_batch_of_texts_equals_the_texts_one_by_one(pair):

@@ -216,7 +216,10 @@ def test_the_same_beginning_may_be_the_choice(tmp_path):
         ("gone", "task gone cannot be loaded: "),
         ("writes", "task writes is not multiple-choice"),
         ("uncounted", "task uncounted does not measure accuracy"),
-        ("far", "task far needs its data set nobody/nothing from the hub, which is not reachable .*--task-path"),
+        (
+            "far",
+            "task far cannot be loaded .*data set nobody/nothing from the hub: that is not reachable .*--task-path",
+        ),
     ],
 )
 def test_tasks_that_cannot_be_scored_are_named(folder, name, message, monkeypatch):

@@ -16,6 +16,7 @@ from models import save
 from outputs import Opened, record_of
 from secateur.report.card import card
 from secateur.report.model_page import model_page
+from secateur.report.training_section import WIDE, training_section
 
 UNITS = ("heads", "kv_groups", "channels")
 NASTY = '<script>window.broken = 1</script> "quoted" `code` | [link](x) é'
@@ -87,6 +88,7 @@ def made(**changes: Any) -> dict[str, Any]:
         "torch": "2",
         "transformers": "5",
         "model": "owner/name",
+        "on_hub": True,
         "command": "secateur prune owner/name OUT",
         "options": {"recovery": "refit", "blocks": None},
         "sparsity": {"reached": 0.4},
@@ -103,7 +105,8 @@ def made(**changes: Any) -> dict[str, Any]:
 
 def test_the_card_names_the_base_and_tells_a_fit_from_none():
     assert front(card(made()))["base_model"] == "owner/name"
-    text = card(made(model="/home/me/models/name"))
+    assert "base_model" not in front(card(made(on_hub=False)))
+    text = card(made(model="/home/me/models/name", on_hub=False))
     assert "base_model" not in front(text)
     assert "/home/me" not in text
     for recovery, words in (("refit", "were fitted"), ("none", "are unchanged."), ("bias", "biases")):
@@ -113,12 +116,14 @@ def test_the_card_names_the_base_and_tells_a_fit_from_none():
 
 
 def test_names_are_escaped():
-    text = card(made(model=f"/x/{NASTY}"), measured=[(NASTY, "1", "2", "0.5")])
+    text = card(made(model=f"/x/{NASTY}", on_hub=False), measured=[(NASTY, "1", "2", "0.5")])
     assert "<script>" not in text.replace("`<script>", "")
     (row,) = [line for line in text.splitlines() if line.endswith("| 2 | 1 | 0.5 |")]
     assert row.count(" | ") == 3
     assert "\\|" in row
-    page = model_page(made(model=f"/x/{NASTY}"), [(NASTY, "1", "2", "0.5")], [(NASTY, NASTY, NASTY)])
+    texts = [(NASTY, NASTY, NASTY), ("{{MADE}}", "", "")]
+    page = model_page(made(model=f"/x/{NASTY}", on_hub=False), [(NASTY, "1", "2", "0.5")], texts)
+    assert "{{MADE}}" in page
     assert "<script" not in page
     # In the figures, and in the prompt and what two models wrote; of a path the name alone is shown.
     assert text_of(page).count("window.broken") == 4
@@ -147,6 +152,16 @@ def test_measurements_are_added_to_card_and_page(place, run):
         words = " ".join(text.split())
         assert words in text_of(page)
         assert words in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize("steps", [1, 4, 100, 101, 250])
+def test_curves_end_at_the_number_of_trained_tokens(steps):
+    entry = {"losses": [2.0] * steps, "perplexities": [[0, 3.0], [steps, 2.0]], "perplexity": {"dense": 1.0}}
+    page = training_section([entry | {"tokens": 1024 * steps}])
+    assert page.count(f" in {1024 * steps:,} tokens</figcaption>") == 2
+    loss, _ = re.findall(r'<path d="M([^"]*)" class="line"', page)
+    # Each point is in the middle of its steps.
+    assert float(loss.split("L")[-1].split()[0]) == pytest.approx(WIDE * (1 - 0.5 / min(steps, 100)), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -378,6 +378,8 @@ def test_damaged_targets_are_noticed(tmp_path, train):
 def test_settings_beside_a_training_are_refused(llama, tmp_path):
     with pytest.raises(TypeError, match="tokens is given together with Training; set it in that object"):
         retrain(llama, tmp_path / "out", Training(), tokens="1k")
+    # A step may take more tokens than are trained by default.
+    assert Training(time="2h", batch=64, length=4096).token_count == 64 * 4096
 
 
 def test_memory_decides_how_a_step_is_run(checkpoint_folder, tmp_path, train, monkeypatch):

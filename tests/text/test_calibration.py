@@ -243,7 +243,7 @@ def parquet_folder(folder: Path, **columns: list[str]) -> str:
 
     folder.mkdir()
     for split, suffix in (("train", "train"), ("test", "held out")):
-        table = {name: [f"{value} {suffix}" for value in values] for name, values in columns.items()}
+        table = {name: [f"{value} {suffix}" if value else None for value in values] for name, values in columns.items()}
         Dataset.from_dict(table).to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return str(folder)
 
@@ -254,4 +254,6 @@ def test_data_set_splits_columns_and_limit(hub, tmp_path):
     assert read_documents(folder, split="evaluation") == ["a held out", "b held out"]
     assert read_documents(f"{folder}::title") == ["c train", "d train"]
     assert read_documents(folder, characters=3) == ["a train"]
+    # An empty row says nothing about the columns.
+    assert read_documents(parquet_folder(tmp_path / "first", text=["", "a"], title=["c", "d"])) == ["a train"]
     assert_error(r"no column body: .* one of text, title", read_documents, f"{folder}::body")

@@ -94,8 +94,8 @@ def evaluate(
         bool,
         typer.Option(
             "--report",
-            help="Add the results to README.md and report.html in MODEL, a folder written by secateur prune. Needs "
-            "--against with the model that MODEL was pruned from.",
+            help="Write README.md and report.html in MODEL, a folder written by secateur prune, again with these "
+            "results. Needs --against with the model that MODEL was pruned from.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import secateur
+from secateur.base.files import existing_path
 from secateur.base.hashes import hash_rows
 from secateur.base.options import changed_options, cli_name, option_specs
 from secateur.commands.open_model import OpenRun
@@ -100,6 +101,7 @@ def make_record(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": stream.checkpoint.source,
+        "on_hub": existing_path(stream.checkpoint.source) is None,
         **stream.checkpoint.identity,
         "command": command_line(stream.checkpoint.source, run.options),
         "options": asdict(run.options),

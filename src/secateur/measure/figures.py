@@ -69,11 +69,16 @@ class Evaluation:
             Figure.of("bytes in the same dtype", [model.bytes for model in models], "{:,}"),
         ]
         for text in models[0].texts:
-            perplexities = [model.texts[text].perplexity for model in models]
-            figures.append(Figure.of(f"perplexity {short(text)}", perplexities, "{:,.3f}"))
+            perplexities, name = [model.texts[text].perplexity for model in models], self.name_of(text)
+            figures.append(Figure.of(f"perplexity {name}", perplexities, "{:,.3f}"))
             bits = [score for model in models if (score := model.texts[text].bits_per_byte) is not None]
-            figures += [Figure.of(f"bits per byte {short(text)}", bits, "{:.4f}")] if len(bits) == len(models) else []
+            figures += [Figure.of(f"bits per byte {name}", bits, "{:.4f}")] if len(bits) == len(models) else []
         return [*figures, *self._answers(), *self._accuracies(), *self._speeds()]
+
+    def name_of(self, text: str) -> str:
+        """Return the short name of a text; its whole name if another text has the same short name."""
+        names = [short(other) for other in self.models[0].texts]
+        return short(text) if names.count(short(text)) == 1 else text
 
     def _answers(self) -> list[Figure]:
         scores = [model.answers for model in self.models if model.answers is not None]
@@ -85,12 +90,13 @@ class Evaluation:
         return figures
 
     def _accuracies(self) -> list[Figure]:
-        figures, ratios = [], self.accuracy_ratios()
+        figures = []
         for results in zip(*(model.tasks for model in self.models), strict=True):
             for metric in results[0].accuracies():
                 accuracies = [result.accuracies()[metric] for result in results]
                 label = f"{results[0].name} {metric}"
-                ratio, interval = (found.ratio, found.interval) if (found := ratios.get(label)) else (None, None)
+                found = accuracy_ratio(*accuracies) if len(accuracies) == 2 else None
+                ratio, interval = (found.ratio, found.interval) if found else (None, None)
                 errors = tuple(accuracy.standard_error for accuracy in accuracies)
                 values = [accuracy.value for accuracy in accuracies]
                 figures.append(Figure(label, values, ratio, "{:.3f}", errors, interval))

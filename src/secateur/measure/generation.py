@@ -9,9 +9,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
-from secateur.measure.perplexity import device_of, scoring
+from secateur.measure.perplexity import check_ids, device_of, scoring
 from secateur.model.facts import positions_of
-from secateur.model.tokens import encode
+from secateur.model.tokens import encode_start
 
 MAX_NEW_TOKENS = 80
 
@@ -48,7 +48,7 @@ def prompt_ids(tokenizer: Any, prompt: str, without_template: str | None = None)
         SecateurError: The chat template or the tokenizer refuses the prompt.
     """
     if not getattr(tokenizer, "chat_template", None):
-        return [int(token) for token in encode(tokenizer, without_template or prompt, special=True)]
+        return [int(token) for token in encode_start(tokenizer, without_template or prompt)]
     messages = [{"role": "user", "content": prompt}]
     try:
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
@@ -88,7 +88,8 @@ def greedy_tokens(
         The new token ids after each prompt, without the token that ended the text.
 
     Raises:
-        SecateurError: A prompt fills all positions of the model, or logits are not finite.
+        SecateurError: A prompt fills all positions of the model or has an id that the model lacks, or logits are not
+            finite.
     """
     longest = max(map(len, prompts))
     positions = positions_of(network.config) or longest + new_tokens
@@ -97,7 +98,8 @@ def greedy_tokens(
             f"a prompt has {longest:,} tokens, but the model has only {positions:,} positions; shorten it"
         )
     filler = next(iter(ends), 0)
-    padded = [pad(torch.tensor(ids), (longest - len(ids), 0), value=filler) for ids in prompts]
+    padded = torch.stack([pad(torch.tensor(ids), (longest - len(ids), 0), value=filler) for ids in prompts])
+    check_ids(network, padded)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     settings = GenerationConfig(
         do_sample=False,
@@ -110,7 +112,7 @@ def greedy_tokens(
     try:
         with scoring(network), quiet():
             tokens = network.generate(
-                torch.stack(padded).to(device_of(network)),
+                padded.to(device_of(network)),
                 attention_mask=mask.to(device_of(network)),
                 logits_processor=LogitsProcessorList([_EachStep(on_step)]),
             )

@@ -26,7 +26,7 @@ ROOM = 256
 class LlamaCppModel(nn.Module):
     """Network that llama.cpp runs.
 
-    It keeps the keys and values of the rows that ran last. Of a row that continues such a row, only the new tokens run.
+    While it generates, it keeps the keys and values of the rows, so that only the new token of each row runs.
 
     Attributes:
         config: `vocab_size` and `max_position_embeddings`.
@@ -74,7 +74,6 @@ class LlamaCppModel(nn.Module):
     def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         """Return `logits` (b x t x v) of token ids (b x t)."""
         self._reserve(*input_ids.shape)
-        self._kept = [self._keep(row, 0) for row in range(len(self._kept))]
         rows = dict(enumerate(input_ids.tolist()))
         return SimpleNamespace(logits=self._decode(rows, every_position=True).unflatten(0, input_ids.shape))
 
@@ -105,8 +104,10 @@ class LlamaCppModel(nn.Module):
         return input_ids
 
     def _reserve(self, rows: int, positions: int) -> None:
-        """Make a context for a number of rows and positions, unless there is one that is large enough."""
+        """Make a context without tokens for a number of rows and positions, unless there is one that is large
+        enough, which is emptied."""
         if rows <= len(self._kept) and positions <= self._room:
+            self._kept = [self._keep(row, 0) for row in range(len(self._kept))]
             return
         self._free()
         self._room, self._kept = -(-positions // ROOM) * ROOM, [[] for _ in range(rows)]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
+from secateur.model.facts import positions_of
 
 _FORWARD_LOGITS = 1 << 28
 """Largest number of logits that one forward pass may return, in the model's dtype; batches are chosen accordingly."""
@@ -83,9 +84,7 @@ def perplexity(
         raise SecateurError(f"batch is {batch}, but at least 1 is needed")
     if count < 1 or length < 2:
         raise SecateurError(f"{count} rows of {length} tokens leave nothing to score: a row needs at least 2 tokens")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if not 0 <= int(rows.min()) <= int(rows.max()) < vocabulary:
-        raise SecateurError(f"the rows hold ids outside the vocabulary of {vocabulary}; use the model's own tokenizer")
+    check_ids(model, rows)
     batch = rows_per_forward(model, length, batch)
     total = 0.0
     with scoring(model):
@@ -104,6 +103,15 @@ def perplexity(
     value = float(torch.tensor(nll, dtype=torch.float64).exp())
     bits_per_byte = total / math.log(2) / text_bytes if text_bytes else None
     return Perplexity(value, nll, tokens, count, length, text_bytes, bits_per_byte)
+
+
+def check_ids(model: PreTrainedModel, rows: torch.Tensor) -> None:
+    """Raise `SecateurError` if rows hold ids outside the vocabulary of a model, or are longer than it allows."""
+    vocabulary, positions = model.get_input_embeddings().weight.shape[0], positions_of(model.config)
+    if not 0 <= int(rows.min()) <= int(rows.max()) < vocabulary:
+        raise SecateurError(f"the rows hold ids outside the vocabulary of {vocabulary}; use the model's own tokenizer")
+    if positions is not None and rows.shape[1] > positions:
+        raise SecateurError(f"a row has {rows.shape[1]:,} tokens, but the model has only {positions:,} positions")
 
 
 def rows_per_forward(model: PreTrainedModel, length: int, most: int) -> int:

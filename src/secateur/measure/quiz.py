@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from secateur.base.progress import Silent, Watcher
 from secateur.measure.generation import check_logits
-from secateur.measure.perplexity import device_of, scoring
+from secateur.measure.perplexity import check_ids, device_of, scoring
 from secateur.measure.zero_shot import Accuracy, TaskResult
-from secateur.model.tokens import encode
+from secateur.model.tokens import encode_start
 
 FILE = Path(__file__).with_name("quiz.txt")
 """File with a question on each line: the start of a sentence, its right end and three wrong ones, between bars."""
@@ -48,7 +48,8 @@ def answer_quiz(network: Any, tokenizer: Any, *, watcher: Watcher | None = None,
         what: Label of the progress bar.
 
     Raises:
-        SecateurError: The tokenizer has no ids for a question, or logits are not finite.
+        SecateurError: The tokenizer has no ids for a question, the model lacks an id or has too few positions, or
+            logits are not finite.
     """
     outcomes = []
     with scoring(network):
@@ -60,10 +61,12 @@ def answer_quiz(network: Any, tokenizer: Any, *, watcher: Watcher | None = None,
 
 def _log_likelihoods(network: Any, tokenizer: Any, question: Question) -> Tensor:
     """Return the log-likelihood of each answer after the text of a question, in nats."""
-    start = len(encode(tokenizer, question.text, special=True))
-    rows = [torch.tensor(encode(tokenizer, f"{question.text} {end}", special=True)) for end in question.answers]
+    start = len(encode_start(tokenizer, question.text))
+    rows = [torch.tensor(encode_start(tokenizer, f"{question.text} {end}")) for end in question.answers]
     # Padded on the right, where no token before the padding depends on it.
-    ids = pad_sequence(rows, batch_first=True).to(device_of(network))
+    ids = pad_sequence(rows, batch_first=True)
+    check_ids(network, ids)
+    ids = ids.to(device_of(network))
     logits = network(input_ids=ids, use_cache=False).logits.float()
     check_logits(logits.amax(-1))
     scores = logits.log_softmax(-1).cpu()

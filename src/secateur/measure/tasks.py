@@ -116,8 +116,9 @@ def _load(manager: Any, name: str) -> list[Any]:
     except Exception as error:  # from a wrong path to a missing package, each has its own class
         if reason is not None:
             raise SecateurError(
-                f"task {name} needs its data set{f' {path}' if path else ''} from the hub, which is not reachable "
-                f"({reason}); give --task-path with a task file that reads local files"
+                f"task {name} cannot be loaded ({first_line(error)}); if it needs its data set"
+                f"{f' {path}' if path else ''} from the hub: that is not reachable ({reason}); give --task-path with a "
+                "task file that reads local files"
             ) from error
         raise SecateurError(f"task {name} cannot be loaded: {first_line(error)}") from error
 

@@ -16,6 +16,14 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     return list(_encoding(tokenizer, text, special)["input_ids"])
 
 
+def encode_start(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text that goes on: with what the tokenizer puts before a text, such as BOS, but
+    without what it puts after a text, such as EOS; errors as in `encode`."""
+    plain, full = encode(tokenizer, text), encode(tokenizer, text, special=True)
+    ends = (start + len(plain) for start in range(len(full) - len(plain) + 1))
+    return full[: next((end for end in ends if full[end - len(plain) : end] == plain), len(full))]
+
+
 def _encoding(tokenizer: Any, text: str, special: bool) -> Any:
     """Return what a tokenizer returns for a text of any length."""
     try:

@@ -6,17 +6,16 @@ The card is made from the record of the run (secateur.json) alone, so that it ca
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from secateur.fit.recovery import all_recoveries
 from secateur.report.record_text import (
-    HUB_ID,
     chain,
     commands,
     expected_cost,
+    hub_id,
     loading,
     loading_code,
     original,
@@ -131,9 +130,8 @@ def _making(record: Mapping[str, Any], base_card: str | None) -> Iterator[str]:
 def _metadata(record: Mapping[str, Any], base_card: str | None) -> dict[str, Any]:
     """Return the metadata of the card, which the hub reads."""
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": record["loads"]["task"]}
-    source = original(record)
-    if HUB_ID.fullmatch(source) and not Path(source).exists():
-        metadata["base_model"] = source
+    if (base := hub_id(original(record))) is not None:
+        metadata["base_model"] = base
     metadata |= {key: value for key, value in _front(base_card or "").items() if key in INHERITED}
     return metadata | {"tags": ["pruned", "secateur"]}
 

@@ -4,6 +4,7 @@ from rich.table import Table
 
 from secateur.measure.answers import ANSWER_TOKENS, LOOP, AnswerScore
 from secateur.measure.figures import Evaluation, Figure, ModelScore, short
+from secateur.measure.speed import Speed
 from secateur.report.summary import bos_note
 
 KNOWN = ("parameters", "bytes in the same dtype")
@@ -31,11 +32,7 @@ def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
 def measurement_notes(result: Evaluation) -> list[str]:
     """Return lines about how texts, answers, tasks and speed were measured, for one model or two."""
     model, compared = result.models[0], len(result.models) == 2
-    lines = [
-        f"{short(source)}: {text.tokens:,} tokens ({text.bytes or 0:,} bytes) scored in {text.rows:,} rows of "
-        f"{text.length}; {bos_note(model.begins_with_bos)}."
-        for source, text in model.texts.items()
-    ]
+    lines = [_text(result, source) for source in model.texts]
     if model.answers is not None:
         lines.append(_answers(model.answers))
     if model.written:
@@ -45,13 +42,29 @@ def measurement_notes(result: Evaluation) -> list[str]:
         ratios = "; ratios with a 95 % interval, paired by item" * compared
         lines.append(f"Zero-shot: {items}; ± one standard error{ratios}.")
     if (speed := model.speed) is not None:
+        where = " and ".join(dict.fromkeys(f"{one.dtype} on {one.device}" for one in _speeds(result)))
         runs = f"medians over {len(speed.prefill_seconds)} runs"
         runs += "; the models ran in turns, and a ratio is a median over pairs of runs" * compared
         lines.append(
-            f"Speed: a prompt of {speed.prompt} tokens, then {speed.new} new tokens, {speed.dtype} on {speed.device}, "
+            f"Speed: a prompt of {speed.prompt} tokens, then {speed.new} new tokens, {where}, "
             f"{speed.threads} CPU thread{'s' * (speed.threads > 1)}; {runs}."
         )
     return lines
+
+
+def _text(result: Evaluation, source: str) -> str:
+    """Return a line about the rows of a text; models with different tokenizers score different parts of it."""
+    texts, begins_with_bos = [model.texts[source] for model in result.models], result.models[0].begins_with_bos
+    scored = " and ".join(dict.fromkeys(f"{one.tokens:,} tokens ({one.bytes or 0:,} bytes)" for one in texts))
+    return (
+        f"{result.name_of(source)}: {scored} scored in {texts[0].rows:,} rows of {texts[0].length}; "
+        f"{bos_note(begins_with_bos)}."
+    )
+
+
+def _speeds(result: Evaluation) -> list[Speed]:
+    """Return the speed of each model that was measured."""
+    return [model.speed for model in result.models if model.speed is not None]
 
 
 def _prompts(model: ModelScore) -> str:

@@ -5,6 +5,7 @@ made from the record of the run (secateur.json) alone.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -65,10 +66,8 @@ def model_page(
         "OPENING": escape(loading_code(record, "THIS_FOLDER")),
         "MADE": escape(versions(record)),
     }
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for place, text in parts.items():
-        page = page.replace(f"{{{{{place}}}}}", text)
-    return page
+    # In one pass, so that braces in a user's text stay as they are.
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda place: parts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _blocks(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

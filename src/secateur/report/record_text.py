@@ -1,6 +1,5 @@
 """Statements about a pruned model, made from its record (secateur.json), that card and page share."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,26 @@ from secateur.report.summary import pruned_part
 from secateur.vocabulary.map_file import MAP_FILE
 from secateur.write.record import tokens_kept
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 def model_name(record: Mapping[str, Any]) -> str:
     """Return the hub id of the model that was pruned, or the name of its folder or file."""
-    return _name(str(record["model"]))
+    return hub_id(record) or Path(str(record["model"])).name
 
 
-def original(record: Mapping[str, Any]) -> str:
-    """Return the source of the dense model, as the user named it: the first model of a chain of prunings."""
-    return str(next(iter(record.get("earlier", [])), record)["model"])
+def hub_id(record: Mapping[str, Any]) -> str | None:
+    """Return the hub id of the model that was pruned; None for a folder or a file."""
+    return str(record["model"]) if record.get("on_hub") else None
+
+
+def original(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the record of the first pruning, of the dense model."""
+    first: Mapping[str, Any] = next(iter(record.get("earlier", [])), record)
+    return first
 
 
 def original_name(record: Mapping[str, Any]) -> str:
     """Return the hub id of the dense model, or the name of its folder or file."""
-    return _name(original(record))
+    return model_name(original(record))
 
 
 def commands(record: Mapping[str, Any]) -> list[str]:
@@ -52,10 +55,6 @@ def chain(record: Mapping[str, Any]) -> list[str]:
         kept = f", {tokens[1]:,} of {tokens[0]:,} tokens kept" if tokens else ""
         lines.append(f"{model_name(step)}: {removed}{kept}{then}")
     return lines
-
-
-def _name(source: str) -> str:
-    return source if HUB_ID.fullmatch(source) else Path(source).name
 
 
 def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

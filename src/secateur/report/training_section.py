@@ -30,22 +30,24 @@ def _figures(entry: Mapping[str, Any]) -> str:
     step = entry["tokens"] / max(1, len(losses))
     size = -(-len(losses) // POINTS)
     means = [losses[at : at + size] for at in range(0, len(losses), size)]
-    loss = [((number + 0.5) * size * step, sum(part) / len(part)) for number, part in enumerate(means)]
+    loss = [((number * size + len(part) / 2) * step, sum(part) / len(part)) for number, part in enumerate(means)]
     perplexity = [(done * step, value / (dense or 1.0)) for done, value in measured]
     what = "Perplexity on held-out rows" + ("" if dense is None else ", ratio to dense")
-    return _curve("Loss of the training, nats per token", loss) + _curve(what, perplexity)
+    tokens = float(entry["tokens"])
+    return _curve("Loss of the training, nats per token", loss, tokens) + _curve(what, perplexity, tokens)
 
 
-def _curve(label: str, points: Sequence[tuple[float, float]]) -> str:
+def _curve(label: str, points: Sequence[tuple[float, float]], last: float) -> str:
     """Return a figure with one curve over the number of tokens.
 
     Args:
         label: What the curve shows.
         points: Number of tokens and value of each point.
+        last: Number of tokens of the whole training.
     """
     if not points:
         return ""
-    last = points[-1][0] or 1.0
+    last = last or 1.0
     low, high = min(value for _, value in points), max(value for _, value in points)
     span = (high - low) or 1.0
 

@@ -104,8 +104,11 @@ class Training:
 
     @property
     def token_count(self) -> int:
-        """Number of tokens that `--tokens` asks for."""
-        return parse_tokens(self.tokens or DEFAULT_TOKENS)
+        """Number of tokens that `--tokens` asks for; with `--time`, a number to begin with, at least one step."""
+        default = parse_tokens(DEFAULT_TOKENS)
+        if self.time is not None:
+            return max(default, self.batch * self.length)
+        return default if self.tokens is None else parse_tokens(self.tokens)
 
     @property
     def seconds(self) -> float | None:

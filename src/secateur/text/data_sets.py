@@ -158,6 +158,8 @@ def _cached(data_set: _DataSet) -> dict[str, Any] | None:
 def _texts(rows: Iterable[dict[str, Any]], column: str | None, source: str, characters: int) -> Iterator[str]:
     """Yield the texts of one column, until there are enough characters."""
     for row in rows:
+        if column is None and not any(isinstance(value, str) for value in row.values()):
+            continue
         column = column or _text_column(row)
         if column not in row:
             raise SecateurError(
@@ -178,4 +180,4 @@ def _texts(rows: Iterable[dict[str, Any]], column: str | None, source: str, char
 def _text_column(row: dict[str, Any]) -> str | None:
     """Return the column `text` of a row, or the only one that holds a string; None if that is unclear."""
     strings = [key for key, value in row.items() if isinstance(value, str)]
-    return "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+    return "text" if "text" in row else strings[0] if len(strings) == 1 else None

@@ -70,6 +70,8 @@ def is_file(source: str) -> bool:
             that is not read.
     """
     if (text := text_added_to_general(source)) is not None:
+        if text in _NOT_TEXT:
+            raise SecateurError(f"{source}: what is added to general must be a text, so name a file or a data set")
         return is_file(text)
     if source in (*_NOT_TEXT, STDIN):
         return False

@@ -31,6 +31,7 @@ def earlier_prunings(folder: Path) -> list[dict[str, Any]]:
     return [
         {
             "model": str(one.get("model")),
+            "on_hub": bool(one.get("on_hub")),
             "command": str(one.get("command")),
             "sparsity": {"reached": _share_removed(one)},
             "retrained": bool(one.get("retrained")),
