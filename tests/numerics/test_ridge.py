@@ -172,7 +172,9 @@ def test_without_a_ridge_the_nearest_solution_is_taken(seed, few, size, kept):
     inverse = torch.from_numpy(np.linalg.pinv((x / scale.T).numpy(), rcond=1e-6))
     wanted = scale * case.old[keep] + inverse @ (case.t - x @ case.old[keep])
     assert_near(scale * weight, wanted, 1e-3)
-    assert error == pytest.approx(float((x @ (wanted / scale) - case.t).square().sum()), abs=1e-4 * case.energy)
+    # Rounding of the Gram matrix enters times the weights, of which the old ones may be large where inputs repeat.
+    size = case.energy + float(wanted.square().sum())
+    assert error == pytest.approx(float((x @ (wanted / scale) - case.t).square().sum()), abs=1e-4 * size)
 
 
 def positions(units: list[int], size: int) -> Tensor:

@@ -91,7 +91,8 @@ def rope_metadata(config: Any, rotated: int, sections: Sections | None) -> Numbe
 def _base(rope: Numbers, rotated: int) -> float:
     """Return the base of the frequencies; Hunyuan raises it by a fixed `alpha`, which llama.cpp does not read."""
     alpha = rope.get("alpha") if rope.get("rope_type") == "dynamic" else None
-    return float(rope["rope_theta"] * (alpha or 1.0) ** (rotated / (rotated - 2)))
+    factor = alpha ** (rotated / (rotated - 2)) if alpha else 1.0
+    return float(rope["rope_theta"] * factor)
 
 
 def _sections(rope: Numbers, rotated: int, sections: Sections) -> list[int]:
