@@ -121,7 +121,7 @@ def _check_folder(checkpoint: Checkpoint) -> None:
 
 def _parameters(checkpoint: Checkpoint) -> int:
     """Return the number of parameters, to which stored buffers do not belong."""
-    buffers = {checkpoint.resolve(name) for name, _ in empty_decoder(checkpoint).named_buffers()}
+    buffers = checkpoint.buffers_of(empty_decoder(checkpoint))
     return sum(info.entries for name, info in checkpoint.weights.items() if name not in buffers)
 
 

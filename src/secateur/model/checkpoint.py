@@ -148,6 +148,12 @@ class Checkpoint(Stored):
         decisive = {key: value for key, value in config.items() if key not in _NOT_DECISIVE}
         return {"fingerprint": self.fingerprint, "config": hash_json(decisive)}
 
+    def buffers_of(self, network: nn.Module) -> frozenset[str]:
+        """Return the stored names of a model's buffers. They keep their own, finer dtype, such as biases of a router,
+        and are no parameters."""
+        names = (self.resolve(name) for name, _ in network.named_buffers())
+        return frozenset(name for name in names if name is not None)
+
     @property
     def whole_config(self) -> dict[str, Any]:
         """Contents of config.json, with corrections where the weights contradict the stored file."""

@@ -100,9 +100,8 @@ class BlockStream:
 
     @property
     def stored_buffers(self) -> frozenset[str]:
-        """Stored names of buffers. They keep their own, finer dtype, such as the biases of a router."""
-        names = (self.checkpoint.resolve(name) for name, _ in self.model.named_buffers())
-        return frozenset(name for name in names if name is not None)
+        """Stored names of the model's buffers."""
+        return self.checkpoint.buffers_of(self.model)
 
     @property
     def processes(self) -> Processes:

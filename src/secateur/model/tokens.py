@@ -17,8 +17,11 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
 
 
 def encode_start(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a text that goes on: with what the tokenizer puts before a text, such as BOS, but
-    without what it puts after a text, such as EOS; errors as in `encode`."""
+    """Return the token ids of the beginning of a text: with BOS if the tokenizer adds it, but without EOS.
+
+    Raises:
+        SecateurError: The tokenizer has no ids for it.
+    """
     plain, full = encode(tokenizer, text), encode(tokenizer, text, special=True)
     ends = (start + len(plain) for start in range(len(full) - len(plain) + 1))
     return full[: next((end for end in ends if full[end - len(plain) : end] == plain), len(full))]
