@@ -254,13 +254,18 @@ def test_requests_that_token_mixers_rule_out_are_refused(tmp_path, checkpoint_fo
         assert_error(said, prune, folder, out, **QUICK | asked, sparsity=0.1)
 
 
-def test_biases_of_routers_keep_their_dtype_in_every_block(tmp_path):
-    """transformers stores these biases in float32 although all weights are bfloat16."""
-    model = save("deepseek_v3", tmp_path / "model", torch.bfloat16)
+@pytest.mark.parametrize("modules", ["channels", "experts"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
+def test_routers_keep_their_dtype_in_every_block(family, modules, tmp_path):
+    """transformers keeps routers in float32 although all other weights are bfloat16."""
+    model = save(family, tmp_path / "model", torch.bfloat16)
     stored = load_file(model / "model.safetensors")
-    biases = {name: torch.randn(value.shape) for name, value in stored.items() if name.endswith("correction_bias")}
-    save_file(stored | biases, model / "model.safetensors", {"format": "pt"})
-    prune(model, tmp_path / "out", **SMALL, blocks="1:2", modules="channels", sparsity=0.3)
+    parts = ("correction_bias", "mlp.gate.weight")
+    routers = {name: torch.randn(value.shape) for name, value in stored.items() if name.endswith(parts)}
+    save_file(stored | routers, model / "model.safetensors", {"format": "pt"})
+    summary = prune(model, tmp_path / "out", **SMALL, blocks="1:2", modules=modules, sparsity=0.3)
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert len(biases) > 1
-    assert all(torch.equal(written[name], value) for name, value in biases.items())
+    assert len(routers) > 3
+    # Rows of removed experts are gone.
+    assert all(torch.isin(written[name], value).all() for name, value in routers.items())
+    assert summary.bytes[1] == sum(value.nbytes for value in written.values())

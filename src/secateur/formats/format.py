@@ -201,12 +201,12 @@ class Format(ABC):
             written: Names of tensors to leave out, because an interrupted run has written them already.
         """
         stream, checkpoint = self.stream, self.stream.checkpoint
-        inside, buffers = self.names_inside(pruned.plan), stream.stored_buffers
+        inside, kept_dtypes = self.names_inside(pruned.plan), stream.kept_dtypes
         last = {str(checkpoint.resolve(name)): name for name in stream.final_norm}
         for name, info in checkpoint.weights.items():
             if name not in inside and name not in last and name not in written:
                 tensor = checkpoint.read(name)
-                keeps_dtype = name in buffers or not info.dtype.is_floating_point
+                keeps_dtype = name in kept_dtypes or not info.dtype.is_floating_point
                 yield name, info.as_stored(tensor if keeps_dtype else tensor.to(self.dtype))
         for index, tensors in pruned.blocks:
             yield from self._as_stored(index, tensors)

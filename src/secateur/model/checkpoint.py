@@ -4,7 +4,7 @@ a time."""
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -149,10 +149,22 @@ class Checkpoint(Stored):
         return {"fingerprint": self.fingerprint, "config": hash_json(decisive)}
 
     def buffers_of(self, network: nn.Module) -> frozenset[str]:
-        """Return the stored names of a model's buffers. They keep their own, finer dtype, such as biases of a router,
-        and are no parameters."""
-        names = (self.resolve(name) for name, _ in network.named_buffers())
-        return frozenset(name for name in names if name is not None)
+        """Return the stored names of a model's buffers, such as the biases of a router. They are no parameters."""
+        return self._stored_names(name for name, _ in network.named_buffers())
+
+    def kept_dtypes_of(self, network: Any) -> frozenset[str]:
+        """Return the stored names of tensors that keep their own dtype, which may be finer than that of the model.
+
+        These are all buffers, and parameters that transformers keeps in float32, such as the weights of a router.
+        """
+        parts = network._keep_in_fp32_modules_strict or ()
+        names = (name for name, _ in network.named_parameters() if any(part in name for part in parts))
+        return self.buffers_of(network) | self._stored_names(names)
+
+    def _stored_names(self, names: Iterable[str]) -> frozenset[str]:
+        """Return the stored names of those of the tensors that are stored in one piece."""
+        stored = (self.resolve(name) for name in names)
+        return frozenset(name for name in stored if name is not None)
 
     @property
     def whole_config(self) -> dict[str, Any]:

@@ -104,6 +104,11 @@ class BlockStream:
         return self.checkpoint.buffers_of(self.model)
 
     @property
+    def kept_dtypes(self) -> frozenset[str]:
+        """Stored names of tensors that keep their own dtype; see `Checkpoint.kept_dtypes_of`."""
+        return self.checkpoint.kept_dtypes_of(self.model)
+
+    @property
     def processes(self) -> Processes:
         """Processes that share the rows."""
         return self.services.processes

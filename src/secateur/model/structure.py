@@ -298,10 +298,6 @@ class Block:
         shapes = self.shapes_at(width, kind).items()
         return sum(math.prod(shape) for name, shape in shapes if name not in self.buffers)
 
-    def module_entries(self, width: Width, kind: str) -> int:
-        """Return the number of entries of a module's tensors: its parameters and its buffers."""
-        return sum(map(math.prod, self.shapes_at(width, kind).values()))
-
     def active_parameters(self, width: Width, kind: str) -> float:
         """Return the number of a module's parameters that are active per token: of experts, only the routed ones."""
         module, shapes = self.module(kind), self.shapes_at(width, kind)

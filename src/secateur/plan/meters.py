@@ -4,7 +4,7 @@ Because sizes are sums over modules, the best widths within a budget are the sol
 """
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,6 @@ from secateur.base.words import format_count
 from secateur.model.axes import Width
 from secateur.model.facts import head_dim, latent_width
 from secateur.model.stream import BlockStream
-from secateur.model.structure import Block
 from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.latency import Timer, latency_table
 from secateur.plan.target import SPEEDUPS, Target
@@ -136,26 +135,13 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
         biases: Whether recovery adds a bias to each output projection of a pruned block that has none. An output
             projection that a norm follows never gets a bias.
     """
-    return _entry_meter(stream, Block.module_parameters, stream.stored_buffers, biases)
-
-
-def _entry_meter(
-    stream: BlockStream, module_size: Callable[[Block, Width, str], int], excluded: Container[str | None], biases: bool
-) -> Meter:
-    """Return the meter of the entries of all stored tensors.
-
-    Args:
-        stream: The open model.
-        module_size: Function that returns the entries of one module.
-        excluded: Stored names of tensors that are not counted, neither here nor by `module_size`.
-        biases: Whether recovery adds biases; see `parameter_meter`.
-    """
-    stored = sum(info.entries for name, info in stream.checkpoint.weights.items() if name not in excluded)
-    prunable = sum(module_size(block, block.width, kind) for block in stream.blocks for kind in block.kinds)
+    buffers = stream.stored_buffers
+    stored = sum(info.entries for name, info in stream.checkpoint.weights.items() if name not in buffers)
+    prunable = sum(block.module_parameters(block.width, kind) for block in stream.blocks for kind in block.kinds)
     return Meter(
         dense_widths(stream),
         stored - prunable,
-        module_size=lambda index, kind, width: module_size(stream.blocks[index], width, kind),
+        module_size=lambda index, kind, width: stream.blocks[index].module_parameters(width, kind),
         format_value=lambda value: f"{format_count(value, 1)} parameters",
         bias_sizes=added_biases(stream) if biases else (),
         cut_tokens=stream.checkpoint.cut_entries,
@@ -176,19 +162,34 @@ def active_meter(stream: BlockStream, biases: bool = False) -> Meter:
 
 
 def byte_meter(stream: BlockStream, dtype: torch.dtype, biases: bool = False) -> Meter:
-    """Return the meter of the bytes of all tensors, stored in one dtype; for `biases` see `parameter_meter`."""
-    counts = _entry_meter(stream, Block.module_entries, (), biases)
-    # Tensors of integers are copied without conversion.
-    copied = [info for info in stream.checkpoint.weights.values() if not info.dtype.is_floating_point]
-    fixed = counts.fixed * dtype.itemsize + sum(info.bytes - info.entries * dtype.itemsize for info in copied)
-    bias_sizes = tuple(value * dtype.itemsize for value in counts.bias_sizes)
+    """Return the meter of the bytes of all tensors, stored in one dtype except for those that keep their own.
+
+    For `biases` see `parameter_meter`.
+    """
+    kept, weights = stream.kept_dtypes, stream.checkpoint.weights
+    itemsizes = {
+        name: info.dtype.itemsize if name in kept or not info.dtype.is_floating_point else dtype.itemsize
+        for name, info in weights.items()
+    }
+    # All pieces of a parameter have the same dtype.
+    inside = [
+        {name: itemsizes[stream.stored_names(index, name)[0]] for name in block.shapes}
+        for index, block in enumerate(stream.blocks)
+    ]
+
+    def module_bytes(index: int, kind: str, width: Width) -> int:
+        shapes = stream.blocks[index].shapes_at(width, kind).items()
+        return sum(math.prod(shape) * inside[index][name] for name, shape in shapes)
+
+    dense = dense_widths(stream)
+    whole = sum(info.entries * itemsizes[name] for name, info in weights.items())
     return Meter(
-        counts.dense_widths,
-        fixed,
-        lambda *at: counts.module_size(*at) * dtype.itemsize,
+        dense,
+        whole - sum(module_bytes(index, kind, width) for index, width in enumerate(dense) for kind in width.kinds),
+        module_bytes,
         megabytes,
-        bias_sizes,
-        counts.cut_tokens * dtype.itemsize,
+        tuple(entries * dtype.itemsize for entries in added_biases(stream)) if biases else (),
+        stream.checkpoint.cut_entries * dtype.itemsize,
     )
 
 

@@ -29,9 +29,11 @@ def slice_fitted(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype 
     """
     dtype = dtype or stream.checkpoint.dtype
     tensors = stream.stored(block.index, without=block.changed) | block.changed
-    # Buffers keep their own, finer dtype, such as the biases of a router.
-    buffers = {name for name, _ in stream.layers.get_submodule(str(block.index)).named_buffers()}
-    rounded = {name: tensor if name in buffers else tensor.to(dtype) for name, tensor in tensors.items()}
+    kept = stream.kept_dtypes
+    rounded = {
+        name: tensor if kept.intersection(stream.stored_names(block.index, name)) else tensor.to(dtype)
+        for name, tensor in tensors.items()
+    }
     for name in block.changed:
         rounded[name] = matrix_by_matrix(partial(_finite, f"block {block.index}", name), rounded[name], dtype=dtype)
     return slice_block(stream.blocks[block.index], rounded, block.keep)
