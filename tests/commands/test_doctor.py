@@ -1,6 +1,7 @@
 """`secateur doctor` on folders and files; tests/serving has vLLM."""
 
 import json
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -68,6 +69,10 @@ def test_other_code_in_the_folder_does_not_run(tmp_path, checkpoint_folder):
         assert_error(f"{file}: .*opening the folder runs it; read it, then add --trust-remote-code", check_engines, out)
     (out / "more.py").unlink()
     (out / "modeling_secateur.py").write_text(modeling)
+    (out / "custom_generate").mkdir()
+    (out / "custom_generate" / "generate.py").write_text("raise SystemExit\n")
+    assert_error("generate.py: .*opening the folder runs it", check_engines, out)
+    shutil.rmtree(out / "custom_generate")
     for file in ("tokenizer_config.json", "config.json"):
         edit_json(out / file, auto_map={"AutoTokenizer": [None, "me/mine--more.Own"]})
         assert_error(f"{file}: .*opening the folder runs it", check_engines, out)
@@ -117,3 +122,10 @@ def test_a_failing_engine_gives_one_line(code, said, monkeypatch):
     monkeypatch.setattr(doctor, "TIMEOUT", 1.0)
     found = doctor._run([sys.executable, "-c", code])
     assert (said is None and not isinstance(found, str)) or found == said
+
+
+def test_engines_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    """The current folder may be the model's, and its files are another person's."""
+    (tmp_path / "shadow.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert doctor._run([sys.executable, "-c", "import shadow"]) == "ModuleNotFoundError: No module named 'shadow'"

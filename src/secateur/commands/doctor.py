@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
@@ -77,7 +78,7 @@ def check_engines(out: str | Path, *, trust_remote_code: bool = False, watcher: 
             )
         folder = format_of_folder(path)
     request = {
-        "out": str(path),
+        "out": str(path.absolute()),
         "class": checkpoint.auto_class.__name__,
         "ids": _prompt_ids(checkpoint),
         "new": NEW_TOKENS,
@@ -111,10 +112,11 @@ def _compare(tokens: list[int], expected: list[int] | None) -> str:
 def _other_code(path: Path) -> Path | None:
     """Return a file whose code would run when the folder is opened, other than the modeling file that `prune` writes.
 
-    The file is Python code, or a config that names such code in `auto_map`.
+    The file is Python code, or a config that names such code in `auto_map`. transformers also runs code in the folder
+    `custom_generate`.
     """
-    for file in sorted(path.glob("*.py")):
-        if file.name != MODELING_FILE.name or file.read_bytes() != MODELING_FILE.read_bytes():
+    for file in sorted(path.rglob("*.py")):
+        if file != path / MODELING_FILE.name or file.read_bytes() != MODELING_FILE.read_bytes():
             return file
     for file in sorted(path.glob("*config.json")):
         try:
@@ -177,13 +179,18 @@ def _try_engine(package: str, request: dict[str, object]) -> tuple[bool, str, li
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str] | str:
-    """Run a command, and return its result, or one line about why it failed."""
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    """Run a command, and return its result, or one line about why it failed.
+
+    It runs in an empty folder, because Python imports modules from the current folder, which may be the model's.
+    """
+    settings = {"TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    if paths := os.environ.get("PYTHONPATH"):
+        settings["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep) if path)
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIMEOUT, "env": os.environ | settings}
     try:
-        # The text that a model writes may end in the middle of a character.
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, env=os.environ | quiet
-        )
+        with TemporaryDirectory() as empty:
+            # The text that a model writes may end in the middle of a character.
+            done = subprocess.run(command, errors="replace", cwd=empty, **options)
     except subprocess.TimeoutExpired:
         return f"did not finish within {TIMEOUT // 60:.0f} minutes"
     if done.returncode < 0:
@@ -214,12 +221,12 @@ def _run_llama_cpp(path: Path) -> Engine:
     program = next(filter(None, map(shutil.which, programs)), None)
     command = f"llama-cli -m {path}"
     if program is None and (version := _version(LLAMA_CPP)) is not None:
-        runs, message, _ = _try_engine(LLAMA_CPP, {"out": str(path), "prompt": PROMPT, "new": NEW_TOKENS})
+        runs, message, _ = _try_engine(LLAMA_CPP, {"out": str(path.absolute()), "prompt": PROMPT, "new": NEW_TOKENS})
         return Engine("llama.cpp", version, runs, message, command)
     if program is None:
         message = f"{NOT_INSTALLED}: neither {' nor '.join(programs)} is on the PATH; or pip install 'secateur[llama]'"
         return Engine("llama.cpp", None, None, message, command)
-    done = _run([program, "-m", str(path), "-p", PROMPT, "-n", str(NEW_TOKENS), "-no-cnv", "--temp", "0"])
+    done = _run([program, "-m", str(path.absolute()), "-p", PROMPT, "-n", str(NEW_TOKENS), "-no-cnv", "--temp", "0"])
     if isinstance(done, str):
         return Engine("llama.cpp", Path(program).name, False, done, command)
     text = " ".join(done.stdout.split())

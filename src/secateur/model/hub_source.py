@@ -2,10 +2,19 @@
 
 import re
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import constants, get_session, is_offline_mode, list_repo_files, snapshot_download
+from huggingface_hub import (
+    constants,
+    get_session,
+    hf_hub_download,
+    is_offline_mode,
+    list_repo_files,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -14,8 +23,9 @@ from huggingface_hub.errors import (
 )
 
 from secateur.base.errors import SecateurError
+from secateur.base.model_files import SIDE_FILES
 from secateur.base.quiet import first_line
-from secateur.model.weights import INDEX, SINGLE, has_weights
+from secateur.model.weights import INDEX, SINGLE, has_weights, index_shards
 
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _PATIENCE = 3.0
@@ -63,7 +73,8 @@ def hub_folder(repo: str, revision: str | None) -> Path:
             return cached
         raise SecateurError(f"{repo}: no such folder, not in the cache, and {reason}; name a local folder")
     try:
-        wanted = choose_files(repo, list_repo_files(repo, revision=revision))
+        names = list_repo_files(repo, revision=revision)
+        wanted = choose_files(repo, names, lambda: Path(hf_hub_download(repo, INDEX, revision=revision)))
         # The download takes long, so the hub's own progress bars are shown.
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:
@@ -81,18 +92,24 @@ def hub_folder(repo: str, revision: str | None) -> Path:
         raise SecateurError(f"{repo}: download failed ({first_line(error)}); try again") from error
 
 
-def choose_files(repo: str, names: list[str]) -> list[str]:
-    """Return the files of a repository to download: one set of weights, the configs, the tokenizer.
+def choose_files(repo: str, names: list[str], read_index: Callable[[], Path]) -> list[str]:
+    """Return the files of a repository to download: one set of weights, and all files that a pruned model needs.
+
+    Args:
+        repo: `owner/name`, for error messages.
+        names: All files of the repository.
+        read_index: Function that downloads the index of the shards and returns its path.
 
     Raises:
         SecateurError: There are no safetensors weights.
     """
     top = [name for name in names if len(PurePosixPath(name).parts) == 1]
-    chosen = [name for name in top if name.endswith(_SUFFIXES)]
+    beside = [name for name in names if any(fnmatch(PurePosixPath(name).parts[0], kind) for kind in SIDE_FILES)]
+    chosen = [*dict.fromkeys([*beside, *(name for name in top if name.endswith(_SUFFIXES))])]
     if SINGLE in top:
         return [*(name for name in chosen if name != INDEX), SINGLE]
     if INDEX in top:
-        return [*chosen, *(name for name in top if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))]
+        return [*chosen, *index_shards(read_index())]
     ggufs = [name for name in top if name.endswith(".gguf")]
     if ggufs:
         raise SecateurError(f"{repo}: only GGUF files, such as {ggufs[0]}; download one and name that file")
