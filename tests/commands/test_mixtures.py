@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from models import blocks_of, build, config_of, load_written, save
-from outputs import Notes, assert_error, record_of, weights_of
+from outputs import Notes, assert_error, edit_json, record_of, weights_of
 from secateur import BlockStream, open_checkpoint, prune
 from secateur.base.quiet import quiet
 from secateur.plan.meters import active_meter, parameter_meter
@@ -269,3 +270,13 @@ def test_routers_keep_their_dtype_in_every_block(family, modules, tmp_path):
     # Rows of removed experts are gone.
     assert all(torch.isin(written[name], value).all() for name, value in routers.items())
     assert summary.bytes[1] == sum(value.nbytes for value in written.values())
+
+
+def test_a_model_that_returns_router_logits(tmp_path, checkpoint_folder):
+    """The loss that transformers computes from them needs the same number of experts in all blocks."""
+    model = shutil.copytree(checkpoint_folder("mixtral"), tmp_path / "model")
+    edit_json(model / "config.json", output_router_logits=True)
+    widths = tmp_path / "ratios.json"
+    widths.write_text('{"0:1": {"experts": 0.25}}')
+    prune(model, tmp_path / "out", widths=str(widths), **SMALL)
+    assert load_written(tmp_path / "out")(torch.tensor([[1, 2, 3]])).logits.isfinite().all()

@@ -168,16 +168,21 @@ def test_dense_width_is_the_identity_in_both_spellings(tmp_path, case):
         assert torch.equal(logits(again, state)[0], expected), dropped
 
 
+@pytest.mark.parametrize("leaves_defaults_out", [False, True])
 @pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.stock.fallback])
-def test_an_heir_computes_the_same(tmp_path, kind):
-    """The dense weights, in the class that is chosen for another width."""
+def test_an_heir_computes_the_same(tmp_path, kind, leaves_defaults_out):
+    """The dense weights, in the class that is chosen for another width, which has other defaults."""
     config, dense = config_of(kind), build(kind, attn_implementation="eager")
-    raw = config.to_dict() | {"transformers_version": "4.40.0", "auto_map": {"AutoConfig": "c.C"}}
+    raw = (config.to_diff_dict() if leaves_defaults_out else config.to_dict()) | {
+        "transformers_version": "4.40.0",
+        "auto_map": {"AutoConfig": "c.C"},
+    }
     odd = stock_config(raw, config, width=wide(1, 5, 72), head_dim=head_dim(config), dtype=torch.float32)
     assert (odd["model_type"], odd["num_attention_heads"]) == (FAMILIES[kind].stock.fallback[0], 5)
     assert odd["transformers_version"] >= "5"
     assert "auto_map" not in odd
     heir = load(odd | {"num_attention_heads": 6, "num_key_value_heads": 3}, tmp_path)
+    assert heir.rms_norm_eps == config.rms_norm_eps
     with quiet():
         model = AutoModelForCausalLM.from_config(heir, attn_implementation="eager").eval()
     assert odd["architectures"] == [type(model).__name__]

@@ -19,6 +19,7 @@ from outputs import edit_json, edited_weights, error_of
 from secateur import prune
 from secateur.base.quiet import quiet
 from secateur.formats.gguf_export import export
+from secateur.measure.loading import load
 from secateur.model import gguf_source, hub_source
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import empty_model
@@ -197,6 +198,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "8-bit": (eight_bit, "8-bit weights"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json; name a folder"),
     "adapter": (renamed("config.json", "adapter_config.json"), "an adapter without its base model; merge"),
+    "adapter beside": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        "adapter_config.json: transformers would add this adapter to the model; merge it",
+    ),
     "gguf inside": (renamed("config.json", "m.gguf"), "no config.json, but m.gguf; name that file"),
     "broken config": (config_is('{"a": 1,\n "b": }'), r"config.json: not valid JSON at line 2 column 7 \(Expecting"),
     "config no object": (config_is("[]"), "no model_type"),
@@ -253,6 +258,7 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub_source, "snapshot_download", snapshot)
     monkeypatch.setattr(hub_source, "list_repo_files", listing)
+    monkeypatch.setattr(hub_source, "hf_hub_download", lambda _, name, *, revision: str(state.folder / name))
     monkeypatch.setattr(hub_source, "out_of_reach", lambda: state.reach)
     return state
 
@@ -265,9 +271,25 @@ def test_hub_downloads_one_set_of_safetensors(hub):
     assert sorted(hub.wanted) == ["config.json", "merges.txt", WEIGHTS, "tokenizer.json"]
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     hub.files = ["config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", *shards]
+    _write_index(hub.folder, {"a": shards[0], "b": shards[1]})
     hub_source.hub_folder("owner/name", None)
     assert set(shards) < set(hub.wanted)
     assert "model.safetensors.index.json" in hub.wanted
+
+
+def test_hub_downloads_shards_of_any_name_and_the_files_that_accompany_weights(hub):
+    """Repositories of Qwen3.5 name their shards in another way than transformers."""
+    save(hub.folder)
+    shards = ["model.safetensors-00001-of-00002.safetensors", "model.safetensors-00002-of-00002.safetensors"]
+    beside = ["LICENSE", "NOTICE", "USE_POLICY.md", "tokenizer.model.v3", "additional_chat_templates/tool.jinja"]
+    hub.files = ["config.json", "model.safetensors.index.json", *shards, *beside, "README.md", "other.safetensors"]
+    _write_index(hub.folder, {"a": shards[0], "b": shards[1], "c": shards[1]})
+    hub_source.hub_folder("owner/name", None)
+    assert sorted(hub.wanted) == sorted(["config.json", "model.safetensors.index.json", *shards, *beside])
+
+
+def _write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(
@@ -401,3 +423,21 @@ def test_multi_token_prediction_heads_are_left_out(folder, kind):
 def test_a_model_with_experts_larger_than_any_memory_is_described():
     config = AutoConfig.for_model("mixtral", **TINY, num_local_experts=2**36)
     assert all(value.is_meta for value in empty_model(AutoModelForCausalLM, config).parameters())
+
+
+def test_a_model_with_its_own_code_is_measured_but_not_pruned(folder):
+    """The code runs only with consent, and no smaller model of its class can be written."""
+    names = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    edit_json(folder / "config.json", model_type="mine", auto_map=names)
+    (folder / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    assert "read that code, then pass trust_remote_code" in error_of(prune, folder, folder.with_name("out"))
+    how: dict[str, Any] = {"trust_remote_code": True, "calibration": "random"}
+    said = "transformers does not include mine, so that no smaller model of it can be written"
+    assert said in error_of(prune, folder, folder.with_name("out"), **how)
+    with quiet():
+        network = load(open_checkpoint(folder, trust_remote_code=True), torch.float32, torch.device("cpu"))
+    assert type(network).__name__ == "MineForCausalLM"

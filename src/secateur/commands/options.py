@@ -474,7 +474,10 @@ class RunOptions:
         default_text="none",
     )
     trust_remote_code: bool = option(
-        False, COMPUTING, "Run Python code from the model's folder, for models that transformers does not include."
+        False,
+        COMPUTING,
+        "Run Python code from the model's folder, for models that transformers does not include. Such models can only "
+        "be measured (secateur eval).",
     )
 
 

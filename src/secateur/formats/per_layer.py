@@ -124,6 +124,9 @@ def per_layer_config(
     stored[SIZES] = model_sizes(blocks, keys, stored_names, used)
     # A key that only some layers have must have a value for the others.
     stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES, *first) if key in used}
+    if stored.get("output_router_logits"):
+        # The loss that the stock class computes from them needs the same number of experts in all blocks.
+        stored["output_router_logits"] = False
     if GROUPS in everywhere:
         # Falcon's fused layer reads this key, although its config has another key for the number.
         stored[GROUPS] = first[KV_GROUPS]

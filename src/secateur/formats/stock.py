@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.families.entry import Stock
 from secateur.families.registry import family_of, twin_of
@@ -103,6 +104,10 @@ def stock_config(
     stored.update(_rope(stock, config))
     if stock.fallback is not None and config.hidden_size % width.product(HEADS):
         kind, name = stock.fallback
+        # Values that config.json leaves to the defaults of the family's class; those of the other class may differ.
+        others = CONFIG_MAPPING[kind]().to_dict()
+        left_out = {key: value for key, value in config.to_dict().items() if key in others.keys() - stored.keys()}
+        stored |= {key: value for key, value in left_out.items() if value != others[key]}
         stored |= {"model_type": kind, "architectures": [name], **dict(stock.fallback_values)}
         # transformers suspects a local Mistral of a version below 5.0 of a tokenizer fault that the checkpoint does not
         # have.

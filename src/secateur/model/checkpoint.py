@@ -28,6 +28,7 @@ from secateur.model.config_file import (
     check_generation,
     decoder_config,
     empty_model,
+    has_own_code,
     load_config,
     read_config,
     stock_class,
@@ -153,7 +154,7 @@ class Checkpoint(Stored):
         return self._stored_names(name for name, _ in network.named_buffers())
 
     def kept_dtypes_of(self, network: Any) -> frozenset[str]:
-        """Return the stored names of tensors that keep their own dtype, which may be finer than that of the model.
+        """Return the stored names of tensors that keep their own dtype, whatever the dtype of the model.
 
         These are all buffers, and parameters that transformers keeps in float32, such as the weights of a router.
         """
@@ -162,7 +163,7 @@ class Checkpoint(Stored):
         return self.buffers_of(network) | self._stored_names(names)
 
     def _stored_names(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the stored names of those of the tensors that are stored in one piece."""
+        """Return the stored names of tensors, without tensors that are stored in several pieces."""
         stored = (self.resolve(name) for name in names)
         return frozenset(name for name in stored if name is not None)
 
@@ -376,6 +377,10 @@ def open_checkpoint(
     source = str(model)
     folder = _locate(source, revision, dtype)
     raw = read_config(folder)
+    if (adapter := folder / "adapter_config.json").is_file():
+        raise SecateurError(
+            f"{adapter}: transformers would add this adapter to the model; merge it into the weights first"
+        )
     config = load_config(folder, raw, trust_remote_code=trust_remote_code)
     check_generation(folder)
     tensors, settings = list_tensors(folder), quantisation(raw)
@@ -392,7 +397,7 @@ def open_checkpoint(
         **fields,
         dtype=common_dtype(source, tensors),
         tensors=tensors,
-        trust_remote_code=trust_remote_code and type(config).__module__.startswith("transformers_modules"),
+        trust_remote_code=trust_remote_code and has_own_code(config),
         quantised=settings is not None,
     )
     if own.num_hidden_layers > len(tensors):

@@ -1,6 +1,7 @@
 """The config.json of a checkpoint: read it, and refuse models that cannot be pruned before any long work."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,17 @@ def empty_model(auto: Any, config: Any) -> Any:
         config: The config object.
     """
     make = getattr(auto, "from_config", None) or auto._from_config
+    if has_own_code(config):
+        # The user has allowed the code, or the config object would not be there.
+        make = partial(make, trust_remote_code=True)
     # Without no_init_weights, drawing random values for parameters that have no memory would take most of the time.
     with init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
         return make(config, dtype=torch.float32).eval()
+
+
+def has_own_code(config: Any) -> bool:
+    """Return whether the class of a config object comes from the checkpoint's own code."""
+    return type(config).__module__.startswith("transformers_modules")
 
 
 def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:
@@ -228,6 +237,8 @@ def _prepare(config: Any, stored: dict[str, Any] | None) -> None:
     config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else None
     # These settings say how a whole model runs, but here each block runs by itself.
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
 
 
 def _check_multimodal(file: Path, raw: dict[str, Any], config: Any, tower: str) -> None:
