@@ -120,7 +120,7 @@ def stored_sizes(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple
 
 def bounded(limit: int) -> Path | None:
     """Return the file for process ids of a new control group of `limit` bytes; None where none can be made."""
-    for root, file in LIMITS.values():
+    for root, file, *_ in LIMITS.values():
         group = root / f"secateur-{os.getpid()}"
         with suppress(OSError):
             group.mkdir(exist_ok=True)

@@ -77,15 +77,20 @@ def test_amounts_of_memory(monkeypatch):
 
 def test_a_control_group_limits_the_free_memory(tmp_path, monkeypatch):
     machine = amounts.available_bytes()
-    for version, file in ((tmp_path / "second", "memory.max"), (tmp_path / "first", "memory.limit_in_bytes")):
+    monkeypatch.setattr(amounts, "rss_bytes", lambda: 1000)
+    for version, (_, file, used, cached) in zip(("second", "first"), [*amounts.LIMITS.values()], strict=True):
+        version = tmp_path / version
         group = version / "outer" / "inner"
         group.mkdir(parents=True)
         (group / file).write_text("max\n")
         (group.parent / file).write_text("12345678\n")
-        monkeypatch.setattr(amounts, "LIMITS", {"mine": (version, file)})
+        monkeypatch.setattr(amounts, "LIMITS", {"mine": (version, file, used, cached)})
         monkeypatch.setattr(amounts, "OWN_GROUPS", tmp_path / "groups")
         (tmp_path / "groups").write_text("7:others:/\n3:mine:/outer/inner\n")
         assert amounts.available_bytes() == 12345678 < machine
+        (group.parent / used).write_text("3000\n")
+        (group.parent / "memory.stat").write_text(f"anon 1500\n{cached} 500\n")
+        assert amounts.available_bytes() == 12345678 - (3000 - 500 - 1000)
 
 
 def test_the_default_takes_all_free_memory_if_half_is_too_little(checkpoint_folder, monkeypatch):

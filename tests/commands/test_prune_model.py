@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from models import MIXTURES, ROWS, logits_of, relative, token_rows
-from outputs import assert_error, record_of
+from outputs import assert_error, error_of, record_of
 from secateur import Options, RunOptions, prune, prune_model
 from secateur.base.options import option_specs
 from secateur.base.quiet import quiet
@@ -104,6 +104,8 @@ def test_steps_and_command_write_the_same_bytes(case, tmp_path, checkpoint_folde
     plan = secateur.plan_widths(opened, rows, findings)
     blocks = secateur.fit_blocks(opened, rows, plan)
     summary = secateur.write_model(opened, rows, plan, blocks, tmp_path / "steps")
+    message = error_of(secateur.write_model, opened, rows, plan, blocks, tmp_path / "again")
+    assert message == "blocks were taken from this iterator before; call fit_blocks again"
     words = [f"--{key.replace('_', '-')}={value}" for key, value in asked.items()]
     done = run("prune", str(model), str(tmp_path / "command"), *words, "--json", "-", "--quiet")
     assert list(json.loads(done.out)["widths"].values()) == [dict(width) for width in summary.widths.values()]
@@ -118,6 +120,8 @@ def test_an_unknown_option_is_refused(tmp_path, checkpoint_folder):
 
 
 def test_arguments_of_another_type_are_refused(tmp_path, checkpoint_folder):
+    with pytest.raises(TypeError, match=r"model is of .*Linear'>; name a folder, .* or use secateur.prune_model"):
+        secateur.prune(torch.nn.Linear(2, 2), tmp_path / "out")
     for given in (0.25, {"sparsity": 0.25}, RunOptions()):
         with pytest.raises(
             TypeError, match=r"is not an object of Options; give options by name, such as sparsity=0.25"

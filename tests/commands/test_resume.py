@@ -269,7 +269,7 @@ def test_prune_uses_smaller_batches_on_a_small_device(room, tried, tmp_path, che
     """It says how many tokens run at a time, or that even the smallest batch does not fit."""
     small_device(room, [2])
     watcher, model, out = Stopping(what="never"), checkpoint_folder("llama"), tmp_path / "out"
-    asked = ASKED | {"samples": 32, "watcher": watcher}
+    asked = ASKED | {"samples": 32, "watcher": watcher, "restart": True}
     if room < resume.MIN_BATCH_TOKENS:
         assert_error("out of memory even with 128 tokens at a time; use a device with", prune, model, out, **asked)
         # For another device to go on with.

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from safetensors.torch import load_file
 from conftest import CheckpointFolder
 from models import blocks_of, build
 from outputs import Opened, record_of
-from secateur import Options
+from secateur import Options, RunOptions
 from secateur.base.progress import Silent
-from secateur.commands import survey_model
+from secateur.commands import survey, survey_model
 from secateur.commands.survey import survey_page as write_page
 from secateur.plan.problem import Plan
 from secateur.report.survey_page import page_data, render
@@ -36,6 +37,13 @@ def page_of(folder: Path) -> dict[str, Any]:
 
 
 # The command.
+
+
+def test_the_command_names_the_options_that_a_model_needs():
+    needed = RunOptions(family=Path("mine.yaml"), revision="v1", trust_remote_code=True)
+    run: Any = SimpleNamespace(options=Options(seed=3), run_options=needed)
+    words = "secateur prune o/m OUT --sparsity 0.25 --survey s.json --seed 3 --revision v1 --family mine.yaml"
+    assert survey._prune_command(run, "o/m", 0.25, Path("s.json")) == f"{words} --trust-remote-code"
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,16 @@ def test_two_retrain_as_one_and_any_number_resume(together, checkpoint_folder, t
         assert_same_units(tmp_path / out, tmp_path / "one")
 
 
+def test_every_process_finds_the_output(together, checkpoint_folder, tmp_path):
+    """Although one process writes it, a script goes on with it in all of them."""
+    text, out = tmp_path / "text.txt", str(tmp_path / "out")
+    text.write_text(" ".join(f"w{token - 4}" for token in token_rows(1, 2000)[0].tolist()))
+    common = ["--calibration", str(text), "--length", str(LENGTH), "--device", "cpu"]
+    prune_it = ["prune", str(checkpoint_folder("llama")), out, "--samples", "8", "--effort", "quick", *common]
+    retrain_it = ["retrain", out, f"{out}2", "--batch", "2", "--tokens", "96", "--teacher", "none", *common]
+    assert [code for code, _ in together(2, [{"words": prune_it}, {"words": retrain_it}])] == [0, 0]
+
+
 def test_a_speed_target_needs_one_process(monkeypatch, checkpoint_folder):
     two = Services(Processes(0, 2))
     with pytest.raises(SecateurError, match=r"decode=1\.01x is a speed, which only a run with one process can measure"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from models import ROWS, build, load_written, logits_of, relative, token_rows
-from outputs import Notes, assert_error, error_of, record_of, weights_of
+from outputs import Notes, assert_error, edited_weights, error_of, record_of, weights_of
 from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.memory import available_bytes, rss_bytes
@@ -259,6 +261,11 @@ def test_the_teacher_is_the_model_that_the_record_names(checkpoint_folder, tmp_p
     rows = training_rows(open_checkpoint(dense), Training(calibration=str(text), length=16, batch=4), 64, Services())
     found = perplexity(network_of(dense), rows.held_out).perplexity
     assert recorded.curve.dense == pytest.approx(found, rel=1e-2)
+    with edited_weights(dense) as weights:
+        weights["model.norm.weight"] += 1
+    said = f"{dense} has other weights than the model that {folder} was pruned from; restore them, or choose a teacher"
+    assert said in error_of(train, "out", folder, teacher=None)
+    train("changed", folder, tokens="64", teacher=str(dense))
     dense.rename(tmp_path / "moved")
     message = error_of(train, "out", folder, teacher=None)
     assert "which is the teacher: give its new place with --teacher, or --teacher no" in message
@@ -378,6 +385,9 @@ def test_damaged_targets_are_noticed(tmp_path, train):
 def test_settings_beside_a_training_are_refused(llama, tmp_path):
     with pytest.raises(TypeError, match="tokens is given together with Training; set it in that object"):
         retrain(llama, tmp_path / "out", Training(), tokens="1k")
+    with pytest.raises(TypeError, match="is not an object of Training; give options by name, such as seed=1"):
+        retrain(llama, tmp_path / "out", {"tokens": "512"})
+    assert Training(tokens=512, batch=4) == Training(tokens="512", batch=4)
     # A step may take more tokens than are trained by default.
     assert Training(time="2h", batch=64, length=4096).token_count == 64 * 4096
 
@@ -425,6 +435,57 @@ def test_the_fastest_way_that_fits_is_taken(checkpoint_folder, text, monkeypatch
     assert ("train adapters with --rank 16" in error_of(planned, f"{limit - 1}B")) == (rank == 0)
     monkeypatch.setattr(memory, "memory_of", lambda _: (0, limit))
     assert planned(None).way == planned(None, "cuda").way == (rank, 1, True)
+
+
+def test_adapters_take_half_of_the_free_memory_where_that_is_enough(checkpoint_folder, monkeypatch):
+    """Although all weights were tried first, with all of the free memory."""
+    sizes = {0: [(1, 20)], ADAPTERS: [(4, 9), (2, 4)]}
+    monkeypatch.setattr(memory, "memory_of", lambda _: (0, 10))
+    monkeypatch.setattr(
+        memory,
+        "_plans",
+        lambda _, rank, *__: [memory.MemoryPlan(rank, rows, False, size) for rows, size in sizes[rank]],
+    )
+    checkpoint, how = open_checkpoint(checkpoint_folder("llama")), {"products": torch.float32, "share": 4}
+    plan = memory.plan_memory(checkpoint, None, Training(), device=torch.device("cpu"), memory=None, **how)
+    assert (plan.way, plan.bytes, plan.spare_bytes) == ((ADAPTERS, 2, False), 4, 1)
+
+
+def test_a_device_without_memory_gives_an_error(train, monkeypatch, tmp_path):
+    """Also before the training. What killed runs left is named."""
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(BlockStream, "advance", fail)
+    (tmp_path / ".out.partial-deadbeef").mkdir()
+    assert "the device is out of memory; add --restart and train adapters" in error_of(
+        train, "out", teacher=None, restart=True, watcher=(watcher := Notes())
+    )
+    assert any("partial-deadbeef was left by a run that was killed" in note for note in watcher.said)
+
+
+def test_a_stopped_run_says_how_it_goes_on(train, monkeypatch):
+    """With --restart, the same command would begin again."""
+    for restart, words in (
+        (False, "the same command resumes it"),
+        (True, "the same command without --restart resumes"),
+    ):
+        said, watcher = [], Interrupting()
+        monkeypatch.setattr(watcher, "note", said.append)
+        with pytest.raises(KeyboardInterrupt):
+            train("out", watcher=watcher, restart=restart)
+        assert words in said[-1]
+
+
+def test_a_training_leaves_the_callers_random_numbers(train):
+    random.seed(5)
+    numpy.random.seed(5)
+    wanted = [random.random(), float(numpy.random.rand())]
+    random.seed(5)
+    numpy.random.seed(5)
+    train("out", tokens="64")
+    assert [random.random(), float(numpy.random.rand())] == wanted
 
 
 def test_a_gpu_has_memory_of_its_own(checkpoint_folder, text, monkeypatch):
@@ -496,6 +557,8 @@ def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypat
         ({"tokens": "63"}, "tokens is 63, but one step takes 4 rows of 16 tokens; use at least 64 tokens"),
         ({"tokens": "64", "time": "1m"}, "both --tokens and --time are given; leave one of them out"),
         ({"tokens": None, "time": "soon"}, "time is 'soon'; write a time such as 90s, 30m or 2h"),
+        ({"tokens": None, "time": 30}, "time is '30'; write a time such as 90s, 30m or 2h"),
+        ({"text_weight": 0.1}, "text weight is given together with --teacher none, with which the text has all of it"),
         ({"rank": "8"}, "rank is '8'; it must be a whole number"),
         ({"tokens": None, "time": "99999999999d"}, "time is '99999999999d'; use at most 10,000d, or --tokens"),
         ({"tokens": "100b", "batch": 10**9}, r"needs at least [\d,]+\.\d+ GB, but .* GB are allowed; raise --memory"),

@@ -16,8 +16,15 @@ UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "Mi
 DEFAULT_SHARE = 0.5
 """Share of the free memory to use by default; the rest is for other programs."""
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-LIMITS = {"": (GROUPS, "memory.max"), "memory": (GROUPS / "memory", "memory.limit_in_bytes")}
-"""Folder and file name of the memory limits of control groups, in version 2 and in version 1."""
+LIMITS = {
+    "": (GROUPS, "memory.max", "memory.current", "inactive_file"),
+    "memory": (GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Places of the limits of memory in version 2 and in version 1 of control groups.
+
+Folder of the groups, file with the limit of a group, and file with the memory that it uses. The last entry is the name
+of the cached part in memory.stat; the system frees that part when memory is short.
+"""
 
 
 class MemoryBudget:
@@ -77,29 +84,30 @@ def available_bytes() -> int:
     The limits of its control groups are respected. Processes of one run on this machine share the memory equally.
     """
     processes = process_place().local_size
-    available = psutil.virtual_memory().available + processes * rss_bytes()
-    return min([available, *_group_limits()]) // processes
+    own = processes * rss_bytes()
+    return min([psutil.virtual_memory().available + own, *_group_bytes(own)]) // processes
 
 
-def _group_limits() -> list[int]:
-    """Return the memory limit in bytes of every control group that this process belongs to."""
-    limits = []
+def _group_bytes(own: int) -> Iterator[int]:
+    """Yield how many bytes this run can have in every control group with a limit, of which it has `own` bytes now."""
     with suppress(OSError):
         for line in OWN_GROUPS.read_text().splitlines():
             _, controllers, name = line.split(":", 2)
-            for file in _limit_files(controllers, name):
-                # A group without a limit has no file, or a file with the word `max`.
-                with suppress(OSError, ValueError):
-                    limits.append(int(file.read_text()))
-    return limits
+            if controllers in LIMITS:
+                root, *files = LIMITS[controllers]
+                group = root / name.lstrip("/")
+                for folder in (group, *group.parents):
+                    # A group without a limit has no file, or a file with the word `max`.
+                    with suppress(OSError, ValueError):
+                        yield int((folder / files[0]).read_text()) - _used_by_others(folder, own, *files[1:])
 
 
-def _limit_files(controllers: str, name: str) -> Iterator[Path]:
-    """Yield the files with the memory limits of a control group and of the groups around it."""
-    if controllers in LIMITS:
-        root, file = LIMITS[controllers]
-        group = root / name.lstrip("/")
-        yield from (folder / file for folder in (group, *group.parents))
+def _used_by_others(group: Path, own: int, used: str, cached: str) -> int:
+    """Return the bytes that other processes use in a control group; for the file names see `LIMITS`."""
+    with suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, int((group / used).read_text()) - int(stat.get(cached, 0)) - own)
+    return 0
 
 
 def rss_bytes() -> int:

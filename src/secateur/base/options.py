@@ -97,8 +97,10 @@ def given_or_made(kind: type[T], given: T | None, settings: Mapping[str, Any]) -
     """Return an object of options as given, or made of settings, which are some of its fields by name.
 
     Raises:
-        TypeError: Both are given.
+        TypeError: Both are given, or the object is of another class.
     """
+    if given is not None and not isinstance(given, kind):
+        raise TypeError(f"{given!r} is not an object of {kind.__name__}; give options by name, such as seed=1")
     if given is not None and settings:
         raise TypeError(f"{next(iter(settings))} is given together with {kind.__name__}; set it in that object")
     return given or kind(**settings)

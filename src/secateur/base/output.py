@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from secateur.base.json_files import parse_json
 from secateur.base.model_files import MODEL_FILES
 from secateur.base.words import first_few
 
+_LONGEST_NAME = 200
+"""Largest number of bytes of an output's name. The operating system allows 255, and hidden names are longer."""
 _SPARE_BYTES = 16 * 2**20
 """Free space needed beyond the expected bytes of a folder, for configs and the tokenizer."""
 
@@ -109,6 +112,7 @@ class Output:
         path, model, parent = self.path, self.source, self.path.parent
         nested = model is not None and (model in path.parents or path in model.parents)
         named = path.name.lower().endswith(self.suffix or "")
+        self._refuse_if(len(os.fsencode(path.name)) > _LONGEST_NAME, "the name is too long; choose a shorter one")
         self._refuse_if(not named, f"the file name must end in {self.suffix}; rename it")
         kind = "file" if path.is_file() else "folder"
         self._refuse_if(path == model, f"this is the {kind} of MODEL, which would be replaced; choose another path")

@@ -199,14 +199,18 @@ class Processes:
                     "and files"
                 )
 
+    def wait(self) -> None:
+        """Wait until all processes have come as far as this one."""
+        self.total(())
+
     @contextmanager
     def first_rank_first(self) -> Iterator[None]:
         """Let rank 0 finish a step, such as a download, before the other ranks begin it."""
         if not self.is_first:
-            self.total(())
+            self.wait()
         yield
         if self.is_first:
-            self.total(())
+            self.wait()
 
     def _spread(self, *tensors: Tensor, owner: int) -> None:
         self._over(tensors, lambda piece: dist.broadcast(piece, owner))

@@ -23,6 +23,8 @@ class Services:
     """Processes that share the calibration rows."""
     batch_tokens: int = BATCH_TOKENS
     """Largest number of tokens in a batch; smaller if the memory of the device is small."""
+    has_retried: bool = False
+    """Whether the device ran out of memory, and the run is resumed with smaller batches."""
     budget: MemoryBudget = field(default_factory=MemoryBudget)
     """Memory for activations and for weights that are used again; the rest goes to files, or is read again."""
     run_folder: RunFolder | None = None

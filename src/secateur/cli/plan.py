@@ -10,7 +10,7 @@ from secateur.base.output import Output
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Without, expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import Model, check_survey_path
+from secateur.cli.values import Model
 from secateur.commands.options import OUTPUT, Options, RunOptions
 
 FITTED = tuple(name for name, one in option_specs(Options).items() if one.fit_only)
@@ -37,7 +37,6 @@ def plan(
 
     Example: secateur plan ./SmolLM2-135M --target params=100M --calibration text.txt --out plan.json
     """
-    check_survey_path(run_options.survey, out)
     if out is not None:
         Output(out, suffix="", overwrite=run_options.overwrite).check()
     bars = Bars()

@@ -8,7 +8,7 @@ import typer
 from secateur.cli.bars import Bars
 from secateur.cli.generate import expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import Model, check_survey_path
+from secateur.cli.values import Model
 from secateur.commands.options import Options, RunOptions
 
 
@@ -30,7 +30,6 @@ def prune(
 
     Example: secateur prune ./SmolLM2-135M ./SmolLM2-pruned --sparsity 0.25 --calibration text.txt
     """
-    check_survey_path(run_options.survey, out)
     bars = Bars()
     with bars.loading():
         from secateur.commands.prune import prune as run

@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Without, expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, check_survey_path, parse_fractions
+from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, parse_fractions
 from secateur.commands.options import TARGET, WIDTHS, Options, RunOptions
 from secateur.formats.registry import FORMATS
 
@@ -56,7 +56,6 @@ def sizes(
     Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
     """
     fractions = parse_fractions("--sparsities", sparsities)
-    check_survey_path(run_options.survey)
     if options.widths not in WIDTHS:
         raise SecateurError(f"widths is '{options.widths}'; for several sizes it must be one of {', '.join(WIDTHS)}")
     if options.output_format.suffix is not None:

@@ -7,7 +7,6 @@ from typing import Annotated, TypeVar
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.base.output import Output
 
 T = TypeVar("T", int, float)
 
@@ -86,17 +85,3 @@ def _parse_numbers(option: str, text: str, parse: Callable[[str], T], what: str,
     if len(set(numbers)) < len(numbers):
         raise SecateurError(f"{option} is '{text}', which contains a number twice; write each number once")
     return numbers
-
-
-def check_survey_path(survey: Path | None, out: Path | None = None) -> None:
-    """Check that a new survey can be written, and that its path is not inside the other output.
-
-    Raises:
-        SecateurError: The path cannot be written or is inside `out`.
-    """
-    if survey is None:
-        return
-    if out is not None and out.absolute() in (survey.absolute(), *survey.absolute().parents):
-        raise SecateurError(f"{survey}: the survey cannot be inside the output {out}; choose another path for --survey")
-    if not survey.exists():
-        Output(survey, suffix="").check()

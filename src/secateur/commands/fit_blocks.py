@@ -26,6 +26,7 @@ class FittedBlocks(Iterator[FittedBlock]):
     Attributes:
         checkpoint: Saves the state of the fit after each block.
         norm_scale: The final-norm scale, known after the last block; None if no rows are held out for it.
+        begun: Whether a block was requested. An iterator gives each block once.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class FittedBlocks(Iterator[FittedBlock]):
         """
         self.checkpoint = checkpoint
         self.norm_scale: float | None = None
+        self.begun = False
         self._run, self._rows, self._observe = run, rows, observe
         self._blocks = self._fit(plan)
 
     def __next__(self) -> FittedBlock:
+        self.begun = True
         return next(self._blocks)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import existing_path, leftovers, real_path
 from secateur.base.memory import MemoryBudget
+from secateur.base.output import Output
 from secateur.base.processes import Processes
 from secateur.base.progress import Watcher, busy_reading
 from secateur.base.run_folder import PARTIAL_OUTPUT, run_folder_path
@@ -25,6 +26,7 @@ from secateur.fit.recovery import Recovery
 from secateur.formats.family_file import read_family
 from secateur.formats.format import format_class
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.model.config_file import has_own_code
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.tokens import begins_with_bos
@@ -177,6 +179,8 @@ def open_model(
     Raises:
         SecateurError: The model or an option is wrong.
     """
+    if not isinstance(model, str | Path):
+        raise TypeError(f"model is of {type(model)}; name a folder, a file or a hub id, or use secateur.prune_model")
     started = time.perf_counter()
     options, run_options = with_settings(options, run_options, settings)
     services = services or Services()
@@ -199,6 +203,11 @@ def open_run(
 ) -> OpenRun:
     """Return the run of an open checkpoint, and check the options against it; see `open_model`."""
     started = time.perf_counter()
+    if has_own_code(checkpoint.config):
+        raise SecateurError(
+            f"{checkpoint.source}: transformers does not include {checkpoint.config.model_type}, so that no smaller "
+            "model of it can be written; secateur eval alone takes such models"
+        )
     checkpoint, vocabulary = with_vocabulary(checkpoint, options, device, services)
     stream = BlockStream(checkpoint, device=device, services=services)
     dtype = options.torch_dtype or checkpoint.dtype
@@ -283,10 +292,32 @@ def _check_files(
         # The output is checked again once its size is known.
         target = options.output_format.output(out, source=existing_path(model), overwrite=run_options.overwrite)
         target.check()
-        for left in leftovers(out):
-            watcher.note(f"{left} was left by a run that was killed; delete it, unless another run is writing it now")
+        note_leftovers(out, watcher)
+    check_survey_path(run_options.survey, out)
     if run_options.push_to_hub is not None:
         check_upload(run_options.push_to_hub)
+
+
+def note_leftovers(out: Path, watcher: Watcher) -> None:
+    """Note what killed runs have left next to an output."""
+    for left in leftovers(out):
+        watcher.note(f"{left} was left by a run that was killed; delete it, unless another run is writing it now")
+
+
+def check_survey_path(survey: Path | None, out: Path | None) -> None:
+    """Check that a new survey can be written, and that its path is not inside the other output.
+
+    Raises:
+        SecateurError: The path is a folder, cannot be written, or is inside `out`.
+    """
+    if survey is None:
+        return
+    if out is not None and out.absolute() in (survey.absolute(), *survey.absolute().parents):
+        raise SecateurError(f"{survey}: the survey cannot be inside the output {out}; choose another path for --survey")
+    if survey.is_dir():
+        raise SecateurError(f"{survey}: this is a folder; name a JSON file for --survey")
+    if not survey.exists():
+        Output(survey, suffix="").check()
 
 
 def _open(model: str | Path, run_options: RunOptions, dtype: torch.dtype | None, services: Services) -> Checkpoint:

@@ -10,7 +10,7 @@ from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
 from secateur.commands.choose_tokens import choose_tokens
 from secateur.commands.draw_rows import draw_rows
-from secateur.commands.open_model import OpenRun, open_model
+from secateur.commands.open_model import OpenRun, check_survey_path, open_model
 from secateur.commands.options import Options, RunOptions
 from secateur.commands.plan_widths import plan_widths
 from secateur.commands.resume import resumable, retry_in_smaller_batches
@@ -45,6 +45,8 @@ def propose(
         SecateurError: The model or an option is wrong, or no plan meets the target.
     """
     out = None if out is None else Path(out)
+    if run_options is not None:
+        check_survey_path(run_options.survey, out)
     if options.targets_perplexity:
         raise SecateurError(
             "only secateur prune can reach a target of perplexity, because it prunes to several sizes; its "

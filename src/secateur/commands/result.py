@@ -101,6 +101,7 @@ def make_record(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": stream.checkpoint.source,
+        "revision": run.run_options.revision,
         "on_hub": existing_path(stream.checkpoint.source) is None,
         **stream.checkpoint.identity,
         "command": command_line(stream.checkpoint.source, run.options),

@@ -38,7 +38,8 @@ def resumable(run: OpenRun, out: Path, command: str, **more: Any) -> Iterator[Op
             processes of this run have different options.
     """
     inputs = {"command": command} | result_inputs(run) | more
-    with with_run_folder(run.services, out, inputs, restart=run.run_options.restart) as services:
+    restart = run.run_options.restart and not run.services.has_retried
+    with with_run_folder(run.services, out, inputs, restart=restart) as services:
         yield replace(run, stream=run.stream.using(run_folder=services.run_folder))
 
 
@@ -68,7 +69,8 @@ def with_run_folder(services: Services, out: Path, inputs: dict[str, Any], *, re
             yield replace(services, run_folder=state)
         except BaseException as error:
             if state.is_kept_after(error):
-                services.watcher.note(f"The state of this run is in {state.path}; the same command resumes it")
+                again = "the same command without --restart" if restart else "the same command"
+                services.watcher.note(f"The state of this run is in {state.path}; {again} resumes it")
             raise
 
 
@@ -96,7 +98,7 @@ def retry_in_smaller_batches(services: Services, command: Callable[[Services], R
                     f"the device is out of memory even with {MIN_BATCH_TOKENS} tokens at a time; use a device with "
                     "more memory, or --device cpu"
                 ) from error
-        services = replace(services, batch_tokens=services.batch_tokens // 2)
+        services = replace(services, batch_tokens=services.batch_tokens // 2, has_retried=True)
         services.watcher.note(f"The device is out of memory; resuming with {services.batch_tokens:,} tokens at a time")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -112,10 +114,14 @@ def result_inputs(run: OpenRun) -> dict[str, Any]:
         **{f"contents of {file}": _hash_of(Path(file)) for file in files},
         **({} if family is None else {"family": _hash_of(family)}),
         "dtype": str(run.dtype).removeprefix("torch."),
-        "version of secateur": secateur.__version__,
-        "version of torch": torch.__version__,
-        "version of transformers": transformers.__version__,
+        **library_versions(),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide a result."""
+    versions = {"secateur": secateur, "torch": torch, "transformers": transformers}
+    return {f"version of {name}": library.__version__ for name, library in versions.items()}
 
 
 def _hash_of(file: Path) -> str:

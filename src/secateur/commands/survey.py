@@ -106,6 +106,8 @@ def _survey_and_write(run: OpenRun, model: str | Path, out: Path, folder: Output
         with folder as partial:
             save_survey(survey, partial / FILE)
             (partial / PAGE).write_text(page, encoding="utf-8")
+    # A script may read the survey next, in any process.
+    run.processes.wait()
     parameters = {share: meter.total(plan.widths) for share, plan in plans.items()}
     return SurveySummary(tuple(block.width for block in blocks), plans, parameters, line)
 
@@ -156,5 +158,6 @@ def _prune_command(run: OpenRun, model: str | Path, share: float, file: Path) ->
         words += [f"--{cli_name(name)}", value]
     run_options = run.run_options
     words += [] if run_options.revision is None else ["--revision", run_options.revision]
+    words += [] if run_options.family is None else ["--family", str(run_options.family)]
     words += ["--trust-remote-code"] * run_options.trust_remote_code
     return shlex.join(words)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.base.errors import SecateurError
 from secateur.commands.fit_blocks import FittedBlocks
 from secateur.commands.open_model import OpenRun
 from secateur.commands.result import block_record, make_record, summarize, unfitted_experts_note
@@ -37,7 +38,12 @@ def write_model(run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedB
         plan: The result of `plan_widths`.
         blocks: The result of `fit_blocks`.
         out: Folder or .gguf file to write. It appears once it is complete; an error leaves nothing there.
+
+    Raises:
+        SecateurError: The blocks were written before, or the output cannot be written.
     """
+    if blocks.begun:
+        raise SecateurError("blocks were taken from this iterator before; call fit_blocks again")
     # Seconds that the run took before it was stopped count too.
     earlier = blocks.checkpoint.value("seconds", lambda: time.perf_counter() - run.started, 0.0)
     run = replace(run, started=run.started - earlier)
@@ -48,6 +54,8 @@ def write_model(run: OpenRun, rows: CalibrationRows, plan: Plan, blocks: FittedB
         # Other ranks only share the work of the fits.
         for _ in blocks:
             pass
+    # A script may open the output next, in any process.
+    run.processes.wait()
     return summarize(run, rows, plan)
 
 

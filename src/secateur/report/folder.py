@@ -10,7 +10,7 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.files import write_atomically
 from secateur.base.quiet import first_line, quiet
-from secateur.model.checkpoint import open_checkpoint
+from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.per_layer import empty_decoder
 from secateur.report.card import BASE_CARD, CARD, PAGE, card
 from secateur.report.model_page import model_page
@@ -57,7 +57,11 @@ def check_base(folder: Path, base: str, *, trust_remote_code: bool = False) -> N
 
 def _fingerprint(model: str, dtype: torch.dtype, trust_remote_code: bool) -> str:
     """Return the fingerprint of a model opened for pruning; a GGUF file is dequantised to a dtype."""
-    checkpoint = open_checkpoint(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    return fingerprint_of(open_checkpoint(model, dtype=dtype, trust_remote_code=trust_remote_code))
+
+
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """Return the fingerprint of an open checkpoint as the record of a pruned folder has it."""
     # Checking shapes drops tensors that the model has no place for, which are not part of the fingerprint.
     with quiet(), suppress(SecateurError):
         checkpoint.check_shapes(empty_decoder(checkpoint))

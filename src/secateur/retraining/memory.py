@@ -101,16 +101,15 @@ def plan_memory(
         plans = _plans(network, rank, training, products, share, held)
         plans = [plan for plan in plans if (plan.micro_batch, plan.recompute) == tuple(way[1:])] or plans
         least = plans[-1].bytes
-        if memory is None:
-            limit = max(limit, min(round(least), available))
-        if found := next((plan for plan in plans if plan.bytes <= limit), None):
-            spare = max(0, parse_memory(None) - rss_bytes()) if on_gpu else limit - found.bytes
+        allowed = limit if memory is not None else max(limit, min(round(least), available))
+        if found := next((plan for plan in plans if plan.bytes <= allowed), None):
+            spare = max(0, parse_memory(None) - rss_bytes()) if on_gpu else allowed - found.bytes
             return found._replace(spare_bytes=round(spare))
     advice = "" if training.rank != 0 else ", or train adapters with --rank 16, which need less"
     # Rounded up, with room for what differs from one start of Python to the next.
     enough = math.ceil(1.02 * least / 1e7) / 100
     raise SecateurError(
-        f"training {checkpoint.source} needs at least {enough:,.2f} GB, but {limit / 1e9:,.2f} GB are allowed; "
+        f"training {checkpoint.source} needs at least {enough:,.2f} GB, but {allowed / 1e9:,.2f} GB are allowed; "
         f"raise --memory{advice}"
     )
 

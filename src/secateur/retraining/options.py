@@ -75,6 +75,9 @@ class Training:
     )
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "time"):
+            if type(value := getattr(self, name)) is int:
+                object.__setattr__(self, name, str(value))
         check_types(self)
         for name, least in (("batch", 1), ("rank", 0)):
             if (value := getattr(self, name)) is not None and value < least:
@@ -84,6 +87,8 @@ class Training:
                 f"text weight is {self.text_weight}; it must be at least 0 and below 1; --teacher none learns the text "
                 "alone"
             )
+        if self.teacher == NO_TEACHER and self.text_weight != Training.text_weight:
+            raise SecateurError("text weight is given together with --teacher none, with which the text has all of it")
         if not 0 < self.highest_rate < 1:
             raise SecateurError(f"learning rate is {self.learning_rate}; it must lie between 0 and 1, such as 1e-4")
         if not 0 <= self.seed < 2**32:

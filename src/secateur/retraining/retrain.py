@@ -7,22 +7,24 @@ teacher, which runs block by block from disk before the training starts.
 
 import importlib.util
 import os
+import random
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from transformers import set_seed
 
 import secateur
 from secateur.base.device import fast_dtype, pick_device
-from secateur.base.errors import SecateurError
+from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.files import local_path
 from secateur.base.hashes import hash_rows
 from secateur.base.memory import MemoryBudget
@@ -31,7 +33,8 @@ from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import CHOICE, run_folder_path
 from secateur.base.services import Services
-from secateur.commands.resume import check_row_hashes, with_run_folder
+from secateur.commands.open_model import note_leftovers
+from secateur.commands.resume import check_row_hashes, library_versions, with_run_folder
 from secateur.formats.folder import open_folder
 from secateur.measure import loading
 from secateur.model.arena import Arena
@@ -46,7 +49,7 @@ from secateur.retraining.options import Training
 from secateur.retraining.rows import TrainingRows, random_rows, tokens_for_one_pass, training_rows
 from secateur.retraining.schedule import describe_end, measure_seconds, tokens_in_time
 from secateur.retraining.student import Student
-from secateur.retraining.targets import STREAM_BYTES, TARGET_BYTES, TextTargets, targets_of, teacher_targets
+from secateur.retraining.targets import TextTargets, targets_of, teacher_bytes, teacher_targets
 from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import CHECKPOINT_BYTES, train
 from secateur.retraining.trained_weights import TrainedWeights
@@ -138,18 +141,18 @@ def retrain(
         stack.enter_context(cached_token_ids())
         inputs = _inputs_of(checkpoint, teacher, training, services)
         services = stack.enter_context(with_run_folder(services, target.path, inputs, restart=restart))
-        stack.enter_context(torch.random.fork_rng())
-        set_seed(training.seed)
+        stack.enter_context(_out_of_device_memory())
+        stack.enter_context(_seeded(training.seed))
         plan, trained = _plan_memory(checkpoint, training, where, services, memory)
         training = replace(training, rank=plan.rank)
         services = replace(services, budget=MemoryBudget(plan.spare_bytes))
         student = _load(checkpoint, where, plan, services.watcher)
         dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
         tokens = _token_count(checkpoint, student, dense, training, plan, services, started)
-        targets_bytes = 0 if dense is None else TARGET_BYTES * tokens
-        stream_bytes = 0 if dense is None else 2 * STREAM_BYTES * checkpoint.config.hidden_size * tokens
-        state_bytes = max(2 * CHECKPOINT_BYTES * trained, stream_bytes)
-        _check_disk(target.path, checkpoint.bytes + state_bytes + targets_bytes)
+        state_bytes = 2 * CHECKPOINT_BYTES * trained
+        if dense is not None:
+            state_bytes = teacher_bytes(dense, tokens, plan.spare_bytes, least=state_bytes)
+        _check_disk(target.path, checkpoint.bytes + state_bytes)
         rows = _draw(checkpoint, training, tokens, services)
         arena = stack.enter_context(Arena(services.budget, run_folder_path(target.path)))
         targets = None if dense is None else teacher_targets(dense, rows, arena)
@@ -168,7 +171,33 @@ def retrain(
         curve = Curve.of(history, student.perplexity(rows.held_out), dense_loss)
         if services.processes.is_first:
             write_retrained(checkpoint, target, weights, _record_of(training, curve, rows))
+        # A script may open the output next, in any process.
+        services.processes.wait()
     return Retrained(target.path, rows.train.numel(), trained, curve)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the random numbers of Python, NumPy and torch, and restore the caller's afterwards."""
+    python, numpy_state = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _out_of_device_memory() -> Iterator[None]:
+    """Turn the error of a device without free memory into one for the user."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StoppedError(
+            "the device is out of memory; add --restart and train adapters with --rank, or use a smaller --length"
+        ) from error
 
 
 def check_retraining(device: str, rank: int | None, reason: str = "") -> None:
@@ -205,6 +234,7 @@ def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: 
         raise SecateurError(f"{folder}: retrain cannot train multimodal models; name a language model")
     target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)
     target.check()
+    note_leftovers(target.path, watcher)
     if "sizes" in read_record(source):
         check_record(source)
     return checkpoint, target
@@ -333,8 +363,14 @@ def _inputs_of(
     # The held-out rows are the same for every number of tokens.
     quiet = replace(services, watcher=Silent())
     text = training_rows(checkpoint, replace(training, batch=1), training.length, quiet)
-    inputs = {"model": checkpoint.identity, "text": hash_rows(text.held_out), "version": secateur.__version__}
-    return {"command": "retrain"} | options | inputs | {"teacher": None if teacher is None else teacher.identity}
+    return {
+        "command": "retrain",
+        **options,
+        "model": checkpoint.identity,
+        "text": hash_rows(text.held_out),
+        "teacher": None if teacher is None else teacher.identity,
+        **library_versions(),
+    }
 
 
 def _record_of(training: Training, curve: Curve, rows: TrainingRows) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Rows of token ids for a training, and held-out rows of the same text."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,13 +43,14 @@ def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, servi
     """
     count = training.steps_of(tokens) * training.batch
 
-    def read() -> list[Any]:
+    def read() -> dict[str, Tensor]:
         train, held_out, text = _read(checkpoint, training, count)
-        return [train.tolist(), held_out.tolist(), count * training.length / (TRAINED_SHARE * text)]
+        passes = count * training.length / (TRAINED_SHARE * text)
+        return {"train": train, "held_out": held_out, "passes": torch.tensor(passes, dtype=torch.float64)}
 
     with busy_reading(services.watcher, "Reading", training.calibration):
-        train, held_out, passes = services.processes.broadcast(read)
-    return TrainingRows(torch.tensor(train), torch.tensor(held_out), passes)
+        rows = services.processes.compute_at(0, read, torch.device("cpu"))
+    return TrainingRows(rows["train"], rows["held_out"], float(rows["passes"]))
 
 
 def tokens_for_one_pass(checkpoint: Checkpoint, training: Training, services: Services) -> int:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from secateur.base.quiet import quiet
 from secateur.families.registry import experts_of, family_of
 from secateur.measure.perplexity import device_of, perplexity
+from secateur.model.per_layer import widths_of
 from secateur.retraining.adapters import with_adapters
 from secateur.retraining.loss import distribution_loss
 from secateur.retraining.targets import Targets
@@ -65,6 +66,11 @@ class Student(nn.Module):
     def train(self, mode: bool = True) -> "Student":
         """Stay in evaluation mode, whatever is asked."""
         return super().train(False)
+
+    @property
+    def lacks_modules(self) -> bool:
+        """Whether a block has lost its whole attention or feed-forward."""
+        return any(0 in width.values() for width in widths_of(self.network.config))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the training changes, by name."""

@@ -121,6 +121,22 @@ def targets_of(rows: Tensor, teacher: TeacherTargets | None, text_weight: float)
     return MixedTargets(teacher, TextTargets(rows), text_weight) if text_weight else teacher
 
 
+def teacher_bytes(teacher: BlockStream, tokens: int, memory: int, *, least: int) -> int:
+    """Return the bytes of disk space that a training with a teacher needs for its state.
+
+    Args:
+        teacher: The dense model.
+        tokens: Number of tokens to train on.
+        memory: Bytes of memory for activations and targets. What does not fit is kept in temporary files.
+        least: Bytes of the training's own checkpoints, which are written after the teacher has finished.
+    """
+    stream, targets = STREAM_BYTES * teacher.width * tokens, TARGET_BYTES * tokens
+    has_room = memory >= stream + targets
+    while_teacher_runs = 2 * stream + (0 if has_room else stream + targets)
+    while_training = least + (0 if has_room else teacher.processes.size * targets)
+    return targets + max(while_teacher_runs, while_training)
+
+
 def teacher_targets(teacher: BlockStream, rows: TrainingRows, arena: Arena) -> TeacherTargets:
     """Return the teacher's targets for all rows: from the run folder, or computed by all processes together.
 

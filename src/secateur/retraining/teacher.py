@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import torch
+
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.report.folder import fingerprint_of
 from secateur.retraining.options import NO_TEACHER
 from secateur.vocabulary.cut import cut_as_before
 from secateur.vocabulary.map_file import MAP_FILE, original_ids
@@ -27,22 +30,14 @@ def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -
         The teacher; None where the text itself is to be learned.
 
     Raises:
-        SecateurError: There is no record that names the model, the model cannot be opened, or its vocabulary size or
-            hidden size differs from the pruned model's.
+        SecateurError: There is no record that names the model, the model cannot be opened or has changed, or its
+            vocabulary size or hidden size differs from the pruned model's.
     """
     if wanted == NO_TEACHER:
         return None
-    source = wanted or _recorded(checkpoint.path)
-    try:
-        with watcher.busy(f"Opening {source}"):
-            teacher = open_checkpoint(source)
-    except SecateurError as error:
-        if wanted:
-            raise
-        raise SecateurError(
-            f"{error}; {checkpoint.source} was pruned from this model, which is the teacher: give its new place with "
-            "--teacher, or --teacher none"
-        ) from error
+    source = wanted or _recorded_source(checkpoint.path)
+    with watcher.busy(f"Opening {source}"):
+        teacher = open_checkpoint(source) if wanted else _open_recorded(checkpoint, source)
     teacher = _with_tokens_of(checkpoint, teacher)
     for key in SIZES:
         pruned, dense = (getattr(one.config, key, None) for one in (checkpoint, teacher))
@@ -70,7 +65,30 @@ def _with_tokens_of(checkpoint: Checkpoint, teacher: Checkpoint) -> Checkpoint:
     return cut_as_before(teacher, [places[token] for token in kept])
 
 
-def _recorded(folder: Path) -> str:
+def _open_recorded(checkpoint: Checkpoint, source: str) -> Checkpoint:
+    """Open the model from which a folder was pruned, with the same revision and dtype.
+
+    Raises:
+        SecateurError: The model cannot be opened, or has changed since then.
+    """
+    record = read_record(checkpoint.path)
+    dtype = getattr(torch, str((record.get("options") or {}).get("dtype")), torch.bfloat16)
+    try:
+        teacher = open_checkpoint(source, revision=record.get("revision"), dtype=dtype)
+    except SecateurError as error:
+        raise SecateurError(
+            f"{error}; {checkpoint.source} was pruned from this model, which is the teacher: give its new place with "
+            "--teacher, or --teacher none"
+        ) from error
+    if fingerprint_of(teacher) != record.get("fingerprint", fingerprint_of(teacher)):
+        raise SecateurError(
+            f"{source} has other weights than the model that {checkpoint.source} was pruned from; restore them, or "
+            "choose a teacher with --teacher"
+        )
+    return teacher
+
+
+def _recorded_source(folder: Path) -> str:
     """Return the model from which a folder was pruned, according to its record."""
     source = read_record(folder).get("model")
     if not isinstance(source, str):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from secateur.base.errors import SecateurError, StoppedError
+from secateur.base.errors import SecateurError
 from secateur.base.files import remove
 from secateur.base.json_files import damaged_state
 from secateur.base.processes import Processes, connection_errors
@@ -91,7 +91,7 @@ def train(
             label_names=[],
             remove_unused_columns=False,
             # The norm before a module that lost all units gets no gradient.
-            ddp_find_unused_parameters=True,
+            ddp_find_unused_parameters=student.lacks_modules,
             report_to="none",
             disable_tqdm=True,
             use_cpu=device.type == "cpu",
@@ -104,13 +104,7 @@ def train(
         # This callback prints the loss of every step.
         trainer.remove_callback(PrinterCallback)
         with nullcontext() if services.processes.is_single else connection_errors(), saving_state(folder):
-            try:
-                trainer.train(resume_from_checkpoint=None if last is None else str(last))
-            except torch.OutOfMemoryError as error:
-                raise StoppedError(
-                    "the device is out of memory; add --restart and train adapters with --rank, or use a smaller "
-                    "--length"
-                ) from error
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         next(bar, None)
     return list(trainer.state.log_history)
 
