@@ -80,7 +80,7 @@ def _open_recorded(checkpoint: Checkpoint, source: str) -> Checkpoint:
             f"{error}; {checkpoint.source} was pruned from this model, which is the teacher: give its new place with "
             "--teacher, or --teacher none"
         ) from error
-    if fingerprint_of(teacher) != record.get("fingerprint", fingerprint_of(teacher)):
+    if record.get("fingerprint") not in (None, fingerprint_of(teacher)):
         raise SecateurError(
             f"{source} has other weights than the model that {checkpoint.source} was pruned from; restore them, or "
             "choose a teacher with --teacher"
