@@ -90,16 +90,21 @@ def available_bytes() -> int:
 
 def _group_bytes(own: int) -> Iterator[int]:
     """Yield how many bytes this run can have in every control group with a limit, of which it has `own` bytes now."""
+    for group, limit, used, cached in _groups():
+        # A group without a limit has no file, or a file with the word `max`.
+        with suppress(OSError, ValueError):
+            yield int((group / limit).read_text()) - _used_by_others(group, own, used, cached)
+
+
+def _groups() -> Iterator[tuple[Path, str, str, str]]:
+    """Yield the control groups of this process and the groups around them, each with the names of `LIMITS`."""
     with suppress(OSError):
         for line in OWN_GROUPS.read_text().splitlines():
             _, controllers, name = line.split(":", 2)
             if controllers in LIMITS:
-                root, *files = LIMITS[controllers]
+                root, limit, used, cached = LIMITS[controllers]
                 group = root / name.lstrip("/")
-                for folder in (group, *group.parents):
-                    # A group without a limit has no file, or a file with the word `max`.
-                    with suppress(OSError, ValueError):
-                        yield int((folder / files[0]).read_text()) - _used_by_others(folder, own, *files[1:])
+                yield from ((folder, limit, used, cached) for folder in (group, *group.parents))
 
 
 def _used_by_others(group: Path, own: int, used: str, cached: str) -> int:

@@ -93,14 +93,20 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def given_or_made(kind: type[T], given: T | None, settings: Mapping[str, Any]) -> T:
+def given_or_made(kind: type[T], given: T | None, settings: Mapping[str, Any], example: str) -> T:
     """Return an object of options as given, or made of settings, which are some of its fields by name.
+
+    Args:
+        kind: Class of the object.
+        given: The object; None to make it.
+        settings: Fields by name.
+        example: A setting, for error messages.
 
     Raises:
         TypeError: Both are given, or the object is of another class.
     """
     if given is not None and not isinstance(given, kind):
-        raise TypeError(f"{given!r} is not an object of {kind.__name__}; give options by name, such as seed=1")
+        raise TypeError(f"{given!r} is not an object of {kind.__name__}; give options by name, such as {example}")
     if given is not None and settings:
         raise TypeError(f"{next(iter(settings))} is given together with {kind.__name__}; set it in that object")
     return given or kind(**settings)

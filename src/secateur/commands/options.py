@@ -496,14 +496,10 @@ def with_settings(
         TypeError: A setting is a field of neither, or is given together with the object that has this field, or an
             object has another type.
     """
-    for one, wanted in ((options, Options), (run_options, RunOptions)):
-        if not isinstance(one, wanted | None):
-            raise TypeError(
-                f"{one!r} is not an object of {wanted.__name__}; give options by name, such as sparsity=0.25"
-            )
     names, run_names = option_specs(Options), option_specs(RunOptions)
     if unknown := sorted(set(settings) - set(names) - set(run_names)):
         raise TypeError(f"no option {unknown[0]!r}; the options are {', '.join([*names, *run_names])}")
     own = {name: value for name, value in settings.items() if name in names}
     others = {name: value for name, value in settings.items() if name not in own}
-    return given_or_made(Options, options, own), given_or_made(RunOptions, run_options, others)
+    example = "sparsity=0.25"
+    return given_or_made(Options, options, own, example), given_or_made(RunOptions, run_options, others, example)

@@ -103,10 +103,14 @@ class BlockStream:
         """Stored names of the model's buffers."""
         return self.checkpoint.buffers_of(self.model)
 
-    @property
+    @cached_property
     def kept_dtypes(self) -> frozenset[str]:
         """Stored names of tensors that keep their own dtype; see `Checkpoint.kept_dtypes_of`."""
         return self.checkpoint.kept_dtypes_of(self.model)
+
+    def keeps_dtype(self, index: int, name: str) -> bool:
+        """Return whether a tensor of a block keeps its own dtype."""
+        return self.checkpoint.resolve(self._inside(index, name)) in self.kept_dtypes
 
     @property
     def processes(self) -> Processes:

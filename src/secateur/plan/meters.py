@@ -171,15 +171,15 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, biases: bool = False) ->
         name: info.dtype.itemsize if name in kept or not info.dtype.is_floating_point else dtype.itemsize
         for name, info in weights.items()
     }
-    # All pieces of a parameter have the same dtype.
+    # Tensors inside blocks that do not keep their dtype are not listed.
     inside = [
-        {name: itemsizes[stream.stored_names(index, name)[0]] for name in block.shapes}
+        {name: itemsizes[stream.stored_name(index, name)] for name in block.shapes if stream.keeps_dtype(index, name)}
         for index, block in enumerate(stream.blocks)
     ]
 
     def module_bytes(index: int, kind: str, width: Width) -> int:
         shapes = stream.blocks[index].shapes_at(width, kind).items()
-        return sum(math.prod(shape) * inside[index][name] for name, shape in shapes)
+        return sum(math.prod(shape) * inside[index].get(name, dtype.itemsize) for name, shape in shapes)
 
     dense = dense_widths(stream)
     whole = sum(info.entries * itemsizes[name] for name, info in weights.items())

@@ -48,16 +48,11 @@ def check_base(folder: Path, base: str, *, trust_remote_code: bool = False) -> N
         return model_name(record), record["fingerprint"], getattr(torch, record["options"]["dtype"] or "bfloat16")
 
     name, fingerprint, dtype = _from_record(folder, read)
-    if _fingerprint(base, dtype, trust_remote_code) != fingerprint:
+    if fingerprint_of(open_checkpoint(base, dtype=dtype, trust_remote_code=trust_remote_code)) != fingerprint:
         raise SecateurError(
             f"{base}: {folder} was pruned from another model ({name}), with which the report must "
             "compare it; name that model in --against, or leave --report out"
         )
-
-
-def _fingerprint(model: str, dtype: torch.dtype, trust_remote_code: bool) -> str:
-    """Return the fingerprint of a model opened for pruning; a GGUF file is dequantised to a dtype."""
-    return fingerprint_of(open_checkpoint(model, dtype=dtype, trust_remote_code=trust_remote_code))
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:

@@ -129,7 +129,7 @@ def retrain(
             or the memory is too small, the training diverges, or the output cannot be written.
     """
     started = time.time() if started is None else started
-    training, services = given_or_made(Training, training, settings), Services.join(watcher)
+    training, services = given_or_made(Training, training, settings, "seed=1"), Services.join(watcher)
     check_retraining(device, training.rank)
     where = pick_device(device)
     checkpoint, target = _open_folder(folder, out, overwrite, services.watcher)

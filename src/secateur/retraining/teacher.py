@@ -1,6 +1,8 @@
 """The teacher of a training: by default the model that was pruned, which the record of the folder names."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,9 +37,10 @@ def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -
     """
     if wanted == NO_TEACHER:
         return None
-    source = wanted or _recorded_source(checkpoint.path)
+    record = {} if wanted else read_record(checkpoint.path)
+    source = wanted or _recorded_source(checkpoint.path, record)
     with watcher.busy(f"Opening {source}"):
-        teacher = open_checkpoint(source) if wanted else _open_recorded(checkpoint, source)
+        teacher = open_checkpoint(source) if wanted else _open_recorded(checkpoint, source, record)
     teacher = _with_tokens_of(checkpoint, teacher)
     for key in SIZES:
         pruned, dense = (getattr(one.config, key, None) for one in (checkpoint, teacher))
@@ -65,13 +68,12 @@ def _with_tokens_of(checkpoint: Checkpoint, teacher: Checkpoint) -> Checkpoint:
     return cut_as_before(teacher, [places[token] for token in kept])
 
 
-def _open_recorded(checkpoint: Checkpoint, source: str) -> Checkpoint:
+def _open_recorded(checkpoint: Checkpoint, source: str, record: Mapping[str, Any]) -> Checkpoint:
     """Open the model from which a folder was pruned, with the same revision and dtype.
 
     Raises:
         SecateurError: The model cannot be opened, or has changed since then.
     """
-    record = read_record(checkpoint.path)
     dtype = getattr(torch, str((record.get("options") or {}).get("dtype")), torch.bfloat16)
     try:
         teacher = open_checkpoint(source, revision=record.get("revision"), dtype=dtype)
@@ -88,9 +90,9 @@ def _open_recorded(checkpoint: Checkpoint, source: str) -> Checkpoint:
     return teacher
 
 
-def _recorded_source(folder: Path) -> str:
+def _recorded_source(folder: Path, record: Mapping[str, Any]) -> str:
     """Return the model from which a folder was pruned, according to its record."""
-    source = read_record(folder).get("model")
+    source = record.get("model")
     if not isinstance(source, str):
         raise SecateurError(
             f"{folder}: no {RECORD} that names the model that was pruned; give it with --teacher, or --teacher none "

@@ -29,10 +29,8 @@ def slice_fitted(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype 
     """
     dtype = dtype or stream.checkpoint.dtype
     tensors = stream.stored(block.index, without=block.changed) | block.changed
-    kept = stream.kept_dtypes
     rounded = {
-        name: tensor if kept.intersection(stream.stored_names(block.index, name)) else tensor.to(dtype)
-        for name, tensor in tensors.items()
+        name: tensor if stream.keeps_dtype(block.index, name) else tensor.to(dtype) for name, tensor in tensors.items()
     }
     for name in block.changed:
         rounded[name] = matrix_by_matrix(partial(_finite, f"block {block.index}", name), rounded[name], dtype=dtype)
