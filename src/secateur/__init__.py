@@ -1,7 +1,7 @@
 """Secateur prunes pretrained language models in one shot: it removes heads, channels and experts.
 
-`prune` runs the whole pipeline. Its seven steps can also be called one by one: `open_model`, `draw_rows`,
-`survey_model`, `choose_tokens`, `plan_widths`, `fit_blocks`, `write_model`. Names are imported on first use, so that
+`prune` runs the whole pipeline. Its six steps can also be called one by one: `open_model`, `draw_rows`,
+`survey_model`, `plan_widths`, `fit_blocks`, `write_model`. Names are imported on first use, so that
 `import secateur` takes no time.
 """
 
@@ -15,7 +15,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from secateur.base.errors import SecateurError
     from secateur.cli.bars import Bars
-    from secateur.commands.choose_tokens import choose_tokens
     from secateur.commands.draw_rows import draw_rows
     from secateur.commands.fit_blocks import fit_blocks
     from secateur.commands.open_model import open_model
@@ -41,7 +40,6 @@ _MODULES = {
     "open_model": "secateur.commands.open_model",
     "draw_rows": "secateur.commands.draw_rows",
     "survey_model": "secateur.commands.survey_model",
-    "choose_tokens": "secateur.commands.choose_tokens",
     "plan_widths": "secateur.commands.plan_widths",
     "fit_blocks": "secateur.commands.fit_blocks",
     "write_model": "secateur.commands.write_model",
@@ -64,7 +62,7 @@ _MODULES = {
 """Module of each public name."""
 
 __all__ = ["Bars", "BlockStream", "Options", "Rows", "RunOptions", "SecateurError"]
-__all__ += ["calibration_rows", "choose_tokens", "consecutive_rows", "draw_rows", "fit_blocks", "open_checkpoint"]
+__all__ += ["calibration_rows", "consecutive_rows", "draw_rows", "fit_blocks", "open_checkpoint"]
 __all__ += ["open_model", "perplexity", "plan_widths", "propose", "prune", "prune_model", "register", "retrain"]
 __all__ += ["speeds", "survey_model", "trim", "write_model"]
 

@@ -1,7 +1,6 @@
 """`trim` and `prune --vocabulary`: fewer tokens, and the same model on text of the kept scripts."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -165,25 +164,6 @@ def test_tokens_and_blocks_meet_a_target_together(model, latin, tmp_path):
     assert done.parameters[1] <= float(share[7:-1]) / 100 * whole
     said = r"needs no block to be pruned.*use secateur trim"
     assert_error(said, prune, model, tmp_path / "other", target="params=99%", **options)
-
-
-def test_the_cheapest_number_of_tokens_is_kept(model, text, tmp_path):
-    options = {name: value for name, value in PRUNE.items() if name != "sparsity"}
-    target = {"vocabulary": "auto", "target": "params=45%", "calibration": text}
-    done = prune(model, tmp_path / "out", **target, **options)
-    record = json.loads((tmp_path / "out" / "secateur.json").read_text(encoding="utf-8"))["vocabulary"]
-    choices = {one["tokens"]: one for one in record["choices"]}
-    rises = {tokens: one["bits_per_byte"] - one["bits_before"] for tokens, one in choices.items()}
-    loss = {tokens: math.log(2) * rises[tokens] + one["blocks"] for tokens, one in choices.items()}
-    most, fewest = max(choices), min(choices)
-    # The scripts' tokens are free, so that blocks pay for all; fewer tokens leave less to blocks.
-    assert choices[most]["bits_per_byte"] < 1.05 * choices[most]["bits_before"]
-    assert choices[most]["blocks"] > choices[fewest]["blocks"]
-    assert done.vocabulary[1] == min(loss, key=lambda tokens: loss[tokens])
-    assert done.parameters[1] <= 0.45 * done.parameters[0]
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) <= done.vocabulary[1]
-    said = "vocabulary auto needs a target for the whole model"
-    assert_error(said, trim, model, tmp_path / "other", vocabulary="auto")
 
 
 def test_a_survey_of_fewer_tokens_is_for_them_alone(model, latin, text, tmp_path):

@@ -33,8 +33,7 @@ def draw_rows(run: OpenRun, *, resample: bool = True, dry: bool = False) -> Cali
     check_survey_file(run, rows.selection)
     check_rows(run, rows)
     _describe(run, rows)
-    # With `--vocabulary auto` the rows are drawn again once the tokens are chosen.
-    return resample_rows(run, rows) if resample and not dry and not run.options.chooses_tokens else rows
+    return resample_rows(run, rows) if resample and not dry else rows
 
 
 def resample_rows(run: OpenRun, rows: CalibrationRows) -> CalibrationRows:

@@ -250,23 +250,6 @@ def open_run(
     )
 
 
-def open_cut(run: OpenRun, cut: Checkpoint, vocabulary: KeptVocabulary) -> OpenRun:
-    """Return a run with fewer tokens than it was opened with; memory, device and files stay as they are.
-
-    Args:
-        run: The result of `open_model`.
-        cut: The same model with fewer tokens.
-        vocabulary: The tokens that are kept.
-
-    Raises:
-        SecateurError: The blocks cannot meet the rest of the target.
-    """
-    stream = BlockStream(cut, device=run.stream.device, services=run.services)
-    request = check_request(stream, run.options, run.dtype)
-    tokenizer = _tokenizer(cut, run.options)
-    return replace(run, stream=stream, request=request, tokenizer=tokenizer, vocabulary=vocabulary, gradients={})
-
-
 def check_options(options: Options, run_options: RunOptions, processes: Processes) -> torch.device:
     """Check the options that can be checked without the model, read the family file, and return the device."""
     target = options.size_target

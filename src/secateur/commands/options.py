@@ -109,8 +109,7 @@ class Options:
         "Tokens to keep. all: every token; latin or latin+cyrillic: the tokens of these Unicode scripts, and digits, "
         "punctuation and symbols; text: the tokens that occur in the calibration text; text:5: those that occur at "
         "least five times; 64k or 50%: this number or share of the tokens, where tokens of the calibration text's "
-        "scripts come before others, and frequent ones before rare ones; auto (only in secateur prune and plan, with "
-        "--target): the number of tokens with the lowest estimated loss. Special tokens and bytes are always kept.",
+        "scripts come before others, and frequent ones before rare ones. Special tokens and bytes are always kept.",
     )
     round: int | None = option(
         None,
@@ -247,11 +246,6 @@ class Options:
                 raise SecateurError(
                     f"{name} and {names[0]} both set what to remove from which blocks; leave one of them out"
                 )
-        if self.chooses_tokens and not (self.target and parse_target(self.target).quantity in WHOLE_MODEL):
-            raise SecateurError(
-                "vocabulary auto needs a target for the whole model: use it in secateur prune or plan, with a target "
-                f"of {', '.join(WHOLE_MODEL[:-1])} or {WHOLE_MODEL[-1]}, such as --target params=70%"
-            )
         if self.plan is not None and not Path(self.plan).is_file():
             raise SecateurError(f"plan is '{self.plan}', but there is no such file; check the path")
         if self.widths not in WIDTHS and not Path(self.widths).is_file():
@@ -366,12 +360,6 @@ class Options:
         return self.recovery_settings.biases == "added"
 
     @property
-    def chooses_tokens(self) -> bool:
-        """Whether the number of tokens is chosen together with the widths of the blocks."""
-        wanted = parse_vocabulary(self.vocabulary)
-        return wanted is not None and wanted.with_blocks
-
-    @property
     def widths_from_file(self) -> bool:
         """Whether a file sets the width of each block."""
         return self.plan is not None or self.widths not in WIDTHS
@@ -481,8 +469,6 @@ class RunOptions:
     )
 
 
-WHOLE_MODEL = ("params", "active", "bytes")
-"""Quantities of a target that count the vocabulary."""
 SURVEYED = ("vocabulary", "blocks", "modules", "criterion", "ridge", "calibration", "samples", "length", "seed")
 """Options that a survey depends on."""
 

@@ -8,7 +8,6 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import write_atomically
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
-from secateur.commands.choose_tokens import choose_tokens
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.open_model import OpenRun, check_survey_path, open_model
 from secateur.commands.options import Options, RunOptions
@@ -58,9 +57,7 @@ def propose(
         file = out or run.run_options.survey
         with nullcontext(run) if file is None else resumable(run, file, "plan") as run:
             rows = draw_rows(run, resample=False)
-            findings = survey_model(run, rows)
-            run, rows = choose_tokens(run, rows, findings, resample=False)
-            return _proposal(run, plan_widths(run, rows, findings))
+            return _proposal(run, plan_widths(run, rows, survey_model(run, rows)))
 
     proposal = retry_in_smaller_batches(Services(watcher=watcher or Silent()), make_plan)
     if out is not None:

@@ -1,11 +1,10 @@
-"""`prune`: read a checkpoint, and write a smaller one, in seven steps."""
+"""`prune`: read a checkpoint, and write a smaller one, in six steps."""
 
 from pathlib import Path
 from typing import Any
 
 from secateur.base.progress import Watcher
 from secateur.base.services import Services
-from secateur.commands.choose_tokens import choose_tokens
 from secateur.commands.draw_rows import draw_rows
 from secateur.commands.dry_run import estimate
 from secateur.commands.fit_blocks import fit_blocks
@@ -55,7 +54,6 @@ def prune(
         with resumable(run, Path(out), "prune") as run:
             rows = draw_rows(run)
             findings = survey_model(run, rows)
-            run, rows = choose_tokens(run, rows, findings)
             plan = plan_widths(run, rows, findings)
             blocks = fit_blocks(run, rows, plan)
             return write_model(run, rows, plan, blocks, out)

@@ -163,7 +163,7 @@ def _needs_survey(problem: PlanProblem, options: Options) -> bool:
     # The size that a target of perplexity leads to is not known yet, but some unit must be removable.
     tried = replace(problem, target=TINY_SHARE) if options.targets_perplexity else problem
     if options.widths == "uniform":
-        return len(uniform_plans(tried)) != 1 or options.targets_perplexity or options.chooses_tokens
+        return len(uniform_plans(tried)) != 1 or options.targets_perplexity
     check_reachable(tried)
     return True
 

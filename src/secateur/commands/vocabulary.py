@@ -1,6 +1,5 @@
 """The vocabulary that a run keeps: the choice of tokens, the smaller checkpoint, and what the choice costs."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,36 +28,6 @@ SCORED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class TokenChoice:
-    """Cost of meeting a target with a given number of tokens."""
-
-    tokens: int
-    bits_before: float
-    """Bits per byte of text whose tokens were not counted, with the whole vocabulary."""
-    bits_per_byte: float
-    """Bits per byte of the same text with this number of tokens."""
-    blocks: float
-    """Estimated loss increase from pruning the blocks by the rest, in nats per byte of text."""
-
-    @property
-    def from_tokens(self) -> float:
-        """Loss increase from cutting tokens, in nats per byte of text."""
-        return (self.bits_per_byte - self.bits_before) * math.log(2)
-
-    @property
-    def loss(self) -> float:
-        """Estimated loss increase, in nats per byte of text."""
-        return self.from_tokens + self.blocks
-
-    def describe(self) -> str:
-        """Return a sentence for the user."""
-        return (
-            f"{self.tokens:,} tokens: estimated loss increase {self.loss:.4f} nats per byte, "
-            f"{self.from_tokens:.4f} from tokens and {self.blocks:.4f} from blocks"
-        )
-
-
-@dataclass(frozen=True)
 class KeptVocabulary:
     """The tokens that a run keeps; pairs are before and after."""
 
@@ -70,8 +39,6 @@ class KeptVocabulary:
     """Number of parameters that were cut."""
     bits_per_byte: tuple[float, float] | None
     """Bits per byte of calibration text whose tokens were not counted; None where the choice ignores the text."""
-    choices: tuple[TokenChoice, ...] = ()
-    """Numbers of tokens that were compared; empty unless the number was chosen together with the blocks."""
 
     def as_record(self) -> dict[str, Any]:
         """Return the entry of secateur.json."""
@@ -120,8 +87,6 @@ class Cutter:
             SecateurError: There is no such script, or the tokens that must be kept are more than the number.
         """
         selection = self.selection
-        if wanted.with_blocks:
-            return selection.by_scripts(selection.main_scripts(self.counts), self.counts)
         if wanted.scripts:
             return selection.by_scripts(parse_scripts(wanted.scripts, selection.tokenizer.scripts()))
         if wanted.least:
@@ -164,7 +129,7 @@ def with_vocabulary(
     if cut is checkpoint:
         watcher.note(f"All {rows:,} tokens are kept: --vocabulary {options.vocabulary} leaves none out")
         return checkpoint, None
-    scored = [] if wanted.is_free else [cutter.bits_per_byte(one, device, services) for one in (checkpoint, cut)]
+    scored = [] if wanted.scripts else [cutter.bits_per_byte(one, device, services) for one in (checkpoint, cut)]
     bits = (scored[0], scored[1]) if scored else None
     vocabulary = KeptVocabulary(options.vocabulary, (rows, len(kept.ids)), cut.cut_entries, bits)
     watcher.note(vocabulary.describe())

@@ -1,7 +1,6 @@
 """Loss from a smaller vocabulary: bits per byte of a text, split into tokens by the old and by the new tokenizer."""
 
 import math
-from typing import Any
 
 import torch
 
@@ -37,8 +36,3 @@ def bits_per_byte(checkpoint: Checkpoint, text: str, *, length: int, device: tor
         loss = mean_loss(stream, rows, 0, hidden)
     tokens = scored.ids.numel() - len(scored.ids)
     return loss * tokens / math.log(2) / scored.bytes
-
-
-def tokens_per_byte(tokenizer: Any, text: str) -> float:
-    """Return the number of tokens of a text over its UTF-8 bytes."""
-    return len(tokenizer.encode(text, add_special_tokens=False)) / len(text.encode())

@@ -10,8 +10,6 @@ ALL = "all"
 """Value with which every token is kept."""
 TEXT = "text"
 """Value with which the tokens of the calibration text are kept."""
-AUTO = "auto"
-"""Value with which the number of tokens is chosen together with the widths of the blocks."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +24,18 @@ class Wanted:
     """Number of tokens."""
     share: float = 0.0
     """Share of the tokens, between 0 and 1."""
-    with_blocks: bool = False
-    """Choose the number of tokens together with the widths of the blocks."""
 
     @property
     def reads_text(self) -> bool:
         """Whether the choice depends on the calibration text."""
         return not self.scripts
 
-    @property
-    def is_free(self) -> bool:
-        """Whether text of the kept scripts has the same tokens as before."""
-        return bool(self.scripts) or self.with_blocks
-
 
 def parse_vocabulary(text: str) -> Wanted | None:
     """Return the tokens to keep; None for all.
 
     Args:
-        text: `all`, `auto`, names of scripts such as `latin+cyrillic`, `text`, `text:N`, a number such as 64k (k is
+        text: `all`, names of scripts such as `latin+cyrillic`, `text`, `text:N`, a number such as 64k (k is
             1,024), or a share such as 50%.
 
     Raises:
@@ -57,8 +48,6 @@ def parse_vocabulary(text: str) -> Wanted | None:
     value = text.strip().lower()
     if value == ALL:
         return None
-    if value == AUTO:
-        return Wanted(with_blocks=True)
     if match := re.fullmatch(rf"{TEXT}(?::(\d+))?", value):
         wanted = Wanted(least=int(match[1] or 1))
         is_valid = wanted.least > 0
@@ -72,6 +61,6 @@ def parse_vocabulary(text: str) -> Wanted | None:
     if not is_valid:
         raise SecateurError(
             f"vocabulary is '{text}'; write all, scripts such as latin or latin+cyrillic, {TEXT}, {TEXT}:5, a number "
-            f"of tokens such as 64k, a share such as 50%, or {AUTO}"
+            "of tokens such as 64k, or a share such as 50%"
         )
     return wanted
