@@ -24,7 +24,7 @@ from statistics import mean
 import torch
 
 from basket import GROUPS
-from secateur import Options, open_checkpoint, trim
+from secateur import open_checkpoint, trim
 from secateur.base.errors import SecateurError
 from secateur.base.services import Services
 from secateur.formats.gguf_export import export
@@ -33,7 +33,7 @@ from secateur.measure.speed import speeds
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.tokens import encode
 from secateur.text.documents import read_documents
-from secateur.vocabulary.bits_per_byte import bits_per_byte
+from secateur.vocabulary.choose import bits_per_byte
 from speed import NEW, PROMPT, opened, turn
 from tables import put
 
@@ -122,7 +122,7 @@ def main() -> None:
         say(WHOLE, whole, None)
         for wanted in arguments.vocabularies:
             cut = Path(folder) / wanted.replace(":", "-").replace("%", "-percent")
-            trim(arguments.model, cut, Options(vocabulary=wanted))
+            trim(arguments.model, cut, vocabulary=wanted)
             say(wanted, cut, whole)
         for model in arguments.models:
             copy = Path(folder) / model.name

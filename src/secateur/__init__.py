@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from secateur.commands.prune import prune
     from secateur.commands.prune_model import prune_model
     from secateur.commands.survey_model import survey_model
-    from secateur.commands.trim import trim
     from secateur.commands.write_model import write_model
     from secateur.formats.per_layer import register
     from secateur.measure import perplexity, speeds
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from secateur.model.stream import BlockStream
     from secateur.retraining.retrain import retrain
     from secateur.text.calibration import calibration_rows, consecutive_rows
+    from secateur.vocabulary.trim import trim
 
 _MODULES = {
     "prune": "secateur.commands.prune",
@@ -44,7 +44,7 @@ _MODULES = {
     "fit_blocks": "secateur.commands.fit_blocks",
     "write_model": "secateur.commands.write_model",
     "propose": "secateur.commands.plan",
-    "trim": "secateur.commands.trim",
+    "trim": "secateur.vocabulary.trim",
     "Bars": "secateur.cli.bars",
     "Options": "secateur.commands.options",
     "RunOptions": "secateur.commands.options",

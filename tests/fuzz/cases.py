@@ -44,7 +44,7 @@ from secateur.measure.evaluation import evaluate
 from secateur.paper.recipe import expand, read_recipe
 from secateur.paper.recipes import FOLDER
 from secateur.retraining.options import Training
-from secateur.vocabulary.map_file import original_ids
+from secateur.vocabulary.kept import original_ids
 
 CONFIGS = ("llama", "llama biased", "mistral window", "gpt2", "gemma2", "phi3", "opt", "qwen3_moe")
 """Rows whose config.json is damaged."""

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from outputs import assert_error
 from secateur.vocabulary.alphabets import Bytes, Characters, byte_characters
-from secateur.vocabulary.normalised import with_normalised
-from secateur.vocabulary.scripts import characters_of, main_scripts, name_of, parse_scripts
+from secateur.vocabulary.scripts import characters_of, main_scripts, name_of, parse_scripts, with_normalised
 
 FEW = frozenset("aé߿日🙂")
 """Characters of one, two, three and four bytes."""

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.scripts import characters_of, parse_scripts
 from secateur.vocabulary.selection import Selection
+from secateur.vocabulary.side_files import cut_files
 from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
-from secateur.vocabulary.tokenizer_files import cut_files
 from tiny_tokenizers import KINDS, SENTENCES, save_tokenizer
 
 LOSSY = ("characters", "unigram")

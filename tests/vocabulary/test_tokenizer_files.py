@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from outputs import assert_error, edit_json
-from secateur.vocabulary.bpe import Bpe
 from secateur.vocabulary.kept import KeptTokens
+from secateur.vocabulary.models import Bpe
 from secateur.vocabulary.selection import Selection
+from secateur.vocabulary.side_files import write_cut
 from secateur.vocabulary.token_ids import fixed_range, named_ids, renumber_ids, resize_vocabulary
 from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
-from secateur.vocabulary.tokenizer_files import write_cut
 from tiny_tokenizers import KINDS, SENTENCES, save_tokenizer
 
 

@@ -14,13 +14,14 @@ from models import build, logits_of, relative, save
 from outputs import assert_error, edit_json
 from secateur import Options, RunOptions, open_checkpoint, prune, retrain, trim
 from secateur.base.progress import Silent
-from secateur.commands import trim as trimming
 from secateur.commands.survey import survey_page
-from secateur.commands.trim import _parameters
 from secateur.measure.loading import load
 from secateur.report.summary import Trimmed
 from secateur.retraining.teacher import open_teacher
-from secateur.vocabulary.map_file import MAP_FILE, read_map
+from secateur.vocabulary import trim as trimming
+from secateur.vocabulary.kept import read_map
+from secateur.vocabulary.trim import _parameters
+from secateur.write.record import MAP_FILE
 from tiny_tokenizers import SENTENCES, save_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -75,9 +76,6 @@ def test_trim_prints_sizes_before_and_after(model, tmp_path, run):
     row = [cell.strip() for line in result.out.splitlines() if " vocabulary " in line for cell in line.split("│")]
     assert row[2:5] == [f"{before:,}", f"{after:,}", f"{after / before:.3f}"]
     assert f"Written to {tmp_path / 'out'}" in "".join(result.out.splitlines())
-    for others in ({"sparsity": 0.5}, {"dry_run": True}):
-        said = f"{next(iter(others))} has no effect on trim"
-        assert_error(said, trim, model, tmp_path / "more", vocabulary="latin", **others)
     shutil.copytree(model, tmp_path / "other")
     for theta in (10_000.0, 5000.0):
         edit_json(tmp_path / "other" / "config.json", rope_theta=theta)
@@ -202,10 +200,11 @@ def test_trim_refuses_what_it_cannot_do(model, latin, tmp_path, monkeypatch):
     said = r"short.txt: too short, a tenth of it is set aside.* must fill a row of 30; give a longer text"
     how: dict[str, Any] = {"vocabulary": "text", "calibration": str(tmp_path / "short.txt")}
     assert_error(said, trim, model, tmp_path / "out", length=30, **how)
+    assert_error("length is 1; it must", trim, model, tmp_path / "out", length=1, **how)
     assert_error("length is 1000000, but the model has only", trim, model, tmp_path / "out", length=10**6, **how)
     (tmp_path / "out").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(trimming, "with_vocabulary", lambda *_: pytest.fail("refused only after slow work"))
+        patch.setattr(trimming, "with_vocabulary", lambda *_, **__: pytest.fail("refused only after slow work"))
         assert_error("a file with this name exists", trim, model, tmp_path / "out", vocabulary="latin")
     (tmp_path / "out").unlink()
     assert_error(r"trim writes a folder.*secateur export", trim, model, tmp_path / "out.gguf", vocabulary="latin")

@@ -43,8 +43,19 @@ def trim(
     """
     bars = Bars()
     with bars.loading():
-        from secateur.commands.trim import trim as run
         from secateur.report.tables import trim_table
+        from secateur.vocabulary.trim import trim as run
 
-    done = run(model, out, options, run_options, watcher=bars)
+    done = run(
+        model,
+        out,
+        vocabulary=options.vocabulary,
+        calibration=options.calibration,
+        length=options.length,
+        device=run_options.device,
+        revision=run_options.revision,
+        trust_remote_code=run_options.trust_remote_code,
+        overwrite=run_options.overwrite,
+        watcher=bars,
+    )
     print_result(done, *trim_table(done, out))

@@ -19,7 +19,6 @@ from secateur.base.services import Services
 from secateur.commands.memory import memory_limit
 from secateur.commands.options import Options, RunOptions, with_settings
 from secateur.commands.request import CheckedRequest, check_request, format_of
-from secateur.commands.vocabulary import KeptVocabulary, with_vocabulary
 from secateur.criteria.registry import Criteria, UnitScores
 from secateur.fit.method import Method
 from secateur.fit.recovery import Recovery
@@ -38,7 +37,8 @@ from secateur.text.calibration import check_calibration
 from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
 from secateur.text.self_calibration import check_self
 from secateur.text.sources import RANDOM, SELF
-from secateur.vocabulary.map_file import original_ids
+from secateur.vocabulary.choose import KeptVocabulary, with_vocabulary
+from secateur.vocabulary.kept import original_ids
 from secateur.write.hub import check_upload
 
 
@@ -208,7 +208,14 @@ def open_run(
             f"{checkpoint.source}: transformers does not include {checkpoint.config.model_type}, so that no smaller "
             "model of it can be written; secateur eval alone takes such models"
         )
-    checkpoint, vocabulary = with_vocabulary(checkpoint, options, device, services)
+    checkpoint, vocabulary = with_vocabulary(
+        checkpoint,
+        options.vocabulary,
+        calibration=options.calibration,
+        length=options.length,
+        device=device,
+        services=services,
+    )
     stream = BlockStream(checkpoint, device=device, services=services)
     dtype = options.torch_dtype or checkpoint.dtype
     tokenizer = _tokenizer(checkpoint, options)

@@ -21,8 +21,9 @@ from secateur.report.card import CARD
 from secateur.report.folder import read_text, readme_and_report
 from secateur.report.summary import Summary
 from secateur.text.draw import CalibrationRows
-from secateur.vocabulary.map_file import MAP_FILE, map_contents, original_ids
+from secateur.vocabulary.kept import map_contents, original_ids
 from secateur.write.hub import upload
+from secateur.write.record import MAP_FILE
 from secateur.write.slice import slice_fitted
 
 BlockRecords = list[dict[str, Any]]

@@ -8,8 +8,7 @@ from secateur.base.words import format_count, joined
 from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
 from secateur.report.summary import pruned_part
-from secateur.vocabulary.map_file import MAP_FILE
-from secateur.write.record import tokens_kept
+from secateur.write.record import MAP_FILE, tokens_kept
 
 
 def model_name(record: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.report.folder import fingerprint_of
 from secateur.retraining.options import NO_TEACHER
 from secateur.vocabulary.cut import cut_as_before
-from secateur.vocabulary.map_file import MAP_FILE, original_ids
-from secateur.write.record import RECORD, read_record
+from secateur.vocabulary.kept import original_ids
+from secateur.write.record import MAP_FILE, RECORD, read_record
 
 SIZES = ("vocab_size", "hidden_size")
 """Keys of config.json that pruned model and teacher must have in common. The number of layers may differ, so that a

@@ -9,9 +9,8 @@ from secateur.model.per_layer import is_per_layer
 from secateur.report.card import BASE_CARD
 from secateur.report.folder import read_text, readme_and_report
 from secateur.retraining.trained_weights import TrainedWeights
-from secateur.vocabulary.map_file import MAP_FILE
 from secateur.write.files import copy_into, write_json, write_text_or_json
-from secateur.write.record import RECORD, read_record
+from secateur.write.record import MAP_FILE, RECORD, read_record
 from secateur.write.shards import ShardWriter, header_bytes_for
 
 

@@ -13,7 +13,7 @@ from functools import cache
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from secateur.vocabulary.model import TokenModel
+from secateur.vocabulary.models import TokenModel
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 

@@ -21,8 +21,7 @@ from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.vocabulary.kept import KeptTokens
-from secateur.vocabulary.normalised import with_normalised
-from secateur.vocabulary.scripts import characters_of, main_scripts
+from secateur.vocabulary.scripts import characters_of, main_scripts, with_normalised
 from secateur.vocabulary.tokenizer import StoredTokenizer
 
 _Counts = Mapping[int, int]

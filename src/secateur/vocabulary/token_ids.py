@@ -1,4 +1,4 @@
-"""Token ids in config.json, generation_config.json and the configs of processors.
+"""Token ids in config.json, generation_config.json, the configs of processors, and tokenizer.json.
 
 Keys of every depth are read, as a multimodal config has its language model's config inside. A part with a `vocab_size`
 of its own, such as the config of a tower with a text encoder, has other ids and is left alone.
@@ -31,14 +31,7 @@ def named_ids(config: dict[str, Any], rows: int) -> set[int]:
         config: Contents of a JSON file.
         rows: Number of rows of the embedding; other numbers, such as -1, are not ids of tokens.
     """
-    found: set[int] = set()
-
-    def note(token: int) -> int:
-        found.add(token)
-        return token
-
-    _changed(config, rows, note)
-    return {token for token in found if 0 <= token < rows}
+    return {token for token in _seen(lambda note: _changed(config, rows, note)) if 0 <= token < rows}
 
 
 def fixed_range(config: dict[str, Any]) -> str | None:
@@ -124,3 +117,52 @@ _PAIRS: dict[str, Callable[[Any, _Change], Any]] = {
     "sequence_bias": _first_of_pairs,
     "forced_decoder_ids": _second_of_pairs,
 }
+
+
+def inserted_ids(contents: dict[str, Any]) -> set[int]:
+    """Return the ids of the tokens that a tokenizer inserts.
+
+    Args:
+        contents: Contents of tokenizer.json.
+    """
+    return _seen(lambda note: change_inserted(contents, note))
+
+
+def _seen(change_all: Callable[[_Change], object]) -> set[int]:
+    """Return all ids that a function of changes changes."""
+    found: set[int] = set()
+
+    def note(token: int) -> int:
+        found.add(token)
+        return token
+
+    change_all(note)
+    return found
+
+
+def change_inserted(contents: dict[str, Any], change: _Change) -> dict[str, Any]:
+    """Return the sections `padding` and `post_processor` of tokenizer.json, where they exist, with changed ids."""
+    changed: dict[str, Any] = {}
+    if padding := contents.get("padding"):
+        changed["padding"] = {**padding, "pad_id": change(padding["pad_id"])}
+    if post_processor := contents.get("post_processor"):
+        changed["post_processor"] = _change_step(post_processor, change)
+    return changed
+
+
+def _change_step(step: dict[str, Any], change: _Change) -> dict[str, Any]:
+    """Return a post-processor with changed ids.
+
+    `TemplateProcessing` lists the ids of each special token that it inserts. `BertProcessing` and `RobertaProcessing`
+    have pairs of a token and its id. `Sequence` has post-processors inside.
+    """
+    changed = dict(step)
+    if "processors" in step:
+        changed["processors"] = [_change_step(inner, change) for inner in step["processors"]]
+    if "special_tokens" in step:
+        tokens = step["special_tokens"].items()
+        changed["special_tokens"] = {name: {**token, "ids": [*map(change, token["ids"])]} for name, token in tokens}
+    for key in {"sep", "cls"} & step.keys():
+        name, token = step[key]
+        changed[key] = [name, change(token)]
+    return changed

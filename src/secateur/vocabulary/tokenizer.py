@@ -10,13 +10,10 @@ from tokenizers import Tokenizer
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
 from secateur.vocabulary.alphabets import Alphabet, Bytes, Characters
-from secateur.vocabulary.bpe import Bpe
-from secateur.vocabulary.inserted_ids import inserted_ids
 from secateur.vocabulary.kept import KeptTokens
-from secateur.vocabulary.model import TokenModel
-from secateur.vocabulary.normalised import steps_of, with_normalised
-from secateur.vocabulary.scripts import main_scripts
-from secateur.vocabulary.unigram import Unigram
+from secateur.vocabulary.models import Bpe, TokenModel, Unigram
+from secateur.vocabulary.scripts import main_scripts, steps_of, with_normalised
+from secateur.vocabulary.token_ids import inserted_ids
 
 NAME = "tokenizer.json"
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -25,11 +25,6 @@ class Wanted:
     share: float = 0.0
     """Share of the tokens, between 0 and 1."""
 
-    @property
-    def reads_text(self) -> bool:
-        """Whether the choice depends on the calibration text."""
-        return not self.scripts
-
 
 def parse_vocabulary(text: str) -> Wanted | None:
     """Return the tokens to keep; None for all.

@@ -7,6 +7,8 @@ from typing import Any
 from secateur.base.json_files import parse_json
 
 RECORD = "secateur.json"
+MAP_FILE = "vocabulary.json"
+"""File of a folder with fewer tokens: which token of the original model each token was."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:

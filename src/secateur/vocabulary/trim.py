@@ -7,12 +7,9 @@ import secateur
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import existing_path
-from secateur.base.options import changed_options, option_specs
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.services import Services
-from secateur.commands.options import Options, RunOptions, with_settings
-from secateur.commands.vocabulary import KeptVocabulary, with_vocabulary
 from secateur.formats.folder import format_of_folder
 from secateur.formats.opened import check_written
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
@@ -21,88 +18,85 @@ from secateur.report.card import BASE_CARD, CARD
 from secateur.report.folder import check_record, read_text, readme_and_report
 from secateur.report.summary import Trimmed
 from secateur.text.calibration import check_calibration
-from secateur.vocabulary.map_file import MAP_FILE, map_contents, original_ids
+from secateur.text.sources import GENERAL
+from secateur.vocabulary.choose import KeptVocabulary, with_vocabulary
+from secateur.vocabulary.kept import map_contents, original_ids
 from secateur.vocabulary.wanted import parse_vocabulary
 from secateur.write.files import copy_into, write_json, write_text_or_json
-from secateur.write.record import RECORD, read_record, tokens_kept
+from secateur.write.record import MAP_FILE, RECORD, read_record, tokens_kept
 from secateur.write.shards import ShardWriter, header_bytes_for
-
-USED = ("vocabulary", "calibration", "length")
-"""Options that decide the result."""
-RUN_USED = ("device", "revision", "overwrite", "trust_remote_code")
-"""Options that do not decide the result, but have an effect."""
 
 
 def trim(
     model: str | Path,
     out: str | Path,
-    options: Options | None = None,
-    run_options: RunOptions | None = None,
     *,
+    vocabulary: str,
+    calibration: str | Path = GENERAL,
+    length: int = 128,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
     watcher: Watcher | None = None,
-    **settings: Any,
 ) -> Trimmed:
     """Write a folder with fewer tokens in its vocabulary.
 
     Args:
         model: A folder, also one that secateur wrote, a .gguf file or a Hugging Face Hub id.
         out: The new folder; it appears complete or not at all.
-        options: Options; only `vocabulary`, `calibration` and `length` are used.
-        run_options: Device, revision, and whether to replace an existing folder.
+        vocabulary: Tokens to keep, as in `--vocabulary`: `"latin"`, `"text"`, `"64k"`, ...
+        calibration: Text whose tokens are counted.
+        length: Tokens in each row on which the cost of the cut is measured.
+        device: Device on which the cost is measured.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Run Python code from the model's folder.
+        overwrite: Replace an existing folder.
         watcher: Receives progress and notes.
-        settings: Fields of the two by name: `vocabulary="latin"`, ...
 
     Raises:
         SecateurError: The vocabulary has no such tokens, the tokenizer cannot be cut, or the folder cannot be written.
     """
-    options, run_options = with_settings(options, run_options, settings)
-    services, device = Services(watcher=watcher or Silent()), pick_device(run_options.device)
-    _check_names(options, run_options)
-    _check(options, out)
+    services, on, calibration = Services(watcher=watcher or Silent()), pick_device(device), str(calibration)
+    _check(vocabulary, calibration, length, out)
     with busy_reading(services.watcher, "Opening", str(model)):
-        checkpoint = open_checkpoint(
-            model, revision=run_options.revision, trust_remote_code=run_options.trust_remote_code
-        )
+        checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     _check_folder(checkpoint)
     source = existing_path(model) or checkpoint.path
-    Output(Path(out), overwrite=run_options.overwrite, source=source).check()
-    cut, vocabulary = with_vocabulary(checkpoint, options, device, services)
-    if vocabulary is None:
-        raise SecateurError(f"{model}: --vocabulary {options.vocabulary} keeps all tokens, so there is nothing to trim")
-    target = Output(Path(out), overwrite=run_options.overwrite, source=source, expected_bytes=cut.bytes)
+    Output(Path(out), overwrite=overwrite, source=source).check()
+    cut, kept = with_vocabulary(
+        checkpoint, vocabulary, calibration=calibration, length=length, device=on, services=services
+    )
+    if kept is None:
+        raise SecateurError(f"{model}: --vocabulary {vocabulary} keeps all tokens, so there is nothing to trim")
+    target = Output(Path(out), overwrite=overwrite, source=source, expected_bytes=cut.bytes)
     with target as folder:
-        _write(cut, vocabulary, folder, services.watcher)
+        _write(cut, kept, folder, services.watcher)
         check_written(folder, target.path, "report this as a bug in secateur")
     loading = format_of_folder(checkpoint.path).how_to_load(checkpoint.auto_class.__name__, str(out))
     return Trimmed(
         str(target.path),
-        vocabulary.tokens,
+        kept.tokens,
         (_parameters(checkpoint), _parameters(cut)),
         (checkpoint.bytes, cut.bytes),
-        vocabulary.bits_per_byte,
+        kept.bits_per_byte,
         loading.line,
     )
 
 
-def _check_names(options: Options, run_options: RunOptions) -> None:
-    """Raise `SecateurError` for an option that has no effect here."""
-    for given, used in ((options, USED), (run_options, RUN_USED)):
-        others = changed_options(given, [name for name in option_specs(type(given)) if name not in used])
-        if others:
-            raise SecateurError(f"{next(iter(others))} has no effect on trim, which only removes tokens; leave it out")
-
-
-def _check(options: Options, out: str | Path) -> None:
+def _check(vocabulary: str, calibration: str, length: int, out: str | Path) -> None:
     """Check what can be checked without the model.
 
     Raises:
         SecateurError: No tokens are to be cut, the text cannot be read, or the output is not a folder.
     """
-    wanted = parse_vocabulary(options.vocabulary)
+    wanted = parse_vocabulary(vocabulary)
     if wanted is None:
         raise SecateurError("--vocabulary is all, which cuts no tokens; name scripts, such as --vocabulary latin")
-    if wanted.reads_text:
-        check_calibration(options.calibration, length=options.length)
+    if length < 2:
+        raise SecateurError(f"length is {length}; it must be at least 2")
+    if not wanted.scripts:
+        check_calibration(calibration, length=length)
     if Path(out).suffix == ".gguf":
         raise SecateurError(f"{out}: trim writes a folder; name one, then convert it with secateur export")
 
