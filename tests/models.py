@@ -454,7 +454,7 @@ def wide(groups: int, per_group: int, channels: int = 0, experts: int = 0) -> Wi
 
 def own_axes(block: Block, width: Width) -> Width:
     """The width as far as a block has its axes and they can change."""
-    return block.width | {axis.name: width[axis.name] for axis in block.axes if not axis.locked}
+    return block.width | {axis.name: width[axis.name] for axis in block.axes if axis.name in width and not axis.locked}
 
 
 def selected(heads: Sequence[int], channels: Sequence[int] | None = None, **others: Any) -> dict[str, tuple[int, ...]]:

@@ -116,6 +116,9 @@ def plan_of(name: str, case: str) -> dict[int, Width]:
             2: wide(1, 1, channels),
         },
         "one block": {1: wide(0, 0, 0)},
+        "no channels": dict.fromkeys(range(3), wide(full.kv_groups, full.heads_per_group, 0)),
+        "no heads": dict.fromkeys(range(3), wide(0, 0, channels)),
+        "nothing": dict.fromkeys(range(3), wide(0, 0, 0)),
         "one bias": {1: full},
     }[case]
     if block.attention.locked:
@@ -170,11 +173,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 WITHOUT_ONE_BLOCK = ("llama", "qwen3", "gemma2", "phi3", "opt", "gpt2", "gpt_neox", *HYBRID, *FALCON)
 """Rows of which a block is also left without any unit."""
+EMPTIED = ("no channels", "no heads", "nothing")
+"""Cases in which no tensor that is left has another shape."""
 
 
 def cases() -> Iterator[Any]:
     for name in (*ROWS, *MORE_ROWS, *HYBRID, *FALCON):
         for case in ("uneven", "gone", *(["one block"] if name in WITHOUT_ONE_BLOCK else [])):
+            yield pytest.param(name, case, False, id=f"{name}-{case}")
+    for name in ("llama", "gpt2", "opt", "lfm2", "falcon"):
+        for case in EMPTIED:
             yield pytest.param(name, case, False, id=f"{name}-{case}")
     for name in ("llama", "mistral window", "qwen2", "qwen3", "phi3", "llama tied", *HYBRID):
         for case in ("gone", "one bias"):
@@ -356,11 +364,13 @@ def test_saved_and_loaded_again(written, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "case", "intercept"),
-    [("llama", "uneven", False), ("qwen3", "one block", False), ("llama", "one bias", True), ("gpt2", "gone", False)],
+    [("llama", "uneven", False), ("qwen3", "one block", False), ("llama", "one bias", True), ("gpt2", "gone", False)]
+    + [(name, case, False) for name in ("llama", "gpt2", "opt", "jais2", "lfm2", *FALCON, "mpt") for case in EMPTIED]
+    + [("bloom", "no channels", False), ("qwen3_moe", "no heads", False), ("mpt", "one block", False)],
 )
 def test_a_stock_class_fails_instead_of_guessing(written, name, case, intercept):
-    """Tensors that are missing or too many only make it warn, so that some shape must differ."""
-    with quiet(), pytest.raises(RuntimeError, match="mismatched"):
+    """Tensors that are missing or too many only make it warn, so that some shape or number must be wrong."""
+    with quiet(), pytest.raises(RuntimeError, match=r"mismatched|negative dimension|std >= 0\.0"):
         type(dense(name)).from_pretrained(written(name, case, intercept).folder)
 
 

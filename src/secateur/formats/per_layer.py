@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from secateur.families.registry import FAMILIES, family_of
 from secateur.formats.stock import stock_config
 from secateur.model import modeling_secateur
-from secateur.model.axes import FEED_FORWARD, Width, axis_kinds, model_width
+from secateur.model.axes import FEED_FORWARD, Width, axis_kinds, config_keys, model_width
 from secateur.model.config_file import TEXT, stock_class
 from secateur.model.layer_sizes import BIASES, GROUPS, PER_GROUP, Keys, StoredNames, model_sizes, numbers
 from secateur.model.modeling_secateur import IMAGES, PREFIX, SIZES, WIDTHS, overrides
@@ -79,7 +79,8 @@ def per_layer_config(
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
     """
-    dense, keys = [block.width for block in blocks], layer_keys(config)
+    family, dense, keys = family_of(config), [block.width for block in blocks], layer_keys(config)
+    final = [widths.get(index, width) for index, width in enumerate(dense)]
     first = model_width(dense)
     stored = stock_config(raw_config, config, width=first, head_dim=head_dim, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive the head size from the number of heads. Without head_dim, other tools would derive
@@ -95,19 +96,25 @@ def per_layer_config(
             classes[auto] = stock_class(others, config_class).__name__
     stored["architectures"] = [PREFIX + causal]
     stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
-    # Key of the number of the feed-forward's units: of experts, if there are some.
-    key = _feed_forward_key(first, keys)
-    if key is not None and not any(_changes_shapes(blocks[index], width) for index, width in widths.items()):
-        # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones; at a
-        # width that no layer has, it fails.
-        stored[key] = numbers(first, keys)[key] + 1
+    # Key of the number of the feed-forward's units, if the class reads it: of experts, if there are some.
+    key = None if family.stock.derives_channels else _feed_forward_key(first, keys)
+    negative = None
+    if not any(_changes_shapes(blocks[index], width) for index, width in widths.items()):
+        # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones. It fails
+        # at a width that no layer has, and if no layer has such units, at a negative number.
+        if key is not None and any(numbers(width, keys).get(key) for width in final):
+            names = next(names for names in config_keys(family).values() if names[0] == key)
+            stored |= {name: stored[key] + 1 for name in names if name in stored}
+        else:
+            negative = key or "initializer_range"
+            stored[negative] = -stored.get(negative, getattr(config, negative))
     usual = [dict.fromkeys(BIASES, False) | numbers(width, keys) for width in dense]
     everywhere = {key: count for layer in reversed(usual) for key, count in layer.items()}
     everywhere |= {} if key is None else {key: stored.get(key, everywhere[key])}
     layers = {}
     for index, before in enumerate(usual):
         values = before | dict(zip(BIASES, biases.get(index, (False, False)), strict=True))
-        values |= numbers(widths.get(index, dense[index]), keys)
+        values |= numbers(final[index], keys)
         # A block may have differed before (Gemma 4's last ones are twice as wide), and now have the usual number.
         if differing := {
             key: value for key, value in values.items() if value != everywhere[key] or value != before[key]
@@ -115,13 +122,12 @@ def per_layer_config(
             layers[str(index)] = differing
     # A class that derives head sizes fails in a layer without heads: the values go under a key that it does not read.
     under_own_key = (
-        family_of(config).stock.per_layer_by_type
-        or derived
-        or any(overrides(config, index) for index in range(len(dense)))
+        family.stock.per_layer_by_type or derived or any(overrides(config, index) for index in range(len(dense)))
     )
     stored[WIDTHS if under_own_key else "per_layer_config"] = layers
     used = {key for values in layers.values() for key in values}
     stored[SIZES] = model_sizes(blocks, keys, stored_names, used)
+    stored[SIZES] |= {} if negative is None else {"negative": negative}
     # A key that only some layers have must have a value for the others.
     stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES, *first) if key in used}
     if stored.get("output_router_logits"):

@@ -13,6 +13,7 @@ meta device, where that costs nothing. This file knows no model family. config.j
     and its first axis is the length of the list.
   - `attributes`: attribute of any module → its value, as keys with factors.
   - `attentions`, `feed_forwards`: output layer → the key that is zero where nothing but the layer's bias is left.
+  - `negative`, in some folders: the config key whose number is negative, so that the stock class fails.
 
 What must keep working:
 
@@ -27,6 +28,8 @@ What must keep working:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -63,7 +66,8 @@ class PerLayer(nn.Module):
     """Mixin in front of a stock model class: cuts each layer down to the sizes that the config gives it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
+        with positive(config):
+            super().__init__(config, *args, **kwargs)
         # In a model that sees images the decoder is pruned.
         config = getattr(config, "text_config", config)
         inside = ("language_model", "text_model")
@@ -80,6 +84,27 @@ class PerLayer(nn.Module):
         if any(gone):
             owner = next(module for module in decoder.modules() if layers in module.children())
             owner.register_forward_hook(partial(note_no_heads, gone))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill a layer that the checkpoint lacks, such as a new head, with random weights."""
+        with positive(self.config):
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+@contextmanager
+def positive(config: Any) -> Iterator[None]:
+    """Make the number of the config positive that is negative so that the stock class fails, inside the context."""
+    config = getattr(config, "text_config", config)
+    key = getattr(config, SIZES, {}).get("negative")
+    if key is None:
+        yield
+        return
+    number = getattr(config, key)
+    setattr(config, key, abs(number))
+    try:
+        yield
+    finally:
+        setattr(config, key, number)
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -21,7 +21,7 @@ from secateur.model.checkpoint import Checkpoint
 from secateur.model.config_file import config_of, empty_model, stock_class
 from secateur.model.describe import describe
 from secateur.model.layer_sizes import Keys
-from secateur.model.modeling_secateur import PREFIX, overrides
+from secateur.model.modeling_secateur import PREFIX, overrides, positive
 from secateur.model.structure import Block
 
 ALLOW = "allow_global_per_layer_attribute_access"
@@ -79,7 +79,8 @@ def empty_decoder(checkpoint: Checkpoint) -> Any:
 
 def stock_blocks(config: Any) -> list[Block]:
     """Return the description of each block that the stock class makes of a config."""
-    network = empty_model(stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)), config)
+    with positive(config):
+        network = empty_model(stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)), config)
     return [describe(config, layer) for layer in network.get_submodule(family_of(config).blocks).children()]
 
 

@@ -72,6 +72,8 @@ def _without_layers(raw: Mapping[str, Any]) -> dict[str, Any]:
     stored = WIDTHS if WIDTHS in raw else "per_layer_config"
     added = {stored, SIZES, ALLOW, "auto_map", PER_GROUP, *BIASES}
     kept = {key: copy.deepcopy(value) for key, value in raw.items() if key not in added}
+    if (key := raw.get(SIZES, {}).get("negative")) is not None:
+        kept[key] = abs(kept[key])
     if kept.get("architectures"):
         kept["architectures"] = [name.removeprefix(PREFIX) for name in kept["architectures"]]
     return kept

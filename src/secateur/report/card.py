@@ -104,7 +104,8 @@ def _instructions(record: Mapping[str, Any]) -> Iterator[str]:
     if how.registered:
         yield (
             f"With secateur installed, `import secateur; {how.registered}` replaces `trust_remote_code=True`. Without "
-            "either of them, transformers stops with an error about tensor shapes and `ignore_mismatched_sizes`."
+            "either of them, transformers stops with an error, such as one about tensor shapes and "
+            "`ignore_mismatched_sizes`."
         )
     serve = f"vllm serve THIS_FOLDER{' --trust-remote-code' * how.runs_code}"
     vllm = f"vLLM cannot serve this model: {unsupported}." if unsupported else f"With vLLM: `{serve}`."
