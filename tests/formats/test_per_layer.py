@@ -55,6 +55,7 @@ from secateur.model.layer_sizes import IN_MEMORY
 from secateur.model.per_layer import is_per_layer, widths_of
 from secateur.model.structure import Block
 from secateur.model.surgery import assign, first_units
+from secateur.plan.meters import cache_meter
 from secateur.plan.problem import Plan
 
 TOLERANCE = 1e-5
@@ -347,6 +348,21 @@ def test_generation_with_and_without_a_cache_agrees(written, name, case):
         check({"use_cache": True})
         check({"use_cache": True}, num_beams=3)
         check({"cache_implementation": "static", "disable_compile": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [("llama", "gone"), ("gpt2", "one block"), ("lfm2", "gone"), ("youtu", "gone")]
+)
+def test_the_cache_has_as_many_bytes_as_the_table_says(written, name, case):
+    made, ids = written(name, case), token_rows(1, 20)
+    with torch.no_grad():
+        output = load_written(made.folder)(ids, use_cache=True)
+    layers = output["cache" if "cache" in output else "past_key_values"].layers
+    stored = [
+        t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None
+    ]
+    meter = cache_meter(BlockStream(open_checkpoint(made.source)), torch.float32)
+    assert sum(tensor.nbytes for tensor in stored) == 20 * meter.total(made.widths)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt after"])

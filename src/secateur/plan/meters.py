@@ -32,8 +32,7 @@ class Meter:
     module_size: Callable[[int, str, Width], float]
     """Function that returns the size of one module.
 
-    Its arguments are the index of the block, the kind of the module's units and the width of the block. A module
-    without units has size zero.
+    Its arguments are the index of the block, the kind of the module's units and the width of the block.
     """
     format_value: Callable[[float], str]
     """Function that formats a size with its unit for users."""
@@ -199,11 +198,12 @@ def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
     latent = latent_width(config)
 
     def module_size(index: int, kind: str, width: Width) -> float:
-        module = stream.blocks[index].module(kind)
-        groups = 0 if KV_GROUPS not in module.removed else width[KV_GROUPS]
+        if KV_GROUPS not in stream.blocks[index].module(kind).removed:
+            return 0
         # In latent attention, one vector per token holds the keys and values of all heads.
-        entries = groups * 2 * head_dim(config) if latent is None else min(groups, 1) * latent
-        return entries * dtype.itemsize
+        entries = width[KV_GROUPS] * 2 * head_dim(config) if latent is None else latent
+        # transformers reads the length of the text from any block's cache: without heads, that has two numbers.
+        return (entries if width[KV_GROUPS] else 2) * dtype.itemsize
 
     return Meter(
         dense_widths(stream),
