@@ -58,6 +58,23 @@ def test_the_given_model_is_unchanged_and_the_result_generates(checkpoint_folder
     assert relative(logits_of(found, ids), before) > 1e-3
 
 
+@pytest.mark.parametrize(("name", "kinds"), [("llama", "channels"), ("mixtral", "experts")])
+@pytest.mark.parametrize("widths", ["adaptive", "uniform"])
+def test_the_result_is_set_up_as_the_given_model(name, kinds, widths, checkpoint_folder, tmp_path):
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint_folder(name), attn_implementation="eager")
+    model.generation_config.update(eos_token_id=[1, 5], do_sample=True, temperature=0.6, top_p=0.9)
+    model.config.use_cache = False
+    if name in MIXTURES:
+        model.set_experts_implementation("batched_mm")
+    found = prune_model(model, None, **OPTIONS, widths=widths, modules=kinds)
+    assert found.generation_config.to_dict() == model.generation_config.to_dict()
+    assert found.generation_config is not model.generation_config
+    for key in ("_attn_implementation", "_experts_implementation", "use_cache"):
+        assert getattr(found.config, key, None) == getattr(model.config, key, None), key
+    assert found.name_or_path == found.config.name_or_path == ""
+
+
 def test_a_file_is_only_for_prune(checkpoint_folder):
     model = opened(checkpoint_folder("llama"))
     assert_error("format gguf is a file", prune_model, model, None, **OPTIONS, format="gguf", widths="uniform")
@@ -74,6 +91,8 @@ def test_models_that_cannot_be_read_are_refused(checkpoint_folder):
     assert_error("int is not a language model", prune_model, 3, None, **OPTIONS)
     adapted = get_peft_model(opened(checkpoint_folder("llama")), LoraConfig(target_modules=["q_proj"]))
     assert_error("adapters; call merge_and_unload", prune_model, adapted, None, **OPTIONS)
+    compiled = torch.compile(opened(checkpoint_folder("llama")))
+    assert_error("is a compiled model; pass the model that torch", prune_model, compiled, None, **OPTIONS)
     untied = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama tied"))
     untied.lm_head.weight = torch.nn.Parameter(2 * untied.lm_head.weight)
     assert_error(

@@ -1,5 +1,6 @@
 """`prune_model`: prune a transformers model in memory, and return a smaller one."""
 
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,9 +36,10 @@ def prune_model(
 ) -> Any:
     """Prune a model in memory in one shot, and return a smaller model; the given model is not changed.
 
-    The result has the weights that `prune` writes for the same model and options. It generates, trains and is saved
-    like any other model of transformers: `save_pretrained` writes a folder that `from_pretrained` opens. Config and
-    tokenizer are in a temporary folder meanwhile; weights are not written.
+    The result has the weights that `prune` writes for the same model and options, and the given model's settings for
+    generation, attention and experts. It generates, trains and is saved like any other model of transformers:
+    `save_pretrained` writes a folder that `from_pretrained` opens. Config and tokenizer are in a temporary folder
+    meanwhile; weights are not written.
 
     Args:
         model: A causal language model of transformers, on any device.
@@ -68,7 +70,16 @@ def prune_model(
             with pruned_model(run, plan, fit_blocks(run, rows, plan), []) as pruned:
                 return format.build(pruned).to(model.device)
 
-        return retry_in_smaller_batches(services, run_steps)
+        return _set_up(retry_in_smaller_batches(services, run_steps), model)
+
+
+def _set_up(pruned: Any, model: Any) -> Any:
+    """Give the pruned model the settings of the given model that config.json does not have, and return it."""
+    pruned.generation_config = deepcopy(model.generation_config)
+    pruned.set_attn_implementation(model.config._attn_implementation)
+    if (experts := getattr(model.config, "_experts_implementation", None)) is not None:
+        pruned.set_experts_implementation(experts)
+    return pruned
 
 
 def _check(options: Options, run_options: RunOptions, tokenizer: Any) -> None:

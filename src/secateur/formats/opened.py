@@ -81,6 +81,8 @@ def network_of(raw_config: dict[str, Any], tensors: dict[str, Tensor], dtype: to
         raise SecateurError(
             f"transformers cannot build the pruned model: {wrong[0]} does not fit; report this as a bug"
         )
+    # It would be the word None.
+    network.name_or_path = network.config.name_or_path = ""
     return network.eval()
 
 

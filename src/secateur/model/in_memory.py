@@ -53,6 +53,8 @@ def check_in_memory(model: Any) -> None:
     name = type(model).__name__
     if not all(hasattr(model, attribute) for attribute in ("config", "state_dict", "generate")):
         raise SecateurError(f"{name} is not a language model of transformers; pass what from_pretrained returned")
+    if hasattr(model, "_orig_mod"):
+        raise SecateurError(f"{name} is a compiled model; pass the model that torch.compile was called with")
     if hasattr(model, "peft_config"):
         raise SecateurError(f"{name} has adapters; call merge_and_unload() first")
     if getattr(model, "hf_quantizer", None) is not None:
