@@ -292,15 +292,21 @@ REGISTERED = """
 import sys
 import secateur
 assert "torch" not in sys.modules
-from transformers import AutoModelForCausalLM
+import transformers
 
 secateur.register()
 secateur.register()
-ours, dense = (AutoModelForCausalLM.from_pretrained(folder) for folder in sys.argv[1:])
-assert type(ours).__module__ == "secateur.model.modeling_secateur", type(ours)
-assert type(dense).__module__.startswith("transformers."), type(dense)
+place, *folders = sys.argv[1:]
+for name in ("Model", "ModelForCausalLM", "ModelForSequenceClassification", "ModelForTokenClassification"):
+    auto = getattr(transformers, f"Auto{name}")
+    ours, dense = (auto.from_pretrained(folder) for folder in folders)
+    assert type(ours).__name__ == f"SecateurLlama{name.removeprefix('Model') or 'Model'}", type(ours)
+    assert type(ours).__module__ == "secateur.model.modeling_secateur", type(ours)
+    assert type(dense).__module__.startswith("transformers."), type(dense)
+ours.save_pretrained(place)
+assert type(auto.from_pretrained(place)) is type(ours)
 from secateur import BlockStream, open_checkpoint
-assert len(BlockStream(open_checkpoint(sys.argv[2]))) == 3
+assert len(BlockStream(open_checkpoint(folders[1]))) == 3
 """
 
 
@@ -313,7 +319,7 @@ def poisoned(made: Written, place: Path) -> Path:
 
 def test_registered_classes_open_without_code_of_the_folder(written, tmp_path):
     made = written("llama", "gone")
-    run_alone(REGISTERED, tmp_path, str(poisoned(made, tmp_path / "model")), str(made.source))
+    run_alone(REGISTERED, tmp_path, str(tmp_path / "again"), str(poisoned(made, tmp_path / "model")), str(made.source))
 
 
 def test_evaluate_runs_no_code_of_the_folder(written, tmp_path):

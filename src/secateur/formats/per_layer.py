@@ -6,10 +6,11 @@ folder with trust_remote_code and without this library. `secateur.model.per_laye
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -33,11 +34,13 @@ from secateur.model.units.heads import KV_GROUPS
 MODELING_FILE = Path(modeling_secateur.__file__)
 """File that is written next to the weights."""
 
-HEADED = {
+MAPPINGS = {
+    "AutoModel": MODEL_MAPPING,
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
     "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
-"""Auto classes that load the pruned model with a new classification head, with transformers' stock classes."""
+"""Auto classes that load the pruned model, some with a new head, with transformers' stock classes by config class."""
 
 
 def per_layer_unsupported(config: Any, block: Block, width: Width) -> str | None:
@@ -88,14 +91,9 @@ def per_layer_config(
     derived = isinstance(getattr(type(config), "head_dim", None), property)
     if not derived:
         stored["head_dim"] = stored.get("head_dim") or head_dim
-    config_class = type(config)
-    causal = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, config_class).__name__
-    classes = {"AutoModel": MODEL_MAPPING[config_class].__name__, "AutoModelForCausalLM": causal}
-    for auto, others in HEADED.items():
-        if config_class in others:
-            classes[auto] = stock_class(others, config_class).__name__
-    stored["architectures"] = [PREFIX + causal]
-    stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()}
+    classes = _stock_classes(type(config))
+    stored["architectures"] = [PREFIX + classes["AutoModelForCausalLM"].__name__]
+    stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{stock.__name__}" for auto, stock in classes.items()}
     # Key of the number of the feed-forward's units, if the class reads it: of experts, if there are some.
     key = None if family.stock.derives_channels else _feed_forward_key(first, keys)
     negative = None
@@ -148,7 +146,7 @@ def multimodal_per_layer_config(multimodal_config: dict[str, Any], language_conf
         language_config: The language model's part, from `per_layer_config`.
     """
     config_class = CONFIG_MAPPING[multimodal_config["model_type"]]
-    whole, inner = stock_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config_class), MODEL_MAPPING[config_class]
+    whole, inner = (stock_class(of, config_class) for of in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING))
     classes = {"AutoModel": inner.__name__, IMAGES: whole.__name__}
     kept = {key: value for key, value in language_config.items() if key not in ("architectures", "auto_map")}
     if named := multimodal_config[TEXT].get("architectures"):
@@ -161,15 +159,26 @@ def multimodal_per_layer_config(multimodal_config: dict[str, Any], language_conf
 
 
 def register() -> None:
-    """Register classes so that AutoModelForCausalLM loads folders of this format without trust_remote_code, in this
-    process.
+    """Register classes so that the auto classes load folders of this format without trust_remote_code, in this process.
 
     Dense models keep their stock classes: `architectures` in config.json decides.
     """
-    for kind in FAMILIES:
-        stock = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, CONFIG_MAPPING[kind])
-        ours = getattr(modeling_secateur, PREFIX + stock.__name__)
-        AutoModelForCausalLM.register(CONFIG_MAPPING[kind], (stock, ours), exist_ok=True)
+    for config_class in (CONFIG_MAPPING[kind] for kind in FAMILIES):
+        classes = _stock_classes(config_class)
+        for auto, stock in classes.items():
+            ours = getattr(modeling_secateur, PREFIX + stock.__name__)
+            calls = {"from_pretrained": ours.from_pretrained, "_from_config": ours._from_config}
+            # `architectures` names the class that was saved, which may be that of another auto class.
+            named = (
+                SimpleNamespace(__name__=PREFIX + saved.__name__, __module__=ours.__module__, **calls)
+                for saved in classes.values()
+            )
+            getattr(transformers, auto).register(config_class, (stock, *named), exist_ok=True)
+
+
+def _stock_classes(config_class: type) -> dict[str, Any]:
+    """Return the stock classes of a config class by auto class."""
+    return {auto: stock_class(found, config_class) for auto, found in MAPPINGS.items() if config_class in found}
 
 
 def _feed_forward_key(width: Width, keys: Keys) -> str | None:

@@ -68,6 +68,8 @@ class PerLayer(nn.Module):
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         with positive(config):
             super().__init__(config, *args, **kwargs)
+        if any(type(part).__name__.startswith(PREFIX) for part in self.modules() if part is not self):
+            return  # After `secateur.register`, AutoModel makes a decoder that is cut already.
         # In a model that sees images the decoder is pruned.
         config = getattr(config, "text_config", config)
         inside = ("language_model", "text_model")
