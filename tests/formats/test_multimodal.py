@@ -16,7 +16,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 import models as tiny
 from models import make_letters, relative, silenced, token_rows
 from outputs import assert_error, edited_weights
-from secateur import BlockStream, open_checkpoint, prune
+from secateur import BlockStream, open_checkpoint, prune, prune_model
 from secateur.base.quiet import quiet
 from secateur.formats.format import format_class
 from secateur.measure.loading import load
@@ -359,3 +359,15 @@ def test_a_language_model_of_another_form(tmp_path):
     edit_config(folder, lambda raw: raw | {"text_config": raw["text_config"] | {"model_type": "mamba"}})
     said = r"multimodal model \(vision_config\) whose language model \(mamba\) is not"
     assert_error(said, prune, folder, tmp_path / "out", **SMALL)
+
+
+@pytest.mark.parametrize("widths", ["adaptive", "uniform"])
+def test_a_model_in_memory(tmp_path, widths):
+    """Its parts keep their attention implementations."""
+    parts = {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"}
+    with quiet():
+        model = AutoModelForImageTextToText.from_pretrained(save("llava", tmp_path / "in"), attn_implementation=parts)
+    found = prune_model(model, None, **SMALL | {"widths": widths}, sparsity=0.3)
+    configs = (found.config, found.config.text_config, found.config.vision_config)
+    assert [config._attn_implementation for config in configs] == list(parts.values())
+    assert found.num_parameters() < model.num_parameters()

@@ -76,7 +76,10 @@ def prune_model(
 def _set_up(pruned: Any, model: Any) -> Any:
     """Give the pruned model the settings of the given model that config.json does not have, and return it."""
     pruned.generation_config = deepcopy(model.generation_config)
-    pruned.set_attn_implementation(model.config._attn_implementation)
+    parts = {key: part for key in model.config.sub_configs if (part := getattr(model.config, key)) is not None}
+    pruned.set_attn_implementation(
+        {key: part._attn_implementation for key, part in ({"": model.config} | parts).items()}
+    )
     if (experts := getattr(model.config, "_experts_implementation", None)) is not None:
         pruned.set_experts_implementation(experts)
     return pruned

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.config_file import config_of, stock_class
-from secateur.model.per_layer import decoder_class, empty_decoder
+from secateur.model.config_file import TEXT, config_of, stock_class
+from secateur.model.per_layer import empty_decoder, model_class
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits
 from secateur.model.surgery import slice_block
@@ -71,8 +69,8 @@ def network_of(raw_config: dict[str, Any], tensors: dict[str, Tensor], dtype: to
     """
     config = config_of(raw_config)
     with quiet():
-        auto = decoder_class(config, None)
-        own = stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)) if auto is AutoModelForCausalLM else auto
+        auto = model_class(config, raw_config if raw_config.get(TEXT) else None)
+        own = stock_class(auto._model_mapping, type(config)) if hasattr(auto, "_model_mapping") else auto
         network, info = own.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
