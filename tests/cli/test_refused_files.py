@@ -70,6 +70,31 @@ def test_an_output_that_cannot_be_written_is_refused(place, run, no_work, monkey
     assert listing(place) == before
 
 
+REPLACED = [
+    ("families --json model/config.json", "model/config.json: not overwritten, because it is not a report that --json"),
+    ("families --json model/model.safetensors", "model.safetensors: not overwritten, because it is not a report that"),
+    ("plan model --out model/config.json", "config.json: not overwritten, because it is not a plan that secateur plan"),
+    ("plan model --out p.json --json ./p.json", "p.json: --json and another path of this command are the same; change"),
+    ("sizes model --out mine", "mine/sizes.png: would be replaced, but it is not a table that secateur sizes wrote;"),
+    ("compare model table2 --out mine", "mine: holds other files, not a comparison; name a new folder"),
+    ("survey model --out survey", "survey: not overwritten, because it is not a folder that secateur survey wrote"),
+    ("export model mine.gguf", "mine.gguf: not overwritten, because it is not a gguf file; choose another name"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REPLACED, ids=[row[0] for row in REPLACED])
+def test_an_output_replaces_only_its_own_kind(arguments, message, place, run, no_work):
+    for folder in ("mine/runs", "survey"):
+        Path(folder).mkdir(parents=True)
+    for file in ("mine/sizes.png", "mine/table.csv", "survey/survey.json", "mine.gguf"):
+        Path(file).write_text("mine")
+    before = listing(place)
+    small = SMALL if arguments.split()[0] in ("plan", "sizes", "survey") else []
+    overwrite = [] if arguments.split()[0] in ("sizes", "compare") else ["--overwrite"]
+    refused(run(*arguments.split(), *small, *overwrite), message)
+    assert listing(place) == before
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: CheckpointFolder) -> Path:
     """Folder with pruned models, plans and surveys of other runs; read-only for tests."""

@@ -29,7 +29,7 @@ def tree(folder: Path) -> dict[str, str]:
 def model_folder(path: Path) -> Path:
     path.mkdir()
     (path / "config.json").write_text('{"model_type": "llama"}')
-    (path / "old.safetensors").write_text("old")
+    (path / "model.safetensors").write_text("old")
     return path
 
 
@@ -74,9 +74,18 @@ def folder_with(place: Path, name: str, contents: str) -> None:
 REFUSALS = {
     "not empty": ({}, lambda at: model_folder(at / "out"), "exists and is not empty; choose another name or"),
     "a file": ({"overwrite": True}, lambda at: (at / "out").write_text("mine"), "a file with this name exists"),
-    "other files": ({"overwrite": True}, lambda at: folder_with(at, "thesis.txt", "mine"), "it is not a model folder"),
+    "other files": (
+        {"overwrite": True},
+        lambda at: folder_with(at, "thesis.txt", "mine"),
+        "contains other files .thesis.txt",
+    ),
     "other config": ({"overwrite": True}, lambda at: folder_with(at, "config.json", "{}"), "it is not a model folder"),
     "broken config": ({"overwrite": True}, lambda at: folder_with(at, "config.json", "{"), "it is not a model folder"),
+    "a user's files": (
+        {"overwrite": True},
+        lambda at: [model_folder(at / "out").joinpath("train.py").touch(), (at / "out/notes.md").touch()],
+        "other files .notes.md, train.py",
+    ),
     "a training": (
         {"overwrite": True},
         lambda at: (model_folder(at / "out") / "run-5").mkdir(),
@@ -167,7 +176,7 @@ def test_a_file_created_meanwhile_is_not_overwritten(tmp_path):
     """A run that has worked until then is kept; with `SecateurError`, its state would be deleted."""
     with pytest.raises(StoppedError, match="not empty"), Output(tmp_path / "out"):
         model_folder(tmp_path / "out")
-    assert tree(tmp_path / "out") == {"config.json": '{"model_type": "llama"}', "old.safetensors": "old"}
+    assert tree(tmp_path / "out") == {"config.json": '{"model_type": "llama"}', "model.safetensors": "old"}
     assert len(list(tmp_path.iterdir())) == 1
 
 

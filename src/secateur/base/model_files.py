@@ -21,6 +21,8 @@ SIDE_FILES = (
 """Files beside the weights and config.json that a pruned model keeps."""
 MODEL_FILES = (
     *SIDE_FILES,
-    *("*.json", "*.safetensors", "*.bin", "*.pth", "*.py", "*.md", "*.html", ".gitattributes"),
+    *("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", ".gitattributes"),
+    *("README.md", "README.base.md", "report.html", "secateur.json", "timings.json", "vocabulary.json"),
+    "modeling_secateur.py",
 )
-"""All files of a model. A folder with others holds something that must not be replaced."""
+"""All files of a folder that secateur writes. A folder with others holds something that must not be replaced."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.files import held, hidden_sibling, real_path, remove, replace_atomically
@@ -20,6 +21,43 @@ _LONGEST_NAME = 200
 """Largest number of bytes of an output's name. The operating system allows 255, and hidden names are longer."""
 _SPARE_BYTES = 16 * 2**20
 """Free space needed beyond the expected bytes of a folder, for configs and the tokenizer."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kind of output: what may be replaced by another output of this kind, and nothing else."""
+
+    what: str
+    """Name of the kind, for error messages."""
+    is_one: Callable[[Path], bool]
+    """Whether a file or folder is of this kind."""
+    files: tuple[str, ...] = ()
+    """Patterns of all files in a folder of this kind."""
+
+
+def json_kind(what: str, fits: Callable[[Any], bool], file: str = "", files: tuple[str, ...] = ()) -> Kind:
+    """Return the kind of output that is known by the contents of a JSON file.
+
+    Args:
+        what: Name of the kind, for error messages.
+        fits: Whether the contents are those of this kind.
+        file: Name of the file in a folder; empty if the output is the file.
+        files: Patterns of all files in the folder.
+    """
+
+    def is_one(path: Path) -> bool:
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+            return fits(parse_json((path / file).read_bytes()))
+        return False
+
+    return Kind(what, is_one, files)
+
+
+MODEL = json_kind(
+    "a model folder (no config.json with a model_type)", lambda found: "model_type" in found, "config.json", MODEL_FILES
+)
+REPORT_KEY = "written_by"
+REPORT = json_kind("a report that --json wrote", lambda found: found[REPORT_KEY].startswith("secateur "))
 
 
 @dataclass
@@ -34,13 +72,12 @@ class Output:
     suffix: str | None = None
     """End of the file name, empty for any; None if the output is a folder."""
     overwrite: bool = False
-    """Whether to replace an existing file, model folder, or folder with no files but `file_names`."""
+    """Whether to replace an existing output of the same kind."""
     source: Path | None = None
     """Folder or file of the model that is read, which is never replaced."""
     expected_bytes: int = 0
     """Expected size, compared with the free space of the disk; 0 for no check."""
-    file_names: Collection[str] | None = None
-    """All file names of a folder; None if the folder is a model."""
+    kind: Kind = MODEL
     resume_path: Path | None = None
     """Hidden path of an unfinished run to resume."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
@@ -123,24 +160,21 @@ class Output:
 
     def _check_existing(self) -> None:
         """Check that the existing file or folder may be replaced."""
-        path, is_folder, known = self.path, self.path.is_dir(), self.file_names
-        names = sorted(file.name for file in path.iterdir()) if is_folder else [path.name]
-        is_model = is_folder and known is None and _is_model(path)
-        foreign = [name for name in names if known is not None and name not in known]
-        foreign = _not_of_a_model(path) if is_model else foreign
-        replaceable = not is_folder or not names or known is not None or is_model
+        path, is_folder = self.path, self.path.is_dir()
+        entries = sorted(path.iterdir()) if is_folder else [path]
+        foreign = [entry.name for entry in entries if is_folder and not _is_listed(entry, self.kind.files)]
         exists = "exists and is not empty" if is_folder else "exists"
         wrong_kind = f"a {'folder' if is_folder else 'file'} with this name exists; choose another name"
         self._refuse_if(is_folder == (self.suffix is not None), wrong_kind)
         self._refuse_if(not (is_folder or path.is_file()), "exists and is not a regular file; choose another name")
-        self._refuse_if(not self.overwrite and names != [], f"{exists}; choose another name or add --overwrite")
+        self._refuse_if(not self.overwrite and entries != [], f"{exists}; choose another name or add --overwrite")
         self._refuse_if(
             foreign != [],
             f"not overwritten, because it contains other files ({first_few(foreign)}); choose another name",
         )
         self._refuse_if(
-            not replaceable,
-            "not overwritten, because it is not a model folder (no config.json with a model_type); choose another name",
+            entries != [] and not self.kind.is_one(path),
+            f"not overwritten, because it is not {self.kind.what}; choose another name",
         )
 
     def _refuse_if(self, wrong: bool, reason: str) -> None:
@@ -157,18 +191,8 @@ def _resumable() -> Iterator[None]:
         raise StoppedError(str(error)) from error
 
 
-def _not_of_a_model(folder: Path) -> list[str]:
-    """Return the names in a model folder that are not files of a model, such as checkpoints of a training."""
-    return sorted(
-        file.name
-        for file in folder.iterdir()
-        if (file.is_dir() and file.name not in MODEL_FILES) or not any(map(file.match, MODEL_FILES))
-    )
-
-
-def _is_model(folder: Path) -> bool:
-    """Return whether a folder holds a model: a config.json with a model_type."""
-    with contextlib.suppress(OSError, ValueError):
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-        return isinstance(config, dict) and "model_type" in config
-    return False
+def _is_listed(entry: Path, files: tuple[str, ...]) -> bool:
+    """Return whether a file or folder is one of the files of a kind; of folders, only chat templates are."""
+    if entry.is_dir():
+        return entry.name in files and all(file.suffix == ".jinja" for file in entry.iterdir())
+    return any(map(entry.match, files))

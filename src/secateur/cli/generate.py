@@ -22,7 +22,7 @@ from secateur.commands.options import RunOptions
 
 _PANELS = ("Target", "Method", "Calibration", WHAT_TO_MEASURE, "Training", "Output", "Computing", MESSAGES)
 """Panels in the order of the help; panels of plug-ins follow."""
-JSON_ONLY = {"overwrite": {"help": "Replace the file of --json, if it already exists."}}
+JSON_ONLY = {"overwrite": {"help": "Replace the file of --json, if secateur wrote it."}}
 """Help of `--overwrite` in commands without another output."""
 
 
@@ -103,7 +103,9 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
         ignored = [option for group in groups.values() for option in group.ignored(values)]
         built = {name: group.build(values) for name, group in groups.items()}
         all_built = [*built.values(), *(group.build(values) for group in of_json)]
-        set_output_options(output_options, any(getattr(one, "overwrite", False) for one in all_built))
+        given = [*values.values(), *(value for one in all_built for value in vars(one).values())]
+        paths = [value for value in given if isinstance(value, Path)]
+        set_output_options(output_options, any(getattr(one, "overwrite", False) for one in all_built), paths)
         if ignored:
             terminal.log.print(f"Without effect on {function.__name__}: {', '.join(ignored)}")
         function(**values, **built)

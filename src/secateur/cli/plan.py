@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from secateur.base.options import option_specs
-from secateur.base.output import Output
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Without, expand_options
 from secateur.cli.terminal import print_result
@@ -37,8 +36,6 @@ def plan(
 
     Example: secateur plan ./SmolLM2-135M --target params=100M --calibration text.txt --out plan.json
     """
-    if out is not None:
-        Output(out, suffix="", overwrite=run_options.overwrite).check()
     bars = Bars()
     with bars.loading():
         from secateur.commands.plan import propose

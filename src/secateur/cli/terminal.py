@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,10 +12,11 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from secateur import __version__
 from secateur.base.errors import SecateurError
-from secateur.base.files import is_disk_full, write_atomically
+from secateur.base.files import is_disk_full, real_path
 from secateur.base.options import option
-from secateur.base.output import Output
+from secateur.base.output import REPORT, REPORT_KEY, Output
 from secateur.report.json_values import json_value
 
 EXIT_INTERRUPTED = 130
@@ -50,19 +52,29 @@ class OutputOptions:
 
 output_options = OutputOptions()
 """Output options of the command that runs in this process."""
+_report: Output | None = None
+"""File of --json."""
 
 
-def set_output_options(options: OutputOptions, overwrite: bool) -> None:
+def set_output_options(options: OutputOptions, overwrite: bool, others: Iterable[Path]) -> None:
     """Set the output options of the command.
 
+    Args:
+        options: The options.
+        overwrite: Whether the JSON file may replace a report.
+        others: All other paths of the command line.
+
     Raises:
-        SecateurError: The JSON file cannot be written, or exists and `overwrite` is False.
+        SecateurError: The JSON file cannot be written or is one of the other paths, or exists and may not be replaced.
     """
-    global output_options
+    global output_options, _report
     output_options, log.quiet = options, IS_WORKER or options.quiet
     logging.getLogger("secateur").setLevel(logging.DEBUG if options.verbose else logging.NOTSET)
     if options.json is not None and not options.json_printed:
-        Output(options.json, suffix="", overwrite=overwrite).check()
+        _report = Output(options.json, suffix="", overwrite=overwrite, kind=REPORT)
+        if _report.path in map(real_path, others):
+            raise SecateurError(f"{options.json}: --json and another path of this command are the same; change one")
+        _report.check()
 
 
 def print_result(result: Any, table: Table | None, lines: list[str], times: str = "") -> None:
@@ -80,11 +92,14 @@ def print_result(result: Any, table: Table | None, lines: list[str], times: str 
     if IS_WORKER:
         return
     if output_options.json is not None:
-        text = json.dumps(json_value(result), indent=2)
+        value = json_value(result)
+        found = {REPORT_KEY: f"secateur {__version__}", **(value if isinstance(value, dict) else {"results": value})}
+        text = json.dumps(found, indent=2)
         if output_options.json_printed:
             table, lines, times = None, [text], ""
-        else:
-            write_atomically(output_options.json, f"{text}\n")
+        elif _report is not None:
+            with _report as partial:
+                partial.write_text(f"{text}\n")
     console = Console(highlight=False, markup=False)
     try:
         if table is not None:

@@ -427,7 +427,7 @@ class RunOptions:
         default_text="none",
     )
     dry_run: bool = option(False, OUTPUT, "Print the expected sizes, memory and time, and write nothing.")
-    overwrite: bool = option(False, OUTPUT, "Replace the output, or the file of --json, if it already exists.")
+    overwrite: bool = option(False, OUTPUT, "Replace the output and the file of --json if secateur wrote them.")
     restart: bool = option(
         False,
         OUTPUT,

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import write_atomically
+from secateur.base.output import Output, json_kind
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
 from secateur.commands.draw_rows import draw_rows
@@ -16,6 +16,10 @@ from secateur.commands.resume import resumable, retry_in_smaller_batches
 from secateur.commands.survey_model import survey_model
 from secateur.plan.problem import Plan
 from secateur.report.summary import Proposal
+
+PLAN = json_kind(
+    "a plan that secateur plan wrote", lambda found: {*found} == {"model", "fingerprint", "sparsity", "cost", "blocks"}
+)
 
 
 def propose(
@@ -43,9 +47,11 @@ def propose(
     Raises:
         SecateurError: The model or an option is wrong, or no plan meets the target.
     """
-    out = None if out is None else Path(out)
-    if run_options is not None:
-        check_survey_path(run_options.survey, out)
+    out, run_options = None if out is None else Path(out), run_options or RunOptions()
+    target = None if out is None else Output(out, suffix="", overwrite=run_options.overwrite, kind=PLAN)
+    if target is not None:
+        target.check()
+    check_survey_path(run_options.survey, out)
     if options.targets_perplexity:
         raise SecateurError(
             "only secateur prune can reach a target of perplexity, because it prunes to several sizes; its "
@@ -60,8 +66,9 @@ def propose(
             return _proposal(run, plan_widths(run, rows, survey_model(run, rows)))
 
     proposal = retry_in_smaller_batches(Services(watcher=watcher or Silent()), make_plan)
-    if out is not None:
-        write_atomically(out, json.dumps(proposal.as_dict(), indent=2) + "\n")
+    if target is not None:
+        with target as partial:
+            partial.write_text(json.dumps(proposal.as_dict(), indent=2) + "\n")
     return proposal
 
 

@@ -10,7 +10,7 @@ import secateur
 from secateur.base.errors import SecateurError
 from secateur.base.files import existing_path, write_atomically
 from secateur.base.hashes import hash_rows
-from secateur.base.output import Output
+from secateur.base.output import Output, json_kind
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.services import Services
 from secateur.commands.draw_rows import draw_rows, resample_rows
@@ -26,11 +26,14 @@ from secateur.commands.write_model import write_model
 from secateur.measure.evaluation import evaluate, scored_rows
 from secateur.report.plots import plot_sizes
 from secateur.report.summary import ModelSize
+from secateur.survey.curves import is_survey
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import CalibrationRows
 from secateur.write.record import RECORD, read_record
 
-TABLE, PLOT = "sizes.json", "sizes.png"
+TABLE, PLOT, SURVEY = "sizes.json", "sizes.png", "survey.json"
+TABLE_KIND = json_kind("a table that secateur sizes wrote", lambda found: "sparsity" in found[0], TABLE)
+SURVEY_KIND = json_kind("a survey by secateur", is_survey, SURVEY)
 
 
 def sizes(
@@ -65,7 +68,7 @@ def sizes(
         SecateurError: The model or an option is wrong. Such errors are raised before the first model is written.
     """
     run_options = run_options or RunOptions()
-    survey_file = run_options.survey or out / "survey.json"
+    survey_file = run_options.survey or out / SURVEY
     folders = _folders(out, options, survey_file)
 
     def run_all(services: Services) -> list[ModelSize]:
@@ -109,7 +112,8 @@ def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]
     """Return the folder of each size.
 
     Raises:
-        SecateurError: `out` cannot be a folder; two sizes have one name; or the survey would overwrite a result.
+        SecateurError: `out` cannot be a folder; two sizes have one name; the survey would overwrite a result; or a
+            file of another program would be replaced.
     """
     if out.exists() and not out.is_dir():
         raise SecateurError(f"{out}: a file with this name exists; choose another name")
@@ -121,6 +125,9 @@ def _folders(out: Path, options: list[Options], survey_file: Path) -> list[Path]
         raise SecateurError(f"{names}: two sizes would have the same name; leave one of them out")
     if survey_file.absolute() in {(out / name).absolute() for name in (TABLE, PLOT)}:
         raise SecateurError(f"{survey_file}: the table and the plot are written there; name another survey file")
+    for name, kind in ((TABLE, TABLE_KIND), (PLOT, TABLE_KIND), (SURVEY, SURVEY_KIND)):
+        if (out / name).exists() and not kind.is_one(out):
+            raise SecateurError(f"{out / name}: would be replaced, but it is not {kind.what}; choose another --out")
     return folders
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from secateur.base.errors import SecateurError
 from secateur.base.files import existing_path
 from secateur.base.options import changed_options, cli_name
-from secateur.base.output import Output
+from secateur.base.output import Output, json_kind
 from secateur.base.progress import Watcher
 from secateur.base.services import Services
 from secateur.commands.draw_rows import draw_rows
@@ -23,11 +23,12 @@ from secateur.plan.plan import plan as solve
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.report.summary import SurveySummary
 from secateur.report.survey_page import Distances, page_data, render
-from secateur.survey.curves import Survey, save_survey
+from secateur.survey.curves import Survey, is_survey, save_survey
 from secateur.survey.head_distances import head_distances
 from secateur.text.draw import CalibrationRows
 
 FILE, PAGE = "survey.json", "survey.html"
+SURVEYED_FOLDER = json_kind("a folder that secateur survey wrote", is_survey, FILE, (FILE, PAGE))
 SHARES = tuple(permille / 1000 for permille in range(100, 600, 25))
 """Sparsities for which the page shows a plan."""
 ANY_SHARE = 1e-3
@@ -67,7 +68,7 @@ def survey_page(
         out,
         overwrite=run_options.overwrite,
         source=existing_path(model),
-        file_names=(FILE, PAGE),
+        kind=SURVEYED_FOLDER,
     )
     services = Services.join(watcher)
     if services.processes.is_first:

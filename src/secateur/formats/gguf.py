@@ -26,6 +26,7 @@ from secateur.plan.meters import Meter, added_biases
     "gguf",
     help="a file for llama.cpp",
     suffix=".gguf",
+    magic="GGUF",
     types=("f16", "f32", "bf16", "q8_0", "q4_0", "as-input"),
     tokenizer=True,
 )

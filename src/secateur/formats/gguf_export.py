@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import local_path, real_path
+from secateur.base.files import existing_path, local_path, real_path
 from secateur.base.json_files import parse_json
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
@@ -23,11 +23,12 @@ from secateur.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from secateur.formats.gguf_types import check_type
 from secateur.formats.gguf_write import check_tensors, write_gguf
 from secateur.formats.llama_cpp import LLAMA_TYPES, library, quantise
+from secateur.formats.registry import FORMATS
 from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import empty_decoder, widths_of
 from secateur.plan.plan import uniform_alternative
-from secateur.write.record import read_record
+from secateur.write.record import original_model, read_record
 
 EXACT = {torch.float16: "f16", torch.bfloat16: "bf16"}
 """Types that hold the weights of a folder exactly, by its dtype."""
@@ -82,7 +83,7 @@ def export(
     check_type(type)
     if type in LLAMA_TYPES:
         return _quantised(folder, path, type=type, overwrite=overwrite, watcher=watcher)
-    Output(path, suffix=".gguf", overwrite=overwrite).check()
+    _output(folder, path, overwrite).check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
         checkpoint.check_shapes(empty_decoder(checkpoint))
@@ -92,7 +93,9 @@ def export(
         vocabulary = _vocabulary(folder, checkpoint, rows)
     _note(watcher, model, architecture, tensors)
     size = sum(tensor.bytes for tensor in tensors)
-    with Output(path, suffix=".gguf", overwrite=overwrite, expected_bytes=size, resume_path=at) as partial:
+    target = _output(folder, path, overwrite)
+    target.expected_bytes, target.resume_path = size, at
+    with target as partial:
         write_gguf(partial, model, architecture, tensors, vocabulary, name=name or path.stem, watcher=watcher)
         if (difference := check_tensors(partial, tensors)) is not None:
             raise SecateurError(
@@ -104,7 +107,7 @@ def export(
 def _quantised(folder: Path, path: Path, *, type: str, overwrite: bool, watcher: Watcher) -> Exported:
     """Write a file of a type that llama.cpp's library makes, from a file in the dtype of the folder; see `export`."""
     library()
-    target = Output(path, suffix=".gguf", overwrite=overwrite)
+    target = _output(folder, path, overwrite)
     target.check()
     with target as partial:
         exact = partial.with_name(f"{partial.name}.exact.gguf")
@@ -117,6 +120,13 @@ def _quantised(folder: Path, path: Path, *, type: str, overwrite: bool, watcher:
             exact.unlink(missing_ok=True)
         size = sum(int(tensor.n_bytes) for tensor in GGUFReader(partial).tensors)
     return replace(done, path=path, bytes=size)
+
+
+def _output(folder: Path, path: Path, overwrite: bool) -> Output:
+    """Return the output, which never replaces the file from which the folder was pruned."""
+    original = original_model(folder)
+    source = None if original is None else existing_path(original)
+    return FORMATS["gguf"].output(path, source=source, overwrite=overwrite)
 
 
 def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel, Architecture]:

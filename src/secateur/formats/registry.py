@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from secateur.base.errors import SecateurError
-from secateur.base.output import Output
+from secateur.base.output import Kind, Output
 
 T = TypeVar("T", bound=type)
 FOLDER = Path(__file__).parent
@@ -27,6 +27,8 @@ class Declaration:
     """Description in `--help`."""
     suffix: str | None = None
     """Ending of the file's name; None for a folder."""
+    magic: str = ""
+    """First characters of every file of the format; a file with others is not replaced."""
     uniform: bool = False
     """Whether the format holds only models whose blocks all have one width."""
     types: tuple[str, ...] = ()
@@ -50,12 +52,18 @@ class Declaration:
         if self.suffix is not None:
             # A file may be written into the folder of the model.
             file = source if source is not None and source.is_file() else None
-            return Output(out, suffix=self.suffix, overwrite=overwrite, source=file)
+            kind = Kind(f"a {self.name} file", self._is_one)
+            return Output(out, suffix=self.suffix, overwrite=overwrite, source=file, kind=kind)
         if other := next((one for one in FORMATS.values() if one.suffix and out.name.endswith(one.suffix)), None):
             raise SecateurError(
                 f"{out}: the format {self.name} writes a folder; add --format {other.name}, or leave out {other.suffix}"
             )
         return Output(out, overwrite=overwrite, source=source)
+
+    def _is_one(self, path: Path) -> bool:
+        """Return whether a file is of this format."""
+        with path.open("rb") as file:
+            return file.read(len(self.magic)) == self.magic.encode()
 
 
 def output_format(
@@ -63,6 +71,7 @@ def output_format(
     *,
     help: str,
     suffix: str | None = None,
+    magic: str = "",
     uniform: bool = False,
     types: tuple[str, ...] = (),
     tokenizer: bool = False,
@@ -73,7 +82,7 @@ def output_format(
     """
 
     def register(kind: T) -> T:
-        declaration = Declaration(name, help, suffix, uniform, types, tokenizer)
+        declaration = Declaration(name, help, suffix, magic, uniform, types, tokenizer)
         kind.declaration = FORMATS.setdefault(name, declaration)  # type: ignore[attr-defined]
         CLASSES[name] = kind
         return kind

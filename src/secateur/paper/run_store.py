@@ -31,7 +31,8 @@ class RunStore:
         """
         if self.path.exists() and not self.path.is_dir():
             raise SecateurError(f"{self.path}: a file with this name exists; choose another name")
-        if self.path.is_dir() and not (self.path / RUNS).is_dir() and any(self.path.iterdir()):
+        is_store = all((self.path / name).exists() for name in (RUNS, LOCK))
+        if self.path.is_dir() and not is_store and any(self.path.iterdir()):
             raise SecateurError(f"{self.path}: holds other files, not a comparison; name a new folder")
         if not self.path.absolute().parent.is_dir():
             raise SecateurError(f"{self.path}: the folder {self.path.absolute().parent} does not exist; create it")

@@ -98,6 +98,11 @@ def save_survey(survey: Survey, path: Path) -> None:
     write_atomically(path, json.dumps(asdict(survey)) + "\n")
 
 
+def is_survey(found: Any) -> bool:
+    """Return whether the contents of a JSON file are those of a survey, of any version."""
+    return {*found} >= {"criterion", "curves", "probes"}
+
+
 _HASHED = {
     "fingerprint": "of other weights;",
     "config": "of a model with another config.json;",
