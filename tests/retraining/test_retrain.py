@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from models import ROWS, build, load_written, logits_of, relative, token_rows
-from outputs import Notes, assert_error, edited_weights, error_of, record_of, weights_of
+from outputs import Notes, assert_error, edit_json, edited_weights, error_of, record_of, weights_of
 from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.memory import available_bytes, rss_bytes
@@ -35,7 +35,7 @@ from secateur.commands.prune import prune
 from secateur.formats.gguf_export import export
 from secateur.measure import loading, perplexity
 from secateur.measure.loading import load
-from secateur.model import pass_checkpoint
+from secateur.model import checkpoint, pass_checkpoint
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.retraining import memory
@@ -251,8 +251,8 @@ def test_the_distribution_approaches_the_teachers(checkpoint_folder, tmp_path, t
     assert near < 0.7 * far
 
 
-def test_the_teacher_is_the_model_that_the_record_names(checkpoint_folder, tmp_path, text, train):
-    """If this model has moved, the error says so, and --teacher names its new place."""
+def test_the_teacher_is_the_model_that_the_record_names(checkpoint_folder, tmp_path, text, train, monkeypatch):
+    """If this model is not here, the error says so, and nothing is fetched from the hub."""
     dense = shutil.copytree(checkpoint_folder("llama"), tmp_path / "dense")
     folder = pruned(dense, tmp_path / "pruned")
     named = train("named", folder, tokens="256", teacher=str(dense))
@@ -267,8 +267,11 @@ def test_the_teacher_is_the_model_that_the_record_names(checkpoint_folder, tmp_p
     assert said in error_of(train, "out", folder, teacher=None)
     train("changed", folder, tokens="64", teacher=str(dense))
     dense.rename(tmp_path / "moved")
-    message = error_of(train, "out", folder, teacher=None)
-    assert "which is the teacher: give its new place with --teacher, or --teacher no" in message
+    monkeypatch.setattr(checkpoint, "hub_folder", lambda *_: pytest.fail("the hub was asked"))
+    for source in (str(dense), "owner/name"):
+        edit_json(folder / "secateur.json", model=source)
+        said = f"{folder}/secateur.json: the model that was pruned, {source}, is not a folder or file here; give its"
+        assert said in error_of(train, "out", folder, teacher=None)
     (folder / "secateur.json").unlink()
     assert "no secateur.json that names the model that was pruned; give" in error_of(train, "out", folder, teacher=None)
 

@@ -71,7 +71,9 @@ class PlannedRun:
             if self.run.training is not None:
                 pruned, folder = folder, store.scratch / "retrained"
                 device = "cpu" if scorer.device.type == "cpu" else "auto"
-                retrain(pruned, folder, self.run.training, device=device, overwrite=True, watcher=scorer.watcher)
+                teacher = self.run.training.teacher or str(self.model.checkpoint.path)
+                training = replace(self.run.training, teacher=teacher)
+                retrain(pruned, folder, training, device=device, overwrite=True, watcher=scorer.watcher)
         scores = scorer.score(folder, self.model, self.description)
         for name in ("model", "retrained"):
             shutil.rmtree(store.scratch / name, ignore_errors=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import existing_path
 from secateur.base.progress import Watcher
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.report.folder import fingerprint_of
@@ -32,8 +33,8 @@ def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -
         The teacher; None where the text itself is to be learned.
 
     Raises:
-        SecateurError: There is no record that names the model, the model cannot be opened or has changed, or its
-            vocabulary size or hidden size differs from the pruned model's.
+        SecateurError: There is no record that names a model on this machine, the model cannot be opened or has
+            changed, or its vocabulary size or hidden size differs from the pruned model's.
     """
     if wanted == NO_TEACHER:
         return None
@@ -69,19 +70,13 @@ def _with_tokens_of(checkpoint: Checkpoint, teacher: Checkpoint) -> Checkpoint:
 
 
 def _open_recorded(checkpoint: Checkpoint, source: str, record: Mapping[str, Any]) -> Checkpoint:
-    """Open the model from which a folder was pruned, with the same revision and dtype.
+    """Open the model from which a folder was pruned, with the same dtype.
 
     Raises:
         SecateurError: The model cannot be opened, or has changed since then.
     """
     dtype = getattr(torch, str((record.get("options") or {}).get("dtype")), torch.bfloat16)
-    try:
-        teacher = open_checkpoint(source, revision=record.get("revision"), dtype=dtype)
-    except SecateurError as error:
-        raise SecateurError(
-            f"{error}; {checkpoint.source} was pruned from this model, which is the teacher: give its new place with "
-            "--teacher, or --teacher none"
-        ) from error
+    teacher = open_checkpoint(source, dtype=dtype)
     if record.get("fingerprint") not in (None, fingerprint_of(teacher)):
         raise SecateurError(
             f"{source} has other weights than the model that {checkpoint.source} was pruned from; restore them, or "
@@ -91,11 +86,19 @@ def _open_recorded(checkpoint: Checkpoint, source: str, record: Mapping[str, Any
 
 
 def _recorded_source(folder: Path, record: Mapping[str, Any]) -> str:
-    """Return the model from which a folder was pruned, according to its record."""
+    """Return the file or folder of the model from which a folder was pruned, according to its record.
+
+    Anybody may have written the record, so that a hub id in it is not fetched.
+    """
     source = record.get("model")
     if not isinstance(source, str):
         raise SecateurError(
             f"{folder}: no {RECORD} that names the model that was pruned; give it with --teacher, or --teacher none "
             "to learn the text"
+        )
+    if existing_path(source) is None:
+        raise SecateurError(
+            f"{folder / RECORD}: the model that was pruned, {source}, is not a folder or file here; give its new place "
+            "or its hub id with --teacher, or --teacher none to learn the text"
         )
     return source
