@@ -69,14 +69,8 @@ def main() -> None:
         del models
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{number}.gguf" for number in range(2)]
-        # `export` takes folders with a record only.
-        whole = Path(folder) / "dense"
-        whole.mkdir()
-        for file in Path(checkpoints[0].path).iterdir():
-            (whole / file.name).symlink_to(file.resolve())
-        (whole / "secateur.json").write_text('{"secateur": ""}', encoding="utf-8")
-        for source, file in zip((whole, checkpoints[1].path), files, strict=True):
-            export(source, file, type="q8_0")
+        for checkpoint, file in zip(checkpoints, files, strict=True):
+            export(checkpoint.path, file, type="q8_0")
         for batch in arguments.batches:
             with opened(files[0], batch) as before, opened(files[1], batch) as after:
                 turns = [[turn(context, batch) for context in (before, after)] for _ in range(arguments.repeats + 1)]

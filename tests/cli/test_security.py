@@ -108,6 +108,25 @@ def test_an_index_cannot_name_files_outside_its_folder(shard, place, run):
     refused(run("prune", "model", "out", *SMALL), "model.safetensors.index.json")
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "tokenizer.model", "additional_chat_templates/a.jinja"])
+def test_no_file_outside_the_folder_is_copied(name, place, run):
+    """In the hub's cache, files are links to blobs of the same model."""
+    (place / "secret").write_text("secret")
+    snapshot = place / "hub" / "snapshots" / "1"
+    snapshot.parent.mkdir(parents=True)
+    (place / "hub" / "blobs").mkdir()
+    (place / "model").rename(snapshot)
+    (license := place / "hub" / "blobs" / "a").write_text("free")
+    (snapshot / "LICENSE.txt").symlink_to(license)
+    assert run("prune", str(snapshot), "out", *SMALL).code == 0
+    assert (place / "out" / "LICENSE.txt").read_text() == "free"
+    (snapshot / name).parent.mkdir(exist_ok=True)
+    (snapshot / name).symlink_to(place / "secret")
+    for command in ("prune", "trim"):
+        words = [command, str(snapshot), "out2", *(SMALL if command == "prune" else ["--vocabulary", "latin"])]
+        refused(run(*words), f"{snapshot / name}: a link to {place / 'secret'}, outside of the model's folder; put a")
+
+
 def test_pages_hold_what_strangers_write_as_text(place, run):
     """Names of a folder, a text and a model appear on the pages as text, and open no tag."""
     model, text = "<img src=x onerror=alert(1)>", "text<script>.txt"

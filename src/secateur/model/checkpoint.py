@@ -406,7 +406,23 @@ def open_checkpoint(
             "tensors are stored; find the config.json of these weights"
         )
     checkpoint.leave_out_prediction_heads()
+    _check_links(folder, checkpoint.files)
     return checkpoint
+
+
+def _check_links(folder: Path, files: Iterable[Path]) -> None:
+    """Raise `SecateurError` for a file that would be copied to the output, but is a link out of the model's folder.
+
+    In the hub's cache, the files of a snapshot are links to blobs of the same model.
+    """
+    own = folder.resolve()
+    places = (own, own.parents[1] / "blobs") if own.parent.name == "snapshots" else (own,)
+    for entry in (*files, *folder.glob("README*.md")):
+        for file in (entry, *entry.rglob("*")):
+            if not any(map(file.resolve().is_relative_to, places)):
+                raise SecateurError(
+                    f"{file}: a link to {file.resolve()}, outside of the model's folder; put a copy of the file there"
+                )
 
 
 def described(raw: dict[str, Any], config: Any) -> dict[str, Any]:
