@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from secateur.measure.answers import ANSWER_TOKENS, agreement, greedy_answers, l
 from secateur.measure.evaluation import evaluate
 from secateur.measure.generation import greedy_tokens, prompt_ids
 from secateur.measure.quiz import Question, _log_likelihoods, answer_quiz
+from secateur.model import tokens
 from secateur.report.eval_table import measured_rows
+from secateur.text.jsonl import render_or_join
 
 VOCAB = 128
 PROMPTS = [[7, 9, 4], [5], [20, 21, 22, 23, 24, 25, 26]]
@@ -202,7 +206,24 @@ def test_a_chat_template_is_used():
     assert plain == make_tokenizer()("Question: w1 w2\nAnswer:")["input_ids"]
     assert answers.question_ids(make_tokenizer(template=template), "w1 w2") == [5, 6, 9]
     bad = make_tokenizer(template="{{ raise_exception('no') }}")
-    assert "the tokenizer's chat template refuses a prompt: no" in error_of(answers.question_ids, bad, "w1")
+    assert "the chat template refuses these messages: no" in error_of(answers.question_ids, bad, "w1")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * messages | length * 2 ** 36 }}",
+        "{{ 'a' * 10 ** 7 }}",
+    ],
+)
+def test_a_chat_template_has_bounds(template, monkeypatch):
+    monkeypatch.setattr(tokens, "TEMPLATE_SECONDS", 0.5)
+    tokenizer, messages = make_tokenizer(template=template), [{"role": "user", "content": "w1"}]
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    for render in (lambda: answers.question_ids(tokenizer, "w1"), lambda: render_or_join(messages, tokenizer)):
+        assert "the chat template takes too long or writes too much; correct it, or rem" in error_of(render)
+    assert before == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM))
 
 
 def test_eval_prints_agreement_and_loops_with_against(tmp_path, run, monkeypatch):

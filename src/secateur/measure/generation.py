@@ -8,10 +8,10 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from secateur.base.errors import SecateurError
-from secateur.base.quiet import first_line, quiet
+from secateur.base.quiet import quiet
 from secateur.measure.perplexity import check_ids, device_of, scoring
 from secateur.model.facts import positions_of
-from secateur.model.tokens import encode_start
+from secateur.model.tokens import encode, encode_start, rendered
 
 MAX_NEW_TOKENS = 80
 
@@ -50,11 +50,7 @@ def prompt_ids(tokenizer: Any, prompt: str, without_template: str | None = None)
     if not getattr(tokenizer, "chat_template", None):
         return [int(token) for token in encode_start(tokenizer, without_template or prompt)]
     messages = [{"role": "user", "content": prompt}]
-    try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    except Exception as error:  # a template is a program by the model's author, which may raise anything
-        raise SecateurError(f"the tokenizer's chat template refuses a prompt: {first_line(error)}") from error
-    return [int(token) for token in encoded["input_ids"]]
+    return encode(tokenizer, rendered(tokenizer, messages, add_generation_prompt=True))
 
 
 def end_tokens(network: Any, tokenizer: Any) -> list[int]:

@@ -1,10 +1,73 @@
 """Token ids of texts, and whether a tokenizer puts the beginning-of-sequence token (BOS) first."""
 
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line
+
+TEMPLATE_SECONDS = 5.0
+"""CPU time that a chat template may take for one conversation."""
+TEMPLATE_BYTES = 2**30
+"""Memory that a chat template may take."""
+
+
+class ExcessError(SecateurError):
+    """Error of a chat template that takes too long or writes too much."""
+
+
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """Return the text that a tokenizer's chat template makes of a conversation, within bounds of time and size.
+
+    Raises:
+        SecateurError: The template, a program by the model's author, refuses the messages or exceeds the bounds.
+    """
+    try:
+        with _bounded():
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        if len(text) > 100_000 + 10 * len(str(messages)):
+            raise MemoryError
+        return text
+    except (TimeoutError, MemoryError) as error:
+        raise ExcessError(
+            "the chat template takes too long or writes too much; correct it, or remove it from the tokenizer's files"
+        ) from error
+    except Exception as error:
+        raise SecateurError(f"the chat template refuses these messages: {first_line(error)}") from error
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Raise `TimeoutError` or `MemoryError` where the context takes too long or too much memory.
+
+    Only the main thread can be interrupted, and only Linux tells how much memory there is to begin with.
+    """
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGVTALRM, stop) if is_main else None
+    try:
+        with suppress(OSError, ValueError):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES, hard))
+        if is_main:
+            # Again every second, as the template's engine swallows some errors.
+            signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS, 1.0)
+        yield
+    finally:
+        if is_main:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:

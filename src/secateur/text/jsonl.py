@@ -5,8 +5,7 @@ from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
-from secateur.base.quiet import first_line
-from secateur.model.tokens import begins_with_bos
+from secateur.model.tokens import ExcessError, begins_with_bos, rendered
 
 
 def jsonl_documents(text: str, source: str, tokenizer: Any) -> Iterator[str]:
@@ -56,9 +55,9 @@ def _render(messages: Any, where: str, tokenizer: Any) -> str:
     if not has_chat_template(tokenizer):
         raise SecateurError(f"{where}: messages need a tokenizer with a chat template; use the key text instead")
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program by the model's author, which may raise anything
-        raise SecateurError(f"{where}: the chat template refuses these messages: {first_line(error)}") from error
+        text = rendered(tokenizer, messages)
+    except SecateurError as error:
+        raise type(error)(f"{where}: {error}") from error
     # Many templates write BOS themselves, and every row gets BOS anyway.
     return text.removeprefix(tokenizer.bos_token) if begins_with_bos(tokenizer) else text
 
@@ -67,6 +66,8 @@ def render_or_join(messages: list[dict[str, str]], tokenizer: Any) -> str:
     """Return a conversation of the package's own text, turn by turn where no chat template accepts it."""
     try:
         return _render(messages, "the package's text", tokenizer)
+    except ExcessError:
+        raise
     except SecateurError:
         return "\n\n".join(message["content"] for message in messages)
 
