@@ -79,6 +79,9 @@ TEMPLATE = {"type": "TemplateProcessing", "single": SINGLE, "pair": SINGLE, "spe
 EDITS: list[tuple[str, str, dict[str, Any], Callable[[Path], Any], str]] = [
     ("tiny", CONFIG, {"attention_dropout": -0.1}, prune_it, "attention_dropout is -0.1, not a number between"),
     ("tiny", CONFIG, {"num_attention_heads": -4}, prune_it, "num_attention_heads is -4, not a whole number"),
+    ("tiny", CONFIG, {"hidden_size": 2**40}, prune_it, "hidden_size is 1,099,511,627,776, more than 16,777,216; corr"),
+    ("tiny", CONFIG, {"num_hidden_layers": 2**40}, prune_it, "num_hidden_layers is 1,099,511,627,776, more than 16,"),
+    ("qwen3_moe", CONFIG, {"num_local_experts": 2**20}, open_checkpoint, "num_local_experts is 1,048,576, more than"),
     ("tiny", CONFIG, {"rope_parameters": ROPE | {"rope_theta": "auto"}}, prune_it, "cannot make a model of config.j"),
     ("phi3", CONFIG, {"rope_parameters": ROPE | {"partial_rotary_factor": 7}}, prune_it, "Error: The size of tensor"),
     ("qwen3_moe", CONFIG, {"num_local_experts": float("-inf")}, open_checkpoint, "num_experts is -inf, not a whole"),

@@ -1,6 +1,8 @@
 """The config.json of a checkpoint: read it, and refuse models that cannot be pruned before any long work."""
 
 import json
+import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,10 @@ TOWER_CONFIGS = ("vision_config", "audio_config", "speech_config", "encoder_conf
 _LARGE = 2**28
 """Entries of a tensor from which on it is certainly a parameter, and no buffer whose values are needed."""
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+_SIZE_KEY = re.compile("size|dim|embd|inner|rank|layer|head|expert|hidden|ffn|d_model|ratio|expan|group|conv|block")
+"""Words in config keys of sizes."""
+_MOST, _MOST_EXPERTS = 2**24, 2**16
+"""Largest size of any kind, and largest number of experts: with much larger ones, models take hours to describe."""
 _DROPPED = ("dropout", "pdrop", "layerdrop")
 """Endings of config keys with dropout rates, which torch would check only when a block runs."""
 _SHARED = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
@@ -57,10 +63,25 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SecateurError(f"{file}: architectures is {classes!r}, not a list of class names; correct the file")
     if not isinstance(inner, dict):
         raise SecateurError(f"{file}: {TEXT} is {inner!r}, not the config of a model; correct the file")
-    for key, value in (*raw.items(), *inner.items()):
-        if key.endswith(_DROPPED) and isinstance(value, int | float) and not 0 <= value <= 1:
+    for key, value in _numbers(raw):
+        if key.endswith(_DROPPED) and not 0 <= value <= 1:
             raise SecateurError(f"{file}: {key} is {value}, not a number between 0 and 1; correct the file")
+        if _SIZE_KEY.search(key) and not value <= (most := _MOST_EXPERTS if "experts" in key else _MOST):
+            raise SecateurError(f"{file}: {key} is {value:,}, more than {most:,}; correct the file")
     return raw
+
+
+def _numbers(raw: Any) -> Iterator[tuple[str, int | float]]:
+    """Yield all numbers in a JSON value, each with the key that it has or whose list it is in."""
+    rest = [("", raw)]
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, int | float):
+            yield key, value
+        elif isinstance(value, dict):
+            rest += value.items()
+        elif isinstance(value, list):
+            rest += ((key, part) for part in value)
 
 
 def _parsed(file: Path) -> Any:
