@@ -1,6 +1,7 @@
 """Wrong options and arguments, in Python and on the command line, are refused in one line, before any work."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,8 @@ ARGUMENTS = [
     ("prune text.txt out", "text.txt: this file is not a .gguf file; name the model's folder"),
     ("prune model out.gguf", "out.gguf: the format hf writes a folder; add --format gguf, or leave out .gguf"),
     ("plan model --target ppl=1.2x", "only secateur prune can reach a target of perplexity, because it prunes to"),
+    ("prune model ''", "the name of a file or folder is empty; name one, or . for the current folder"),
+    ("prune '' out", "the name of a file or folder is empty; name one, or . for the current folder"),
     ("plan model --out text.txt", "text.txt: exists; choose another name or add --overwrite"),
     ("survey model --out page --criterion similarity", "a survey needs a criterion that gives every unit a score"),
     ("survey model --out full", "full: exists and is not empty; choose another name or add --over"),
@@ -115,7 +118,7 @@ def test_wrong_arguments_are_refused_before_any_work(arguments, message, place, 
     (place / "full").mkdir()
     (place / "full" / "thesis.tex").write_text("years of work")
     before = listing(place)
-    refused(run(*arguments.split()), message)
+    refused(run(*shlex.split(arguments)), message)
     assert listing(place) == before
 
 

@@ -43,6 +43,15 @@ def test_a_full_standard_output_is_reported(asked):
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("asked", ["families", "--help"])
+def test_a_reader_may_stop_reading(asked):
+    """As in `secateur families | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-m", "secateur", asked], stdout=writer, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
 def test_a_full_standard_error_changes_no_result(place, run, monkeypatch):
     """Messages are lost, but the work, its results and the exit code are the same."""

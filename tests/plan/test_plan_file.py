@@ -154,6 +154,7 @@ def test_a_ratio_file_gives_ratios_for_ranges_of_blocks(file):
         ({"1:1": 0.5}, "'1:1' is not a range of blocks"),
         ({"-1:2": 0.5}, "'-1:2' is not a range of blocks"),
         ({"0:2": 0.5, "1:3": 0.5}, "block 1 is in two ranges"),
+        ('{"0:2": 0.5, "0:2": 0.1}', "not readable as JSON ('0:2' is there twice)"),
         ({"0:2": 1.5}, "0:2: write the share to remove, from 0 to 1, or one share each for heads, channels, experts"),
         ({"0:2": -0.1}, "write the share to remove"),
         ({"0:2": True}, "write the share to remove"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from outputs import assert_error
 from secateur import SecateurError
 from secateur.base.errors import StoppedError
+from secateur.base.files import held
 from secateur.base.output import Output
 from secateur.model.weights import list_tensors, read_tensor
 from secateur.write.shards import ShardWriter, header_bytes_for
@@ -170,6 +171,17 @@ def test_a_failed_swap_restores_the_old_output(tmp_path, monkeypatch, error):
     with pytest.raises(expected), Output(tmp_path / "out", overwrite=True) as partial:
         (partial / "config.json").write_text("new")
     assert tree(tmp_path) == before
+
+
+def test_what_a_killed_run_has_left_is_removed(tmp_path):
+    left = tmp_path / ".out.partial-0123"
+    left.mkdir()
+    with held(left), Output(tmp_path / "out"):
+        pass
+    assert left.exists()
+    with Output(tmp_path / "out", overwrite=True):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_created_meanwhile_is_not_overwritten(tmp_path):

@@ -16,7 +16,13 @@ from secateur.base.errors import SecateurError, StoppedError
 
 
 def local_path(name: str | Path) -> Path:
-    """Return a path in which `~` is replaced by the home folder of the user, if there is such a user."""
+    """Return a path in which `~` is replaced by the home folder of the user, if there is such a user.
+
+    Raises:
+        SecateurError: The name is empty, which would be the current folder.
+    """
+    if name == "":
+        raise SecateurError("the name of a file or folder is empty; name one, or . for the current folder")
     return Path(os.path.expanduser(name))
 
 

@@ -10,16 +10,25 @@ from secateur.base.files import write_atomically
 from secateur.base.hashes import hash_json
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text from outside.
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """Return the value of a JSON text from outside; with `unique`, no object may have a key twice.
 
     Raises:
-        ValueError: The text is not JSON, not UTF-8, or nested too deeply for Python.
+        ValueError: The text is not JSON, not UTF-8, nested too deeply for Python, or has a key twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_repeats if unique else None)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON text; raise `ValueError` if it has a key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def write_hashed(path: Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from secateur.base.errors import SecateurError, StoppedError
-from secateur.base.files import held, hidden_sibling, real_path, remove, replace_atomically
+from secateur.base.files import held, hidden_sibling, is_held, real_path, remove, replace_atomically
 from secateur.base.json_files import parse_json
 from secateur.base.model_files import MODEL_FILES
 from secateur.base.words import first_few
@@ -100,6 +101,7 @@ class Output:
     def __enter__(self) -> Path:
         with _resumable():
             self._check_before_writing()
+        self._remove_leftovers()
         context = replace_atomically(self.path, _resumable()(self._check_target), resume_path=self.resume_path)
         partial = self._create(self._stack.enter_context(context))
         return self._stack.enter_context(held(partial))
@@ -108,6 +110,13 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed runs have left, unless a run is writing the same output now."""
+        left = list(self.path.parent.glob(f".{glob.escape(self.path.name)}.partial-*"))
+        if not any(map(is_held, left)):
+            for path in left:
+                remove(path)
 
     def _create(self, partial: Path) -> Path:
         """Create the hidden folder or file, with the permissions of any other (unlike `tempfile.mkdtemp`)."""

@@ -129,9 +129,9 @@ def _os_error_message(error: OSError) -> str | None:
 
 
 def _raised_by_printing(error: OSError) -> bool:
-    """Return whether a library that prints text, such as the help, raised the error."""
+    """Return whether the error is from standard output, such as while a library prints the help."""
     frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return frame.f_globals["__name__"].partition(".")[0] in ("rich", "typer", "click")
+    return bool(frame.f_globals["__name__"] == protect_streams.__module__)
 
 
 def _fail(message: str) -> NoReturn:

@@ -6,6 +6,7 @@ the dataclass. `Only(...)` and `Without(...)` in the annotation of a parameter s
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -97,6 +98,9 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
     expanded += [parameter for _, parameter in options]
 
     def command(**values: Any) -> None:
+        if "" in sys.argv and Path() in values.values():
+            # typer makes the current folder of an empty name.
+            local_path("")
         # The shell replaces ~ in `--out ~/x`, but not in `--out=~/x`.
         values = {name: local_path(value) if isinstance(value, Path) else value for name, value in values.items()}
         output_options = output.build(values)

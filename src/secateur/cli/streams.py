@@ -4,7 +4,8 @@ import codecs
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 SUBSTITUTES = {"█": "#", "·": ".", "±": "+-", "→": "->", **dict(zip("▁▂▃▄▅▆▇", "1234567", strict=True))}
@@ -12,21 +13,30 @@ SUBSTITUTES = {"█": "#", "·": ".", "±": "+-", "→": "->", **dict(zip("▁�
 
 
 class LossyStream:
-    """A text stream that drops text which cannot be written, instead of raising `OSError`."""
+    """A text stream that drops text which cannot be written, instead of raising an error."""
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO, dropped: type[OSError]):
+        self._stream, self._dropped = stream, dropped
 
     def write(self, text: str) -> int:
         """Write the text if possible; return its length in any case."""
-        with suppress(OSError):
+        with self._dropping():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream if possible."""
-        with suppress(OSError):
+        with self._dropping():
             self._stream.flush()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except self._dropped as error:
+            if isinstance(error, BrokenPipeError):
+                # Nobody reads the rest, which Python would write once more at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -63,4 +73,6 @@ def protect_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     elif sys.stderr is sys.__stderr__:
-        sys.stderr = cast(TextIO, LossyStream(cast(TextIO, sys.stderr)))
+        sys.stderr = cast(TextIO, LossyStream(cast(TextIO, sys.stderr), OSError))
+    if sys.stdout is not None and sys.stdout is sys.__stdout__:
+        sys.stdout = cast(TextIO, LossyStream(cast(TextIO, sys.stdout), BrokenPipeError))

@@ -63,7 +63,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         # Some editors write a byte order mark at the beginning of a file.
-        raw = parse_json(path.read_text(encoding="utf-8-sig"))
+        raw = parse_json(path.read_text(encoding="utf-8-sig"), unique=True)
     except (ValueError, OSError) as error:
         raise SecateurError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(raw, dict):
