@@ -44,7 +44,7 @@ from secateur.retraining.adapters import adapted_layers
 from secateur.retraining.options import ADAPTERS, Training
 from secateur.retraining.retrain import retrain
 from secateur.retraining.rows import training_rows
-from secateur.retraining.schedule import PLANNED, Seconds, describe_end, tokens_in_time
+from secateur.retraining.schedule import LONGEST_END, PLANNED, Seconds, describe_end, tokens_in_time
 from secateur.retraining.student import Student
 
 SMALL: dict[str, Any] = {
@@ -363,7 +363,7 @@ def test_a_time_counts_from_the_start(train, monkeypatch):
     assert watcher.said[2] == "Training on 64 tokens, as many as fit into 1h"
     assert re.fullmatch(r"This command ends by \d{4}-\d\d-\d\d [\d:]+", describe_end(time.time() + 48 * 3600))
     planned = partial(tokens_in_time, training, Seconds(step=1.0, measurement=0.0, rest=0.0))
-    assert planned(time.time() + 100.5) == 64 * int(100 * PLANNED)
+    assert planned(time.time() + 100.5) == 64 * int((100 - LONGEST_END) * PLANNED)
     assert_error(r"time is 1h, of which 3,\d+\.\d s are over, and .* takes 1\.0 s", planned, time.time() + 1)
 
 

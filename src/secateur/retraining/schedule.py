@@ -18,8 +18,11 @@ from secateur.retraining.rows import HELD_OUT
 from secateur.retraining.student import Student
 from secateur.retraining.train import MEASUREMENTS, STEPS_BETWEEN
 
-PLANNED = 0.9
+PLANNED = 0.85
 """Planned share of the remaining time. Checkpoints may take a third of what is left (`pass_checkpoint.SPENT`)."""
+END, LONGEST_END = 0.1, 10.0
+"""Share of the time of the start that the end of the process takes (the libraries are unloaded), and its most seconds.
+"""
 
 
 class Seconds(NamedTuple):
@@ -58,12 +61,13 @@ def tokens_in_time(training: Training, seconds: Seconds, deadline: float) -> int
     """
     assert training.seconds is not None
     left = deadline - time.time()
-    steps = seconds.steps_in(PLANNED * left)
+    gone = training.seconds - left
+    end = min(END * gone, LONGEST_END)
+    steps = seconds.steps_in(PLANNED * (left - end))
     if steps < 1:
-        gone = training.seconds - left
         raise SecateurError(
             f"time is {training.time}, of which {gone:,.1f} s are over, and a training of one step takes "
-            f"{seconds.least:,.1f} s; allow at least {gone + seconds.least / PLANNED + 1:,.0f}s"
+            f"{seconds.least:,.1f} s; allow at least {gone + end + seconds.least / PLANNED + 1:,.0f}s"
         )
     return steps * training.batch * training.length
 
