@@ -168,6 +168,15 @@ def test_eval_compares_two_models_on_a_file_and_on_a_pipe(place, run, monkeypatc
     assert "1.000" in next(line for line in piped.out.splitlines() if "perplexity" in line)
 
 
+def test_a_narrow_terminal_cuts_no_figure(place, run, monkeypatch):
+    wide = run("prune", "model", "out", *SMALL, "--widths", "uniform")
+    monkeypatch.setenv("COLUMNS", "20")
+    narrow = run("prune", "model", "narrow", *SMALL, "--widths", "uniform")
+    assert "…" not in narrow.out
+    figures = [cells[1:] for cells in cells_of(wide.out)]
+    assert [cells[1:] for cells in cells_of(narrow.out) if cells[1]] == figures
+
+
 def test_json_holds_the_results(place, run):
     result = run("prune", "model", "out", *SMALL, "--json", "-", "--quiet")
     assert (result.code, result.err) == (0, "")

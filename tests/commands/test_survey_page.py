@@ -73,6 +73,17 @@ def test_prune_reads_the_survey_file(options, place, run, calls_of):
     assert data["parameters"] - shown["removed"] == kept
 
 
+def test_equal_plans_are_one_row_and_the_page_says_how_much_can_be_removed(place, run):
+    result = run("survey", "model", *SMALL, "--modules", "heads")
+    rows, data = [line for line in result.out.splitlines() if "│" in line], page_of(place / "survey")
+    assert 5 < len(rows) == len(set(rows)) < len(data["plans"])
+    assert data["unreached"] == pytest.approx(data["plans"][-1]["share"] + 0.025)
+    # The unit is in the value.
+    assert data["plans"][0]["sizes"].keys() == {"weights", "KV cache"}
+    assert run("survey", "model", *SMALL, "--out", "all").code == 0
+    assert page_of(place / "all")["unreached"] is None
+
+
 # In a browser.
 
 

@@ -25,6 +25,9 @@ EXIT_INTERRUPTED = 130
 MESSAGES = "Messages"
 """Panel of the options that every command has."""
 
+LONG_WORD = 20
+"""Number of characters from which on a word of a table, such as a path, may be broken."""
+
 IS_WORKER = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 """Whether this is one of several processes, but not rank 0: it prints errors only."""
 
@@ -103,13 +106,23 @@ def print_result(result: Any, table: Table | None, lines: list[str], times: str 
     console = Console(highlight=False, markup=False)
     try:
         if table is not None:
-            console.print(table)
+            _keep_figures_whole(table)
+            console.print(table, crop=False)
         for line in [*lines, f"Time: {times}."] if times else lines:
             console.print(line, soft_wrap=True)
     except OSError as error:
         if not is_disk_full(error):
             raise
         raise output_full_error("; the output files are complete") from error
+
+
+def _keep_figures_whole(table: Table) -> None:
+    """Make columns as wide as their figures and short words, whatever the width of the terminal; the rest is folded."""
+    for column in table.columns:
+        column.overflow = "fold"
+        cells = [str(cell) for cell in column.cells]
+        words = cells if column.justify == "right" else [word[:LONG_WORD] for cell in cells for word in cell.split()]
+        column.min_width = max(map(len, words), default=0)
 
 
 def output_full_error(detail: str = "") -> SecateurError:

@@ -100,6 +100,7 @@ def _survey_and_write(run: OpenRun, model: str | Path, out: Path, folder: Output
         "probe_tokens": split_survey_rows(rows.selection)[1].numel(),
         "line": line,
         "vocabulary": None if run.vocabulary is None else run.vocabulary.describe(),
+        "unreached": next((share for share in SHARES if share not in plans), None),
     }
     if run.processes.is_first:
         sizes = {share: _sizes(run, plan) for share, plan in plans.items()}
@@ -118,13 +119,13 @@ def _sizes(run: OpenRun, plan: Plan) -> dict[str, str]:
     stream, dtype = run.stream, run.dtype
     meters = {
         "weights": byte_meter(stream, dtype),
-        "KV cache per token": cache_meter(stream, dtype),
-        "active per token": active_meter(stream),
+        "KV cache": cache_meter(stream, dtype),
+        "used per token": active_meter(stream),
     }
     values = {name: meter.format_value(meter.total(plan.widths)) for name, meter in meters.items()}
     # Without experts, all parameters are active.
     if not any(module.experts_per_token for block in stream.blocks for module in block.modules):
-        del values["active per token"]
+        del values["used per token"]
     return values
 
 

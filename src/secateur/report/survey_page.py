@@ -45,8 +45,8 @@ def page_data(
         blocks: All blocks of the dense model.
         plans: The cheapest plan for each sparsity.
         facts: `model`, its `family`, its number of `parameters`, the number of `probe_tokens` on which
-            costs were measured, the command `line` that uses the survey, and a sentence about the `vocabulary`, or
-            None if all tokens are kept.
+            costs were measured, the command `line` that uses the survey, a sentence about the `vocabulary`, or None
+            if all tokens are kept, and the smallest share that is `unreached`, or None.
         distances: Distances between query heads; without them the page does not compare heads.
         sizes: Further sizes of the model after each plan, as text with a unit, by name.
     """

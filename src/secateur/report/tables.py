@@ -133,14 +133,14 @@ def survey_table(result: SurveySummary, out: Path) -> tuple[Table, list[str]]:
     units = totals(result.dense)
     for name in ("sparsity", "parameters", *units, "estimated loss increase (nats per token)"):
         table.add_column(name, justify="right")
+    rows = []
     for share, plan in result.plans.items():
         widths = [plan.widths.get(index, width) for index, width in enumerate(result.dense)]
-        table.add_row(
-            f"{plan.sparsity:.1%}",
-            format_count(result.parameters[share]),
-            *(f"{after:,}/{units[label]:,}" for label, after in totals(widths).items()),
-            f"{plan.cost or 0.0:.3f}",
-        )
+        kept = [f"{after:,}/{units[label]:,}" for label, after in totals(widths).items()]
+        rows.append((f"{plan.sparsity:.1%}", format_count(result.parameters[share]), *kept, f"{plan.cost or 0.0:.3f}"))
+    # A small model may have one plan for several sparsities.
+    for row in dict.fromkeys(rows):
+        table.add_row(*row)
     page = out / "survey.html"
     return table, [
         f"Open {page} in a browser to choose a size; it needs no network. The survey itself is {out / 'survey.json'}",
