@@ -72,7 +72,7 @@ def prune_and_measure() -> None:
     heading("3. Measure quality and speed, on articles that were not used for calibration")
     secateur(
         f"eval {PRUNED} --against {MODEL} --perplexity {HELD_OUT} --tokens 2048 --speed --no-answers "
-        f"--json {FIGURES} --overwrite"
+        f"--report --json {FIGURES} --overwrite"
     )
 
     heading("4. Text that the two models write")
@@ -94,7 +94,7 @@ def heal() -> None:
     heading("5. Train the pruned model for five minutes")
     console.print("The model learns from a text and from the model before pruning.")
     secateur(f"retrain {PRUNED} {HEALED} --time 5m --overwrite")
-    secateur(f"eval {HEALED} --against {MODEL} --perplexity {HELD_OUT} --tokens 2048 --no-answers")
+    secateur(f"eval {HEALED} --against {MODEL} --perplexity {HELD_OUT} --tokens 2048 --no-answers --report")
 
 
 def heading(text: str) -> None:

@@ -93,6 +93,9 @@ def test_plan_prints_the_widths_that_prune_gives(place, run):
     assert "Without effect on plan: --effort, --dry-run\n" in copied.err
     part = run("plan", "model", *SMALL, "--sparsity", "0.4", "--blocks", "1:2")
     assert "% of the parameters of block 1 are removed; " in part.out
+    assert " channels in block 1. Removing " in part.err
+    part = run("prune", "model", "part", *SMALL, "--sparsity", "0.4", "--blocks", "1:2", "--dry-run")
+    assert " are removed; block 1 keeps: " in part.out
     result = run("plan", "model", *SMALL, "--sparsity", "0.4", "--out", "plan.json", "--survey", "survey.json")
     assert "Written to plan.json; prune with --plan plan.json" in result.out
     assert run("prune", "model", "planned", *SMALL, "--plan", "plan.json").code == 0
@@ -118,7 +121,8 @@ def test_sizes_writes_models_a_table_and_a_plot_and_resumes(place, run, monkeypa
     arguments = ["sizes", "model", "--out", "sizes", *SMALL, "--sparsities", ".5,.2", "--perplexity", "text.txt"]
     result = run(*arguments)
     assert result.code == 0, result.err
-    assert "sizes.json and sizes.png are in sizes" in result.out
+    said = "Perplexity: of rows of 16 tokens, each scored on its own.\nsizes.json and sizes.png are in sizes"
+    assert said in result.out
     assert "text.txt" in result.out.splitlines()[2]
     assert [float(cells[1][:-1]) for cells in cells_of(result.out)] == pytest.approx([0, 20, 50], abs=1)
     names = {"sparsity-0.2", "sparsity-0.5", "sizes.json", "sizes.png", "survey.json"}

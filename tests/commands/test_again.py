@@ -119,10 +119,15 @@ def test_the_chain_is_recorded(folder):
     (step,) = record_of(second)["earlier"]
     assert step["sparsity"]["reached"] == record_of(first)["sparsity"]["reached"]
     lines = [
-        f"{number}. {model.name}: {record_of(out)['sparsity']['reached']:.1%} of the parameters of its pruned blocks"
+        f"{number}. {model.name}: {record_of(out)['sparsity']['reached']:.1%} of the blocks' parameters removed"
         for number, (model, out) in enumerate(((folder("llama"), first), (first, second)), 1)
     ]
-    assert all(line in (second / "README.md").read_text() for line in lines)
+    card = (second / "README.md").read_text()
+    assert all(line in card for line in lines)
+    assert "after structured pruning: in the last of 2 steps, " in card
+    assert ">before the last step</th>" in (second / "report.html").read_text()
+    # The card of the first result is not the card of the base model.
+    assert not (second / "README.base.md").exists()
     dense = json.loads((folder("llama") / "config.json").read_text())
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         assert json.loads((second / "config.json").read_text())[key] == dense[key]

@@ -374,6 +374,11 @@ def test_examples_print_what_they_show(name: str) -> None:
 CELLS = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
 
 
+def test_the_card_of_the_demo_says_what_the_demo_measures() -> None:
+    measured = (ROOT / "demo" / "demo.py").read_text(encoding="utf-8").split('f"eval ')[1:]
+    assert ["--report" in command.partition(")\n")[0] for command in measured] == [True, True]
+
+
 def test_the_notebook_runs(letters_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = {"MODEL": str(letters_folder("llama")), "OPTIONS": {"sparsity": 0.4, "calibration": "random", "length": 16}}

@@ -12,10 +12,14 @@ import yaml
 from axe_playwright_python.sync_playwright import Axe
 from command_line import SMALL, Run
 
-from models import save
-from outputs import Opened, record_of
+from models import blocks_of, build, save
+from outputs import Opened, record_of, weights_of
+from secateur.measure.answers import AnswerScore
+from secateur.measure.figures import Evaluation, ModelScore
 from secateur.report.card import card
+from secateur.report.eval_table import measurement_notes
 from secateur.report.model_page import model_page
+from secateur.report.summary import each_keeps
 from secateur.report.training_section import WIDE, training_section
 
 UNITS = ("heads", "kv_groups", "channels")
@@ -55,7 +59,8 @@ def test_the_card_says_what_was_done(place, run):
     assert f"{record['sparsity']['reached']:.1%} of the blocks' parameters" in text
     channels = sum(block["width"]["channels"] for block in record["blocks"])
     page = text_of((place / "out" / "report.html").read_text())
-    assert f"were removed: {channels:,} of 216 feed-forward channels are kept. Estimated" in page
+    assert f"were removed, and {channels:,} of 216 feed-forward channels are kept. Estimated" in page
+    assert "Licence files of the base model, if it has any, are in this folder" in text
     before, after = record["sizes"]["parameters"]
     assert f"| parameters | {before:,} | {after:,} | {after / before:.3f} |" in text
     assert 'from_pretrained("THIS_FOLDER")' in text
@@ -113,6 +118,8 @@ def test_the_card_names_the_base_and_tells_a_fit_from_none():
         text = card(made(options={"recovery": recovery, "blocks": None}))
         assert words in text
         assert ("were fitted" in text) == (recovery == "refit")
+        page = text_of(model_page(made(options={"recovery": recovery, "blocks": None})))
+        assert all("refit" not in shown.replace("each pruned and refitted alone", "") for shown in (text, page))
 
 
 def test_names_are_escaped():
@@ -142,9 +149,9 @@ def test_measurements_are_added_to_card_and_page(place, run):
     card_now, page = ((place / "out" / name).read_text() for name in before)
     assert f"| perplexity text.txt | {row} |" in card_now
     assert "has not been measured yet" not in card_now
-    notes = [f"Prompts: {name} continues each as text, as it has no chat template." for name in ("out", "model")]
+    notes = ["Prompts: each model continues them as text, as it has no chat template."]
     notes.append("bytes) scored in 4 rows of 16; rows begin without BOS, as the tokenizer adds none.")
-    assert all(note in shown for note in notes for shown in (result.out, card_now, text_of(page)))
+    assert all(shown.count(note) == 1 for note in notes for shown in (result.out, card_now, text_of(page)))
     wrote = [model["written"]["w1 w2 w3"] for model in (here, base)]
     assert all(20 < len(text.split()) <= 80 for text in wrote)
     assert wrote[0] != wrote[1]
@@ -152,6 +159,24 @@ def test_measurements_are_added_to_card_and_page(place, run):
         words = " ".join(text.split())
         assert words in text_of(page)
         assert words in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize(("row", "where"), [("llama", "every block"), ("lfm2", "every block (as far as it has them)")])
+def test_one_width_of_several_blocks(row, where):
+    widths = {index: block.width for index, block in enumerate(blocks_of(build(row)))}
+    found, width = each_keeps(widths, 3)
+    assert (found, width.keys()) == (where, {axis for one in widths.values() for axis in one})
+    assert each_keeps({1: width, 2: width}, 3)[0] == "each of blocks 1 to 2"
+    assert each_keeps({0: width, 2: width}, 3)[0] == "each of 2 blocks"
+
+
+def test_notes_name_the_models():
+    """The columns of a card are in another order than those of `eval`."""
+    scores = [ModelScore(name, 1, 1, False, {}, [], answers=AnswerScore(40, 9, 0.0, 0.5)) for name in ("x", "y")]
+    scores[0].written, scores[0].chat_template = {"Who?": "I."}, True
+    answers, prompts = measurement_notes(Evaluation(scores), ("this model", "the base model"))
+    assert "share of the answer tokens of the base model that this model ranks first." in answers
+    assert prompts.startswith("Prompts: this model answers them as a user's message in its chat template; the base ")
 
 
 @pytest.mark.parametrize("steps", [1, 4, 100, 101, 250])
@@ -193,6 +218,12 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     (said,) = record_of(place / "trained")["retrained"]
     assert f"from {said['perplexity']['before']:.2f} to {said['perplexity']['after']:.2f}." in text
     assert "Then the model was retrained." in text
+    # The commands make the same model, byte for byte.
+    first, then = (shlex.split(line)[1:] for line in text.splitlines() if line.startswith("secateur "))
+    assert first == shlex.split(record_of(place / "out")["command"])[1:]
+    assert run(*[{"OUT": "again"}.get(word, word) for word in then]).code == 0
+    assert (place / "again" / "README.md").read_text() == text
+    assert weights_of(place / "again") == weights_of(place / "trained")
     assert "It was not trained afterwards." in (place / "out" / "README.md").read_text()
     page = (place / "trained" / "report.html").read_text()
     assert page.count('class="line" fill="none"') == 2

@@ -137,6 +137,9 @@ def test_a_pruned_folder_is_trimmed(model, text, tmp_path, widths):
     prune(tmp_path / "twice", tmp_path / "last", calibration=text, widths=widths, **PRUNE)
     card = (tmp_path / "last" / "README.md").read_text(encoding="utf-8")
     assert f", {twice[1]:,} of 901 tokens kept\n" in card
+    commands = [line.split()[1:4] for line in card.splitlines() if line.startswith("secateur ")]
+    named = [("prune", "model"), ("trim", "pruned"), ("trim", "trimmed"), ("prune", "twice")]
+    assert commands == [[*one, "OUT"] for one in named]
     assert "| before the last step | after |" in card
 
 

@@ -3,6 +3,7 @@
 The command line, the Python signature, recipes and the record in secateur.json are made from these fields.
 """
 
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import field, fields
 from numbers import Integral, Real
@@ -117,14 +118,27 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def changed_options(options: Any, names: Iterable[str]) -> dict[str, str]:
-    """Return the named options that differ from their default, as text for a command line."""
-    values = {name: getattr(options, name) for name in names}
+def changed_options(options: Any, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Return the options (all, or those with some names) that differ from their default, as text for a command line."""
+    values = {name: getattr(options, name) for name in names or option_specs(type(options))}
     return {
         name: ",".join(value) if isinstance(value, tuple) else str(value)
         for name, value in values.items()
         if value != getattr(type(options), name)
     }
+
+
+def command_line(command: str, source: str, options: Mapping[str, str]) -> str:
+    """Return the command that makes a model again, with the names of local files but not their folders."""
+    words = ["secateur", command, _name_of(source), "OUT"]
+    for name, value in options.items():
+        words += [f"--{cli_name(name)}", _name_of(value)]
+    return shlex.join(words)
+
+
+def _name_of(path: str) -> str:
+    """Return the name of a local file or folder without its folder; anything else unchanged."""
+    return Path(path).name if Path(path).exists() else path
 
 
 def cli_name(name: str) -> str:

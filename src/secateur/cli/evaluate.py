@@ -141,5 +141,6 @@ def evaluate(
     if report:
         here, base = result.models
         texts = [(asked, wrote, base.written[asked]) for asked, wrote in here.written.items()]
-        add_measurements(Path(model), measured_rows(result), texts, measurement_notes(result))
+        notes = measurement_notes(result, ("this model", "the base model"))
+        add_measurements(Path(model), measured_rows(result), texts, notes)
     print_result(result, *eval_table(result))

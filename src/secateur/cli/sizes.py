@@ -43,8 +43,8 @@ def sizes(
     perplexity: Annotated[
         list[str] | None,
         typer.Option(
-            help="Measure the perplexity of this text at each size, for the table and the plot. May be given several "
-            "times.",
+            help="Measure the perplexity of this text at each size, in rows of --length tokens, for the table and the "
+            "plot. May be given several times.",
             rich_help_panel=WHAT_TO_MEASURE,
             show_default="none: no plot",
         ),
@@ -67,4 +67,4 @@ def sizes(
         from secateur.report.tables import sizes_table
 
     found = run(model, out, each, run_options, texts=perplexity or [], tokens=tokens or None, watcher=bars)
-    print_result(found, *sizes_table(found, out), bars.times())
+    print_result(found, *sizes_table(found, out, options.length), bars.times())

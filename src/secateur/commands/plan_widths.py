@@ -8,12 +8,12 @@ from secateur.commands.open_model import OpenRun
 from secateur.commands.request import check_plan
 from secateur.commands.result import dissimilar_experts_note
 from secateur.commands.survey_model import Findings
-from secateur.model.axes import AxisKind, Width, axis_kinds, present
+from secateur.model.axes import AxisKind, Width, alike, axis_kinds, model_width, present
 from secateur.plan.plan import plan as solve
 from secateur.plan.problem import Plan
 from secateur.plan.search import smallest_within
 from secateur.plan.target import Target
-from secateur.report.summary import pruned_part
+from secateur.report.summary import each_keeps, pruned_part
 from secateur.text.draw import CalibrationRows
 
 
@@ -57,11 +57,14 @@ def _solved(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan:
 def _description(run: OpenRun, plan: Plan) -> str:
     """Return one sentence about the widths of a plan, its size and its estimated loss."""
     dense, kept = [run.stream.blocks[index].width for index in plan.widths], list(plan.widths.values())
-    loss = "" if plan.cost is None else f"; estimated loss increase: {plan.cost:.2f} nats per token"
-    if plan.uniform:
-        width, full = max(zip(kept, dense, strict=True), key=lambda pair: len(pair[1]))
-        parts = [f"{width[name]:,} of {number:,} {axis_kinds()[name].label}" for name, number in full.items()]
-        units = f"{joined(parts)} in every block"
+    # The survey refits each module that it cuts, whatever the run does.
+    refit = "" if run.recovery.fits else " if weights were refitted"
+    loss = "" if plan.cost is None else f"; estimated loss increase{refit}: {plan.cost:.2f} nats per token"
+    if plan.uniform and alike(dense):
+        where, width = each_keeps(plan.widths, len(run.stream))
+        full = model_width(dense)
+        parts = [f"{number:,} of {full[name]:,} {axis_kinds()[name].label}" for name, number in width.items()]
+        units = f"{joined(parts)} in {where}"
     else:
         units = joined([_kept_units(kind, kept, dense) for kind in present(dense)])
     return f"Keeping {units}. Removing {plan.sparsity:.1%} of {pruned_part(run.options.blocks)}{loss}"

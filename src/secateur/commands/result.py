@@ -2,11 +2,9 @@
 
 import platform
 import resource
-import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,8 @@ import transformers
 import secateur
 from secateur.base.files import existing_path
 from secateur.base.hashes import hash_rows
-from secateur.base.options import changed_options, cli_name, option_specs
+from secateur.base.options import changed_options, command_line
 from secateur.commands.open_model import OpenRun
-from secateur.commands.options import Options
 from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.fitted_block import FittedBlock
 from secateur.model.structure import Block
@@ -104,7 +101,7 @@ def make_record(
         "revision": run.run_options.revision,
         "on_hub": existing_path(stream.checkpoint.source) is None,
         **stream.checkpoint.identity,
-        "command": command_line(stream.checkpoint.source, run.options),
+        "command": command_line("prune", stream.checkpoint.source, changed_options(run.options)),
         "options": asdict(run.options),
         "calibration": {
             "groups": [list(group.shape) for group in grouped.groups],
@@ -136,20 +133,6 @@ def make_record(
         record["earlier"] = earlier
     first = plan.first_heads
     return record if first is None else record | {first.name: first.as_dict()}
-
-
-def command_line(source: str, options: Options) -> str:
-    """Return the command that makes the model again, with the names of local files but not their folders."""
-    specs = option_specs(Options)
-    words = ["secateur", "prune", _name_of(source), "OUT"]
-    for name, value in changed_options(options, specs).items():
-        words += [f"--{cli_name(name)}", _name_of(value) if specs[name].may_name_file else value]
-    return shlex.join(words)
-
-
-def _name_of(path: str) -> str:
-    """Return the name of a local file or folder without its folder; anything else unchanged."""
-    return Path(path).name if Path(path).exists() else path
 
 
 def block_record(dense: Block, plan: Plan, block: FittedBlock) -> dict[str, Any]:

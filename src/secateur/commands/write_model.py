@@ -17,8 +17,7 @@ from secateur.commands.result import block_record, make_record, summarize, unfit
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.formats.format import PrunedModel
 from secateur.plan.problem import Plan
-from secateur.report.card import CARD
-from secateur.report.folder import read_text, readme_and_report
+from secateur.report.folder import readme_and_report
 from secateur.report.summary import Summary
 from secateur.text.draw import CalibrationRows
 from secateur.vocabulary.kept import map_contents, original_ids
@@ -125,4 +124,4 @@ def _records(
     files = {"secateur.json": record, "timings.json": timings}
     ids = original_ids(checkpoint)
     files |= {} if ids is None else {MAP_FILE: map_contents(ids)}
-    return files | readme_and_report(read_text(checkpoint.path / CARD), record)
+    return files | readme_and_report(checkpoint.path, record)

@@ -13,14 +13,15 @@ import yaml
 from secateur.fit.recovery import all_recoveries
 from secateur.report.record_text import (
     chain,
+    column_before,
     commands,
     expected_cost,
     hub_id,
+    last_step,
     loading,
     loading_code,
     original,
     original_name,
-    share_removed,
     sizes,
     units_kept,
     versions,
@@ -67,9 +68,8 @@ def card(
 
 def _summary(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield what was removed and how the other weights changed."""
-    step = f" in {len(record['earlier']) + 1} steps. In the last step," if record.get("earlier") else ":"
     yield (
-        f"This is `{_code(original_name(record))}` after structured pruning{step} {share_removed(record)}, and "
+        f"This is `{_code(original_name(record))}` after structured pruning: {last_step(record)}, and "
         f"{units_kept(record)}. {all_recoveries()[record['options']['recovery']].summary} {_training(record)} "
         f"[{PAGE}]({PAGE}) shows what was removed from each block."
     )
@@ -83,16 +83,15 @@ def _training(record: Mapping[str, Any]) -> str:
 
 def _figures(record: Mapping[str, Any], measured: Sequence[Sequence[str]], notes: Sequence[str]) -> Iterator[str]:
     """Yield the table of sizes and measurements, and what is known of the quality."""
-    rows = [f"| {label} | {before} | {after} | {ratio} |" for label, before, after, ratio in sizes(record)]
+    rows = [f"| {label} | {base} | {here} | {ratio} |" for label, base, here, ratio in sizes(record)]
     rows += [f"| {_plain(label)} | {base} | {here} | {ratio} |" for label, here, base, ratio in measured]
-    before = "before the last step" if record.get("earlier") else "before"
-    yield "\n".join([f"| | {before} | after | ratio |", "|---|---|---|---|", *rows])
+    yield "\n".join([f"| | {column_before(record)} | after | ratio |", "|---|---|---|---|", *rows])
     yield "\n".join(f"- {_plain(note)}" for note in notes)
     yield expected_cost(record)
     if not measured:
         yield "The quality of this model has not been measured yet; `secateur eval` measures it."
     yield (
-        "A pruned model may have lost abilities that its calibration text does not use: measure it on your own task "
+        "A pruned model may have lost abilities that its calibration did not use: measure it on your own task "
         "before you rely on it."
     )
 
@@ -109,7 +108,8 @@ def _instructions(record: Mapping[str, Any]) -> Iterator[str]:
         )
     serve = f"vllm serve THIS_FOLDER{' --trust-remote-code' * how.runs_code}"
     vllm = f"vLLM cannot serve this model: {unsupported}." if unsupported else f"With vLLM: `{serve}`."
-    yield f"{vllm} For llama.cpp, if it supports the architecture: `secateur export THIS_FOLDER model.gguf`."
+    llama_cpp = "For llama.cpp, if it supports the architecture with these widths"
+    yield f"{vllm} {llama_cpp}: `secateur export THIS_FOLDER model.gguf`."
 
 
 def _making(record: Mapping[str, Any], base_card: str | None) -> Iterator[str]:
@@ -119,12 +119,12 @@ def _making(record: Mapping[str, Any], base_card: str | None) -> Iterator[str]:
     yield f"```bash\n{lines}\n```"
     if passes := [one["perplexity"] for one in record.get("retrained", [])]:
         steps = ", then ".join(f"{one['before']:.2f} to {one['after']:.2f}" for one in passes)
-        yield f"Afterwards it was retrained (`secateur retrain`): perplexity on held-out rows from {steps}."
+        yield f"Retraining changed the perplexity on held-out rows from {steps}."
     yield f"Made with {versions(record)}."
     copied = f", and its model card is [{BASE_CARD}]({BASE_CARD})" if base_card else ""
     yield (
-        "The licence of the base model applies to this model. Licence files of the base model are in this folder"
-        f"{copied}."
+        "The licence of the base model applies to this model. Licence files of the base model, if it has any, are in "
+        f"this folder{copied}."
     )
 
 

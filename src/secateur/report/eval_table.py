@@ -1,5 +1,7 @@
 """Table of an evaluation: one model, or two side by side."""
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from secateur.measure.answers import ANSWER_TOKENS, LOOP, AnswerScore
@@ -7,36 +9,43 @@ from secateur.measure.figures import Evaluation, Figure, ModelScore, short
 from secateur.measure.speed import Speed
 from secateur.report.summary import bos_note
 
+WITH_TEMPLATE = "answers them as a user's message in its chat template"
+AS_TEXT = "continues them as text, as it has no chat template"
+"""What a model with or without a chat template does with prompts."""
 KNOWN = ("parameters", "bytes in the same dtype")
 """Figures that are known without an evaluation."""
 
 
 def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
     """Return the table of an evaluation, and lines about the measurements to print below it."""
-    names = [short(model.name) for model in result.models]
-    if len(set(names)) < len(names):
-        names = [model.name for model in result.models]
+    names = _names(result)
     table = Table(title="Evaluation", title_justify="left")
     table.add_column("")
     for name in (*names, "ratio")[: 3 if len(names) == 2 else 1]:
         table.add_column(name, justify="right", overflow="fold")
     for figure in result.figures():
         table.add_row(figure.label, *_values(figure), *_ratio(figure))
-    lines = measurement_notes(result)
+    lines = measurement_notes(result, names)
     for prompt in result.models[0].written:
         texts = (f"{name}: {model.written[prompt]}" for name, model in zip(names, result.models, strict=True))
         lines += ["", prompt, *texts]
     return table, lines
 
 
-def measurement_notes(result: Evaluation) -> list[str]:
-    """Return lines about how texts, answers, tasks and speed were measured, for one model or two."""
+def _names(result: Evaluation) -> list[str]:
+    """Return the short name of each model; their whole names if the short ones are the same."""
+    names = [short(model.name) for model in result.models]
+    return names if len(set(names)) == len(names) else [model.name for model in result.models]
+
+
+def measurement_notes(result: Evaluation, names: Sequence[str]) -> list[str]:
+    """Return lines about how texts, answers, tasks and speed were measured, for one model or two, and their names."""
     model, compared = result.models[0], len(result.models) == 2
     lines = [_text(result, source) for source in model.texts]
     if model.answers is not None:
-        lines.append(_answers(model.answers))
+        lines.append(_answers(model.answers, names))
     if model.written:
-        lines += map(_prompts, result.models)
+        lines.append(_prompts(result.models, names))
     if model.tasks:
         items = ", ".join(f"{task.name} {task.items:,} items" for task in model.tasks)
         ratios = "; ratios with a 95 % interval, paired by item" * compared
@@ -67,18 +76,19 @@ def _speeds(result: Evaluation) -> list[Speed]:
     return [model.speed for model in result.models if model.speed is not None]
 
 
-def _prompts(model: ModelScore) -> str:
-    """Return a line about what a model gets for a prompt."""
-    if model.chat_template:
-        return f"Prompts: {short(model.name)} answers each as a user's message in its chat template."
-    return f"Prompts: {short(model.name)} continues each as text, as it has no chat template."
+def _prompts(models: Sequence[ModelScore], names: Sequence[str]) -> str:
+    """Return a line about what each model gets for a prompt."""
+    by_template = {model.chat_template: name for model, name in zip(models, names, strict=True)}
+    who = by_template if len(by_template) == len(models) else {models[0].chat_template: "each model"}
+    clauses = (f"{name} {WITH_TEMPLATE if template else AS_TEXT}" for template, name in who.items())
+    return f"Prompts: {'; '.join(clauses)}."
 
 
-def _answers(score: AnswerScore) -> str:
+def _answers(score: AnswerScore, names: Sequence[str]) -> str:
     """Return a line about how answers were measured."""
     line = f"Answers: {score.prompts} prompts, up to {ANSWER_TOKENS} tokens each, always the likeliest token. "
     if score.agreement is not None:
-        line += "Agreement: share of the second model's answer tokens that the first model ranks first. "
+        line += f"Agreement: share of the answer tokens of {names[1]} that {names[0]} ranks first. "
     return line + f"An answer loops if a run of {LOOP} tokens occurs twice in it."
 
 

@@ -20,13 +20,14 @@ from secateur.write.record import RECORD, read_record
 T = TypeVar("T")
 
 
-def readme_and_report(base: str | None, record: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+def readme_and_report(source: Path, record: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Return the contents of card and page by file name; those made from the record are functions.
 
     Args:
-        base: The card of the base model, which is copied.
+        source: Folder of the model before the run; the card of the dense model is copied from it.
         record: Returns the contents of secateur.json, once the run has finished.
     """
+    base = read_text(source / (BASE_CARD if "sizes" in read_record(source) else CARD))
     files = {CARD: lambda: card(record(), base_card=base), PAGE: lambda: model_page(record())}
     return files if base is None else files | {BASE_CARD: base}
 

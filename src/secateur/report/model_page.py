@@ -1,4 +1,4 @@
-"""Page of a pruned folder, report.html: what was removed from each block, and the errors before and after the refit.
+"""Page of a pruned folder, report.html: what was removed from each block, and the errors before and after the recovery.
 
 The page is one HTML file without scripts, and loads nothing. All text from models and users is escaped. The page is
 made from the record of the run (secateur.json) alone.
@@ -11,15 +11,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from secateur.fit.recovery import all_recoveries
 from secateur.model.axes import Width, axis_kinds, shares
 from secateur.report.drawing import MARGIN, framed, log_ticks
 from secateur.report.record_text import (
     chain,
+    column_before,
     commands,
     expected_cost,
+    last_step,
     loading_code,
     original_name,
-    share_removed,
     sizes,
     units_kept,
     versions,
@@ -50,14 +52,18 @@ def model_page(
     blocks = list(_blocks(record))
     name = original_name(record)
     rows = [*sizes(record), *((label, base, here, ratio) for label, here, base, ratio in measured)]
+    lines = "".join(f"<p>{escape(note)}</p>" for note in notes)
     parts = {
         "TITLE": f"{escape(name)}, pruned",
-        "SUMMARY": escape(f"{share_removed(record)}: {units_kept(record)}. {expected_cost(record)}"),
-        "FIGURES": _table(("", "before", "after", "ratio"), rows) + "".join(f"<p>{escape(note)}</p>" for note in notes),
+        "SUMMARY": escape(
+            f"After structured pruning: {last_step(record)}, and {units_kept(record)}. {expected_cost(record)}"
+        ),
+        "FIGURES": _table(("", column_before(record), "after", "ratio"), rows) + lines,
         "MAP": _map(blocks),
         "ERRORS": "".join(_errors(role, blocks) for role in _roles(blocks)),
+        "RECOVERY": escape(all_recoveries()[record["options"]["recovery"]].summary),
         "TABLE": _table(
-            ("block", "units", "kept", "of", "error before the refit", "error after the refit"),
+            ("block", "units", "kept", "of", "error before the recovery", "error after the recovery"),
             [row for block in blocks for row in _rows(block)],
         ),
         "TRAINING": training_section(record.get("retrained", [])),
@@ -105,7 +111,7 @@ def _map(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
-    """Draw the error of each block's module before and after the refit.
+    """Draw the error of each block's module before and after the recovery.
 
     The scale is logarithmic: in some models a few entries of the residual stream are huge from some block on, so that
     relative errors of blocks differ by powers of ten.
@@ -131,7 +137,7 @@ def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
         )
     label = role.capitalize()
     scale = [(place(value), f"{value:.3g}") for value in log_ticks(lowest, highest)]
-    chart = _svg(len(blocks), CHART_HEIGHT, f"{label}: error of each block before and after the refit", marks, scale)
+    chart = _svg(len(blocks), CHART_HEIGHT, f"{label}: error of each block before and after the recovery", marks, scale)
     return f"<figure><figcaption>{label}: relative error, by block</figcaption>{chart}</figure>"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from secateur.base.words import format_count, joined
 from secateur.formats.format import Loading, format_class
 from secateur.model.axes import Width, totals
-from secateur.report.summary import pruned_part
+from secateur.report.summary import estimated_loss, pruned_part
 from secateur.write.record import MAP_FILE, tokens_kept
 
 
@@ -33,11 +33,9 @@ def original_name(record: Mapping[str, Any]) -> str:
 
 
 def commands(record: Mapping[str, Any]) -> list[str]:
-    """Return the commands that pruned the dense model to this one; retraining between them is a comment."""
-    lines = []
-    for step in record.get("earlier", []):
-        lines += [str(step["command"]), *["# then secateur retrain"] * step["retrained"]]
-    return [*lines, str(record["command"])]
+    """Return the commands that made this model from the dense one: each pruning, with what came after it."""
+    steps = (*record.get("earlier", []), record)
+    return [command for step in steps for command in (str(step["command"]), *step.get("later", []))]
 
 
 def chain(record: Mapping[str, Any]) -> list[str]:
@@ -49,7 +47,8 @@ def chain(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for step in (*record["earlier"], record) if record.get("earlier") else ():
         share, then = step.get("sparsity", {}).get("reached"), ", then retrained" if step.get("retrained") else ""
-        removed = "pruned" if share is None else f"{share:.1%} of the parameters of its pruned blocks removed"
+        part = pruned_part(step.get("options", {}).get("blocks"))
+        removed = "pruned" if share is None else f"{share:.1%} of {part} removed"
         tokens = tokens_kept(step)
         kept = f", {tokens[1]:,} of {tokens[0]:,} tokens kept" if tokens else ""
         lines.append(f"{model_name(step)}: {removed}{kept}{then}")
@@ -71,9 +70,15 @@ def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def share_removed(record: Mapping[str, Any]) -> str:
-    """Return a clause about the share of the parameters that was removed."""
-    return f"{record['sparsity']['reached']:.1%} of {pruned_part(record['options']['blocks'])} were removed"
+def last_step(record: Mapping[str, Any]) -> str:
+    """Return a clause about the share of the parameters that was removed, in the last step if there were several."""
+    step = f"in the last of {len(record['earlier']) + 1} steps, " if record.get("earlier") else ""
+    return f"{step}{record['sparsity']['reached']:.1%} of {pruned_part(record['options']['blocks'])} were removed"
+
+
+def column_before(record: Mapping[str, Any]) -> str:
+    """Return the head of the column with the figures before pruning."""
+    return "before the last step" if record.get("earlier") else "before"
 
 
 def units_kept(record: Mapping[str, Any]) -> str:
@@ -101,9 +106,7 @@ def vocabulary_kept(record: Mapping[str, Any]) -> str:
 
 def expected_cost(record: Mapping[str, Any]) -> str:
     """Return a sentence about the expected rise of the loss; empty if the run measured no costs."""
-    if record["cost"] is None:
-        return ""
-    return f"Estimated loss increase: {record['cost']:.2f} nats per token (sum over modules pruned one at a time)."
+    return "" if record["cost"] is None else estimated_loss(record["cost"])
 
 
 def loading_code(record: Mapping[str, Any], folder: str) -> str:

@@ -1,9 +1,10 @@
 """Results of each command, which tables, pages and JSON show."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from secateur.model.axes import Width, alike, present
+from secateur.model.axes import Width, alike, model_width, present
 from secateur.plan.problem import Plan
 
 if TYPE_CHECKING:
@@ -178,6 +179,25 @@ def pruned_part(blocks: str | None) -> str:
     first, end = blocks.split(":")
     first, last = first or "0", str(int(end) - 1) if end else "the last"
     return f"the parameters of block {first}" if first == last else f"the parameters of blocks {first} to {last}"
+
+
+def estimated_loss(cost: float) -> str:
+    """Return a sentence about the expected rise of the loss, in nats per token."""
+    return f"Estimated loss increase: {cost:.3f} nats per token (sum over modules, each pruned and refitted alone)."
+
+
+def each_keeps(widths: Mapping[int, Width], blocks: int) -> tuple[str, Width]:
+    """Return words for all blocks of a plan in which they have one width, and this width, along the axes of all.
+
+    Args:
+        widths: Width of every pruned block by its index.
+        blocks: Number of blocks of the model.
+    """
+    first, last = min(widths), max(widths)
+    where = f"each of blocks {first} to {last}" if last - first + 1 == len(widths) else f"each of {len(widths)} blocks"
+    where = "every block" if len(widths) == blocks else f"block {first}" if len(widths) == 1 else where
+    width = model_width(widths.values())
+    return where + " (as far as it has them)" * any(one.keys() != width.keys() for one in widths.values()), width
 
 
 def bos_note(begins_with_bos: bool) -> str:

@@ -10,7 +10,17 @@ from rich.table import Table
 from secateur.base.words import format_count
 from secateur.formats.format import format_class
 from secateur.model.axes import Width, axis_kinds, shares, totals
-from secateur.report.summary import ModelSize, Proposal, Summary, SurveySummary, Trimmed, bos_note, pruned_part
+from secateur.report.summary import (
+    ModelSize,
+    Proposal,
+    Summary,
+    SurveySummary,
+    Trimmed,
+    bos_note,
+    each_keeps,
+    estimated_loss,
+    pruned_part,
+)
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -80,12 +90,11 @@ def _removed(sparsity: float, blocks: str | None) -> str:
 
 def _widths(summary: Summary) -> str:
     """Return a clause about the widths of the pruned blocks."""
-    count = len(summary.widths)
     if not summary.uniform:
-        return f"the widths of the {count} blocks differ"
-    width = max(summary.widths.values(), key=len)
+        return f"the widths of the {len(summary.widths)} blocks differ"
+    where, width = each_keeps(summary.widths, len(summary.dense))
     numbers = ", ".join(f"{number:,} {axis_kinds()[name].label}" for name, number in width.items())
-    return f"each of the {count} blocks keeps: {numbers}"
+    return f"{where} keeps: {numbers}"
 
 
 def profile(dense: list[Width], pruned: list[Width]) -> list[str]:
@@ -115,9 +124,7 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     before, after = map(format_count, proposal.parameters)
     lines = [f"{_removed(plan.sparsity, proposal.blocks)}; the whole model has {after} of {before} parameters."]
     if plan.cost is not None:
-        lines.append(
-            f"Estimated loss increase: {plan.cost:.3f} nats per token (sum over modules pruned one at a time)."
-        )
+        lines.append(estimated_loss(plan.cost))
     lines += [f"Note: {plan.note}."] if plan.note else []
     return table, lines + ([] if out is None else [f"Written to {out}; prune with --plan {out}"])
 
@@ -148,8 +155,14 @@ def survey_table(result: SurveySummary, out: Path) -> tuple[Table, list[str]]:
     ]
 
 
-def sizes_table(sizes: Sequence[ModelSize], out: Path) -> tuple[Table, list[str]]:
-    """Return a table of models, the dense one first, and a line about the files."""
+def sizes_table(sizes: Sequence[ModelSize], out: Path, length: int) -> tuple[Table, list[str]]:
+    """Return a table of models, the dense one first, and lines about their perplexities and the files.
+
+    Args:
+        sizes: The models.
+        out: Folder of the models.
+        length: Tokens in each row that was scored.
+    """
     dense = sizes[0]
     table = Table(title="Sizes", title_justify="left")
     table.add_column("model", overflow="fold")
@@ -161,4 +174,5 @@ def sizes_table(sizes: Sequence[ModelSize], out: Path) -> tuple[Table, list[str]
         table.add_row(size.folder, *figures, *ratios)
     files = "sizes.json and sizes.png are" if dense.perplexity else "sizes.json is"
     advice = "" if dense.perplexity else "; with --perplexity TEXT there is a plot as well"
-    return table, [f"{files} in {out}{advice}"]
+    scored = [f"Perplexity: of rows of {length} tokens, each scored on its own."] if dense.perplexity else []
+    return table, [*scored, f"{files} in {out}{advice}"]

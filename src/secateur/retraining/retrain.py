@@ -28,7 +28,7 @@ from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.files import local_path
 from secateur.base.hashes import hash_rows
 from secateur.base.memory import MemoryBudget
-from secateur.base.options import given_or_made
+from secateur.base.options import changed_options, command_line, given_or_made
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import CHOICE, run_folder_path
@@ -170,7 +170,8 @@ def retrain(
         dense_loss = None if targets is None else targets.held_out_loss
         curve = Curve.of(history, student.perplexity(rows.held_out), dense_loss)
         if services.processes.is_first:
-            write_retrained(checkpoint, target, weights, _record_of(training, curve, rows))
+            command = command_line("retrain", checkpoint.source, changed_options(training))
+            write_retrained(checkpoint, target, weights, _record_of(training, curve, rows), command)
         # A script may open the output next, in any process.
         services.processes.wait()
     return Retrained(target.path, rows.train.numel(), trained, curve)

@@ -6,15 +6,16 @@ from secateur.base.output import Output
 from secateur.formats.per_layer import MODELING_FILE
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import is_per_layer
-from secateur.report.card import BASE_CARD
-from secateur.report.folder import read_text, readme_and_report
+from secateur.report.folder import readme_and_report
 from secateur.retraining.trained_weights import TrainedWeights
 from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.record import MAP_FILE, RECORD, read_record
 from secateur.write.shards import ShardWriter, header_bytes_for
 
 
-def write_retrained(checkpoint: Checkpoint, target: Output, weights: TrainedWeights, entry: dict[str, Any]) -> None:
+def write_retrained(
+    checkpoint: Checkpoint, target: Output, weights: TrainedWeights, entry: dict[str, Any], command: str
+) -> None:
     """Write the folder.
 
     Args:
@@ -22,6 +23,7 @@ def write_retrained(checkpoint: Checkpoint, target: Output, weights: TrainedWeig
         target: The new folder.
         weights: The trained tensors.
         entry: Entry for the list `retrained` of the record secateur.json.
+        command: The command of the training.
     """
     source = checkpoint.path
     with target as partial:
@@ -36,8 +38,9 @@ def write_retrained(checkpoint: Checkpoint, target: Output, weights: TrainedWeig
             copy_into(partial, file)
         record = read_record(source)
         record["retrained"] = [*record.get("retrained", []), entry]
+        record["later"] = [*record.get("later", []), command]
         write_json(partial / RECORD, record)
         # A folder that another tool saved has no record, of which the model card is made.
-        files = readme_and_report(read_text(source / BASE_CARD), lambda: record) if "sizes" in record else {}
+        files = readme_and_report(source, lambda: record) if "sizes" in record else {}
         for name, contents in files.items():
             write_text_or_json(partial / name, contents)

@@ -7,6 +7,7 @@ import secateur
 from secateur.base.device import pick_device
 from secateur.base.errors import SecateurError
 from secateur.base.files import existing_path
+from secateur.base.options import command_line
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.services import Services
@@ -14,7 +15,7 @@ from secateur.formats.folder import format_of_folder
 from secateur.formats.opened import check_written
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.per_layer import empty_decoder
-from secateur.report.card import BASE_CARD, CARD
+from secateur.report.card import CARD
 from secateur.report.folder import check_record, read_text, readme_and_report
 from secateur.report.summary import Trimmed
 from secateur.text.calibration import check_calibration
@@ -26,6 +27,9 @@ from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.record import MAP_FILE, RECORD, read_record, tokens_kept
 from secateur.write.shards import ShardWriter, header_bytes_for
 
+LENGTH = 128
+"""Default number of tokens in each row on which the cost of the cut is measured."""
+
 
 def trim(
     model: str | Path,
@@ -33,7 +37,7 @@ def trim(
     *,
     vocabulary: str,
     calibration: str | Path = GENERAL,
-    length: int = 128,
+    length: int = LENGTH,
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -71,7 +75,10 @@ def trim(
         raise SecateurError(f"{model}: --vocabulary {vocabulary} keeps all tokens, so there is nothing to trim")
     target = Output(Path(out), overwrite=overwrite, source=source, expected_bytes=cut.bytes)
     with target as folder:
-        _write(cut, kept, folder, services.watcher)
+        given = {"vocabulary": vocabulary}
+        given |= {} if calibration == GENERAL else {"calibration": calibration}
+        given |= {} if length == LENGTH else {"length": str(length)}
+        _write(cut, kept, command_line("trim", checkpoint.source, given), folder, services.watcher)
         check_written(folder, target.path, "report this as a bug in secateur")
     loading = format_of_folder(checkpoint.path).how_to_load(checkpoint.auto_class.__name__, str(out))
     return Trimmed(
@@ -119,7 +126,7 @@ def _parameters(checkpoint: Checkpoint) -> int:
     return sum(info.entries for name, info in checkpoint.weights.items() if name not in buffers)
 
 
-def _write(cut: Checkpoint, vocabulary: KeptVocabulary, folder: Path, watcher: Watcher) -> None:
+def _write(cut: Checkpoint, vocabulary: KeptVocabulary, command: str, folder: Path, watcher: Watcher) -> None:
     """Write weights, config, tokenizer and records into a folder that exists."""
     writer = ShardWriter(folder, header_bytes=header_bytes_for(cut.tensors))
     for name in watcher.track(list(cut.weights), "Write"):
@@ -132,11 +139,11 @@ def _write(cut: Checkpoint, vocabulary: KeptVocabulary, folder: Path, watcher: W
         copy_into(folder, file)
     ids = original_ids(cut) or []
     (folder / MAP_FILE).write_text(map_contents(ids), encoding="utf-8")
-    for name, contents in _records(cut, vocabulary).items():
+    for name, contents in _records(cut, vocabulary, command).items():
         write_text_or_json(folder / name, contents)
 
 
-def _records(cut: Checkpoint, vocabulary: KeptVocabulary) -> dict[str, Any]:
+def _records(cut: Checkpoint, vocabulary: KeptVocabulary, command: str) -> dict[str, Any]:
     """Return the contents of secateur.json and of the model card by file name, of the folder of a pruned model too."""
     earlier, entry = read_record(cut.path), vocabulary.as_record()
     if (first := tokens_kept(earlier)) is not None:
@@ -150,4 +157,5 @@ def _records(cut: Checkpoint, vocabulary: KeptVocabulary) -> dict[str, Any]:
     now = {"parameters": _parameters(cut), "bytes": cut.bytes}
     sizes = {name: (before, now.get(name, after)) for name, (before, after) in earlier["sizes"].items()}
     record["sizes"] = sizes | {"vocabulary": entry["tokens"]}
-    return {RECORD: record} | readme_and_report(read_text(cut.path / BASE_CARD), lambda: record)
+    record["later"] = [*earlier.get("later", []), command]
+    return {RECORD: record} | readme_and_report(cut.path, lambda: record)

@@ -1,5 +1,6 @@
 """The record of a run, secateur.json, which `prune` writes next to the model."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def earlier_prunings(folder: Path) -> list[dict[str, Any]]:
             "command": str(one.get("command")),
             "sparsity": {"reached": _share_removed(one)},
             "retrained": bool(one.get("retrained")),
+            "later": _texts(one.get("later")),
+            "options": {"blocks": _blocks(one)},
             "vocabulary": {"tokens": tokens} if (tokens := tokens_kept(one)) else None,
         }
         for one in (*steps, record)
@@ -56,6 +59,19 @@ def tokens_kept(step: Mapping[str, Any]) -> tuple[int, int] | None:
         case {"tokens": [int(before), int(after)]}:
             return before, after
     return None
+
+
+def _blocks(step: Mapping[str, Any]) -> str | None:
+    """Return the range of blocks to which a pruning was limited, as in `--blocks`; None if it was not."""
+    match step.get("options"):
+        case {"blocks": str(blocks)} if re.fullmatch("[0-9]{0,9}:[0-9]{0,9}", blocks):
+            return blocks
+    return None
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts of a list; empty if the value is no list."""
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
 def _share_removed(step: dict[str, Any]) -> float | None:

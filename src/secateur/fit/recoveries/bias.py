@@ -18,7 +18,10 @@ class BiasCompensation(Recovery):
     """Recovery by biases alone, with the means of the pruned stream."""
 
     biases = "added"
-    summary = "The remaining weights are unchanged; biases compensate for the mean output of the removed units."
+    summary = (
+        "The remaining weights are unchanged; biases, where modules can have them, compensate for the mean output of "
+        "the removed units."
+    )
 
     def fit(self, module_fit: ModuleFit) -> OutputFit:
         """Return the old weights of the kept units with the new bias."""

@@ -22,7 +22,7 @@ class Refit(Recovery):
     cauchy_scale: float = 1.0
 
     fits = sums_kept_inputs = uses_effort = True
-    summary = "The remaining weights were fitted by least squares to reproduce the dense model."
+    summary = "The remaining weights were fitted by least squares to reproduce the model before pruning."
 
     @classmethod
     def of(cls, options: Any) -> "Refit":
