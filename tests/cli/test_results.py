@@ -27,7 +27,7 @@ def test_prune_writes_a_model_and_prints_a_summary(place, run):
     assert [line.split()[0] for line in notes[2:]] == ["Resample", "Draw", "Survey", "Probe", "Keeping", "Prune"]
     assert "of 18 query heads (" in notes[6]
     assert "estimated loss increase: " in notes[6]
-    words = "parameters|weights on disk|KV cache per token|KV groups|channels|peak memory|Written to out"
+    words = "parameters|weights in one dtype|KV cache per token|KV groups|channels|peak memory|Written to out"
     words += "|Calibrated on 64 tokens; rows begin without BOS"
     assert [word for word in words.split("|") if word not in result.out] == []
     assert "Note:" not in result.out
@@ -41,7 +41,7 @@ def test_a_dry_run_writes_nothing(place, run, no_work):
     before = listing(place)
     result = run("prune", "model", "out", *SMALL, "--dry-run")
     assert result.code == 0
-    words = "Expected|parameters|weights on disk|KV cache per token| s and | GB of memory|Nothing was written"
+    words = "Expected|parameters|weights in one dtype|KV cache per token| s and | GB of memory|Nothing was written"
     assert [word for word in words.split("|") if word not in result.out] == []
     assert listing(place) == before
     assert "Without effect" not in result.err

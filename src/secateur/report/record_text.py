@@ -59,7 +59,7 @@ def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Return rows of a table of sizes: label, value before pruning, value after pruning, ratio."""
     forms = {
         "parameters": ("parameters", format_count),
-        "bytes": ("weights", lambda value: f"{value / 1e6:,.1f} MB"),
+        "bytes": ("weights in one dtype", lambda value: f"{value / 1e6:,.1f} MB"),
         "cache_bytes": ("KV cache per token", "{:,} B".format),
         "vocabulary": ("tokens of the vocabulary", "{:,}".format),
     }
