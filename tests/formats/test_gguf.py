@@ -185,6 +185,10 @@ MORE_ROWS = {
         num_experts_per_tok=3,
         head_dim=8,
         rope_parameters=FULL | {"partial_rotary_factor": 0.5},
+        # The class ignores these.
+        n_group=2,
+        topk_group=1,
+        clip_qkv=0.1,
     ),
     "llama4_text scout": row("llama4_text", **SCOUT),
     "llama4_text 128": row("llama4_text", **SCOUT | {"num_local_experts": 128}),

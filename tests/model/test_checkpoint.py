@@ -14,7 +14,9 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import models
 from outputs import edit_json, edited_weights, error_of
 from secateur import prune
 from secateur.base.quiet import quiet
@@ -22,7 +24,7 @@ from secateur.formats.gguf_export import export
 from secateur.measure.loading import load
 from secateur.model import gguf_source, hub_source
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.config_file import empty_model
+from secateur.model.config_file import READ, empty_model, prepared_config
 from tiny_tokenizers import gpt2
 
 TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
@@ -441,3 +443,24 @@ def test_a_model_with_its_own_code_is_measured_but_not_pruned(folder):
     with quiet():
         network = load(open_checkpoint(folder, trust_remote_code=True), torch.float32, torch.device("cpu"))
     assert type(network).__name__ == "MineForCausalLM"
+
+
+def test_keys_that_a_class_does_not_read_are_not_seen():
+    """Whatever the keys that other families read, the config object is the same."""
+    named = {name.split()[0]: name for name in reversed([*models.ROWS, *models.SIMILAR, *models.MIXTURES])}
+    raw = {kind: models.config_of(name).to_dict() for kind, name in named.items()}
+    every = {key: value for one in raw.values() for key, value in one.items() if value}
+    every |= {"alpha": 2.0, "llama_4_scaling_beta": 0.1}
+    # Beside a window, transformers refuses the last one; some classes read the one before it.
+    always = READ | {"rope_parameters", "model_type", "partial_rotary_factor", "attention_chunk_size"}
+    for kind, own in raw.items():
+        cls = CONFIG_MAPPING[kind]
+        strays = {key: every[key] for key in every.keys() - always - {*dir(cls())} - cls.attribute_map.keys()}
+        plain, found = (vars(prepared_config(values)) for values in (own, own | strays))
+        ignored = {"_sliding_window_pattern", "ignore_keys_at_rope_validation"}
+        assert {key for key in found if found[key] != plain.get(key)} <= ignored, kind
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    more = {"alpha": 2.0, "llama_4_scaling_beta": 0.1, "partial_rotary_factor": 0.5}
+    read = {kind: prepared_config(raw[kind] | {"rope_parameters": rope | more}) for kind in ("llama", "phi3")}
+    assert read["llama"].rope_parameters == rope
+    assert read["phi3"].rope_parameters == rope | {"partial_rotary_factor": 0.5}

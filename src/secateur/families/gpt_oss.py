@@ -19,6 +19,7 @@ FAMILIES = {
         gguf=Gguf(
             ("gpt-oss",),
             keys={"attention.sliding_window": "sliding_window"},
+            activation="silu",
             # llama.cpp rounds the limits of yarn; checkpoints do not.
             input=GgufInput("gpt-oss", yarn={"truncate": False}),
         ),

@@ -1,9 +1,10 @@
 """The config.json of a checkpoint: read it, and refuse models that cannot be pruned before any long work."""
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
 from secateur.base.quiet import first_line, quiet
 from secateur.families.registry import FAMILIES, TWINS
+from secateur.model.layer_sizes import BIASES, GROUPS, PER_GROUP
+from secateur.model.modeling_secateur import SIZES, WIDTHS
 from secateur.model.quantised import quantisation, quantisation_unsupported
 
 # transformers 5 has this class, but lists it only among the classes for images.
@@ -40,6 +43,10 @@ _MOST, _MOST_EXPERTS = 2**24, 2**16
 """Largest size of any kind, and largest number of experts: with much larger ones, models take hours to describe."""
 _DROPPED = ("dropout", "pdrop", "layerdrop")
 """Endings of config keys with dropout rates, which torch would check only when a block runs."""
+READ = frozenset({"head_dim", "quantization_config", WIDTHS, SIZES, GROUPS, PER_GROUP, *BIASES})
+"""Keys that transformers or secateur reads, although many config classes do not declare them."""
+_ROPE_KEYS = ("partial_rotary_factor", "alpha", "llama_4_scaling_beta")
+"""Rotary settings that only some models read."""
 _SHARED = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 """Keys that a multimodal model and its language model both have."""
 TEXT = "text_config"
@@ -247,6 +254,7 @@ def _prepare(config: Any, stored: dict[str, Any] | None) -> None:
         config: The config object.
         stored: Its part of config.json, in which an impossible padding token is removed too.
     """
+    _forget_unread(config)
     if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", float("inf")):
         config.pad_token_id = None
         if stored is not None:
@@ -260,6 +268,41 @@ def _prepare(config: Any, stored: dict[str, Any] | None) -> None:
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False
+
+
+def _forget_unread(config: Any) -> None:
+    """Remove keys that happen to be in config.json although the model's class does not read them.
+
+    All code that asks a config object how the model computes relies on their absence.
+    """
+    kind: Any = type(config)
+    if config.model_type not in FAMILIES or has_own_code(config) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    for key in vars(config).keys() - _declared(kind) - READ:
+        if not key.startswith("_"):
+            delattr(config, key)
+    rope, code = getattr(config, "rope_parameters", None) or {}, _code(kind)
+    for settings in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        # transformers' own functions compute scaled frequencies, and read all settings.
+        if settings.get("rope_type") == "default":
+            for key in _ROPE_KEYS:
+                if f'"{key}"' not in code:
+                    settings.pop(key, None)
+
+
+@cache
+def _declared(kind: type) -> frozenset[str]:
+    """Return the keys that a config class declares."""
+    with quiet():
+        return frozenset(dir(kind()))
+
+
+@cache
+def _code(kind: type) -> str:
+    """Return the code of the model's class for a config class."""
+    module = inspect.getmodule(stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, kind))
+    assert module is not None
+    return inspect.getsource(module)
 
 
 def _check_multimodal(file: Path, raw: dict[str, Any], config: Any, tower: str) -> None:
@@ -303,6 +346,7 @@ def decoder_config(whole: Any) -> Any:
         values = {key: value for key, value in own.to_dict().items() if key not in ("model_type", "architectures")}
         with quiet():
             twin = CONFIG_MAPPING[found.family].from_dict(values | dict(found.settings))
+        _forget_unread(twin)
         twin.allow_global_per_layer_attribute_access, twin.twin_of = True, own.model_type
         own = twin
     # The multimodal model's config decides whether the output layer is the embedding.
