@@ -43,7 +43,9 @@ _MOST, _MOST_EXPERTS = 2**24, 2**16
 """Largest size of any kind, and largest number of experts: with much larger ones, models take hours to describe."""
 _DROPPED = ("dropout", "pdrop", "layerdrop")
 """Endings of config keys with dropout rates, which torch would check only when a block runs."""
-READ = frozenset({"head_dim", "quantization_config", WIDTHS, SIZES, GROUPS, PER_GROUP, *BIASES})
+READ = frozenset(
+    ("head_dim", "original_max_position_embeddings", "quantization_config", WIDTHS, SIZES, GROUPS, PER_GROUP, *BIASES)
+)
 """Keys that transformers or secateur reads, although many config classes do not declare them."""
 _ROPE_KEYS = ("partial_rotary_factor", "alpha", "llama_4_scaling_beta")
 """Rotary settings that only some models read."""
