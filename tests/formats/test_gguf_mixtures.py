@@ -51,7 +51,7 @@ MORE_ROWS = test_gguf.MORE_ROWS | {
     "llama 1000": row("llama", num_key_value_heads=3, vocab_size=1000),
     "mixtral 1000": row("mixtral", num_key_value_heads=3, num_local_experts=4, num_experts_per_tok=2, vocab_size=1000),
     "gemma4_text 1000": row("gemma4_text", **tiny.GEMMA4 | {"vocab_size": 1000}),
-    "gpt_oss wide": row("gpt_oss", **test_gguf.OSS | WIDE),
+    "gpt_oss wide": row("gpt_oss", **test_gguf.OSS | WIDE, rope_parameters=tiny.YARN),
 }
 MIXTURES = {name.split()[0] for name in tiny.MIXTURES} - {"gemma4_text"}
 OF_EXPERTS = {name: kept for name, kept in UNIFORM.items() if name.split()[0] in MIXTURES or "mixture" in name}

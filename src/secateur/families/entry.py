@@ -175,8 +175,6 @@ class GgufInput:
     embeddings, in which neighbouring entries of a head rotate together."""
     scales_queries: bool = False
     """Whether the class can scale queries by a factor that grows with the position, as some files require."""
-    yarn: Mapping[str, Any] = field(default_factory=dict)
-    """Rotary settings with which the class computes YaRN as llama.cpp does."""
     config: Callable[[GgufContents], Mapping[str, Any]] = no_config
     """Hook that computes further config values from a file."""
     linear: Literal["grouped", "tiled"] | None = None

@@ -20,8 +20,7 @@ FAMILIES = {
             ("gpt-oss",),
             keys={"attention.sliding_window": "sliding_window"},
             activation="silu",
-            # llama.cpp rounds the limits of yarn; checkpoints do not.
-            input=GgufInput("gpt-oss", yarn={"truncate": False}),
+            input=GgufInput("gpt-oss"),
         ),
     ),
 }

@@ -87,8 +87,6 @@ class Architecture:
     """Requirements that the fields above do not express."""
     score_ratio: Callable[[GgufModel, int], float] = same_scale
     """Function that returns the model's scale of a block's attention scores, divided by llama.cpp's."""
-    rounds_yarn: bool = True
-    """Whether llama.cpp rounds the limits of the range of frequencies that YaRN scales."""
     caps_scores: bool = False
     """Whether attention scores are capped (`attn_logit_softcapping`)."""
     clamps: bool = False

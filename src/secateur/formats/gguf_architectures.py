@@ -151,7 +151,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             _QKV | {"attn_output"},
             windows=regular_windows,
             scalings=frozenset({"default", "yarn"}),
-            rounds_yarn=False,
             requirements=GPT_OSS,
         ),
         replace(_GLM, name="dots1", partial=False, ungrouped=True),

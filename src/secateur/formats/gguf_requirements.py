@@ -122,10 +122,8 @@ COMMON: tuple[Requirement, ...] = (
     _biases,
     _scaling,
     requires(
-        lambda model, architecture: (
-            not (architecture.rounds_yarn and model.rope_kind == "yarn" and model.rope.get("truncate") is False)
-        ),
-        "rounds the limits of yarn, which this model does not (truncate)",
+        lambda model, _: model.rope_kind != "yarn" or model.rope.get("truncate", True),
+        "rounds the limits of yarn; set truncate to true in config.json to prune the model as llama.cpp computes it",
     ),
     requires(
         lambda model, _: model.window_rope.get("rope_type", "default") == "default",
@@ -227,7 +225,6 @@ GEMMA2 = config_requires(
     "caps logits and attention scores, which this model does not",
 )
 GPT_OSS: tuple[Requirement, ...] = (
-    # llama.cpp rounds the limits of YaRN in every gpt-oss, so `truncate` is not checked.
     requires(
         lambda model, _: model.window is not None and model.period == 2,
         "has a window in every other block, beginning with the first",

@@ -235,7 +235,7 @@ def read_family_rope(config: Any, metadata: Numbers, input: GgufInput) -> None:
             raise SecateurError(f"{config.model_type} cannot scale queries with their positions, as its metadata ask")
         rope["llama_4_scaling_beta"] = beta
     if rope.get("rope_type") == "yarn":
-        rope |= {**input.yarn, **_read_latent_scale(config, metadata)}
+        rope |= _read_latent_scale(config, metadata)
 
 
 def _read_latent_scale(config: Any, metadata: Numbers) -> Numbers:
