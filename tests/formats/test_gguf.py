@@ -165,6 +165,9 @@ MORE_ROWS = {
     "lfm2 untied": row(
         "lfm2", **tiny.TRIPLES, layer_types=[*DEEP[1:], "conv", "conv"], conv_L_cache=4, tie_word_embeddings=False
     ),
+    "lfm2 without convolutions": row("lfm2", **tiny.GROUPED, layer_types=["full_attention"] * 3),
+    "lfm2 without attention": row("lfm2", **tiny.GROUPED, layer_types=["conv"] * 3),
+    "qwen3_5_text all full": row("qwen3_5_text", **LINEAR | {"layer_types": ["full_attention"] * 4}),
     "lfm2 biased": row("lfm2", **tiny.GROUPED, **tiny.CONV, conv_bias=True),
     "lfm2_moe unbiased": row("lfm2_moe", **tiny.GROUPED, **tiny.CONV, **LFM2_MOE, use_expert_bias=False),
     "qwen3_5_text even": row("qwen3_5_text", **LINEAR),
@@ -739,6 +742,10 @@ REFUSED = {
     "gemma4_text open": (CHANNELS, "gemma4 needs windows in some blocks"),
     "gemma4_text default": (CHANNELS, "gemma4 does not support default rotary scaling"),
     "gemma4_text ahead": (CHANNELS, "gemma4 attends to earlier tokens only"),
+    **dict.fromkeys(
+        ("lfm2 without convolutions", "lfm2 without attention", "qwen3_5_text all full"),
+        (CHANNELS, "needs blocks with attention, and blocks with a convolution or linear attention"),
+    ),
     "lfm2 biased": (CHANNELS, "lfm2 has no place for the biases of convolutions"),
     "lfm2_moe unbiased": (EXPERTS, "lfm2moe needs a bias on the choice of experts"),
     "mpt scaled": (CHANNELS, "mpt computes the scale of attention scores from the head size"),

@@ -108,7 +108,15 @@ def _same_experts(model: GgufModel, _: Architecture) -> bool:
     return len({(sizes.experts, sizes.expert_channels) for sizes in model.blocks if sizes.experts}) <= 1
 
 
+def _both_kinds_of_block(model: GgufModel, _: Architecture) -> bool:
+    """Return whether some blocks have attention and others the family's token mixer, if the family has one. llama.cpp
+    aborts without either."""
+    mixers = {model.is_token_mixer(index) for index in range(len(model.blocks))}
+    return model.family.token_mixer is None or len(mixers) == 2
+
+
 COMMON: tuple[Requirement, ...] = (
+    requires(_both_kinds_of_block, "needs blocks with attention, and blocks with a convolution or linear attention"),
     _experts_in_order,
     requires(_same_experts, "needs the same number of experts, and of channels of each, in all blocks with experts"),
     requires(_same_number_per_token, "needs the same number of experts per token in all blocks"),
