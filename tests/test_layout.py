@@ -1,7 +1,6 @@
 """The package has one folder for each step, imports run in one direction only, and each family is declared once."""
 
 import ast
-import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib import import_module
@@ -35,8 +34,6 @@ ORDER = [
     "cli",
 ]
 """The folders in the order in which the data goes; each imports from those before it."""
-PAPER = re.compile(r"\b(tau|sigma|similarity|refit_calibration)\b|[\"']paper[\"']|secateur\.paper")
-"""Options, criteria and recoveries of the paper, which a plug-in adds."""
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -84,16 +81,6 @@ def test_no_two_files_import_each_other(folder: str) -> None:
     }
     # A cycle raises an error that names its files.
     list(TopologicalSorter(graph).static_order())
-
-
-def test_the_pipeline_does_not_know_the_paper() -> None:
-    """Only the list of plug-ins and the command `compare` name the paper."""
-    naming = {
-        str(file.relative_to(ROOT))
-        for file in ROOT.rglob("*.py")
-        if file.relative_to(ROOT).parts[0] != "paper" and PAPER.search(file.read_text(encoding="utf-8"))
-    }
-    assert naming == {"base/plugins.py", "cli/compare.py"}
 
 
 FILES = [file.stem for file in Path(families.__file__).parent.glob("[!_]*.py")]

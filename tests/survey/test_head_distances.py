@@ -9,8 +9,8 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
 from models import ROWS, build, opened, token_rows
+from secateur.commands.options import LARGEST_TAU
 from secateur.model.rows import Rows
-from secateur.paper.options import LARGEST
 from secateur.survey import head_distances as module_under_test
 from secateur.survey.head_distances import head_distances, jensen_shannon
 
@@ -87,6 +87,6 @@ def test_divergences_are_between_zero_and_ln_2(rows):
     np.testing.assert_allclose(found.numpy(), wanted, atol=1e-12)
     assert torch.equal(found, found.T)
     assert not found.diagonal().any()
-    assert float(found.max()) <= LARGEST + 1e-12
+    assert float(found.max()) <= LARGEST_TAU + 1e-12
     apart = jensen_shannon(torch.tensor([[[0.3, 0.7, 0.0, 0.0]], [[0.0, 0.0, 0.1, 0.9]]]))
-    assert apart[0, 1] == pytest.approx(LARGEST, abs=1e-7)
+    assert apart[0, 1] == pytest.approx(LARGEST_TAU, abs=1e-7)

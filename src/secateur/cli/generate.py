@@ -22,7 +22,7 @@ from secateur.cli.values import WHAT_TO_MEASURE, parse_fraction
 from secateur.commands.options import RunOptions
 
 _PANELS = ("Target", "Method", "Calibration", WHAT_TO_MEASURE, "Training", "Output", "Computing", MESSAGES)
-"""Panels in the order of the help; panels of plug-ins follow."""
+"""Panels in the order of the help; the panel of the paper's variants follows."""
 JSON_ONLY = {"overwrite": {"help": "Replace the file of --json, if secateur wrote it."}}
 """Help of `--overwrite` in commands without another output."""
 

@@ -18,9 +18,9 @@ NOT_SURVEYED = tuple(name for name in option_specs(Options) if name not in SURVE
 """Options on which a survey does not depend."""
 
 
-def _refuse_preselection(values: dict[str, Any]) -> None:
-    """Refuse criteria that select units without a score."""
-    if parse_choice(values["criterion"]).preselection is not None:
+def _refuse_similarity(values: dict[str, Any]) -> None:
+    """Raise `SecateurError` for `similarity`, which gives units no score."""
+    if parse_choice(values["criterion"]).compares_heads:
         raise SecateurError(
             "a survey needs a criterion that gives every unit a score: choose another one; survey.html compares "
             "heads in pairs with any criterion"
@@ -30,7 +30,7 @@ def _refuse_preselection(values: dict[str, Any]) -> None:
 @expand_options
 def survey(
     model: Model,
-    options: Annotated[Options, Only(SURVEYED, _refuse_preselection, NOT_SURVEYED)],
+    options: Annotated[Options, Only(SURVEYED, _refuse_similarity, NOT_SURVEYED)],
     run_options: Annotated[
         RunOptions, Only(("device", "memory", "revision", "family", "trust_remote_code", "overwrite", "restart"))
     ],

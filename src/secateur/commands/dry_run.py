@@ -40,7 +40,7 @@ def estimate(run: OpenRun) -> Summary:
         raise SecateurError(
             "only a real run can reach a target of perplexity, because it prunes to several sizes; leave out --dry-run"
         )
-    if options.parsed_criterion.preselection_only:
+    if options.parsed_criterion.only_compares_heads:
         raise SecateurError(
             "only a real run can find the number of similar heads, because it runs the model; leave out --dry-run"
         )

@@ -67,7 +67,7 @@ class FittedBlocks(Iterator[FittedBlock]):
             run.stream,
             plan,
             rows.grouped,
-            method=run.method(rows, plan.first_heads, plan.lists_units),
+            method=run.method(rows, plan.similar_heads, plan.lists_units),
             dtype=run.dtype,
             compare=self._after_last_block if observed else None,
             checkpoint=self.checkpoint,

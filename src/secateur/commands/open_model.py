@@ -30,7 +30,7 @@ from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.tokens import begins_with_bos
 from secateur.plan.meters import cache_meter
-from secateur.plan.problem import FirstHeads
+from secateur.plan.problem import SimilarHeads
 from secateur.plan.target import SPEEDUPS, Target
 from secateur.survey.gradients import gradient_scores
 from secateur.text.calibration import check_calibration
@@ -123,21 +123,21 @@ class OpenRun:
         """Return the same run with its clock at zero."""
         return replace(self, started=time.perf_counter())
 
-    def method(self, rows: CalibrationRows, first: FirstHeads | None, exact: bool) -> Method:
+    def method(self, rows: CalibrationRows, similar: SimilarHeads | None, exact: bool) -> Method:
         """Return the criterion and the recovery for the fit.
 
         Args:
             rows: The calibration rows.
-            first: Heads that are removed before all others.
+            similar: Heads that are removed before all others.
             exact: Whether the plan names the units to keep, so that no criterion is needed.
         """
-        return Method(self.criteria("fit", Rows.of(rows.selection), first, exact), self.recovery, self.options.seed)
+        return Method(self.criteria("fit", Rows.of(rows.selection), similar, exact), self.recovery, self.options.seed)
 
     def criteria(
         self,
         purpose: str,
         rows: Rows,
-        first: FirstHeads | None = None,
+        similar: SimilarHeads | None = None,
         exact: bool = False,
         blocks: range | None = None,
     ) -> Criteria:
@@ -146,7 +146,7 @@ class OpenRun:
         Args:
             purpose: Name of the step that needs the criteria; gradient scores are cached by step, criterion and blocks.
             rows: Rows of the backward pass.
-            first: Heads that are removed before all others.
+            similar: Heads that are removed before all others.
             exact: Whether the plan names the units to keep, so that no gradients are needed.
             blocks: Blocks of the backward pass; all of them by default.
         """
@@ -154,7 +154,7 @@ class OpenRun:
         key = f"{purpose} {name} {blocks}"
         if Criteria(name).needs_gradients and not exact and key not in self.gradients:
             self.gradients[key] = gradient_scores(self.stream, rows, name, blocks=blocks)
-        return Criteria(name, self.gradients.get(key), first.candidates if first else None)
+        return Criteria(name, self.gradients.get(key), similar.candidates if similar else None)
 
 
 def open_model(

@@ -1,19 +1,19 @@
 """Every option of `prune` and the related commands, each declared once: name, type, default, help and check.
 
 The command line, the Python signature, recipes and the record in secateur.json all follow from these fields. `Options`
-decide the result; `RunOptions` do not change it. Plug-ins add options.
+decide the result; `RunOptions` do not change it.
 """
 
+import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secateur.base.errors import SecateurError
-from secateur.base.options import OptionSpec, check_types, cli_name, given_or_made, option, option_specs
-from secateur.base.plugins import plugins, recovery_modules
+from secateur.base.options import check_types, cli_name, given_or_made, option, option_specs
 from secateur.base.words import DTYPES
-from secateur.criteria.choice import EXPERTS, Choice, parse_choice
+from secateur.criteria.choice import EXPERTS, IDENTITY, Choice, parse_choice
 from secateur.fit.recoveries import NAMES
 from secateur.formats.registry import FORMATS, Declaration, default_format
 from secateur.model.kinds import KINDS
@@ -23,14 +23,16 @@ from secateur.vocabulary.wanted import ALL, parse_vocabulary
 
 if TYPE_CHECKING:
     from secateur.fit.recovery import Recovery
-    from secateur.plan.preselection import Preselection
 
 TARGET, METHOD, CALIBRATION, OUTPUT, COMPUTING = "Target", "Method", "Calibration", "Output", "Computing"
+PAPER = "The paper's variants"
 """Panels of the help, one for each group of options."""
 WIDTHS = ("adaptive", "uniform")
 """Values of `--widths` that are not file names; the default comes first."""
 MAX_RIDGE = 1_000_000
 """Ridge at which the refit no longer moves a weight; float32 overflows only far beyond."""
+LARGEST_TAU = math.log(2)
+"""Largest value of `--tau`: the Jensen-Shannon divergence of two distributions that share nothing, in nats."""
 UPPER_BOUNDS: dict[str, tuple[int, str]] = {"ridge": (MAX_RIDGE, ", for example 0.3"), "seed": (2**32 - 1, "")}
 """Largest value of options that start at 0, and the end of the error message."""
 
@@ -128,7 +130,8 @@ class Options:
         "llm-pruner-vector, llm-pruner-element1, llm-pruner-element2: from gradients; random: random scores. "
         "heads=X,channels=Y uses X "
         f"for heads and Y for channels; experts=Z uses Z for experts, where Z is {', '.join(EXPERTS[:-1])} or "
-        f"{EXPERTS[-1]}.",
+        f"{EXPERTS[-1]}. similarity (Algorithm 2 of the paper; not in secateur survey): heads with nearly the same "
+        "attention weights as another head; similarity+X: such heads first, then units by X.",
         default_text="surgeon; for experts, reroute",
     )
     recovery: str = option(
@@ -136,8 +139,10 @@ class Options:
         METHOD,
         "How the remaining weights compensate for removed units. refit: fit the output projections to the activations "
         "of the original model, which also corrects the errors of earlier blocks; bias: keep the weights and add the "
-        "mean output of the removed units as a bias, as FLAP does; none: only cut the weights.",
-        choices=(*NAMES, *recovery_modules()),
+        "mean output of the removed units as a bias, as FLAP does; none: only cut the weights. paper "
+        "(Algorithms 1, 3 and 4 of the paper): fit the input projections and the output projection of each module to "
+        "their outputs in the original model.",
+        choices=NAMES,
     )
     effort: str = option(
         "normal",
@@ -188,12 +193,54 @@ class Options:
         default_text="as in MODEL; bfloat16 if MODEL is a .gguf file",
         choices=DTYPES,
     )
+    tau: float | None = option(
+        None,
+        PAPER,
+        "Threshold of --criterion similarity, in nats, for example 0.19: two heads are similar if the Jensen-Shannon "
+        "divergence of their attention weights is below it.",
+        default_text="none",
+    )
+    sigma: str | None = option(
+        None,
+        PAPER,
+        "Covariance of the inputs that --criterion second-moment uses. data: of the calibration rows; identity: the "
+        "identity matrix; random: of random token ids.",
+        default_text="data",
+        choices=("data", "identity", "random"),
+    )
+    recover: str = option(
+        "after",
+        PAPER,
+        "The time at which --recovery paper fits the weights. after: after the units to remove are chosen; before: "
+        "before they are chosen; both: at both times.",
+        choices=("after", "before", "both"),
+        fit_only=True,
+    )
+    refit_calibration: str | None = option(
+        None,
+        PAPER,
+        "Text that only the recovery uses, named as in --calibration. Units are then chosen on --calibration, and "
+        "weights are fitted on this text.",
+        default_text="the text of --calibration",
+        may_name_file=True,
+        fit_only=True,
+    )
+    refit_samples: int | None = option(
+        None,
+        PAPER,
+        "Number of rows that only the recovery uses. Units are then chosen on other rows, whose number is --samples.",
+        default_text="the rows that units are chosen on",
+        minimum=1,
+        fit_only=True,
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
         self._check_values()
         self._check_target()
         self._check_output()
+        self._check_similarity()
+        self._check_recovery()
 
     def _check_values(self) -> None:
         """Check each option alone.
@@ -268,6 +315,59 @@ class Options:
                 f"the {self.format} format holds one width for all blocks: use --widths uniform, or --format hf"
             )
 
+    def _check_similarity(self) -> None:
+        """Check that a threshold is given for similarity, and only for it.
+
+        Raises:
+            SecateurError: One is given without the other, or another option sets how much to remove.
+        """
+        choice = self.parsed_criterion
+        if not choice.compares_heads:
+            if self.tau is not None:
+                raise SecateurError("tau is an option of --criterion similarity: add that, or leave --tau out")
+            return
+        if self.tau is None:
+            raise SecateurError("similarity needs a threshold: add --tau, for example 0.19")
+        if not 0 < self.tau <= LARGEST_TAU:
+            raise SecateurError(
+                f"tau is {self.tau}; it must be above 0 and at most ln 2 = {LARGEST_TAU:.4f}, for example 0.19"
+            )
+        if "heads" not in self.modules:
+            raise SecateurError("similarity compares heads: add heads to --modules, or choose another criterion")
+        if not choice.only_compares_heads:
+            return
+        given = {
+            "--sparsity": self.sparsity,
+            "--target": self.target,
+            "--plan": self.plan,
+            "--widths with a file": self.widths_from_file,
+        }
+        if said := next((name for name, value in given.items() if value), None):
+            raise SecateurError(f"--tau and {said} both set how much to remove; leave one of them out")
+        if self.widths == "uniform" or self.output_format.uniform:
+            raise SecateurError(
+                "similarity may remove more heads from one block than from another, but the stock format and --widths "
+                "uniform need equal numbers: use --format hf without --widths uniform, or --criterion "
+                "similarity+surgeon"
+            )
+
+    def _check_recovery(self) -> None:
+        """Check that options of one criterion or one recovery are given together with it.
+
+        Raises:
+            SecateurError: One is given with another.
+        """
+        if self.recover != Options.recover and self.recovery != "paper":
+            raise SecateurError(
+                "recover is an option of --recovery paper: leave --recover out, or add --recovery paper"
+            )
+        if self.sigma is not None and not self.parsed_criterion.uses("second-moment"):
+            raise SecateurError(
+                f"sigma is an option of --criterion second-moment, not of {self.criterion}: leave --sigma out"
+            )
+        if self.refit_rows is not None and self.recovery == "none":
+            raise SecateurError("--recovery none fits nothing: leave --refit-samples and --refit-calibration out")
+
     @property
     def output_format(self) -> Declaration:
         """The output format."""
@@ -288,8 +388,8 @@ class Options:
 
     @property
     def criterion_name(self) -> str:
-        """The name under which the criterion is registered; a plug-in may replace the name in `--criterion`."""
-        return self.criterion
+        """The value of `--criterion`, with the name under which the variant that `--sigma` chooses is registered."""
+        return self.criterion.replace("second-moment", IDENTITY) if self.sigma == "identity" else self.criterion
 
     @property
     def prunable_kinds(self) -> tuple[str, ...]:
@@ -299,22 +399,23 @@ class Options:
     @property
     def sources(self) -> tuple[str, str]:
         """The text on which units are chosen, and the text that weights are fitted to."""
-        return self.calibration, self.calibration
+        return self.calibration, self.refit_calibration or self.calibration
 
     @property
     def refit_rows(self) -> int | None:
         """Number of separate rows for the fit; None if weights are fitted to the rows on which units are chosen."""
-        return None
+        separate = self.refit_samples is not None or self.refit_calibration is not None
+        return (self.refit_samples or self.samples) if separate else None
 
     @property
     def refit_option(self) -> str:
         """The option that sets the number of rows for the fit, which error messages name."""
-        return "samples"
+        return "refit-samples" if self.refit_samples else "samples"
 
     @property
     def chooses_on_random_ids(self) -> bool:
         """Whether units are chosen on random token ids, whatever the calibration."""
-        return False
+        return self.sigma == "random"
 
     @property
     def separate_choice(self) -> bool:
@@ -339,12 +440,8 @@ class Options:
         criterion = f"{self.criterion_name} of random ids" if random else self.criterion_name
         key = {"criterion": criterion, "ridge": self.ridge}
         key |= {} if self.vocabulary == ALL else {"vocabulary": self.vocabulary}
-        return key | ({"seed": self.seed} if random or self.parsed_criterion.uses("random") else {})
-
-    @property
-    def preselection(self) -> "Preselection | None":
-        """The measurement that names heads to remove before all others; None without such a criterion."""
-        return None
+        key |= {"seed": self.seed} if random or self.parsed_criterion.uses("random") else {}
+        return key | ({"tau": self.tau} if self.parsed_criterion.compares_heads else {})
 
     @property
     def recovery_settings(self) -> "Recovery":
@@ -389,24 +486,6 @@ class Options:
         if start >= stop:
             raise SecateurError(f"blocks is '{self.blocks}', which is empty or reversed; the end must be larger")
         return range(start, stop)
-
-
-def _with_plugins(core: type) -> type:
-    """Return a subclass of `core` with the options and help texts of all plug-ins added."""
-    namespace: dict[str, Any] = {"__doc__": core.__doc__, "__module__": core.__module__, "__annotations__": {}}
-    for one in fields(core):
-        if more := " ".join(plugin.helps[one.name] for plugin in plugins() if one.name in plugin.helps):
-            spec: OptionSpec = one.metadata["option"]
-            spec = spec._replace(help=f"{spec.help} {more}")
-            namespace["__annotations__"][one.name] = one.type
-            namespace[one.name] = field(default=one.default, metadata={"option": spec})
-    bases = (*(plugin.options for plugin in plugins()), core)
-    return dataclass(frozen=True)(type(core.__name__, bases, namespace))
-
-
-if not TYPE_CHECKING:
-    # Type checkers see the fields above alone: only a plug-in itself reads the options that it adds.
-    Options = _with_plugins(Options)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def plan_widths(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan
     Raises:
         SecateurError: No plan meets the target.
     """
-    plan = replace(_plan(run, rows, findings), first_heads=findings.first_heads)
+    plan = replace(_plan(run, rows, findings), similar_heads=findings.similar_heads)
     run.watcher.note(_description(run, plan))
     if findings.survey is not None:
         warning = dissimilar_experts_note(run.stream.blocks, findings.survey.curves, plan)
@@ -48,7 +48,7 @@ def _solved(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan:
     assert isinstance(problem.target, Target)
 
     def measured(plan: Plan) -> float:
-        plan = check_plan(run.request.format, replace(plan, first_heads=findings.first_heads))
+        plan = check_plan(run.request.format, replace(plan, similar_heads=findings.similar_heads))
         return float(run.services.saved_result(f"trial-{plan_key(plan)}", lambda: perplexity_ratio(run, rows, plan)))
 
     return smallest_within(problem, options.widths, survey, problem.target.value, measured)

@@ -16,6 +16,7 @@ from secateur.plan.plan import check_reachable, uniform_alternative, uniform_pla
 from secateur.plan.plan_file import read_plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.ratio_file import read_ratios
+from secateur.plan.similar_heads import check_heads
 from secateur.plan.target import SPEEDUPS, Target
 from secateur.plan.widths import default_multiple
 
@@ -65,8 +66,8 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
             "No bias is fitted: this model has a norm after each module, and a bias before a norm cannot "
             "compensate for removed units"
         )
-    if options.preselection is not None:
-        options.preselection.check(problem)
+    if options.parsed_criterion.compares_heads:
+        check_heads(problem)
     plan = _plan_from_file(stream, options, problem)
     if plan is not None:
         check_plan(format, plan, options.plan or options.widths)
@@ -158,7 +159,7 @@ def _needs_survey(problem: PlanProblem, options: Options) -> bool:
     Raises:
         SecateurError: No plan meets it.
     """
-    if options.parsed_criterion.preselection_only:
+    if options.parsed_criterion.only_compares_heads:
         return False
     # The size that a target of perplexity leads to is not known yet, but some unit must be removable.
     tried = replace(problem, target=TINY_SHARE) if options.targets_perplexity else problem

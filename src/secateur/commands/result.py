@@ -15,6 +15,7 @@ from secateur.base.files import existing_path
 from secateur.base.hashes import hash_rows
 from secateur.base.options import changed_options, command_line
 from secateur.commands.open_model import OpenRun
+from secateur.criteria.choice import SIMILARITY
 from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.fitted_block import FittedBlock
 from secateur.model.structure import Block
@@ -131,8 +132,8 @@ def make_record(
     }
     if earlier := earlier_prunings(stream.checkpoint.path):
         record["earlier"] = earlier
-    first = plan.first_heads
-    return record if first is None else record | {first.name: first.as_dict()}
+    similar = plan.similar_heads
+    return record if similar is None else record | {SIMILARITY: similar.as_dict()}
 
 
 def block_record(dense: Block, plan: Plan, block: FittedBlock) -> dict[str, Any]:

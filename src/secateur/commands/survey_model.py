@@ -9,8 +9,10 @@ from secateur.commands.open_model import OpenRun
 from secateur.commands.survey_file import read_survey, split_survey_rows, survey_key
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
-from secateur.plan.problem import FirstHeads, Plan
+from secateur.plan.problem import Plan, SimilarHeads
+from secateur.plan.similar_heads import find_similar_heads, similar_plan
 from secateur.survey.curves import Survey, save_survey
+from secateur.survey.head_distances import head_distances
 from secateur.survey.survey import survey
 from secateur.text.draw import CalibrationRows
 
@@ -21,50 +23,60 @@ class Findings:
 
     survey: Survey | None = None
     """Error curves and costs of all widths; None if only one plan meets the request."""
-    first_heads: FirstHeads | None = None
-    """Heads that are removed before all others; None unless the criterion selects such heads."""
+    similar_heads: SimilarHeads | None = None
+    """Heads that are removed before all others; None unless the criterion compares heads."""
     plan: Plan | None = None
-    """Plan that removes exactly the heads in `first_heads`; None unless the criterion removes nothing else."""
+    """Plan that removes similar heads and nothing else; None if other units are removed too."""
 
 
 def survey_model(run: OpenRun, rows: CalibrationRows) -> Findings:
     """Return the survey of the model, read from the survey file if there is one and measured otherwise.
 
-    A new survey is written to the survey file that the run names. If the criterion selects heads that are removed
-    before all others, they are found first.
+    A new survey is written to the survey file that the run names. If the criterion compares heads, similar heads are
+    found first.
 
     Raises:
         SecateurError: A threshold removes no head or too many; or the survey file is of another model, other rows or
             other options.
     """
-    findings = _first_heads(run, rows.selection)
-    return replace(findings, survey=_survey(run, rows, findings.first_heads)) if run.request.needs_survey else findings
+    findings = _compare_heads(run, rows.selection)
+    if not run.request.needs_survey:
+        return findings
+    return replace(findings, survey=_survey(run, rows, findings.similar_heads))
 
 
-def _first_heads(run: OpenRun, text: Tensor) -> Findings:
-    """Return the heads that are removed before all others, if the criterion selects such heads."""
-    preselection, plan = run.options.preselection, run.request.plan_from_file
-    if preselection is None or (plan is not None and plan.lists_units):
+def _compare_heads(run: OpenRun, text: Tensor) -> Findings:
+    """Return the similar heads of the dense model on calibration rows (rows x length), if the criterion asks for them.
+
+    Raises:
+        SecateurError: No heads are similar, or all but one head of every block are.
+    """
+    choice, given, problem = run.options.parsed_criterion, run.request.plan_from_file, run.request.problem
+    if not choice.compares_heads or (given is not None and given.lists_units):
         return Findings()
-    found = preselection.find(run.stream, text, run.request.problem, run.watcher)
-    described = found.first_heads.describe()
+    assert run.options.tau is not None
+    distances = head_distances(run.stream, text, blocks=problem.pruned_blocks, watcher=run.watcher)
+    similar, plan = find_similar_heads(distances, run.options.tau), None
+    if choice.only_compares_heads:
+        similar, plan = similar_plan(problem, similar)
+    described = similar.describe()
     run.watcher.note(f"{described[0].upper()}{described[1:]}")
-    return Findings(first_heads=found.first_heads, plan=found.plan)
+    return Findings(similar_heads=similar, plan=plan)
 
 
-def _survey(run: OpenRun, rows: CalibrationRows, first: FirstHeads | None) -> Survey:
+def _survey(run: OpenRun, rows: CalibrationRows, similar: SimilarHeads | None) -> Survey:
     """Return the survey of the survey file; without such a file, measure and save it."""
     file, key, broadcast = run.run_options.survey, survey_key(run, rows.selection), run.processes.broadcast
     if file is not None and broadcast(file.exists):
         return Survey.of(broadcast(lambda: asdict(read_survey(run, file, key))))
-    measured = Survey.of(run.services.saved_result("survey", lambda: _measure(run, rows, first)))
+    measured = Survey.of(run.services.saved_result("survey", lambda: _measure(run, rows, similar)))
     measured = replace(measured, settings=key)
     if file is not None and run.processes.is_first:
         save_survey(measured, file)
     return measured
 
 
-def _measure(run: OpenRun, rows: CalibrationRows, first: FirstHeads | None) -> dict[str, Any]:
+def _measure(run: OpenRun, rows: CalibrationRows, similar: SimilarHeads | None) -> dict[str, Any]:
     """Measure the error curves and costs of the blocks to prune, as JSON holds them."""
     curve_rows, probe_rows = split_survey_rows(rows.selection)
     fitted = Rows.of(curve_rows)
@@ -77,7 +89,7 @@ def _measure(run: OpenRun, rows: CalibrationRows, first: FirstHeads | None) -> d
         probe_rows=probe_rows,
         blocks=blocks,
         kinds=run.request.problem.kinds,
-        criterion=run.criteria("survey", fitted, first, blocks=blocks),
+        criterion=run.criteria("survey", fitted, similar, blocks=blocks),
         ridge=run.options.ridge,
         seed=run.options.seed,
         checkpoint=PassCheckpoint(run.services, "survey"),

@@ -9,7 +9,8 @@ The forms of the option are
 
 `random` is a criterion of all three kinds; alone, it applies to all of them.
 
-For heads, X may also be P or P+X: the preselection P alone, or followed by criterion X.
+For heads, X may also be `similarity`, which removes heads that are similar to another head, or `similarity+X`, which
+removes these heads first and then further ones by criterion X.
 """
 
 import re
@@ -17,14 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
-from secateur.base.plugins import preselections
 
 EXPERTS = ("reroute", "reap", "frequency", "random")
 """Expert criteria (`secateur.criteria.experts`), the default first."""
 DEFAULT = "surgeon"
 """Default criterion of heads and of channels."""
 IDENTITY = "second-moment-identity"
-"""Criterion second-moment with the identity as covariance. A plug-in's option selects it, not its name."""
+"""Criterion second-moment with the identity as covariance; `--sigma` selects it, not its name."""
+SIMILARITY = "similarity"
+"""Criterion that compares heads in pairs, and gives no unit a score; see `secateur.plan.similar_heads`."""
 _NAMES = re.compile(r'^@\w*criterion\("([\w-]+)"', re.MULTILINE)
 # Names are read from the text of the source files, so that a misspelt name is found before torch is imported.
 _SOURCES = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
@@ -38,20 +40,20 @@ class Choice:
     """Names of the criteria, one for each kind of unit."""
 
     heads: str
-    """Criterion of the heads; with a preselection alone, the preselection's name."""
+    """Criterion of the heads; after `similarity`, if that is not alone."""
     channels: str | None
     """Criterion of the channels; None if no channel is removed."""
-    preselection: str | None = None
-    """Preselection: a plug-in's criterion that selects heads to remove before all others."""
+    compares_heads: bool = False
+    """Whether heads that are similar to another head are removed before all others."""
     experts: str = EXPERTS[0]
     """Criterion of the experts."""
     text: str = field(default="", compare=False)
     """The option as the user wrote it."""
 
     @property
-    def preselection_only(self) -> bool:
-        """Whether the preselection alone decides which heads are removed, and nothing else is removed."""
-        return self.heads == self.preselection
+    def only_compares_heads(self) -> bool:
+        """Whether similar heads are removed, and nothing else."""
+        return self.heads == SIMILARITY
 
     def of(self, kind: str) -> str:
         """Return the criterion for one kind of unit."""
@@ -74,7 +76,7 @@ def parse_choice(text: str) -> Choice:
     experts = [part.removeprefix("experts=") for part in parts if part.startswith("experts=")]
     others = ",".join(part for part in parts if not part.startswith("experts="))
     if text in EXPERTS and text not in CRITERIA:
-        return Choice(DEFAULT, DEFAULT, None, text, text)
+        return Choice(DEFAULT, DEFAULT, False, text, text)
     if experts:
         if len(experts) > 1 or experts[0] not in EXPERTS:
             raise SecateurError(f"criterion is '{text}'; the criterion of experts must be one of {', '.join(EXPERTS)}")
@@ -87,8 +89,8 @@ def parse_choice(text: str) -> Choice:
 def _parse_single(text: str) -> Choice:
     """Read one criterion for all kinds of units."""
     heads = _parse_heads(text, text)
-    channels = None if heads.preselection_only else heads.heads
-    return Choice(heads.heads, channels, heads.preselection, text if text in EXPERTS else EXPERTS[0], text)
+    channels = None if heads.only_compares_heads else heads.heads
+    return Choice(heads.heads, channels, heads.compares_heads, text if text in EXPERTS else EXPERTS[0], text)
 
 
 def _parse_pair(text: str) -> Choice:
@@ -99,24 +101,24 @@ def _parse_pair(text: str) -> Choice:
     if parts["channels"] not in (*CRITERIA, IDENTITY):
         raise SecateurError(
             f"criterion is '{text}'; the criterion of channels must be one of {', '.join(CRITERIA)}"
-            + "".join(f"; {name} compares heads only" for name in preselections() if name in parts["channels"])
+            + (f"; {SIMILARITY} compares heads only" if SIMILARITY in parts["channels"] else "")
         )
     heads = _parse_heads(parts["heads"], text)
-    if heads.preselection_only:
-        name = heads.preselection
-        raise SecateurError(f"criterion is '{text}'; {name} alone removes no channels: write heads={name}+X,channels=Y")
+    if heads.only_compares_heads:
+        raise SecateurError(
+            f"criterion is '{text}'; {SIMILARITY} alone removes no channels: write heads={SIMILARITY}+X,channels=Y"
+        )
     return replace(heads, channels=parts["channels"], text=text)
 
 
 def _parse_heads(name: str, text: str) -> Choice:
     """Read the criterion of the heads; `text` is the whole option, for the error message."""
     first, plus, then = name.partition("+")
-    criteria, ahead = (*CRITERIA, IDENTITY), preselections()
-    known = first in (*criteria, *ahead) if not plus else first in ahead and then in criteria
+    criteria = (*CRITERIA, IDENTITY)
+    known = first in (*criteria, SIMILARITY) if not plus else first == SIMILARITY and then in criteria
     if not known:
-        preselected = "".join(f"{name}, {name}+X, " for name in ahead)
         raise SecateurError(
-            f"criterion is '{text}'; it must be one of {', '.join(CRITERIA)}; or {preselected}or heads=X,channels=Y; "
-            f"for experts one of {', '.join(EXPERTS)}"
+            f"criterion is '{text}'; it must be one of {', '.join(CRITERIA)}; or {SIMILARITY}, {SIMILARITY}+X, or "
+            f"heads=X,channels=Y; for experts one of {', '.join(EXPERTS)}"
         )
-    return Choice(then or first, None, first if first in ahead else None)
+    return Choice(then or first, None, first == SIMILARITY)

@@ -110,8 +110,8 @@ class Criteria:
 
     def of_kind(self, kind: str) -> Criterion:
         """Return the criterion of one kind of unit, without measurements of single modules."""
-        # With a preselection alone, the plan names the units.
-        return Criterion() if self.choice.preselection_only else all_criteria()[self.choice.of(kind)]
+        # If only similar heads are removed, the plan names the units.
+        return Criterion() if self.choice.only_compares_heads else all_criteria()[self.choice.of(kind)]
 
     def of_module(self, index: int, kind: str) -> Criterion:
         """Return the criterion of the module of block `index` that has units of a kind.

@@ -1,6 +1,6 @@
 """Recoveries: how the remaining weights compensate for removed units.
 
-A recovery is one file of `secateur.fit.recoveries`, or of a plug-in. It holds a dataclass under the decorator
+A recovery is one file of `secateur.fit.recoveries`. It holds a dataclass under the decorator
 `@recovery(name)`. The fields are the recovery's settings, and the class attributes are its requirements of the
 pipeline. The methods are called for every module, in the order prepare, choice_output, fit.
 """
@@ -13,7 +13,6 @@ from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, Literal, TypeVar
 
-from secateur.base.plugins import recovery_modules
 from secateur.fit.output_projection import OutputFit
 from secateur.fit.recoveries import NAMES
 
@@ -83,9 +82,9 @@ def recovery(name: str) -> Callable[[Class], Class]:
 
 @cache
 def all_recoveries() -> Mapping[str, type[Recovery]]:
-    """Return every recovery by its name, including the recoveries of plug-ins."""
-    for module in (*(f"secateur.fit.recoveries.{name}" for name in NAMES), *recovery_modules().values()):
-        import_module(module)
+    """Return every recovery by its name."""
+    for name in NAMES:
+        import_module(f"secateur.fit.recoveries.{name}")
     return _RECOVERIES
 
 

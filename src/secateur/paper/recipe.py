@@ -19,8 +19,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.yaml_files import read_yaml
-from secateur.commands.options import Options
-from secateur.paper.options import LARGEST
+from secateur.commands.options import LARGEST_TAU, Options
 from secateur.paper.recipes import FOLDER, recipe_names
 from secateur.retraining.options import Training
 from secateur.text.sources import RANDOM, SELF
@@ -171,9 +170,9 @@ def _check_kind(recipe: Recipe) -> None:
     if recipe.kind != "graph":
         if recipe.tau is not None:
             raise SecateurError("tau: only a recipe of the kind graph has it; to prune with it, set it in a run")
-    elif recipe.tau is None or not 0 < recipe.tau <= LARGEST:
+    elif recipe.tau is None or not 0 < recipe.tau <= LARGEST_TAU:
         raise SecateurError(
-            f"tau is {recipe.tau}; a recipe of the kind graph needs one above 0 and at most ln 2 = {LARGEST:.4f}"
+            f"tau is {recipe.tau}; a recipe of the kind graph needs one above 0 and at most ln 2 = {LARGEST_TAU:.4f}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from secateur.model.axes import Width, alike
 from secateur.model.kinds import KINDS
@@ -17,22 +17,39 @@ NEGLIGIBLE_COST = 1e-3
 """Cost of a plan, in nats per token, below which the removed units contribute next to nothing."""
 
 
-class FirstHeads(Protocol):
-    """Heads to remove before all others, as a preselection found them (`secateur.plan.preselection`)."""
+@dataclass(frozen=True)
+class SimilarHeads:
+    """Similar heads of the pruned blocks, which are removed before all others (`secateur.plan.similar_heads`)."""
 
-    @property
-    def name(self) -> str:
-        """Key of these heads in secateur.json."""
-
-    @property
-    def candidates(self) -> Mapping[int, tuple[int, ...]]:
-        """Indices of the heads, by index of the block."""
+    tau: float
+    """Distance in nats below which two heads are similar."""
+    range: tuple[float, float]
+    """Smallest and largest distance between two heads of a block."""
+    candidates: dict[int, tuple[int, ...]]
+    """Heads of each block that are similar to another one."""
+    removed: dict[int, tuple[int, ...]] | None = None
+    """Heads of each block that are removed, where similarity alone decides; they leave KV groups of equal size."""
+    share: float | None = None
+    """Share of the attention parameters of the pruned blocks that these heads have."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the entry for secateur.json."""
+        """Return the contents for the record of a run."""
+        record: dict[str, Any] = {"tau": self.tau, "distances": list(self.range), "attention_share": self.share}
+        blocks = []
+        for index, heads in self.candidates.items():
+            removed = {} if self.removed is None else {"removed": list(self.removed[index])}
+            blocks.append({"block": index, "candidates": list(heads), **removed})
+        return record | {"blocks": blocks}
 
     def describe(self) -> str:
-        """Return one clause that describes the heads to users."""
+        """Return a clause about the number of similar heads."""
+        found = sum(map(len, self.candidates.values()))
+        what = f"tau {self.tau:.4g} finds {found} similar heads (distances {self.range[0]:.3g} to {self.range[1]:.3g})"
+        if self.removed is None:
+            return f"{what}; they are the first to be removed from each module"
+        gone = sum(map(len, self.removed.values()))
+        which = "all" if gone == found else f"{gone} (whole KV groups, or equally many of each group)"
+        return f"{what}; {which} are removed, {self.share:.1%} of the attention's parameters"
 
 
 @dataclass(frozen=True)
@@ -51,8 +68,8 @@ class Plan:
     """Note to users where the sparsity differs from the requested one by more than 0.5 percentage points."""
     units: Mapping[int, KeptUnits] = field(default_factory=dict)
     """Units to keep, by index of the block; empty if the criterion selects the units during the fit."""
-    first_heads: FirstHeads | None = None
-    """Heads to remove before all others; None without a preselection."""
+    similar_heads: SimilarHeads | None = None
+    """Heads to remove before all others; None unless the criterion compares heads."""
 
     @property
     def uniform(self) -> bool:

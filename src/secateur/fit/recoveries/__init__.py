@@ -2,5 +2,6 @@
 
 from pathlib import Path
 
-NAMES = tuple(sorted((file.stem for file in Path(__file__).parent.glob("[!_]*.py")), key=lambda name: name != "refit"))
+_FOUND = sorted(file.stem for file in Path(__file__).parent.glob("[!_]*.py"))
+NAMES = tuple(sorted(_FOUND, key=lambda name: name != "refit"))
 """Names of the recoveries in this folder, the default first."""

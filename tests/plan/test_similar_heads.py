@@ -27,16 +27,15 @@ from models import (
 )
 from outputs import error_of, record_of
 from secateur.base.quiet import quiet
+from secateur.commands import survey_model
 from secateur.commands.options import Options
 from secateur.commands.prune import prune
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import entries, width_of
-from secateur.paper import similar_heads
-from secateur.paper.similar_heads import loadable, similar_plan
-from secateur.paper.similarity import candidates, find_similar_heads
 from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import PlanProblem
+from secateur.plan.similar_heads import candidates, find_similar_heads, loadable, similar_plan
 
 # Below 32 rows none is left out of the refit, so that the final norm stays as it is.
 SMALL: dict[str, Any] = {"samples": 30, "length": 24, "calibration": "random"}
@@ -109,17 +108,17 @@ def test_a_plan_of_similar_heads_is_exact(checkpoint_folder, name, tau):
     draw, pairs = random.Random(1), list(itertools.combinations(range(6), 2))
     distances = {index: table(6, {pair: draw.uniform(0.05, 0.4) for pair in pairs}) for index in range(3)}
     wish = wish_of(checkpoint_folder, name)
-    plan = similar_plan(wish, distances, tau)
+    similar, plan = similar_plan(wish, find_similar_heads(distances, tau))
     assert plan.lists_units
     before = after = 0.0
     for index, units in plan.units.items():
         gone, width = loadable(wish, index, candidates(distances[index], tau))
-        assert plan.first_heads.removed[index] == gone
+        assert similar.removed[index] == gone
         assert plan.widths[index] == width == width_of(wish.blocks[index], selected(**units))
         assert sorted((*units["heads"], *gone)) == list(range(6))
         before += wish.parameters.module_size(index, "heads", wish.blocks[index].width)
         after += wish.parameters.module_size(index, "heads", width)
-    assert plan.first_heads.share == pytest.approx(1 - after / before, abs=1e-12)
+    assert similar.share == pytest.approx(1 - after / before, abs=1e-12)
 
 
 def test_thresholds_that_remove_nothing_or_all(checkpoint_folder):
@@ -127,19 +126,20 @@ def test_thresholds_that_remove_nothing_or_all(checkpoint_folder):
     distances = {0: table(6, {(0, 2): 0.11, (0, 1): 0.2, (1, 3): 0.3}, far=0.5)}
     # Each head of a chain is near the next one; only its ends are far apart, and still one head alone would stay.
     chain = {0: table(3, {(0, 1): 0.1, (1, 2): 0.1}, far=0.3)}
+    # Head 0 is a candidate from 0.11 on, but its group leaves with head 1 only, which is like head 3.
+    alone = find_similar_heads(distances, 0.15)
     found = "the distances between heads go from"
     for message, wanted in (
         (error_of(find_similar_heads, distances, 0.05), f"nothing: {found} 0.11 to 0.5; choose a tau above 0.11"),
-        (error_of(similar_plan, wish, distances, 0.6), f"a single head: {found} 0.11 to 0.5; choose a tau below 0.5"),
+        (error_of(find_similar_heads, distances, 0.6), f"single head: {found} 0.11 to 0.5; choose a tau below 0.5"),
         (error_of(find_similar_heads, chain, 0.2), f"a single head: {found} 0.1 to 0.3; choose a smaller tau"),
-        # Head 0 is a candidate from 0.11 on, but its group leaves with head 1 only, which is like head 3.
-        (error_of(similar_plan, wish, distances, 0.15), "its 1 similar heads are neither a whole KV group nor one"),
-        (error_of(similar_plan, wish, distances, 0.15), "go from 0.11 to 0.5; choose a larger tau"),
+        (error_of(similar_plan, wish, alone), "its 1 similar heads are neither a whole KV group nor one"),
+        (error_of(similar_plan, wish, alone), "go from 0.11 to 0.5; choose a larger tau"),
     ):
         assert wanted in message
     assert find_similar_heads({**chain, 1: table(3, {(0, 1): 0.1})}, 0.2).candidates == {0: (0, 1), 1: (0,)}
-    first_heads = similar_plan(wish, distances, 0.31).first_heads
-    assert first_heads.removed == {0: (0, 1)}
+    similar, _ = similar_plan(wish, find_similar_heads(distances, 0.31))
+    assert similar.removed == {0: (0, 1)}
 
 
 def copied(name: str, folder: Path, pairs: list[tuple[int, int]], blocks: tuple[int, ...] = (0, 1, 2)) -> Path:
@@ -238,7 +238,7 @@ def test_contradicting_options_are_refused(how, message):
 
 def test_models_and_formats_without_fewer_heads(tmp_path, checkpoint_folder, monkeypatch):
     """Found before anything is measured."""
-    monkeypatch.setattr(similar_heads, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
+    monkeypatch.setattr(survey_model, "head_distances", lambda *_, **__: pytest.fail("heads were compared"))
     for name, out, more, message in (
         ("olmo2", "out", {}, "heads cannot be removed exactly, because its query and key norms run across all heads;"),
         ("gpt2", "out.gguf", {"format": "gguf"}, "the format cannot hold fewer heads"),

@@ -1,44 +1,71 @@
-"""Criterion `similarity` in a run: from distances between heads to the heads that can be removed together."""
+"""Criterion `similarity`: of two heads with similar attention, one can be removed (criterion A and Algorithm 2 of the
+paper).
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+Alone, the criterion makes a plan that lists the heads to keep. Before another criterion, heads that are similar to
+another head are removed first, and further units by that criterion.
+"""
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.base.progress import Watcher
 from secateur.model.axes import Width
-from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
-from secateur.paper.similarity import find_similar_heads
-from secateur.plan.preselection import Preselected
-from secateur.plan.problem import Plan, PlanProblem
+from secateur.plan.problem import Plan, PlanProblem, SimilarHeads
 from secateur.plan.widths import head_widths
-from secateur.survey.head_distances import head_distances
 
 
-@dataclass(frozen=True)
-class Similarity:
-    """Preselection of heads whose distance is below a threshold; see `secateur.plan.preselection`."""
+def candidates(distances_hh: Tensor, tau: float) -> tuple[int, ...]:
+    """Return the heads that can be removed, in ascending order.
 
-    tau: float
-    """Threshold, in nats."""
-    decides: bool
-    """Whether only these heads are removed, and nothing else."""
+    Algorithm 2 of the paper visits all pairs (i, j) with i != j, with i in the outer and j in the inner loop. If the
+    distance of a pair is below tau and neither head is a candidate yet, i becomes a candidate. So the lower index of a
+    similar pair is removed, and the last head of a group of similar heads stays.
 
-    def check(self, problem: PlanProblem) -> None:
-        """Check that at least one head can be removed."""
-        check_heads(problem)
+    Args:
+        distances_hh: Distances between the heads of one module (heads x heads).
+        tau: Threshold in the unit of the distances.
+    """
+    near = distances_hh < tau
+    near.fill_diagonal_(False)
+    free = torch.ones(len(near), dtype=torch.bool)
+    for i in range(len(near)):
+        # While row i is processed only i itself can become a candidate, and that ends the row.
+        free[i] = not bool((near[i] & free).any())
+    return tuple((~free).nonzero()[:, 0].tolist())
 
-    def find(self, stream: BlockStream, rows: Tensor, problem: PlanProblem, watcher: Watcher) -> Preselected:
-        """Compare the heads of the dense model on calibration rows (rows x length), and return the similar ones."""
-        distances = head_distances(stream, rows, blocks=problem.pruned_blocks, watcher=watcher)
-        if not self.decides:
-            return Preselected(find_similar_heads(distances, self.tau))
-        plan = similar_plan(problem, distances, self.tau)
-        assert plan.first_heads is not None
-        return Preselected(plan.first_heads, plan)
+
+def find_similar_heads(distances: Mapping[int, Tensor], tau: float) -> SimilarHeads:
+    """Return the similar heads of every block.
+
+    Args:
+        distances: Distances between the heads of each block (heads x heads).
+        tau: Threshold in the unit of the distances.
+
+    Raises:
+        SecateurError: No heads are similar, or all are.
+    """
+    pairs = torch.cat([table[torch.ones_like(table, dtype=torch.bool).triu(1)] for table in distances.values()])
+    least, largest = float(pairs.min()), float(pairs.max())
+    if tau <= least:
+        raise SecateurError(
+            f"tau is {tau:g}, which removes nothing: the distances between heads go from {least:.3g} to {largest:.3g}; "
+            f"choose a tau above {_rounded(least, math.ceil)}"
+        )
+    near = {index: candidates(table, tau) for index, table in distances.items()}
+    # Algorithm 2 keeps at least one head.
+    if all(len(heads) == len(distances[index]) - 1 for index, heads in near.items()):
+        less = "a smaller tau" if tau <= largest else f"a tau below {_rounded(largest, math.floor)}"
+        raise SecateurError(
+            f"tau is {tau:g}, which leaves each block a single head: the distances between heads go from {least:.3g} "
+            f"to {largest:.3g}; choose {less}"
+        )
+    return SimilarHeads(tau, (least, largest), near)
 
 
 def check_heads(problem: PlanProblem) -> None:
@@ -62,13 +89,12 @@ def check_heads(problem: PlanProblem) -> None:
     raise SecateurError("the blocks have one head each; similarity has nothing to compare: choose another criterion")
 
 
-def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: float) -> Plan:
-    """Return the plan that removes similar heads and nothing else; it lists the units to keep.
+def similar_plan(problem: PlanProblem, found: SimilarHeads) -> tuple[SimilarHeads, Plan]:
+    """Return which similar heads are removed, and the plan that removes nothing else; it lists the units to keep.
 
     Raises:
-        SecateurError: No heads are similar, or all but one head of every block are.
+        SecateurError: No heads can be removed together.
     """
-    found = find_similar_heads(distances, tau)
     removed, widths, units = {}, {}, {}
     for index, heads in found.candidates.items():
         block = problem.blocks[index]
@@ -78,9 +104,9 @@ def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: flo
     if not any(removed.values()):
         count = sum(map(len, found.candidates.values()))
         raise SecateurError(
-            f"tau is {tau:g}, which removes nothing: its {count} similar heads are neither a whole KV group nor one "
-            f"head of every group; the distances between heads go from {found.range[0]:.3g} to {found.range[1]:.3g}; "
-            "choose a larger tau"
+            f"tau is {found.tau:g}, which removes nothing: its {count} similar heads are neither a whole KV group nor "
+            f"one head of every group; the distances between heads go from {found.range[0]:.3g} to "
+            f"{found.range[1]:.3g}; choose a larger tau"
         )
     size = problem.parameters.module_size
     dense, kept = (
@@ -89,7 +115,7 @@ def similar_plan(problem: PlanProblem, distances: Mapping[int, Tensor], tau: flo
     )
     found = replace(found, removed=removed, share=1 - kept / dense)
     reached = problem.sparsity(widths)
-    return Plan(widths, reached, reached, note=found.describe(), units=units, first_heads=found)
+    return found, Plan(widths, reached, reached, note=found.describe(), units=units)
 
 
 def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tuple[tuple[int, ...], Width]:
@@ -125,3 +151,8 @@ def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tupl
 def _narrower(block: Block) -> list[Width]:
     """Return the widths of a block with fewer heads, but at least one."""
     return head_widths(block, ("heads",))[1:]
+
+
+def _rounded(value: float, way: Callable[[float], int]) -> str:
+    """Return a number with four decimals as text, rounded up or down by `way`."""
+    return f"{way(value * 1e4) / 1e4:g}"
