@@ -115,7 +115,6 @@ TWO_STEPS = {
     "survey of experts": (f"survey dense/mixtral --out survey {RANDOM}",),
     "survey of a parallel block": (f"survey dense/gpt_neox --out survey {RANDOM}",),
     "sizes": (f"sizes dense/llama --out out --sparsities .2,.4 --perplexity files/held.txt --tokens 320 {TEXT}",),
-    "recipe": ("compare dense/llama files/recipe.yaml --out out",),
     "retrain": (
         f"prune dense/llama pruned --effort quick {TEXT}",
         "retrain pruned adapters --calibration files/text.txt --tokens 512 --length 16 --batch 4 --rank 2 "
@@ -159,13 +158,6 @@ ungrouped: true
 stock: {head_counts: dense, theta_key: null}
 """
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-RECIPE = """
-title: Small
-options: {calibration: files/text.txt, samples: 4, length: 16, format: hf, recovery: none}
-runs: {wanda: {criterion: wanda}, L2: {criterion: l2, widths: uniform}}
-grid: {sparsity: [0.2, 0.4], seed: [0, 1]}
-evaluation: {perplexity: [files/held.txt], tokens: 160}
-"""
 
 
 def folder_of(row: str) -> str:
@@ -234,7 +226,6 @@ def prepare(folder: Path, text: Path | None) -> None:
     (files / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chats))
     (files / "ratios.json").write_text('{"0:1": 0.2, "1:3": {"heads": 0, "channels": 0.4}}')
     (files / "biogpt.yaml").write_text(BIOGPT)
-    (files / "recipe.yaml").write_text(RECIPE)
     _save_models(dense)
 
 

@@ -16,6 +16,7 @@ TESTS_OF = {
     "src/secateur/model": ["tests/model", MATRIX],
     "benchmarks": ["tests/criteria/test_flap.py"],
     "demo": ["tests/docs"],
+    "paper": ["tests/paper"],
     "docs": ["tests/docs"],
     "README.md": ["tests/docs"],
 }

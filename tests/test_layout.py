@@ -30,7 +30,6 @@ ORDER = [
     "vocabulary",
     "commands",
     "retraining",
-    "paper",
     "cli",
 ]
 """The folders in the order in which the data goes; each imports from those before it."""
@@ -100,3 +99,13 @@ def test_twins_name_known_families_and_are_none_themselves() -> None:
     assert TWINS
     assert {twin.family for twin in TWINS.values()} <= FAMILIES.keys()
     assert not TWINS.keys() & FAMILIES.keys()
+
+
+def test_the_papers_tables_use_the_public_api_only() -> None:
+    used = {
+        name
+        for file in (ROOT.parents[1] / "paper").glob("*.py")
+        for name in imports(file)
+        if name.split(".")[0] == "secateur"
+    }
+    assert used <= {"secateur", *(f"secateur.{name}" for name in secateur.__all__)}

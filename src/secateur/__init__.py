@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from secateur.commands.survey_model import survey_model
     from secateur.commands.write_model import write_model
     from secateur.formats.per_layer import register
-    from secateur.measure import perplexity, speeds
+    from secateur.measure import open_tasks, perplexity, speeds, zero_shot
+    from secateur.measure.loading import load
     from secateur.model.checkpoint import open_checkpoint
     from secateur.model.rows import Rows
     from secateur.model.stream import BlockStream
+    from secateur.retraining.options import Training
     from secateur.retraining.retrain import retrain
-    from secateur.text.calibration import calibration_rows, consecutive_rows
+    from secateur.survey.head_distances import head_distances
+    from secateur.text.calibration import cached_token_ids, calibration_rows, consecutive_rows
     from secateur.vocabulary.trim import trim
 
 _MODULES = {
@@ -49,22 +52,28 @@ _MODULES = {
     "Options": "secateur.commands.options",
     "RunOptions": "secateur.commands.options",
     "retrain": "secateur.retraining.retrain",
+    "Training": "secateur.retraining.options",
     "open_checkpoint": "secateur.model.checkpoint",
     "BlockStream": "secateur.model.stream",
     "Rows": "secateur.model.rows",
+    "head_distances": "secateur.survey.head_distances",
+    "cached_token_ids": "secateur.text.calibration",
     "calibration_rows": "secateur.text.calibration",
     "consecutive_rows": "secateur.text.calibration",
     "perplexity": "secateur.measure",
     "speeds": "secateur.measure",
+    "open_tasks": "secateur.measure",
+    "zero_shot": "secateur.measure",
+    "load": "secateur.measure.loading",
     "register": "secateur.formats.per_layer",
     "SecateurError": "secateur.base.errors",
 }
 """Module of each public name."""
 
-__all__ = ["Bars", "BlockStream", "Options", "Rows", "RunOptions", "SecateurError"]
-__all__ += ["calibration_rows", "consecutive_rows", "draw_rows", "fit_blocks", "open_checkpoint"]
-__all__ += ["open_model", "perplexity", "plan_widths", "propose", "prune", "prune_model", "register", "retrain"]
-__all__ += ["speeds", "survey_model", "trim", "write_model"]
+__all__ = ["Bars", "BlockStream", "Options", "Rows", "RunOptions", "SecateurError", "Training", "cached_token_ids"]
+__all__ += ["calibration_rows", "consecutive_rows", "draw_rows", "fit_blocks", "head_distances", "load"]
+__all__ += ["open_checkpoint", "open_model", "open_tasks", "perplexity", "plan_widths", "propose", "prune"]
+__all__ += ["prune_model", "register", "retrain", "speeds", "survey_model", "trim", "write_model", "zero_shot"]
 
 
 def __getattr__(name: str) -> Any:

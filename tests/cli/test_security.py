@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from command_line import SMALL, TEXT, listing, refused
 
 from models import make_letters
@@ -23,7 +22,6 @@ COMMANDS = [
     "eval out --against model --perplexity text.txt --length 16 --speed --prompt a",
     "export out exported.gguf",
     "retrain out retrained --calibration text.txt --tokens 128 --length 16",
-    "compare model grid.yaml --out table",
     "families",
     "clean out",
 ]
@@ -43,13 +41,6 @@ def test_no_command_unpickles(place, run, monkeypatch):
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl", "adapter_model.bin"):
         (place / "model" / name).write_bytes(pickle.dumps(Trap()))
     torch.save({"weight": torch.ones(1)}, place / "model" / "consolidated.00.pth")
-    recipe = {
-        "title": "one",
-        "options": {"calibration": "text.txt", "samples": 4, "length": 16, "recovery": "none"},
-        "runs": {"wanda": {"criterion": "wanda"}},
-        "evaluation": {"perplexity": ["text.txt"], "tokens": 64},
-    }
-    (place / "grid.yaml").write_text(yaml.safe_dump(recipe))
     assert run("families").code == 0
 
     def poisoned(*_: object, **__: object) -> None:
@@ -86,14 +77,10 @@ def test_tokenizer_code_runs_only_with_the_flag(place, run):
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [trapped]", "!!python/name:os.system"])
 def test_yaml_tags_create_no_objects(tag, place, run):
-    for name, command in {
-        "recipe.yaml": ["compare", "recipe.yaml", "--out", "table"],
-        "family.yaml": ["prune", "model", "out", *SMALL, "--family", "family.yaml"],
-    }.items():
-        (place / name).write_text(f"title: {tag}\n")
-        result = run(*command)
-        assert result.code == 2, result
-        assert result.err.count("\n") == 1
+    (place / "family.yaml").write_text(f"title: {tag}\n")
+    result = run("prune", "model", "out", *SMALL, "--family", "family.yaml")
+    assert result.code == 2, result
+    assert result.err.count("\n") == 1
     (place / "model" / "README.md").write_text(f"---\nlicense: {tag}\n---\n")
     assert run("prune", "model", "out", *SMALL).code == 0
     assert not (place / "trapped").exists()

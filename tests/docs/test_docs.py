@@ -27,6 +27,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import models as tiny
 import secateur
+from paper import recipe
+from paper.__main__ import main as paper_main
+from paper.__main__ import parser as paper_parser
 from secateur.base.quiet import quiet
 from secateur.cli.app import app
 from secateur.commands.options import EFFORTS, Effort, Options, RunOptions
@@ -37,7 +40,6 @@ from secateur.formats.registry import CLASSES, FORMATS
 from secateur.model import axes
 from secateur.model.axes import axis_kinds
 from secateur.model.units.registry import _DESCRIBERS
-from secateur.paper import recipe
 from secateur.plan.target import parse_target
 from secateur.retraining import options as retraining_options
 from secateur.retraining import retrain
@@ -125,10 +127,11 @@ def blocks(page: str) -> list[Block]:
 
 def options() -> dict[str, set[str]]:
     found: dict[str, Any] = typer.main.get_command(app).commands
-    return {
+    flags = {
         name: {flag for one in command.params for flag in (*one.opts, *one.secondary_opts)}
         for name, command in found.items()
     }
+    return flags | {"paper": {flag for one in paper_parser()._actions for flag in one.option_strings}}
 
 
 def unknown(words: list[str], of: dict[str, set[str]]) -> list[str]:
@@ -258,6 +261,9 @@ def carry_out(command: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(*words.pop(0).split("=", 1))
     if words[0] == "make":
         return  # see test_every_make_line_has_a_target
+    if words[:3] == ["python", "-m", "paper"]:
+        assert paper_main(words[3:]) == 0, f"{where}: {command}"
+        return
     assert words[0] == "secateur", f"{where}: this test does not know the command {words[0]}"
     if "<" in words:
         piped = Path(words.pop()).read_bytes()

@@ -18,9 +18,8 @@ from unittest.mock import patch
 
 import safetensors
 import torch
-import yaml
 from bench import BIOGPT, NEVER, SMALL, TEXT, Bench
-from mutate import RECIPES, changed, damaged, damaged_file, damaged_header, spelled
+from mutate import changed, damaged, damaged_file, damaged_header, spelled
 from right import TOLERANCE, Fault, Skipped, command, compare, limits, loaded, pruned
 from transformers import AutoConfig
 
@@ -41,8 +40,6 @@ from secateur.criteria.registry import all_criteria
 from secateur.families.registry import FAMILIES
 from secateur.formats.gguf_export import export
 from secateur.measure.evaluation import evaluate
-from secateur.paper.recipe import expand, read_recipe
-from secateur.paper.recipes import FOLDER
 from secateur.retraining.options import Training
 from secateur.vocabulary.kept import original_ids
 
@@ -235,24 +232,6 @@ def state(bench: Bench, rng: random.Random, at: Path) -> None:
             assert file.read_bytes() == (at / "out" / file.relative_to(whole)).read_bytes(), file.name
 
 
-def recipe(bench: Bench, rng: random.Random, at: Path) -> None:
-    """Damage a recipe of `secateur compare`."""
-    file, what = at / "in.yaml", rng.random()
-    if what < 0.25:
-        file.write_text(rng.choice(RECIPES))
-    else:
-        text = rng.choice(sorted(FOLDER.glob("*.yaml"))).read_text()
-        if what < 0.75:
-            file.write_text(spelled(changed(rng, yaml.safe_load(text))), errors="surrogatepass")
-        else:
-            file.write_bytes(damaged(rng, text.encode()))
-    if rng.random() < 0.1:
-        command("compare", file, "--model", bench.tiny, "--out", at / "out", "--dry-run")
-        return
-    found = read_recipe(str(file))
-    assert expand(found, None)
-
-
 def family(bench: Bench, rng: random.Random, at: Path) -> None:
     """Damage a family file."""
     model, file = bench.biogpt, at / "in.yaml"
@@ -420,8 +399,7 @@ KINDS: dict[str, tuple[int, Callable[[Bench, random.Random, Path], None]]] = {
     "plan": (7, plan),
     "survey": (5, survey),
     "state": (6, state),
-    "recipe": (8, recipe),
-    "family": (5, family),
+    "family": (13, family),
     "eval": (6, evaluated),
     "export": (5, exported),
     "retrain": (2, retrained),

@@ -10,13 +10,13 @@ from unittest.mock import patch
 
 import pytest
 from bench import BIOGPT, NEVER, SMALL, Bench
-from mutate import RECIPES, spelled
+from mutate import FAMILY_FILES, spelled
 
 from outputs import assert_error, weights_of
 from secateur import calibration_rows, open_checkpoint, prune
 from secateur.families.registry import FAMILIES
+from secateur.formats.family_file import read_family
 from secateur.formats.gguf_export import export
-from secateur.paper.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,10 @@ def edited(source: Path, folder: Path, file: str, **keys: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", range(len(RECIPES)))
-def test_invalid_recipes_are_refused(tmp_path, number):
-    (tmp_path / "recipe.yaml").write_text(RECIPES[number])
-    assert_error(r"recipe\.yaml", read_recipe, str(tmp_path / "recipe.yaml"))
+@pytest.mark.parametrize("number", range(len(FAMILY_FILES)))
+def test_invalid_family_files_are_refused(tmp_path, number):
+    (tmp_path / "family.yaml").write_text(FAMILY_FILES[number])
+    assert_error(r"family\.yaml", read_family, tmp_path / "family.yaml")
 
 
 DENSE = {"head_counts": "dense", "theta_key": None}

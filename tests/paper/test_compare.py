@@ -12,19 +12,21 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import TEXT, Run, listing, refused
+from command_line import TEXT, Result, Run, listing, refused
+from rich.console import Console
 
 from models import GROUPED, _config
 from outputs import edited_weights
-from secateur.base.errors import SecateurError
+from paper import compare as compare_step
+from paper.__main__ import main
+from paper.recipe import FOLDER, recipe_names
+from paper.store import Store
+from secateur import SecateurError
+from secateur.cli import terminal
 from secateur.commands import draw_rows, survey_model
 from secateur.commands import open_model as open_step
 from secateur.commands.prune import prune
 from secateur.measure.evaluation import evaluate
-from secateur.paper import runs as compare_step
-from secateur.paper import scorer
-from secateur.paper.recipes import recipe_names
-from secateur.paper.run_store import RunStore
 from secateur.retraining.retrain import retrain
 from secateur.text import calibration, draw
 
@@ -38,6 +40,18 @@ GRID: dict[str, Any] = {
 
 
 @pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Function that runs `python -m paper` with the given arguments in this process."""
+    monkeypatch.setattr(terminal, "log", Console(file=None, stderr=True, highlight=False, markup=False, width=120))
+
+    def call(*arguments: str) -> Result:
+        code = main([str(one) for one in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
 def grid(place: Path) -> Path:
     """The working folder with a recipe and a text to score."""
     (place / "held.txt").write_text(" ".join(reversed(TEXT.split())))
@@ -48,7 +62,7 @@ def grid(place: Path) -> Path:
 MORE_ROWS = {"llama one block": _config("llama", "num_hidden_layers", **GROUPED, num_hidden_layers=1)}
 ALL_BLOCKS = ("figure3", "figure5", "table3")
 """Recipes that are about all blocks; for the others, a model with one block is enough."""
-COMPARE = ("compare", "model", "grid.yaml", "--out", "out")
+COMPARE = ("model", "grid.yaml", "--out", "out")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +148,7 @@ def test_shared_work_is_done_once(grid, run, calls_of, monkeypatch):
 
 
 def test_only_missing_runs_are_executed(grid, run, whole, out, calls_of):
-    prunings = calls_of(compare_step, "prune_run")
+    prunings = calls_of(compare_step, "prune")
     result = run(*COMPARE)
     assert (result.code, len(prunings)) == (0, 0)
     assert "9 of 9 runs are in out already" in result.err
@@ -162,7 +176,7 @@ ENDS = [
 
 @pytest.mark.parametrize(("error", "code", "said", "finished"), ENDS)
 def test_an_interrupt_ends_all_runs_and_a_failure_no_other(error, code, said, finished, run, whole, out, monkeypatch):
-    prune_run = compare_step.prune_run
+    prune_run = compare_step.prune
 
     def broken(opened: Any, *given: Any, **more: Any) -> Any:
         if opened.options.criterion == "l2" and opened.options.seed:
@@ -171,7 +185,7 @@ def test_an_interrupt_ends_all_runs_and_a_failure_no_other(error, code, said, fi
 
     forget(out, "criterion", "l2")
     with monkeypatch.context() as patch:
-        patch.setattr(compare_step, "prune_run", broken)
+        patch.setattr(compare_step, "prune", broken)
         result = run(*COMPARE)
     assert result.code == code
     assert result.err.splitlines()[-1].startswith(said)
@@ -230,7 +244,7 @@ def test_every_recipe_runs(name, row, paper, grid, run, checkpoint_folder):
     small = f"--calibration text.txt --samples {samples} --refit-samples {refit} --length 16 --tokens 64 --seeds 0 "
     small += f"--blocks {'0:3' if name in ALL_BLOCKS else '0:1'} --tasks none "
     small += "--perplexity wikitext2=held.txt --perplexity ptb=text.txt"
-    result = run("compare", folder, name, "--out", "out", *small.split())
+    result = run(folder, name, "--out", "out", *small.split())
     assert result.code == 0, result.err
     found = json.loads((grid / "out" / "table.json").read_text())
     if plot := {"figure3": "graph", "figure5": "activations"}.get(name):
@@ -240,7 +254,7 @@ def test_every_recipe_runs(name, row, paper, grid, run, checkpoint_folder):
     measured = [row for row in found["rows"] if row["figures"]["ptb"].get("mean") is not None]
     assert len(measured) == found["planned"] == found["finished"]
     assert all(0 < row["sparsity"] < 1 for row in measured[1:])
-    recipe = yaml.safe_load((Path(compare_step.__file__).parent / "recipes" / f"{name}.yaml").read_text())
+    recipe = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     published = recipe["models"].get(paper, {}).get("published", {})
     assert {row["row"]: row["figures"]["ptb"]["published"] for row in found["rows"] if row["row"] in published} == {
         row: figures["ptb"] for row, figures in published.items()
@@ -253,7 +267,7 @@ def small(folder: Path, **fields: Any) -> list[str]:
     """The arguments for a recipe of one run, half of whose fields are as in `GRID`."""
     recipe = GRID | {"grid": {"seed": [0, 1]}} | fields
     (folder / "small.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return ["compare", "model", "small.yaml", "--out", "out"]
+    return ["model", "small.yaml", "--out", "out"]
 
 
 def values(row: str) -> list[float]:
@@ -322,41 +336,37 @@ def test_a_row_can_be_retrained(grid, run):
 
 
 WRONG = [
-    ("compare", "Missing argument '[MODEL]... RECIPE'; see secateur compare --help"),
-    ("compare model grid.yaml", "Missing option '--out'; see secateur compare --help"),
-    ("compare model nothing --out out", "recipe 'nothing' does not exist; name a .yaml file or one of figure3"),
-    ("compare grid.yaml --out out", "the recipe names no model; give one before the recipe"),
-    ("compare model model grid.yaml --out out", "model model is given twice; leave one out"),
-    ("compare model grid.yaml --out model", "model: holds other files, not a comparison; name a new folder"),
-    ("compare model grid.yaml --out out --seeds 0,x", "--seeds is '0,x'; write whole numbers separated by commas, for"),
-    ("compare model grid.yaml --out out --seeds=-1", "runs.wanda: seed is -1; it must lie between 0 and"),
-    ("compare model grid.yaml --out out --samples 2,4", "samples is 2, 4, but the recipe has no axis for it; give one"),
-    ("compare model lora.yaml --out out --refit-samples 0", "retrain.wanda: tokens is 0, but one step takes 1 rows of"),
-    ("compare model grid.yaml --out out --calibration gone.txt", "gone.txt does not exist: check the path of the text"),
-    ("compare model grid.yaml --out out --perplexity a=text.txt --perplexity a=text.txt", "two texts are called a;"),
-    ("compare model grid.yaml --out out --perplexity random", "random token ids cannot be scored; name a text file or"),
-    ("compare model grid.yaml --out out --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
-    ("compare model peft.yaml --out out", "LoRA retraining needs peft, which is not installed; pip install"),
-    ("compare model grid.yaml --out busy", "busy: in use by another secateur compare; wait"),
-    ("compare model wide.yaml --out out", "model, L1, sparsity 0.9999: sparsity 100.0% is out of reach"),
+    ("model nothing", "recipe 'nothing' does not exist; name a .yaml file or one of figure3"),
+    ("grid.yaml", "the recipe names no model; give one before the recipe"),
+    ("model model grid.yaml", "model model is given twice; leave one out"),
+    ("model grid.yaml --out model", "model: exists and is not the folder of a comparison; name a new folder"),
+    ("model grid.yaml --seeds=-1", "runs.wanda: seed is -1; it must lie between 0 and"),
+    ("model grid.yaml --samples 2,4", "samples is 2, 4, but the recipe has no axis for it; give one"),
+    ("model lora.yaml --refit-samples 0", "retrain.wanda: tokens is 0, but one step takes 1 rows of"),
+    ("model grid.yaml --calibration gone.txt", "gone.txt does not exist: check the path of the text"),
+    ("model grid.yaml --perplexity a=text.txt --perplexity a=text.txt", "two texts are called a;"),
+    ("model grid.yaml --perplexity random", "random is no text that can be scored; name a text file or"),
+    ("model grid.yaml --limit=-5 --tasks piqa", "the limit is -5; it must be at least 1 item"),
+    ("model lora.yaml", "LoRA retraining needs peft, which is not installed; pip install"),
+    ("model grid.yaml --out busy", "busy: in use by another comparison; wait"),
+    ("model wide.yaml", "model, L1, sparsity 0.9999: sparsity 100.0% is out of reach"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[arguments for arguments, _ in WRONG])
 def test_mistakes_come_before_work(arguments, message, grid, run, monkeypatch):
-    for owner, name in ((compare_step, "prune_run"), (scorer, "load")):
-        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("a mistake was found after long work"))
+    monkeypatch.setattr(compare_step, "execute", lambda *_: pytest.fail("a mistake was found after long work"))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
     recipes: dict[str, dict[str, Any]] = {
         "wide": {"runs": {"L1": {"criterion": "l1"}}, "grid": {"sparsity": [0.2, 0.9999]}},
-        "lora": {"retrain": {"wanda": {}}},
-        "peft": {"retrain": {"wanda": {"rank": 8}}},
+        "lora": {"retrain": {"wanda": {"rank": 8}}},
     }
     for name, changes in recipes.items():
         (grid / f"{name}.yaml").write_text(yaml.safe_dump(GRID | changes))
     (grid / "busy").mkdir()
-    with RunStore(grid / "busy"):
+    words = arguments.split()
+    with Store(grid / "busy"):
         before = listing(grid)
-        refused(run(*arguments.split()), message)
+        refused(run(*words, *([] if "--out" in words else ["--out", "out"])), message)
         assert listing(grid) == before

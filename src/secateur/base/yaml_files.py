@@ -12,7 +12,7 @@ _MAX_ENTRIES = 1_000_000
 """Largest number of entries of a YAML value, as a few lines of aliases can expand to billions."""
 
 
-def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def read_yaml(path: Path) -> Any:
     """Return the value of a YAML file.
 
     Raises:
@@ -20,7 +20,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     """
     text = path.read_text(encoding="utf-8")
     try:
-        value = yaml.load(text, Loader=loader)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" line {mark.line + 1}"

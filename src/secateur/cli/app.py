@@ -16,7 +16,6 @@ from secateur.base.launcher import process_place
 from secateur.base.words import joined
 from secateur.cli import terminal
 from secateur.cli.clean import clean
-from secateur.cli.compare import compare
 from secateur.cli.doctor import doctor
 from secateur.cli.evaluate import evaluate
 from secateur.cli.export import export
@@ -47,7 +46,6 @@ for name, command in {
     "sizes": sizes,
     "eval": evaluate,
     "doctor": doctor,
-    "compare": compare,
     "clean": clean,
     "families": families,
 }.items():

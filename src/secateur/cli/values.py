@@ -1,14 +1,11 @@
 """Arguments that several commands share, and parsers for option values that typer does not parse."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from secateur.base.errors import SecateurError
-
-T = TypeVar("T", int, float)
 
 Model = Annotated[
     str,
@@ -40,22 +37,20 @@ def parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def parse_integers(option: str, text: str | None) -> tuple[int, ...] | None:
-    """Return the whole numbers in a list that is separated by commas, or None if the option is not given.
-
-    Raises:
-        SecateurError: A part is not a whole number, or a number occurs twice.
-    """
-    return None if text is None else _parse_numbers(option, text, int, "whole numbers", "0,1,2")
-
-
 def parse_fractions(option: str, text: str) -> list[float]:
     """Return the fractions in a list that is separated by commas, in ascending order.
 
     Raises:
         SecateurError: A part is not a number, or a number occurs twice.
     """
-    return sorted(_parse_numbers(option, text, _fraction, "fractions", ".1,.25,.5"))
+    try:
+        numbers = sorted(_fraction(part) for part in text.split(","))
+    except ValueError:
+        example = "write fractions separated by commas, for example .1,.25,.5"
+        raise SecateurError(f"{option} is '{text}'; {example}") from None
+    if len(set(numbers)) < len(numbers):
+        raise SecateurError(f"{option} is '{text}', which contains a number twice; write each number once")
+    return numbers
 
 
 def parse_fraction(option: str, text: str) -> float:
@@ -75,13 +70,3 @@ def _fraction(text: str) -> float:
     if rest:
         raise ValueError
     return float(number) / 100 if sign else float(number)
-
-
-def _parse_numbers(option: str, text: str, parse: Callable[[str], T], what: str, example: str) -> tuple[T, ...]:
-    try:
-        numbers = tuple(parse(part) for part in text.split(","))
-    except ValueError:
-        raise SecateurError(f"{option} is '{text}'; write {what} separated by commas, for example {example}") from None
-    if len(set(numbers)) < len(numbers):
-        raise SecateurError(f"{option} is '{text}', which contains a number twice; write each number once")
-    return numbers

@@ -7,8 +7,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from secateur.base.files import write_atomically
-from secateur.paper.comparison import AVERAGE, Column, Comparison, Row
+from paper.store import write
+from paper.tables import AVERAGE, Column, Comparison, Row, mean
 
 
 def plot_comparison(found: Comparison, out: Path) -> None:
@@ -87,21 +87,17 @@ def _lines(panel: Any, rows: Sequence[Row], column: Column, axis: str) -> None:
     # There are ten colours; further lines change their dashes too.
     styles = ("-", "--", ":")
     for number, ((label, others), members) in enumerate(by_line.items()):
-        points = sorted(
-            ((row.axes[axis], spread) for row in members if (spread := row.spread(column.name)) is not None),
-            key=lambda point: point[0],
-        )
+        points = sorted((row.axes[axis], values) for row in members if (values := row.values(column.name)))
         if points:
-            at, spreads = [place for place, _ in points], [spread for _, spread in points]
+            at, spreads = [place for place, _ in points], [values for _, values in points]
             name = ", ".join(filter(None, (label, *(f"{key} {value}" for key, value in others))))
             style = styles[number // 10 % 3]
-            (line,) = panel.plot(at, [spread.mean for spread in spreads], style, marker="o", label=name)
-            low, high = [spread.least for spread in spreads], [spread.most for spread in spreads]
-            panel.fill_between(at, low, high, alpha=0.2, color=line.get_color())
+            (line,) = panel.plot(at, [*map(mean, spreads)], style, marker="o", label=name)
+            panel.fill_between(at, [*map(min, spreads)], [*map(max, spreads)], alpha=0.2, color=line.get_color())
             paper = [(row.axes[axis], row.published[column.name]) for row in members if column.name in row.published]
             panel.plot(*zip(*paper, strict=True), "x", color=line.get_color()) if paper else None
-    if (dense := rows[0].spread(column.name)) is not None:
-        panel.axhline(dense.mean, linestyle="--", color="gray", label=rows[0].name)
+    if dense := rows[0].values(column.name):
+        panel.axhline(mean(dense), linestyle="--", color="gray", label=rows[0].name)
     if axis in ("samples", "refit_samples"):
         panel.set_xscale("log")
         panel.minorticks_off()
@@ -113,9 +109,10 @@ def _lines(panel: Any, rows: Sequence[Row], column: Column, axis: str) -> None:
 def _dots(panel: Any, rows: Sequence[Row], column: Column) -> None:
     """Draw one dot for each row, the first on top; bars need a zero, which a logarithmic scale does not have."""
     for place, row in enumerate(rows):
-        if (spread := row.spread(column.name)) is not None:
-            whiskers = [[spread.mean - spread.least], [spread.most - spread.mean]]
-            panel.errorbar(spread.mean, place, xerr=whiskers, fmt="o", capsize=2, color="C0")
+        if values := row.values(column.name):
+            middle = mean(values)
+            whiskers = [[middle - min(values)], [max(values) - middle]]
+            panel.errorbar(middle, place, xerr=whiskers, fmt="o", capsize=2, color="C0")
         if column.name in row.published:
             panel.plot(row.published[column.name], place, "x", color="black")
     panel.set_yticks(range(len(rows)), [row.name for row in rows])
@@ -162,4 +159,4 @@ def _panels(rows: int, columns: int, height: float = 4.0) -> tuple[Any, list[Any
 def _save(figure: Any, path: Path) -> None:
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    write_atomically(path, file.getvalue())
+    write(path, file.getvalue())
