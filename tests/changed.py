@@ -11,7 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MATRIX = "tests/commands/test_matrix.py::test_masked_equals_sliced"
 TESTS_OF = {
-    "src/secateur/base": ["tests/write", "tests/cli/test_refused_options.py", "tests/cli/test_streams.py"],
+    "src/secateur/base": [
+        "tests/base",
+        "tests/write",
+        "tests/cli/test_refused_options.py",
+        "tests/cli/test_streams.py",
+    ],
     "src/secateur/families": [MATRIX],
     "src/secateur/model": ["tests/model", MATRIX],
     "benchmarks": ["tests/criteria/test_flap.py"],

@@ -33,10 +33,7 @@ from paper.__main__ import parser as paper_parser
 from secateur.base.quiet import quiet
 from secateur.cli.app import app
 from secateur.commands.options import EFFORTS, Effort, Options, RunOptions
-from secateur.criteria import registry
 from secateur.families.registry import FAMILIES
-from secateur.formats.format import format_class
-from secateur.formats.registry import CLASSES, FORMATS
 from secateur.model import axes
 from secateur.model.axes import axis_kinds
 from secateur.model.units.registry import _DESCRIBERS
@@ -210,14 +207,9 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def restored_registries() -> Iterator[None]:
-    """Restore the registries of families, criteria, formats and transformers classes afterwards."""
-    registry.all_criteria()
-    # A class enters its registry only once, when its file is first imported.
-    for name in FORMATS:
-        format_class(name)
+    """Restore the registries of families, kinds of units and transformers classes afterwards."""
     axis_kinds()
-    tables: list[dict[Any, Any]] = [FAMILIES, registry._CRITERIA, MODEL_FOR_CAUSAL_LM_MAPPING._extra_content]
-    tables += [FORMATS, CLASSES, axes._KINDS]
+    tables: list[dict[Any, Any]] = [FAMILIES, MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, axes._KINDS]
     before, describers = [dict(table) for table in tables], {role: list(own) for role, own in _DESCRIBERS.items()}
     yield
     _DESCRIBERS.update(describers)
@@ -249,7 +241,9 @@ def test_a_page_runs(page, place, run, monkeypatch):
                 carry_out(command, f"{page}:{line}", run, monkeypatch)
         else:
             # Blocks of text are input of other programs.
-            assert block.language in ("formula", "yaml", "text"), f"{where}: this test cannot run {block.language}"
+            assert block.language in ("formula", "toml", "yaml", "text"), (
+                f"{where}: this test cannot run {block.language}"
+            )
 
 
 def carry_out(command: str, where: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

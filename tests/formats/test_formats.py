@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from formats.test_gguf import byte_level
 from models import config_of, wide
 from secateur import prune
+from secateur.base.names import FORMATS
 from secateur.formats.format import format_class
-from secateur.formats.registry import FORMATS
 from secateur.formats.vllm import vllm_unsupported
 from secateur.report.tables import prune_table
 

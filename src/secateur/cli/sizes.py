@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from secateur.base.errors import SecateurError
+from secateur.base.names import FORMATS
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Without, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, parse_fractions
 from secateur.commands.options import TARGET, WIDTHS, Options, RunOptions
-from secateur.formats.registry import FORMATS
 
 ONE_SIZE = ("sparsity", "target", "plan")
 """Options that set one size."""

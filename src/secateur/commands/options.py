@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secateur.base.errors import SecateurError
+from secateur.base.names import FORMATS, RECOVERIES, Declaration
 from secateur.base.options import check_types, cli_name, given_or_made, option, option_specs
 from secateur.base.words import DTYPES
 from secateur.criteria.choice import EXPERTS, IDENTITY, Choice, parse_choice
-from secateur.fit.recoveries import NAMES
-from secateur.formats.registry import FORMATS, Declaration, default_format
 from secateur.model.kinds import KINDS
 from secateur.plan.target import Target, parse_target
 from secateur.text.sources import GENERAL
@@ -142,7 +141,7 @@ class Options:
         "mean output of the removed units as a bias, as FLAP does; none: only cut the weights. paper "
         "(Algorithms 1, 3 and 4 of the paper): fit the input projections and the output projection of each module to "
         "their outputs in the original model.",
-        choices=NAMES,
+        choices=tuple(RECOVERIES),
     )
     effort: str = option(
         "normal",
@@ -176,7 +175,7 @@ class Options:
         None,
         OUTPUT,
         f"Format of the pruned model. {'; '.join(f'{one.name}: {one.help}' for one in FORMATS.values())}.",
-        default_text=f"{default_format(False).name}; {default_format(True).name} with --widths uniform",
+        default_text="hf; stock with --widths uniform",
         choices=tuple(FORMATS),
     )
     type: str = option(
@@ -371,7 +370,8 @@ class Options:
     @property
     def output_format(self) -> Declaration:
         """The output format."""
-        return FORMATS[self.format] if self.format else default_format(self.widths == "uniform" and self.plan is None)
+        uniform = self.widths == "uniform" and self.plan is None
+        return FORMATS[self.format or ("stock" if uniform else "hf")]
 
     @property
     def torch_dtype(self) -> Any:

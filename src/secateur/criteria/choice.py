@@ -13,25 +13,20 @@ For heads, X may also be `similarity`, which removes heads that are similar to a
 removes these heads first and then further ones by criterion X.
 """
 
-import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+from secateur.base import names
 from secateur.base.errors import SecateurError
 
 EXPERTS = ("reroute", "reap", "frequency", "random")
 """Expert criteria (`secateur.criteria.experts`), the default first."""
-DEFAULT = "surgeon"
+DEFAULT = next(iter(names.CRITERIA))
 """Default criterion of heads and of channels."""
 IDENTITY = "second-moment-identity"
 """Criterion second-moment with the identity as covariance; `--sigma` selects it, not its name."""
 SIMILARITY = "similarity"
 """Criterion that compares heads in pairs, and gives no unit a score; see `secateur.plan.similar_heads`."""
-_NAMES = re.compile(r'^@\w*criterion\("([\w-]+)"', re.MULTILINE)
-# Names are read from the text of the source files, so that a misspelt name is found before torch is imported.
-_SOURCES = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
-_FOUND = [name for text in _SOURCES for name in _NAMES.findall(text) if name != IDENTITY]
-CRITERIA: tuple[str, ...] = tuple(sorted(_FOUND, key=lambda name: name != DEFAULT))
+CRITERIA: tuple[str, ...] = tuple(name for name in names.CRITERIA if name != IDENTITY)
 """Criteria of heads and of channels, the default first."""
 
 

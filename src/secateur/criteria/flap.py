@@ -21,19 +21,19 @@ from secateur.criteria.statistics import Statistics
 from secateur.model.axes import ATTENTION
 
 
-@criterion("flap-wifv")
+@criterion()
 def wifv(stats: Statistics) -> Tensor:
     """Return a score for each unit (units), higher for units to keep."""
     return stats.per_unit(fluctuations(stats))
 
 
-@criterion("flap-ifv")
+@criterion()
 def ifv(stats: Statistics) -> Tensor:
     """Return a score for each unit (units), higher for units to keep."""
     return stats.per_unit(_squared_in_attention(stats, _variance(stats)))
 
 
-@criterion("flap-wifn")
+@criterion()
 def wifn(stats: Statistics) -> Tensor:
     """Return a score for each unit (units), higher for units to keep."""
     norm_a = stats.moments.mean_square_a().sqrt()

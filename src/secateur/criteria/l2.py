@@ -6,7 +6,7 @@ from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
 
 
-@criterion("l2")
+@criterion()
 def scores(stats: Statistics) -> Tensor:
     """Return a score for each unit (units), higher for units to keep."""
     return stats.unit_sums("square").sqrt()

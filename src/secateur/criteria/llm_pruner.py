@@ -27,19 +27,19 @@ from secateur.criteria.statistics import sum_by_unit
 from secateur.model.structure import PrunableModule
 
 
-@criterion("llm-pruner-vector", field="from_gradients")
+@criterion(field="from_gradients")
 def vector(module: PrunableModule, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Return a score for each unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.sum(1).abs())
 
 
-@criterion("llm-pruner-element1", field="from_gradients")
+@criterion(field="from_gradients")
 def element1(module: PrunableModule, weights: Named, gradient: Named, _: Named) -> Tensor:
     """Return a score for each unit (units), float64."""
     return sum_by_unit(module, _products(module, weights, gradient), lambda part: part.abs().sum(1))
 
 
-@criterion("llm-pruner-element2", field="from_gradients", squared_gradients=True)
+@criterion(field="from_gradients", squared_gradients=True)
 def element2(module: PrunableModule, weights: Named, gradient: Named, square: Named) -> Tensor:
     """Return a score for each unit (units), float64."""
     products = _products(module, weights, gradient)

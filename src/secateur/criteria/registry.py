@@ -1,7 +1,7 @@
-"""Criteria by name, and the decorator that registers one.
+"""Criteria by name, and the decorator that makes one.
 
 A criterion is one function in a file of this folder. It maps a module's statistics to a score for each unit (u), higher
-for units to keep. The decorator takes the criterion's name and the measurements that the function needs.
+for units to keep. The decorator takes the measurements that the function needs; `secateur.base.names` has the names.
 
 Shapes: u units of a module.
 """
@@ -9,11 +9,11 @@ Shapes: u units of a module.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from secateur.base.discovery import import_modules
+from secateur.base.names import CRITERIA, find
 from secateur.criteria.choice import parse_choice
 from secateur.criteria.statistics import Statistics
 from secateur.model.structure import PrunableModule
@@ -26,7 +26,6 @@ Named = Mapping[str, Tensor]
 """Tensors of a module, by their names inside the block."""
 GradientScore = Callable[[PrunableModule, Named, Named, Named], Tensor]
 """Function from a module, its weights, their gradients and the mean squared gradients of single rows, to scores (u)."""
-Function = TypeVar("Function", bound=Callable[..., Tensor])
 SCORED_KINDS: tuple[str, ...] = ("heads", "channels")
 """Kinds of units that the criteria of this folder's files order; `secateur.criteria.experts` orders experts."""
 UnitScores = Mapping[tuple[int, str], Tensor]
@@ -51,33 +50,27 @@ class Criterion:
     """Heads that are removed before all others."""
 
 
-_CRITERIA: dict[str, Criterion] = {}
-
-
 def criterion(
-    name: str, *, field: str = "score", input_moments: bool = False, squared_gradients: bool = False
-) -> Callable[[Function], Function]:
-    """Register a function as a criterion.
+    *, field: str = "score", input_moments: bool = False, squared_gradients: bool = False
+) -> Callable[[Callable[..., Tensor]], Criterion]:
+    """Return the decorator that makes a criterion of a function.
 
     Args:
-        name: Value of `--criterion`.
         field: Field of `Criterion` that the function becomes: `score`, `ranking` or `from_gradients`.
         input_moments, squared_gradients: What the function needs, see `Criterion`.
     """
 
-    def register(function: Function) -> Function:
+    def made(function: Callable[..., Tensor]) -> Criterion:
         fields: dict[str, Any] = {field: function}
-        _CRITERIA[name] = Criterion(**fields, input_moments=input_moments, squared_gradients=squared_gradients)
-        return function
+        return Criterion(**fields, input_moments=input_moments, squared_gradients=squared_gradients)
 
-    return register
+    return made
 
 
 @cache
 def all_criteria() -> Mapping[str, Criterion]:
-    """Return every criterion in this folder by its name."""
-    import_modules("secateur.criteria")
-    return _CRITERIA
+    """Return every criterion by its name."""
+    return {name: find(place) for name, place in CRITERIA.items()}
 
 
 class Criteria:

@@ -29,7 +29,7 @@ from secateur.model.structure import Slab
 from secateur.model.surgery import rows_of
 
 
-@criterion("second-moment", input_moments=True)
+@criterion(input_moments=True)
 def scores(stats: Statistics) -> Tensor:
     """Return a score for each unit (units), higher for units to keep; S is measured."""
     half_norm_a = 0.5 * stats.weight_ao.double().square().sum(1)
@@ -41,7 +41,7 @@ def scores(stats: Statistics) -> Tensor:
     return result
 
 
-@criterion("second-moment-identity")
+@criterion()
 def identity(stats: Statistics) -> Tensor:
     """Return a score for each unit (units), higher for units to keep; S is the identity.
 

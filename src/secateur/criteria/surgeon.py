@@ -12,7 +12,7 @@ from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
 
 
-@criterion("surgeon", field="ranking")
+@criterion(field="ranking")
 def ranking(stats: Statistics, axis: str, stop: int) -> Tensor:
     """Return the units of an axis in order of removal, until `stop` of them are left."""
     return elimination(stats, axis, stop, with_errors=False).order

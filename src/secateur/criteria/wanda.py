@@ -9,7 +9,7 @@ from secateur.criteria.registry import criterion
 from secateur.criteria.statistics import Statistics
 
 
-@criterion("wanda")
+@criterion()
 def scores(stats: Statistics) -> Tensor:
     """Return a score for each unit (units), higher for units to keep."""
     norm_a = stats.moments.mean_square_a().sqrt()

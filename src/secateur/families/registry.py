@@ -1,12 +1,12 @@
-"""All families by model_type, out of the files of this folder: a new family is one entry in one of them.
+"""All families by model_type, out of the files that `secateur.base.names` lists: a new family is one entry in one.
 
 A file declares `FAMILIES`, entries by model_type, and may declare `TWINS`, decoders inside multimodal models.
 """
 
 from typing import Any
 
-from secateur.base.discovery import import_modules
 from secateur.base.errors import SecateurError
+from secateur.base.names import LINEAGES, find
 from secateur.families.entry import Experts, Family, Gguf, Twin
 
 MECHANISMS = {
@@ -24,9 +24,10 @@ FAMILIES: dict[str, Family] = {}
 """Entries by model_type."""
 TWINS: dict[str, Twin] = {}
 """Decoders inside multimodal models by model_type."""
-for lineage in import_modules("secateur.families", skip=("entry", "registry")):
-    FAMILIES |= lineage.FAMILIES
-    TWINS |= getattr(lineage, "TWINS", {})
+for lineage in map(find, LINEAGES.values()):
+    # An entry of another package, whose lineages come last, replaces none of secateur's own.
+    FAMILIES |= {name: entry for name, entry in lineage.FAMILIES.items() if name not in FAMILIES}
+    TWINS |= {name: twin for name, twin in getattr(lineage, "TWINS", {}).items() if name not in TWINS}
 
 
 def family_of(config: Any) -> Family:

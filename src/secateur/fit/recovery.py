@@ -1,20 +1,19 @@
 """Recoveries: how the remaining weights compensate for removed units.
 
-A recovery is one file of `secateur.fit.recoveries`. It holds a dataclass under the decorator
-`@recovery(name)`. The fields are the recovery's settings, and the class attributes are its requirements of the
-pipeline. The methods are called for every module, in the order prepare, choice_output, fit.
+A recovery is a dataclass in a file of `secateur.fit.recoveries`; `secateur.base.names` has its name. The fields are the
+recovery's settings, and the class attributes are its requirements of the pipeline. The methods are called for every
+module, in the order prepare, choice_output, fit.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
+from secateur.base.names import RECOVERIES, find
 from secateur.fit.output_projection import OutputFit
-from secateur.fit.recoveries import NAMES
 
 
 @dataclass(frozen=True)
@@ -66,26 +65,10 @@ class Recovery(ABC):
         """Fit the remaining weights of a module whose units are chosen, and return its output projection."""
 
 
-Class = TypeVar("Class", bound=type[Recovery])
-_RECOVERIES: dict[str, type[Recovery]] = {}
-
-
-def recovery(name: str) -> Callable[[Class], Class]:
-    """Register a class as the recovery of a name, a value of `--recovery`."""
-
-    def register(owner: Class) -> Class:
-        _RECOVERIES[name] = owner
-        return owner
-
-    return register
-
-
 @cache
 def all_recoveries() -> Mapping[str, type[Recovery]]:
     """Return every recovery by its name."""
-    for name in NAMES:
-        import_module(f"secateur.fit.recoveries.{name}")
-    return _RECOVERIES
+    return {name: find(place) for name, place in RECOVERIES.items()}
 
 
 def recovery_of(method: str = "refit", **settings: Any) -> Recovery:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from secateur.base.errors import SecateurError
+from secateur.base.names import FORMATS
 from secateur.base.quiet import first_line
 from secateur.families.registry import twin_of
 from secateur.formats.family_file import unfit_fields
 from secateur.formats.format import Format, Loading, PrunedModel, format_class
 from secateur.formats.opened import check_written, network_of, planned_misfit
-from secateur.formats.registry import FORMATS
 from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
 from secateur.model.checkpoint import Checkpoint, open_checkpoint

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
+from secateur.base.names import FORMATS, Declaration, find
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import PARTIAL_OUTPUT
-from secateur.formats.registry import CLASSES, FORMATS, Declaration
 from secateur.model.axes import Width
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.stream import BlockStream
@@ -69,7 +68,7 @@ class Format(ABC):
     """Output format for one model: which widths it can hold, and how it writes them."""
 
     declaration: ClassVar[Declaration]
-    """Declaration by the decorator `@output_format`."""
+    """Its entry in `secateur.base.names`."""
     other_kernels: ClassVar[str | None] = None
     """Engine whose kernels run the output; None for torch, which secateur uses to measure speed."""
 
@@ -241,6 +240,5 @@ class Format(ABC):
 
 def format_class(name: str) -> type[Format]:
     """Return the class of a format."""
-    if name not in CLASSES:
-        import_module(f"secateur.formats.{FORMATS[name].file}")
-    return CLASSES[name]
+    found: type[Format] = find(FORMATS[name].place)
+    return found

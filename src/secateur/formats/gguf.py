@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from secateur.base.names import FORMATS
 from secateur.base.output import Output
 from secateur.base.progress import Watcher
 from secateur.formats.converted import Converted
@@ -17,22 +18,14 @@ from secateur.formats.gguf_meter import gguf_byte_meter
 from secateur.formats.gguf_sizes import STATED_AXES
 from secateur.formats.gguf_tokenizer import vocabulary_of
 from secateur.formats.gguf_types import check_type
-from secateur.formats.registry import output_format
 from secateur.model.axes import Width, axis_kinds
 from secateur.plan.meters import Meter, added_biases
 
 
-@output_format(
-    "gguf",
-    help="a file for llama.cpp",
-    suffix=".gguf",
-    magic="GGUF",
-    types=("f16", "f32", "bf16", "q8_0", "q4_0", "as-input"),
-    tokenizer=True,
-)
 class GgufFormat(Converted):
     """GGUF file. Blocks may differ in width if llama.cpp's architecture allows it; otherwise all have one width."""
 
+    declaration = FORMATS["gguf"]
     other_kernels = "llama.cpp"
 
     @classmethod

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from secateur.base.errors import SecateurError
 from secateur.base.files import existing_path, local_path, real_path
 from secateur.base.json_files import parse_json
+from secateur.base.names import FORMATS
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.folder import open_folder
@@ -23,7 +24,6 @@ from secateur.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from secateur.formats.gguf_types import check_type
 from secateur.formats.gguf_write import check_tensors, write_gguf
 from secateur.formats.llama_cpp import LLAMA_TYPES, library, quantise
-from secateur.formats.registry import FORMATS
 from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import empty_decoder, widths_of

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from secateur.base.names import FORMATS
 from secateur.formats.folder import Biases, Folder
 from secateur.formats.per_layer import (
     MODELING_FILE,
@@ -10,19 +11,15 @@ from secateur.formats.per_layer import (
     per_layer_config,
     per_layer_unsupported,
 )
-from secateur.formats.registry import output_format
 from secateur.model.axes import Width
 from secateur.model.facts import head_dim
 from secateur.plan.problem import Plan
 
 
-@output_format(
-    "hf",
-    help="a folder in which each block has its own widths, loaded by transformers with trust_remote_code=True",
-)
 class HfFolder(Folder):
     """Folder of the format `hf`: each block has its own width."""
 
+    declaration = FORMATS["hf"]
     code = (MODELING_FILE,)
     advice = "report this as a bug in secateur"
 

@@ -3,22 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
+from secateur.base.names import FORMATS
 from secateur.formats.folder import Biases, Folder
-from secateur.formats.registry import output_format
 from secateur.formats.stock import stock_config, stock_unsupported
 from secateur.model.axes import Width, alike, model_width
 from secateur.model.facts import head_dim
 from secateur.plan.problem import Plan
 
 
-@output_format(
-    "stock",
-    help="a folder in which all blocks have the same widths, loaded by the standard transformers class",
-    uniform=True,
-)
 class StockFolder(Folder):
     """Folder of the format `stock`: all blocks have the same width."""
 
+    declaration = FORMATS["stock"]
     advice = "use --format hf"
 
     def format_reason(self, width: Width) -> str | None:

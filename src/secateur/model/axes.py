@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from secateur.base.discovery import import_modules
+from secateur.base.names import UNITS, find
 
 if TYPE_CHECKING:
     from secateur.families.entry import Family
@@ -73,8 +73,9 @@ def axis_kind(name: str, unit: str, role: str, label: str, total: str, **facts: 
 
 @cache
 def load_units() -> None:
-    """Import every file of `secateur.model.units`; each registers its axes."""
-    import_modules("secateur.model.units")
+    """Import the files of all kinds of units; each registers its axes."""
+    for place in UNITS.values():
+        find(place)
 
 
 @cache

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 from secateur.fit.module import ModuleFit
 from secateur.fit.output_projection import OutputFit, compensation, intercept
-from secateur.fit.recovery import Recovery, recovery
+from secateur.fit.recovery import Recovery
 
 
-@recovery("bias")
 @dataclass(frozen=True)
 class BiasCompensation(Recovery):
     """Recovery by biases alone, with the means of the pruned stream."""

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from secateur.fit.module import ModuleFit
 from secateur.fit.output_projection import OutputFit
-from secateur.fit.recovery import Recovery, recovery
+from secateur.fit.recovery import Recovery
 
 
-@recovery("none")
 @dataclass(frozen=True)
 class NoRecovery(Recovery):
     """Removal of units, and nothing else."""

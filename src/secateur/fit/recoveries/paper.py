@@ -11,13 +11,12 @@ from secateur.fit.block_regression import BlockRegression
 from secateur.fit.module import ModuleFit
 from secateur.fit.output_projection import OutputFit
 from secateur.fit.recoveries.refit import Refit
-from secateur.fit.recovery import Recovery, recovery
+from secateur.fit.recovery import Recovery
 from secateur.model.structure import PrunableModule
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares, normal_equations
 
 
-@recovery("paper")
 @dataclass(frozen=True)
 class PaperRecovery(Recovery):
     """Recovery that fits level 1, then level 2, each by least squares; no module repairs the errors of another one."""

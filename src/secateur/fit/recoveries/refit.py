@@ -10,10 +10,9 @@ from typing import Any
 
 from secateur.fit.module import ModuleFit
 from secateur.fit.output_projection import ROUNDING, OutputFit
-from secateur.fit.recovery import Recovery, recovery
+from secateur.fit.recovery import Recovery
 
 
-@recovery("refit")
 @dataclass(frozen=True)
 class Refit(Recovery):
     """Least squares to the error-aware target: each module also repairs errors of the modules before it."""
