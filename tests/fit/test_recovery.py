@@ -204,11 +204,6 @@ def test_before_a_norm_each_output_takes_over_its_share_of_the_error(checkpoint_
         best, _ = least_squares(x, target, old * gain * read, intercept=False)
         off = relative(found[0].changed[module.output_projection.name].double().T[kept] * gain * read, best)
         assert off < 1e-4 if repaired else off > 1e-3
-    report, wanted = found[0].reports[1], (own + share * error) * read
-    fitted = x @ (found[0].changed[module.output_projection.name].double().T[kept] * gain * read)
-    assert report.error == pytest.approx(float((fitted - wanted).square().sum(1).mean()), rel=1e-4)
-    stream = seen(dense, 0, "", IDS)[1] * read
-    assert report.relative == pytest.approx(report.error / float(stream.square().sum(1).mean()), rel=1e-4)
 
 
 # Before a norm, as in Gemma 2 and OLMo 2, each output takes over its share of the error.
@@ -289,7 +284,3 @@ def test_tokens_with_a_large_inherited_error_get_smaller_weights(checkpoint_fold
     assert relative(found[0].changed[module.output_projection.name].double().T[kept], best) < 1e-4
     plain, _ = least_squares(x, target, old, intercept=False)
     assert relative(plain, best) > 1e-2
-    # The error is a weighted mean, and the energy a mean.
-    error = float((root * (x @ best - target)).square().sum() / root.square().sum())
-    energy = float(seen(dense, 0, "", IDS)[1].square().sum(1).mean())
-    assert found[0].reports[1].relative == pytest.approx(error / energy, rel=1e-3)

@@ -2,7 +2,8 @@
 
 from secateur.fit.block_state import BlockState
 from secateur.fit.fitted_block import FittedBlock
-from secateur.fit.stage import ModuleReport, prune_stage
+from secateur.fit.module_report import ModuleReport
+from secateur.fit.stage import prune_stage
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
 from secateur.model.structure import KeptUnits
@@ -18,10 +19,13 @@ def fit_block(state: BlockState, pruned: Activations, width: Width, kept: KeptUn
         kept: Units that stay, by kind; kinds that are missing here are chosen.
     """
     keep: dict[str, tuple[int, ...]] = dict.fromkeys(state.block.kinds, ())
-    reports: list[ModuleReport] = []
+    unfitted: dict[str, tuple[int, ...]] = {}
     for module in state.block.modules_left:
-        units, report = prune_stage(state, module, pruned, width, kept)
+        units, unfitted[module.kind] = prune_stage(state, module, pruned, width, kept)
         keep |= units
-        reports.append(report)
-    state.advance(pruned)
+    errors = state.advance(pruned)
+    reports = (
+        ModuleReport(module.kind, len(keep[module.kind]), module.units, *errors[module.kind], unfitted[module.kind])
+        for module in state.block.modules_left
+    )
     return FittedBlock(state.index, keep, state.changed, tuple(reports))

@@ -33,8 +33,6 @@ from secateur.numerics.moments import Moments
 class BlockRegression(Regression):
     """Regression of an attention or a feed-forward in the pruned stream."""
 
-    reports_old_error = True
-
     def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.state, self.module, self.pruned, self.stream = state, module, pruned, state.stream
         self.target = ModuleTarget(state, module, pruned)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.fit.dense_block import DenseBlock
+from secateur.fit.dense_block import DenseBlock, residuals
 from secateur.fit.method import Method
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Batch, Rows
@@ -59,13 +59,31 @@ class BlockState:
         self.changed: dict[str, Tensor] = {}
         self.dense_residual, self.dense_inputs, self.outputs = dense.residual, dense.inputs, dict(dense.outputs)
 
-    def advance(self, pruned: Activations) -> None:
-        """Run the pruned stream through the block in place, and give the memory of the outputs back."""
+    def advance(self, pruned: Activations) -> dict[str, tuple[float, float]]:
+        """Run the pruned stream through the block in place, and give the memory of the outputs back.
+
+        Returns:
+            The error after each module, by its kind: the mean of ||pruned - dense||^2 over the tokens with their
+            weights, where both are the residual stream; and this error divided by the mean of ||dense||^2.
+        """
+        modules = self.block.modules_left
+        sums = [torch.zeros(0, 1 + 2 * len(modules), dtype=torch.float64)]
         for at in self.rows.batches():
-            replay = {module: self.outputs[module.kind][at] for module in self.block.modules_left}
-            pruned[at] = self.run(pruned, at, replay=replay)
+            outputs: dict[PrunableModule, Tensor | None] = {one: self.outputs[one.kind][at] for one in modules}
+            after = self.run(pruned, at, replay=outputs)
+            if at.weight:
+                parts = [float(self.rows.ids(at).numel())]
+                place = self.stream, self.index, self.layer, pruned[at], at.group
+                for module, residual in residuals(*place, outputs, after):
+                    dense = self.dense_residual[module.kind][at].to(residual.device)
+                    parts += [float(torch.linalg.vector_norm(one)) ** 2 for one in (residual - dense, dense)]
+                sums.append(at.weight * torch.tensor([parts], dtype=torch.float64))
+            pruned[at] = after
         for output in self.outputs.values():
             self.arena.release(output)
+        count, *totals = self.stream.processes.gather(torch.cat(sums)).sum(0).tolist()
+        pairs = zip(modules, totals[::2], totals[1::2], strict=True)
+        return {one.kind: (error / count, error / energy if energy else 0.0) for one, error, energy in pairs}
 
     def run(self, hidden: Activations, at: Batch, **options: Any) -> Tensor:
         """Return the block's output for a batch of rows; `options` are passed to `BlockStream.run_through`."""

@@ -7,7 +7,7 @@ from a second pass, in which these outputs are replayed.
 Shapes: rows x t x d for stored activations, with t positions and d residual width.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class DenseBlock:
 
     def _run_batch(self, stream: BlockStream, index: int, layer: nn.Module, dense: Activations, at: Batch) -> None:
         """Run one batch of the dense stream, in place."""
-        block, modules = stream.blocks[index], stream.blocks[index].modules_left
+        modules = stream.blocks[index].modules_left
         with_inputs = [module for module in modules if self.inputs and module.input_projections]
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         watched = [module.output_layer for module in modules] + [module.input_layer for module in with_inputs]
@@ -64,22 +64,42 @@ class DenseBlock:
         for module in with_inputs:
             self.inputs[module.kind][at] = seen[module.input_layer][0]
 
-        def replayed(replay: Mapping[PrunableModule, Tensor | None]) -> Tensor:
-            hidden = stream.run_through(index, layer, dense[at], at.group, replay=replay, modules_only=True)
-            return stream.residual(hidden)
-
-        outputs = {module: self.outputs[module.kind][at] for module in modules}
-        for module in modules:
-            later = dict.fromkeys(block.modules[block.modules.index(module) + 1 :])
-            # A block with token inputs adds a third term to the residual stream, which is no part of any target.
-            is_last = not later and not stream.side_inputs.has_token_inputs
-            self.residual[module.kind][at] = stream.residual(after) if is_last else replayed(outputs | later)
+        outputs: dict[PrunableModule, Tensor | None] = {module: self.outputs[module.kind][at] for module in modules}
+        for module, residual in residuals(stream, index, layer, dense[at], at.group, outputs, after):
+            self.residual[module.kind][at] = residual
         dense[at] = after
 
     def release(self, arena: Arena) -> None:
         """Give the memory of all activations back."""
         for activations in (*self.residual.values(), *self.outputs.values(), *self.inputs.values()):
             arena.release(activations)
+
+
+def residuals(
+    stream: BlockStream,
+    index: int,
+    layer: nn.Module,
+    hidden_btc: Tensor,
+    group: int,
+    outputs: dict[PrunableModule, Tensor | None],
+    after_btc: Tensor,
+) -> Iterator[tuple[PrunableModule, Tensor]]:
+    """Yield each module of a block with the residual stream after it (b x t x d).
+
+    Args:
+        hidden_btc: The stream before the block.
+        group: Index of the batch's group of rows.
+        outputs: Output of each output projection, in the order of the modules.
+        after_btc: The stream after the block.
+    """
+    modules = stream.blocks[index].modules
+    for module in outputs:
+        later, hidden = modules[modules.index(module) + 1 :], after_btc
+        # A block with token inputs adds a third term to the residual stream, which is no part of any target.
+        if later or stream.side_inputs.has_token_inputs:
+            replay = outputs | dict.fromkeys(later)
+            hidden = stream.run_through(index, layer, hidden_btc, group, replay=replay, modules_only=True)
+        yield module, stream.residual(hidden)
 
 
 def _record(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[[Tensor, Tensor], None]:

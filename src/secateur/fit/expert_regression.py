@@ -66,14 +66,6 @@ class MixtureTokens:
             return values
         return values * (self.scale_n if some is None else self.scale_n[some])[:, None]
 
-    def squared_error(self, residual_nd: Tensor) -> float:
-        """Return the weighted squared error over the tokens of all processes."""
-        return self.total(self.weight_n * residual_nd.square().sum(1))
-
-    def total(self, values_n: Tensor) -> float:
-        """Return the sum of one value per token over the tokens of all processes."""
-        return self.processes.total(float(part.sum(dtype=torch.float64)) for part in self.by_batch(values_n))
-
     def by_batch(self, values: Tensor) -> Sequence[Tensor]:
         """Return the rows of each batch."""
         return values.split(list(self.batches))
@@ -121,7 +113,7 @@ class ExpertRegression(Regression):
         is_shared: Whether this is the shared expert.
     """
 
-    fits_bias = reports_old_error = False
+    fits_bias = False
 
     def __init__(
         self,

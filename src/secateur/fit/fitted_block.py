@@ -66,7 +66,6 @@ def _mean_report(reports: Sequence[ModuleReport]) -> ModuleReport:
         first,
         error=sum(report.error for report in reports) / count,
         relative=sum(report.relative for report in reports) / count,
-        relative_before=sum(report.relative_before for report in reports) / count,
         unfitted=tuple(expert for expert in first.unfitted if all(expert in report.unfitted for report in reports)),
     )
 

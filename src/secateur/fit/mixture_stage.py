@@ -10,7 +10,6 @@ Shapes: n tokens, d residual width.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from secateur.criteria.statistics import module_seed
 from secateur.fit.block_state import BlockState
 from secateur.fit.expert_regression import ExpertRegression, MixtureTokens
 from secateur.fit.module import fit_module
-from secateur.fit.module_report import ModuleReport, report_module
 from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
@@ -45,28 +43,25 @@ class MixtureStage:
         self.mixture = Mixture(state.stream, state.layer, module, batches)
         self.tokens = self._collect(pruned)
 
-    def prune(self, width: Width, kept: KeptUnits) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
+    def prune(self, width: Width, kept: KeptUnits) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
         """Choose experts and their channels, refit and store the outputs, as `secateur.fit.stage.prune_stage` says."""
         tokens, module = self.tokens, self.module
         keep = kept[module.kind] if module.kind in kept else self._choose_experts(width[EXPERTS])
         alive, cut = torch.tensor(keep, device=self.stream.device), width[EXPERT_CHANNELS] < module.units_inside
         channels, unfitted = self._channels_by_expert(keep, kept.get("channels", ()) if cut else ()), list[int]()
         with self.stream.rounded_sums():
-            outputs = [self.mixture.output(x_nd[None], alive)[0] for x_nd in tokens.by_batch(tokens.x_nd)]
-            residual = tokens.target_nd - tokens.to_error_units(torch.cat(outputs))
-            old_error = tokens.squared_error(residual)
             if self.recovery.fits or cut:
+                outputs = [self.mixture.output(x_nd[None], alive)[0] for x_nd in tokens.by_batch(tokens.x_nd)]
+                residual = tokens.target_nd - tokens.to_error_units(torch.cat(outputs))
                 unfitted = self._fit_experts(alive, residual, width[EXPERT_CHANNELS], channels)
         self._store_outputs(alive)
-        total = tokens.total(tokens.weight_n)
-        report = report_module(self.target, len(keep), tokens.squared_error(residual), old_error, total)
         units: dict[str, tuple[int, ...]] = {module.kind: keep}
         if cut:
             experts = [*keep, *([module.units] if module.shared_multiple else [])]
             units["channels"] = tuple(
                 expert * module.units_inside + channel for expert in experts for channel in channels[expert]
             )
-        return units, replace(report, unfitted=tuple(unfitted))
+        return units, tuple(unfitted)
 
     def _collect(self, pruned: Activations) -> MixtureTokens:
         """Run the pruned stream up to the mixture, and return all tokens with their target.

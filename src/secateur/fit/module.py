@@ -25,7 +25,6 @@ from secateur.fit.output_projection import OutputFit, fit_output_projection
 from secateur.fit.regression import ModuleMoments, Regression
 from secateur.model.surgery import kept_inputs
 from secateur.numerics.moments import Moments
-from secateur.numerics.ridge import squared_error
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class FittedModule:
     moments: ModuleMoments
     """Moments of the last fit."""
     output: OutputFit
-    """The new output projection; `old_error` is the error of the old weights of the kept units."""
+    """The new output projection."""
 
 
 def fit_module(regression: Regression, axis: str, stop: int, kept: tuple[int, ...] | None = None) -> FittedModule:
@@ -119,11 +118,11 @@ class ModuleFit:
 
         def make_tensors() -> dict[str, Tensor]:
             fit = make()
-            tensors = {"weight": fit.weight_kd, "errors": torch.tensor([fit.error, fit.old_error], dtype=torch.float64)}
+            tensors = {"weight": fit.weight_kd, "error": torch.tensor(fit.error, dtype=torch.float64)}
             return tensors if fit.bias_d is None else tensors | {"bias": fit.bias_d}
 
         tensors = self.processes.compute_at(self.regression.owner, make_tensors, self.device)
-        return OutputFit(tensors["weight"], tensors.get("bias"), *tensors["errors"].tolist())
+        return OutputFit(tensors["weight"], tensors.get("bias"), float(tensors["error"]))
 
     def fit_all_inputs(self) -> OutputFit:
         """Fit the output projection to the inputs of all units."""
@@ -131,18 +130,12 @@ class ModuleFit:
 
     def fit_kept_inputs(self) -> OutputFit:
         """Fit the output projection to the inputs of the kept units."""
-        normal, positions = self.statistics.normal, self.moments.positions(self.kept_inputs)
-        old_error = float("nan")
-        if self.regression.reports_old_error:
-            old_error = squared_error(normal, normal.old_ao[positions], positions)
-        return fit_output_projection(self.moments.fit, normal, positions)._replace(old_error=old_error)
+        positions = self.moments.positions(self.kept_inputs)
+        return fit_output_projection(self.moments.fit, self.statistics.normal, positions)
 
     def without_refit(self) -> OutputFit:
         """Return the kept rows of the output projection by which units were chosen, unchanged."""
-        weight_kd, error = self.choice_ad[self.kept_inputs], float("nan")
-        if self.regression.reports_old_error:
-            error = squared_error(self.statistics.normal, weight_kd, self.kept_inputs)
-        return OutputFit(weight_kd, self.choice_bias, error, error)
+        return OutputFit(self.choice_ad[self.kept_inputs], self.choice_bias)
 
     def fit_input_projections(self, output: OutputFit) -> OutputFit:
         """Fit the input projections, then the output projection again; undo both if the error did not fall.

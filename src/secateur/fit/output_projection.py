@@ -27,10 +27,8 @@ class OutputFit(NamedTuple):
     """Weights of the kept inputs, in error units."""
     bias_d: Tensor | None
     """New bias; None if the bias stays as it is."""
-    error: float
-    """||XW - T||^2, without the penalty."""
-    old_error: float = math.nan
-    """The same with the old weights; NaN if not requested."""
+    error: float = math.nan
+    """||XW - T||^2, without the penalty; NaN if nothing was fitted."""
 
 
 def fit_output_projection(moments: Moments, normal: NormalEquations, keep: Tensor) -> OutputFit:

@@ -67,7 +67,6 @@ class Regression(ABC):
         seed: Seed of the criterion `random`.
         tokens: Number of tokens with a weight in the fit, in all processes.
         fits_bias: Whether the bias of the output projection is fitted.
-        reports_old_error: Whether the error of the old weights is reported, which costs a product.
     """
 
     stream: BlockStream
@@ -78,7 +77,6 @@ class Regression(ABC):
     seed: int
     tokens: int
     fits_bias: bool
-    reports_old_error: bool
 
     @property
     @abstractmethod

@@ -9,7 +9,6 @@ from secateur.fit.block_regression import BlockRegression
 from secateur.fit.block_state import BlockState
 from secateur.fit.mixture_stage import MixtureStage
 from secateur.fit.module import fit_module
-from secateur.fit.module_report import ModuleReport, report_module
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
 from secateur.model.structure import KeptUnits, PrunableModule
@@ -17,7 +16,7 @@ from secateur.model.structure import KeptUnits, PrunableModule
 
 def prune_stage(
     state: BlockState, module: PrunableModule, pruned: Activations, width: Width, kept: KeptUnits
-) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
+) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
     """Choose the units of a stage, refit its modules, and store its outputs in the pruned stream.
 
     Args:
@@ -28,7 +27,7 @@ def prune_stage(
         kept: Units that are kept, by kind, if they are chosen already.
 
     Returns:
-        The units that are kept, by kind, and the report of the fit.
+        The units that are kept, by kind, and the experts with too few tokens for a refit.
     """
     # Experts are units that have units inside: each is a module of its own.
     stage = MixtureStage if module.kind_inside is not None else SingleStage
@@ -41,13 +40,11 @@ class SingleStage:
     def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.module, self.regression = module, BlockRegression(state, module, pruned)
 
-    def prune(self, width: Width, kept: KeptUnits) -> tuple[dict[str, tuple[int, ...]], ModuleReport]:
+    def prune(self, width: Width, kept: KeptUnits) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
         """Choose units, refit and store the outputs, as `prune_stage` describes."""
         module, regression = self.module, self.regression
         axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.axes[0].name)
         fitted = fit_module(regression, axis, width[axis], kept.get(module.kind))
         regression.store(fitted)
         regression.advance(fitted)
-        errors = fitted.output.error, fitted.output.old_error
-        report = report_module(regression.target, len(fitted.keep), *errors, fitted.moments.fit.count)
-        return {module.kind: fitted.keep}, report
+        return {module.kind: fitted.keep}, ()

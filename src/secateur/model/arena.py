@@ -4,7 +4,6 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -85,13 +84,6 @@ class Activations:
         part = self.parts[at.group]
         shape = (at.rows.stop - at.rows.start, *part.shape[1:])
         part[at.rows] = values.detach().reshape(shape).cpu()
-
-    def energies(self, rows: Rows, scale: Tensor | None = None) -> Iterator[float]:
-        """Yield, for each batch, the weighted sum over tokens of the squared norm of each vector, times a scale (width)
-        if given."""
-        factor = 1.0 if scale is None else scale.cpu()
-        for at in rows.batches():
-            yield at.weight * float(torch.linalg.vector_norm(self[at] * factor)) ** 2
 
 
 class Arena:

@@ -128,14 +128,6 @@ def least_squares(normal: NormalEquations, keep: Tensor) -> tuple[Tensor, float]
     return normal.unscaled(weight, keep), _not_negative(normal.error(full))
 
 
-def squared_error(normal: NormalEquations, weight_ko: Tensor, keep: Tensor) -> float:
-    """Return ||X_K W - T||^2 of any weights of the kept inputs, whether they are a solution or not."""
-    scaled = normal.scale_a[keep, None] * weight_ko.to(normal.scale_a.dtype)
-    product = normal.submatrix(keep) @ scaled - normal.penalty_a[keep, None] * scaled
-    error = normal.energy + (scaled * (product - 2 * normal.cross_ao[keep])).sum(1).double().sum()
-    return _not_negative(float(error))
-
-
 def _not_negative(error: float) -> float:
     """Return an error, or zero if rounding made it negative; NaN stays NaN."""
     return 0.0 if error < 0 else error

@@ -1,4 +1,4 @@
-"""Page of a pruned folder, report.html: what was removed from each block, and the errors before and after the recovery.
+"""Page of a pruned folder, report.html: what was removed from each block, and the error after each module.
 
 The page is one HTML file without scripts, and loads nothing. All text from models and users is escaped. The page is
 made from the record of the run (secateur.json) alone.
@@ -63,7 +63,7 @@ def model_page(
         "ERRORS": "".join(_errors(role, blocks) for role in _roles(blocks)),
         "RECOVERY": escape(all_recoveries()[record["options"]["recovery"]].summary),
         "TABLE": _table(
-            ("block", "units", "kept", "of", "error before the recovery", "error after the recovery"),
+            ("block", "units", "kept", "of", "relative error"),
             [row for block in blocks for row in _rows(block)],
         ),
         "TRAINING": training_section(record.get("retrained", [])),
@@ -111,13 +111,13 @@ def _map(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
-    """Draw the error of each block's module before and after the recovery.
+    """Draw the error after each block's module.
 
     The scale is logarithmic: in some models a few entries of the residual stream are huge from some block on, so that
     relative errors of blocks differ by powers of ten.
     """
     modules = [(block["index"], block["modules"][role]) for block in blocks if role in block["modules"]]
-    values = [module[key] for _, module in modules for key in ("relative_before", "relative")]
+    values = [module["relative"] for _, module in modules]
     highest = max(values, default=0.0)
     if not highest > 0:
         return ""
@@ -129,15 +129,12 @@ def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
 
     marks = []
     for index, module in modules:
-        x, before, after = index * CELL + CELL // 2, place(module["relative_before"]), place(module["relative"])
-        title = f"<title>Block {index}: {module['relative_before']:.2g} before, {module['relative']:.2g} after</title>"
-        marks.append(
-            f'<g>{title}<path d="M{x} {before:.1f}V{after:.1f}" class="line"/><circle cx="{x}" cy="{before:.1f}" r="4" '
-            f'class="ghost"/><circle cx="{x}" cy="{after:.1f}" r="4" class="{role}"/></g>'
-        )
+        x, y = index * CELL + CELL // 2, place(module["relative"])
+        title = f"<title>Block {index}: {module['relative']:.2g}</title>"
+        marks.append(f'<circle cx="{x}" cy="{y:.1f}" r="4" class="{role}">{title}</circle>')
     label = role.capitalize()
     scale = [(place(value), f"{value:.3g}") for value in log_ticks(lowest, highest)]
-    chart = _svg(len(blocks), CHART_HEIGHT, f"{label}: error of each block before and after the recovery", marks, scale)
+    chart = _svg(len(blocks), CHART_HEIGHT, f"{label}: relative error, by block", marks, scale)
     return f"<figure><figcaption>{label}: relative error, by block</figcaption>{chart}</figure>"
 
 
@@ -151,7 +148,7 @@ def _svg(blocks: int, height: int, label: str, shapes: Sequence[str], scale: Seq
 def _rows(block: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for one in block["modules"].values():
         counts = (f"{one['kept']:,}", f"{one['units']:,}")
-        yield str(block["index"]), one["kind"], *counts, f"{one['relative_before']:.2g}", f"{one['relative']:.2g}"
+        yield str(block["index"]), one["kind"], *counts, f"{one['relative']:.2g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ Source: An et al., 2023, *Fluctuation-based Adaptive Structured Pruning for Larg
 from dataclasses import dataclass
 
 from secateur.fit.module import ModuleFit
-from secateur.fit.output_projection import OutputFit, compensation, intercept
+from secateur.fit.output_projection import OutputFit, compensation
 from secateur.fit.recovery import Recovery
 
 
@@ -24,12 +24,9 @@ class BiasCompensation(Recovery):
 
     def fit(self, module_fit: ModuleFit) -> OutputFit:
         """Return the old weights of the kept units with the new bias."""
-        output = module_fit.solve(module_fit.without_refit)
+        output = module_fit.without_refit()
         if not module_fit.regression.fits_bias:
             return output
-        moments, kept = module_fit.moments.fit, module_fit.kept_inputs
         old_bias = module_fit.regression.tensors.get(module_fit.module.bias_name)
-        bias = compensation(moments, module_fit.old_ad, kept, old_bias)
-        # The error is of centred rows: the distance of the mean output from the mean target comes on top.
-        gap = float((intercept(moments, output.weight_kd, kept) - bias).double().square().sum())
-        return output._replace(bias_d=bias, error=output.error + moments.count * gap)
+        bias = compensation(module_fit.moments.fit, module_fit.old_ad, module_fit.kept_inputs, old_bias)
+        return output._replace(bias_d=bias)

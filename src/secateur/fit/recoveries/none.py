@@ -16,4 +16,4 @@ class NoRecovery(Recovery):
 
     def fit(self, module_fit: ModuleFit) -> OutputFit:
         """Return the old weights of the kept units."""
-        return module_fit.solve(module_fit.without_refit)
+        return module_fit.without_refit()

@@ -51,7 +51,7 @@ class PaperRecovery(Recovery):
         if not self.before:
             self._refit_inputs(module_fit)
             module_fit.collect_again()
-        return module_fit.solve(module_fit.without_refit if self.when == "before" else module_fit.fit_kept_inputs)
+        return module_fit.without_refit() if self.when == "before" else module_fit.solve(module_fit.fit_kept_inputs)
 
     def _refit_inputs(self, module_fit: ModuleFit) -> None:
         """Fit level 1 to its dense outputs on all rows, for all units."""

@@ -35,7 +35,7 @@ class Refit(Recovery):
         module_fit.release_statistics()
         if not self._fits_inputs(module_fit, first):
             return first
-        return module_fit.fit_input_projections(first)._replace(old_error=first.old_error)
+        return module_fit.fit_input_projections(first)
 
     def _fits_inputs(self, module_fit: ModuleFit, output: OutputFit) -> bool:
         """Return whether the module has input projections to fit, and an error that is more than rounding."""
