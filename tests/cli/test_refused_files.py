@@ -151,9 +151,9 @@ WRONG_FILES = [
     ("prune gpt2 out.gguf --format gguf", "gpt2 has one width for all blocks, so prune all of them with uniform"),
     ("prune model out --widths uniform --target ppl=1.1x --blocks 0:1", "and only 0:1 are to be pruned; leave the"),
     ("prune model out --widths uniform --target ppl=1.1x --recovery bias", "has no biases of output projections"),
-    ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "widths; the nearest that fits: --widths"),
+    ("prune gpt2 out.gguf --format gguf --plan gpt2-adaptive/secateur.json", "prune all of them with uniform widths"),
     ("export adaptive out.gguf", "adaptive: the tokenizer is WordLevel; GGUF output supports only"),
-    ("export gpt2-adaptive out.gguf", "uniform widths; the nearest that fits: prune again with --widths uniform --sp"),
+    ("export gpt2-adaptive out.gguf", "uniform widths; prune the original model again with --format gguf"),
 ]
 
 

@@ -264,7 +264,7 @@ def test_routers_keep_their_dtype_in_every_block(family, modules, tmp_path):
     parts = ("correction_bias", "mlp.gate.weight")
     routers = {name: torch.randn(value.shape) for name, value in stored.items() if name.endswith(parts)}
     save_file(stored | routers, model / "model.safetensors", {"format": "pt"})
-    summary = prune(model, tmp_path / "out", **SMALL, blocks="1:2", modules=modules, sparsity=0.3)
+    summary = prune(model, tmp_path / "out", **SMALL, blocks="1:2", modules=modules, sparsity=0.2)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert len(routers) > 3
     # Rows of removed experts are gone.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.plan import knapsack
-from secateur.plan.knapsack import select_options
+from secateur.plan.knapsack import select_near, select_options
 
 Instance = tuple[list[Any], list[Any], float]
 
@@ -75,6 +75,17 @@ def test_the_selection_is_the_cheapest(cost, size, exact):
         check(instance)
 
     run()
+
+
+@settings(max_examples=200, deadline=None)
+@given(instances(floats, integers, True), st.integers(0, 3 * 10**6))
+def test_the_selection_near_a_target_is_the_cheapest_within_the_slack_or_the_nearest(instance, slack):
+    costs, sizes, target = instance
+    found = select_near(costs, sizes, target, slack)
+    every = zip(*(map(sum, itertools.product(*values)) for values in (costs, sizes)), strict=True)
+    near, cost = min((max(abs(size - target) - slack, 0.0), cost) for cost, size in every)
+    assert max(abs(found.size - target) - slack, 0.0) == near
+    assert found.cost == pytest.approx(cost, rel=1e-8, abs=1e-5)
 
 
 def large(seed: int, modules: int, options: int, convex: bool) -> Instance:

@@ -24,7 +24,7 @@ from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.meters import byte_meter, meter_of, parameter_meter
-from secateur.plan.plan import check_reachable, plan, uniform_plans
+from secateur.plan.plan import check_near, check_reachable, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.search import ATTEMPTS, CLOSE_ENOUGH, MAX_ATTEMPTS, smallest_within
 from secateur.plan.target import parse_target
@@ -95,11 +95,14 @@ def test_adaptive_is_the_cheapest_of_all_plans(make_problem, target):
         costs = np.add.outer(costs, [width_costs.total(problem.blocks, {index: width}) for width in widths]).ravel()
         sizes = np.add.outer(sizes, [meter.total({index: width}) - meter.dense for width in widths]).ravel()
     limit = problem.budget + 1e-6
-    if sizes[np.argmin(np.where(sizes <= limit, costs, np.inf))] < problem.budget - problem.slack:
-        limit += problem.slack
-    within = costs[sizes <= limit]
-    assert meter.total(found.widths) <= limit
-    assert 10 < len(within) < 8000
+    fits, size = sizes <= limit, meter.total(found.widths)
+    if problem.slack and sizes[np.argmin(np.where(fits, costs, np.inf))] < problem.budget - problem.slack:
+        # All plans on target; or else the nearest.
+        away = np.maximum(np.abs(sizes - problem.budget) - problem.slack, 0.0)
+        fits, limit = away <= away.min() + 1e-6, problem.budget + problem.slack + away.min() + 1e-6
+    within = costs[fits]
+    assert size <= limit
+    assert 0 < len(within) < 8000
     assert found.cost == pytest.approx(within.min(), rel=1e-9)
     assert found.cost == pytest.approx(width_costs.total(problem.blocks, found.widths), rel=1e-9)
 
@@ -252,12 +255,18 @@ def test_a_plan_far_from_the_target_has_a_note(make_problem):
     assert abs(found.sparsity - 0.2) > TOLERANCE
     assert f"{found.sparsity:.1%} instead of 20.0%: among the widths" in (found.note or "")
     assert "--round allow, this is the nearest" in (found.note or "")
-    # Units that contribute nothing are removed beyond the target.
-    problem = make_problem(0.1)
-    found = problem.plan({index: block.width | {CHANNELS: 9} for index, block in enumerate(problem.blocks)}, 0.0)
-    assert found.note == (
-        f"sparsity is {found.sparsity:.1%} instead of 10.0%: all removed units contribute next to nothing"
-    )
+
+
+def test_a_plan_very_far_from_the_target_is_an_error():
+    assert_error("nearest remove 81.5%; ask for --sparsity 0.815, or", check_near, Plan({}, 0.815, 0.3))
+
+
+def test_units_that_cost_nothing_are_not_removed_beyond_the_target(make_problem):
+    problem = make_problem(0.3)
+    survey = survey_of(problem.blocks)
+    free = replace(survey, curves=tuple(replace(one, errors=(0.0,) * len(one.errors)) for one in survey.curves))
+    found = plan(problem, "adaptive", free)
+    assert abs(found.sparsity - 0.3) <= TOLERANCE
 
 
 # Out of reach.

@@ -260,7 +260,8 @@ def test_the_errors_are_those_of_the_written_model(tmp_path, name, dtype, option
                     error += weight * float((small - dense).square().sum())
                     energy, count = energy + weight * float(dense.square().sum()), count + weight * ids.numel()
             # Products of bfloat16 numbers are rounded, and rounding may route a token to another expert.
-            assert module["relative"] == pytest.approx(error / energy, rel=0.02, abs=1e-4)
+            near = {"rel": 0.1, "abs": 1e-4} if dtype == torch.bfloat16 else {"rel": 1e-3}
+            assert module["relative"] == pytest.approx(error / energy, **near)
             assert module["error"] == pytest.approx(module["relative"] * energy / count, rel=0.01)
 
 

@@ -36,7 +36,7 @@ def _plan(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan:
     """Return the plan of a file, or else a solved plan that the output format can hold."""
     if run.request.plan_from_file is not None:
         return run.request.plan_from_file
-    return check_plan(run.request.format, findings.plan or _solved(run, rows, findings))
+    return check_plan(run.request.format, run.request.problem, findings.plan or _solved(run, rows, findings))
 
 
 def _solved(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan:
@@ -48,7 +48,7 @@ def _solved(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan:
     assert isinstance(problem.target, Target)
 
     def measured(plan: Plan) -> float:
-        plan = check_plan(run.request.format, replace(plan, similar_heads=findings.similar_heads))
+        plan = check_plan(run.request.format, problem, replace(plan, similar_heads=findings.similar_heads))
         return float(run.services.saved_result(f"trial-{plan_key(plan)}", lambda: perplexity_ratio(run, rows, plan)))
 
     return smallest_within(problem, options.widths, survey, problem.target.value, measured)

@@ -12,7 +12,8 @@ from secateur.criteria.registry import Criteria
 from secateur.formats.format import Format, format_class
 from secateur.model.stream import BlockStream
 from secateur.plan.meters import Meter, meter_of, parameter_meter
-from secateur.plan.plan import check_reachable, uniform_alternative, uniform_plans
+from secateur.plan.plan import check_near, check_reachable, uniform_alternative, uniform_plans
+from secateur.plan.plan import plan as solve
 from secateur.plan.plan_file import read_plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.ratio_file import read_ratios
@@ -70,7 +71,7 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
         check_heads(problem)
     plan = _plan_from_file(stream, options, problem)
     if plan is not None:
-        check_plan(format, plan, options.plan or options.widths)
+        check_plan(format, problem, plan, options.plan or options.widths)
         return CheckedRequest(problem, plan, format, False)
     target = options.size_target
     if isinstance(target, Target) and not options.targets_perplexity:
@@ -103,11 +104,12 @@ def format_of(stream: BlockStream, options: Options, dtype: torch.dtype) -> Form
     )
 
 
-def check_plan(format: Format, plan: Plan, file: str | None = None) -> Plan:
+def check_plan(format: Format, problem: PlanProblem, plan: Plan, file: str | None = None) -> Plan:
     """Return the plan if the format can hold it.
 
     Args:
         format: The output format; some formats need widths of different blocks to match.
+        problem: The widths to choose from, for the error.
         plan: The widths of the blocks to prune.
         file: Name of the file with the plan, for the error.
 
@@ -116,7 +118,7 @@ def check_plan(format: Format, plan: Plan, file: str | None = None) -> Plan:
     """
     if (reason := format.unsupported_plan(plan.widths)) is not None:
         is_uniform = plan.uniform and len(plan.widths) == len(format.stream)
-        advice = "" if is_uniform else f"; the nearest that fits: {uniform_alternative(plan.sparsity)}"
+        advice = "" if is_uniform else uniform_alternative(problem, plan.sparsity)
         place = f"{file}: " if file else ""
         raise SecateurError(f"{place}the {format.declaration.name} format cannot hold this plan: {reason}{advice}")
     return plan
@@ -164,8 +166,12 @@ def _needs_survey(problem: PlanProblem, options: Options) -> bool:
     # The size that a target of perplexity leads to is not known yet, but some unit must be removable.
     tried = replace(problem, target=TINY_SHARE) if options.targets_perplexity else problem
     if options.widths == "uniform":
-        return len(uniform_plans(tried)) != 1 or options.targets_perplexity
+        plans = uniform_plans(tried)
+        check_near(plans[0])
+        return len(plans) != 1 or options.targets_perplexity
     check_reachable(tried)
+    if not isinstance(tried.target, Target):
+        check_near(solve(tried))
     return True
 
 

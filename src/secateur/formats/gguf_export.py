@@ -24,11 +24,10 @@ from secateur.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from secateur.formats.gguf_types import check_type
 from secateur.formats.gguf_write import check_tensors, write_gguf
 from secateur.formats.llama_cpp import LLAMA_TYPES, library, quantise
-from secateur.model.axes import Width, alike
+from secateur.model.axes import alike
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import empty_decoder, widths_of
-from secateur.plan.plan import uniform_alternative
-from secateur.write.record import original_model, read_record
+from secateur.write.record import original_model
 
 EXACT = {torch.float16: "f16", torch.bfloat16: "bf16"}
 """Types that hold the weights of a folder exactly, by its dtype."""
@@ -133,23 +132,16 @@ def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel
     """Return the model of a folder, and the architecture that computes it.
 
     Raises:
-        SecateurError: No architecture does. If the widths are the reason, the message contains a command for the
-            nearest plan that GGUF can hold.
+        SecateurError: No architecture does. If the widths are the reason, the message says how to prune instead.
     """
     widths = widths_of(checkpoint.config)
     model = GgufModel(checkpoint, widths, type=type)
     try:
         return model, choose_architecture(model)
     except SecateurError as error:
-        raise SecateurError(f"{error}{_nearest_plan(folder, widths)}") from error
-
-
-def _nearest_plan(folder: Path, widths: Sequence[Width]) -> str:
-    """Return the end of an error message: how to get the nearest plan that GGUF can hold, if blocks differ in width."""
-    match read_record(folder):
-        case {"sparsity": {"reached": float(reached)}} if not alike(widths):
-            return f"; the nearest that fits: prune again with {uniform_alternative(reached)}"
-    return ""
+        # Which sparsities are possible depends on the model from before the pruning.
+        advice = "" if alike(widths) else "; prune the original model again with --format gguf --widths uniform"
+        raise SecateurError(f"{error}{advice}") from error
 
 
 def _vocabulary(folder: Path, checkpoint: Checkpoint, rows: int) -> Vocabulary:

@@ -14,7 +14,7 @@ therefore cannot be part of a better solution.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,43 @@ def select_options(costs: Sequence[Floats], sizes: Sequence[Floats], budget: flo
     found, proven = _dynamic_programme(reduced, sizes, budget, multiplier, gap)
     options = min((repaired, found or repaired), key=lambda o: _total(costs, o))
     return Selection(tuple(options), _total(costs, options), _total(sizes, options), proven)
+
+
+def select_near(costs: Sequence[Floats], sizes: Sequence[Floats], target: float, slack: float) -> Selection:
+    """Select one option for each module so that the total size is near a target.
+
+    Returns:
+        The selection of lowest cost whose size is within `slack` of the target; if there is none, the nearest one.
+    """
+    largest = [np.max(size) for size in sizes]
+    spare = [most - size for most, size in zip(largest, sizes, strict=True)]
+    bounded = (
+        select_options(costs, sizes, target + slack),
+        # The lowest cost of all sizes that are large enough.
+        select_options(costs, spare, float(sum(largest)) - target + slack),
+    )
+    for found in bounded:
+        if found and abs((total := _total(sizes, found.options)) - target) <= slack:
+            return replace(found, size=total)
+    front_c, front_s, trail = np.zeros(1), np.zeros(1), list[tuple[Integers, Integers]]()
+    for cost, size in zip(costs, sizes, strict=True):
+        c, s = (front_c[:, None] + cost).ravel(), (front_s[:, None] + size).ravel()
+        # Of sums of one size only the cheapest is kept; of too many sizes, one in each of `MAX_STATES` intervals.
+        keys, places = np.unique(s), s
+        if len(keys) > MAX_STATES:
+            places = np.floor((s - keys[0]) * (MAX_STATES / (keys[-1] - keys[0])))
+        order = np.lexsort((c, places))
+        order = order[np.diff(places[order], prepend=-np.inf) > 0]
+        trail.append((order // len(cost), order % len(cost)))
+        front_c, front_s = c[order], s[order]
+    away = np.abs(front_s - target)
+    at = int(np.lexsort((front_c, np.where(away <= slack, 0.0, away)))[0])
+    options = []
+    for parents, chosen in reversed(trail):
+        options.append(int(chosen[at]))
+        at = int(parents[at])
+    options.reverse()
+    return Selection(tuple(options), _total(costs, options), _total(sizes, options), proven=False)
 
 
 def _total(values: Sequence[Floats], options: Sequence[int]) -> float:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from secateur.base.errors import SecateurError
 from secateur.base.words import joined
 from secateur.plan.allocation import adaptive_widths, search_uniform_widths, smallest_size
 from secateur.plan.meters import unreachable_error
-from secateur.plan.problem import Plan, PlanProblem
+from secateur.plan.problem import LARGEST_MISS, TOLERANCE, Plan, PlanProblem
 from secateur.plan.target import Target
 from secateur.survey.curves import ErrorCurve, Survey
 from secateur.survey.width_costs import WidthCosts
@@ -72,13 +73,31 @@ def uniform_plans(problem: PlanProblem) -> list[Plan]:
     if not found.candidates or found.smallest_size > problem.budget + problem.slack:
         raise _out_of_reach(problem, found.smallest_size, found.unsupported_reasons)
     nearest_first = sorted(found.candidates, key=lambda candidate: abs(candidate[1] - problem.budget))
-    plans = [problem.plan(problem.uniform_widths(width), nearest=True) for width, _ in nearest_first]
+    plans = [problem.plan(problem.uniform_widths(width)) for width, _ in nearest_first]
     return [one for one in plans if one.note is None] or plans[:1]
 
 
-def uniform_alternative(sparsity: float) -> str:
-    """Return the options that request a sparsity with one width for all blocks, for error messages."""
-    return f"--widths uniform --sparsity {sparsity:.3g}, or less if that is refused"
+def uniform_alternative(problem: PlanProblem, sparsity: float) -> str:
+    """Return the end of an error message: the options for the plan with one width for all blocks that is nearest to a
+    sparsity; empty if there is none."""
+    with suppress(SecateurError):
+        nearest = uniform_plans(replace(problem, target=sparsity, meter=problem.parameters))[0]
+        return f"; the nearest that fits: --widths uniform --sparsity {nearest.sparsity:.3g}"
+    return ""
+
+
+def check_near(nearest: Plan) -> None:
+    """Check that the plan nearest to a sparsity is near it. A sparsity near zero asks for the smallest cut.
+
+    Raises:
+        SecateurError: It is not; the message names the sparsity that the plan reaches.
+    """
+    wanted, reached = nearest.requested_sparsity, nearest.sparsity
+    if wanted > TOLERANCE and abs(reached - wanted) > LARGEST_MISS:
+        raise SecateurError(
+            f"sparsity {wanted:.1%} is not possible: of the widths that the format and --round allow, the nearest "
+            f"remove {reached:.1%}; ask for --sparsity {reached:.3g}, or change --widths, --modules or --round"
+        )
 
 
 def check_reachable(problem: PlanProblem) -> None:

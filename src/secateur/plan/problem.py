@@ -13,8 +13,8 @@ from secateur.plan.widths import UnsupportedReason, module_widths
 
 TOLERANCE = 0.005
 """Largest difference between the requested and the reached sparsity that needs no note: 0.5 percentage points."""
-NEGLIGIBLE_COST = 1e-3
-"""Cost of a plan, in nats per token, below which the removed units contribute next to nothing."""
+LARGEST_MISS = 0.1
+"""Largest difference with a note; a larger one is an error."""
 
 
 @dataclass(frozen=True)
@@ -168,24 +168,18 @@ class PlanProblem:
         """Return the share of the parameters of the pruned blocks that is removed at given widths."""
         return (self.parameters.dense - self.parameters.total(widths)) / self.block_parameters
 
-    def plan(self, widths: dict[int, Width], cost: float | None = None, *, nearest: bool = False) -> Plan:
-        """Return the plan with given widths.
+    def plan(self, widths: dict[int, Width], cost: float | None = None) -> Plan:
+        """Return the plan with given widths, which are on target or the nearest to it.
 
         Args:
             widths: Width of each pruned block, by its index.
             cost: Expected rise of the loss in nats per token, if known.
-            nearest: Whether the widths are those nearest to the target; otherwise they have the lowest cost.
         """
         reached = self.sparsity(widths)
         if isinstance(self.target, Target):
             return Plan(widths, reached, reached, cost)
-        note = None if abs(reached - self.target) <= TOLERANCE else self._note(self.target, reached, cost, nearest)
-        return Plan(widths, reached, self.target, cost, note)
-
-    def _note(self, requested: float, reached: float, cost: float | None, nearest: bool) -> str:
-        """Return the note of a plan whose sparsity differs from the requested one."""
-        best = "this is the nearest" if nearest else "this has the lowest cost of those that remove enough"
-        reason = f"among the widths that the format and --round allow, {best}"
-        if reached > requested and cost is not None and cost < NEGLIGIBLE_COST:
-            reason = "all removed units contribute next to nothing"
-        return f"sparsity is {reached:.1%} instead of {requested:.1%}: {reason}"
+        note = (
+            f"sparsity is {reached:.1%} instead of {self.target:.1%}: among the widths that the format and --round "
+            "allow, this is the nearest"
+        )
+        return Plan(widths, reached, self.target, cost, None if abs(reached - self.target) <= TOLERANCE else note)
