@@ -61,10 +61,8 @@ LINEAGES = _with_others(
     {
         name: f"secateur.families.{name}"
         for name in (
-            *("apertus", "arcee", "bamba", "bloom", "codegen", "cohere", "deepseek", "diffllama", "ernie", "exaone"),
-            *("falcon", "gemma", "glm", "gpt2", "gpt_neox", "gpt_oss", "gptj", "granite", "helium", "hunyuan", "jais2"),
-            *("lfm2", "llama", "minimax", "mistral", "mpt", "nanochat", "nemotron", "olmo", "opt", "persimmon", "phi"),
-            *("qwen", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+            *("llama", "gpt", "qwen", "mistral", "gemma", "deepseek", "glm", "phi", "olmo"),
+            *("granite", "exaone", "falcon", "bloom", "mpt", "gpt_oss", "hybrid"),
         )
     },
 )

@@ -1,4 +1,4 @@
-"""Meta's families: Llama, Code World Model and Llama 4. A `Family` without arguments is laid out as Llama."""
+"""Families that are laid out as Llama, or nearly; a `Family` without arguments is Llama itself."""
 
 from secateur.families.entry import Experts, Family, Gguf, GgufContents, GgufInput, Stock
 
@@ -14,6 +14,7 @@ def _norms_of_maverick(file: GgufContents) -> dict[str, bool]:
 
 
 FAMILIES = {
+    # Meta's Llama, Code World Model and Llama 4.
     "llama": Family(
         stock=Stock(
             head_counts="divisors",
@@ -52,4 +53,55 @@ FAMILIES = {
             ),
         ),
     ),
+    # Arcee's AFM.
+    "arcee": Family(gate=None, stock=Stock(head_counts="divisors"), gguf=Gguf(("arcee",))),
+    # The Swiss AI Initiative's Apertus.
+    "apertus": Family(gate=None, activation="act_fn", gguf=Gguf(("apertus",))),
+    # Cohere's families.
+    "cohere": Family(
+        heads_locked="its query and key norms differ from head to head",
+        locked_if="use_qk_norm",
+        gguf=Gguf(("command-r",), keys={"logit_scale": "logit_scale"}, epsilon="layer_norm_eps", interleaved_rope=True),
+    ),
+    "cohere2": Family(
+        gguf=Gguf(("cohere2",), keys={"logit_scale": "logit_scale"}, epsilon="layer_norm_eps", interleaved_rope=True)
+    ),
+    # DiffLlama: Llama with differential attention.
+    "diffllama": Family(
+        heads_locked="its heads come in pairs, one from each half, and share a norm",
+        stock=Stock(head_counts="dense"),
+    ),
+    # Baidu's ERNIE families.
+    "ernie4_5": Family(gguf=Gguf(("llama", "deci"), interleaved_rope=True)),
+    "ernie4_5_moe": Family(
+        experts=Experts(
+            number="moe_num_experts",
+            experts_per_token="moe_k",
+            shared_expert="shared_experts",
+            gating="softmax",
+            gates_sum_to_one=True,
+            renamed=(("gate.moe_statics.", "moe_statics."),),
+        ),
+        gguf=Gguf(("ernie4_5-moe",), interleaved_rope=True, input=GgufInput("ernie4_5-moe")),
+    ),
+    # Kyutai's Helium.
+    "helium": Family(stock=Stock(head_counts="dense"), gguf=Gguf(("llama", "deci"), interleaved_rope=True)),
+    # Tencent's Hunyuan families.
+    "hunyuan_v1_dense": Family(gguf=Gguf(("hunyuan-dense",))),
+    "hunyuan_v1_moe": Family(
+        experts=Experts(
+            experts_per_token="moe_topk",
+            expert_width="intermediate_size",
+            shared_expert="shared_mlp",
+            gating="softmax",
+            gates_sum_to_one=True,
+        ),
+        gguf=Gguf(("hunyuan-moe",), input=GgufInput("hunyuan-moe")),
+    ),
+    # Karpathy's nanochat.
+    "nanochat": Family(up="fc1", gate=None, down="fc2"),
+    # ByteDance's Seed-OSS.
+    "seed_oss": Family(gguf=LLAMA_GGUF),
+    # Hugging Face's SmolLM3; SmolLM and SmolLM2 are Llama models.
+    "smollm3": Family(gguf=Gguf(("smollm3",))),
 }

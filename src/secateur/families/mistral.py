@@ -1,9 +1,9 @@
-"""Mistral's families, dense and with experts."""
+"""Families of Mistral, and others with its experts."""
 
 from dataclasses import replace
 
 from secateur.families.deepseek import DEEPSEEK_EXPERTS, LATENT, LATENT_INPUT, LATENT_KEYS
-from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
+from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock, Vllm
 from secateur.families.llama import LLAMA_GGUF
 
 W1_W2_W3 = (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
@@ -31,6 +31,15 @@ FAMILIES = {
             ("mistral4",),
             keys=LATENT_KEYS,
             input=replace(LATENT_INPUT, architecture="mistral4", scales_queries=True),
+        ),
+    ),
+    # MiniMax-M2, whose experts are named as Mixtral's.
+    "minimax_m2": Family(
+        experts=replace(MIXTRAL_EXPERTS, router_bias="e_score_correction_bias", gates_sum_to_one=True),
+        heads_locked="its query and key norms run across all heads",
+        gguf=Gguf(("minimax-m2",), input=GgufInput("minimax-m2")),
+        vllm=Vllm(
+            backend="its transformers backend does not know the router of minimax_m2; use --widths uniform",
         ),
     ),
 }

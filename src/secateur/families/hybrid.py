@@ -1,4 +1,4 @@
-"""Liquid's LFM2 families: convolutions in the attention's place in most blocks."""
+"""Families with a token mixer (Mamba or convolutions) in the attention's place in most blocks."""
 
 from dataclasses import replace
 
@@ -18,7 +18,17 @@ LFM2 = Family(
     vllm=Vllm(instead_of_fewer_heads="prune channels only"),
 )
 
+
 FAMILIES = {
+    # IBM's Bamba: Mamba 2 in the attention's place in most blocks.
+    "bamba": Family(
+        feed_forward="feed_forward",
+        final_norm="model.final_layernorm",
+        token_mixer=TokenMixer("mamba", "out_proj", "linear_attention"),
+        returns_tuple=True,
+        stock=Stock(partial_rotary_key="partial_rotary_factor"),
+    ),
+    # Liquid's LFM2 families: convolutions in the attention's place in most blocks.
     "lfm2": LFM2,
     "lfm2_moe": replace(
         LFM2,
