@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from products import product_rate
 from secateur import prune
-from secateur.commands.machine_speed import product_rate
 from secateur.commands.options import EFFORTS, Effort, Options
 from secateur.measure.evaluation import evaluate
 from tables import put

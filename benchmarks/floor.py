@@ -2,9 +2,9 @@
 
     python benchmarks/floor.py MODEL --calibration text.txt --out docs/results.md
 
-The operations are those that a dry run counts (formulas: docstrings of `secateur/commands/costs.py`). The floor is the
-time that they take as plain matrix products on this machine: float32 products where the computation is exact, and
-products in the blocks' dtype elsewhere. Products are timed in the same process before and after each run; the faster
+The operations are counted while each step runs on a sample, as in a dry run (`products.py`). The floor is the time that
+they take as plain matrix products on this machine: float32 products where the computation is exact, and products in the
+blocks' dtype elsewhere. Products are timed in the same process before and after each run; the faster
 of the two counts. The last column is the ratio to the floor with all products in float32. Everything runs on one
 thread. CPU seconds include the survey. The second table lists the functions with the most time of their own at the
 last effort.
@@ -19,13 +19,10 @@ from pathlib import Path
 
 import torch
 
+from products import operations, product_rate
 from secateur import prune
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.dry_run import work_by_effort
-from secateur.commands.machine_speed import Speeds, product_rate
-from secateur.commands.open_model import open_model
+from secateur.base.device import fast_dtype
 from secateur.commands.options import EFFORTS, Options
-from secateur.plan.plan import plan
 from tables import put
 
 LINES = 10
@@ -43,27 +40,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shared = {"calibration": arguments.calibration, "samples": arguments.samples, "blocks": arguments.blocks}
-    run = open_model(arguments.model, **shared)
-    rows = draw_rows(run, dry=True)
-    works = work_by_effort(run, rows, plan(run.request.problem, run.options.widths))
+    dtype = fast_dtype(torch.device("cpu"))
     lines = [
-        "| effort | TFLOP of forwards | of other products | of exact products | GFLOP/s, float32 | "
-        f"{str(run.stream.fast_products_dtype).removeprefix('torch.')} | floor, s | CPU s | over floor | "
-        "over float32 floor |",
-        "|" + "---|" * 10,
+        "| effort | TFLOP of rounded products | of exact products | GFLOP/s, float32 | "
+        f"{str(dtype).removeprefix('torch.')} | floor, s | CPU s | over floor | over float32 floor |",
+        "|" + "---|" * 9,
     ]
     for effort in arguments.efforts:
-        work, profile = works[effort], cProfile.Profile()
-        before = rates(run.stream.fast_products_dtype)
+        work, profile = operations(arguments.model, effort, **shared), cProfile.Profile()
+        before = rates(dtype)
         with tempfile.TemporaryDirectory() as folder:
             start = time.process_time()
             profile.runcall(prune, arguments.model, f"{folder}/out", effort=effort, **shared)
             seconds = time.process_time() - start
-        exact, quick = map(max, zip(before, rates(run.stream.fast_products_dtype), strict=True))
-        floor = Speeds(forward=quick, rounded=quick, float32=exact, generated=exact).seconds(work)
-        counts = " | ".join(f"{count / 1e12:.2f}" for count in (work.forward, work.rounded, work.float32))
-        speeds = f"{exact / 1e9:.0f} | {quick / 1e9:.0f}"
-        plain = Speeds(forward=exact, rounded=exact, float32=exact, generated=exact).seconds(work)
+        exact, rounded = map(max, zip(before, rates(dtype), strict=True))
+        floor, plain = work.seconds(rounded, exact), work.seconds(exact, exact)
+        counts = f"{work.rounded / 1e12:.2f} | {work.exact / 1e12:.2f}"
+        speeds = f"{exact / 1e9:.0f} | {rounded / 1e9:.0f}"
         ratios = f"{seconds / floor:.1f} | {seconds / plain:.1f}"
         lines.append(f"| `{effort}` | {counts} | {speeds} | {floor:.0f} | {seconds:.0f} | {ratios} |")
         print(lines[-1], flush=True)

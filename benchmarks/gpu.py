@@ -25,14 +25,11 @@ from typing import Any
 
 import torch
 
+from products import operations, product_rate
 from scale import SHAPES, make
 from secateur import prune
+from secateur.base.device import fast_dtype
 from secateur.base.errors import SecateurError
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.dry_run import work_by_effort
-from secateur.commands.machine_speed import Speeds, product_rate
-from secateur.commands.open_model import open_model
-from secateur.plan.plan import plan
 from tables import put
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -78,19 +75,12 @@ def compare_kinds(device: str, names: list[str], say: Callable[[str], None]) -> 
     return same == len(names)
 
 
-def floor_seconds(model: Path, device: str, options: dict[str, Any]) -> float:
-    """Return the seconds that the operations of a run take as plain matrix products on the device."""
-    run = open_model(model, device=device, **options)
-    work = work_by_effort(run, draw_rows(run, dry=True), plan(run.request.problem, run.options.widths))
-    exact, quick = product_rate(device), product_rate(device, dtype=run.stream.fast_products_dtype)
-    return Speeds(quick, quick, exact, exact).seconds(work[run.options.effort])
-
-
 def timed(label: str, model: Path, device: str, **options: Any) -> str:
     """Return a line of the second table."""
     is_gpu = torch.device(device).type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
-        floor = floor_seconds(model, device, options)
+        quick = product_rate(device, fast_dtype(torch.device(device)))
+        floor = operations(model, device=device, **options).seconds(quick, product_rate(device))
         if is_gpu:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()

@@ -31,13 +31,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from floor import rates
+from products import operations
+from secateur.base.device import fast_dtype
 from secateur.base.memory import LIMITS, parse_memory
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.dry_run import work_by_effort
-from secateur.commands.machine_speed import Speeds
-from secateur.commands.open_model import open_model
 from secateur.families.registry import experts_of
-from secateur.plan.plan import plan
 from secateur.write.shards import ShardWriter
 from tables import put
 
@@ -185,18 +182,16 @@ def carried_out(
             SHAPES[case.shape] if experts is None else SHAPES[case.shape]._replace(experts=experts), case.blocks, model
         )
         asked: dict[str, Any] = {"calibration": "random", "samples": case.samples, "effort": effort}
-        run = open_model(model, **asked)
-        work = work_by_effort(run, draw_rows(run, dry=True), plan(run.request.problem, run.options.widths))
-        before = rates(run.stream.fast_products_dtype)
+        work, dtype = operations(model, **asked), fast_dtype(torch.device("cpu"))
+        before = rates(dtype)
         processes, threads = case.team
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
         command = [sys.executable, *launcher, "-m", "secateur", "prune", str(model), str(out), "--device", "cpu"]
         command += [f"--{name}={value}" for name, value in asked.items()]
         command += ["--memory", limit] if limit else []
         found = measured(command, group, threads)
-        exact, quick = map(max, zip(before, rates(run.stream.fast_products_dtype), strict=True))
-        floor = Speeds(quick, quick, exact, exact).seconds(work[effort])
-        return found, floor, json.loads((out / "timings.json").read_text()).get("moved_bytes", 0)
+        exact, rounded = map(max, zip(before, rates(dtype), strict=True))
+        return found, work.seconds(rounded, exact), json.loads((out / "timings.json").read_text()).get("moved_bytes", 0)
 
 
 def exponents(seconds: dict[Case, tuple[float, float]]) -> Iterator[str]:

@@ -37,7 +37,7 @@ def test_prune_writes_a_model_and_prints_a_summary(place, run):
     assert {file.name for file in place.iterdir()} == {"model", "text.txt", "out"}
 
 
-def test_a_dry_run_writes_nothing(place, run, no_work):
+def test_a_dry_run_writes_nothing(place, run):
     before = listing(place)
     result = run("prune", "model", "out", *SMALL, "--dry-run")
     assert result.code == 0

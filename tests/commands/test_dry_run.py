@@ -1,73 +1,72 @@
-"""Dry runs: operations as real runs carry them out, speeds as measured, and no output."""
+"""Dry runs: the operations of real runs, and no output."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import CheckpointFolder
+from products import Counter
 from secateur import prune
-from secateur.commands import draw_rows, dry_run
-from secateur.commands.machine_speed import Speeds
-from secateur.report.summary import Summary
-from secateur.text import draw
+from secateur.commands import dry_run
+from secateur.commands.draw_rows import draw_rows
+from secateur.commands.dry_run import usage_by_effort
+from secateur.commands.open_model import open_model
 
-NEVER = float("inf")
-SIZE: dict[str, Any] = {"samples": 4, "length": 16, "sparsity": 0.3, "calibration": "random", "dry_run": True}
+SIZE: dict[str, Any] = {"samples": 96, "length": 32, "sparsity": 0.3, "calibration": "random"}
 
 
 @pytest.fixture
-def expected(checkpoint_folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that does a dry run at given speeds; other operations take no time."""
+def operations(checkpoint_folder: CheckpointFolder, tmp_path: Path) -> Any:
+    """Return a function that returns the number of operations of a run, as a dry run expects it and as it is."""
 
-    def found(name: str = "llama", speeds: dict[str, float] | None = None, **options: Any) -> Summary:
-        every = dict.fromkeys(Speeds._fields, NEVER) | (speeds or {})
-        monkeypatch.setattr(dry_run, "measure_speeds", lambda *_: Speeds(**every))
-        summary = prune(checkpoint_folder(name), tmp_path / "dry", **SIZE | options)
-        assert summary.is_dry_run
-        assert not (tmp_path / "dry").exists()
-        return summary
+    def counted(name: str, **options: Any) -> tuple[float, float]:
+        options, model = SIZE | options, checkpoint_folder(name)
+        with Counter() as real:
+            widths = prune(model, tmp_path / "out", **options).widths
+        run = open_model(model, **options)
+        rows, effort, found = draw_rows(run, dry=True), run.options.effort, run.request.problem.plan(widths)
+        with Counter() as counter:
+            usage = usage_by_effort(run, rows, found, [effort], counter.total)[effort]
+        return usage.seconds, real.total()
 
-    return found
-
-
-PRODUCTS = {"forward": 1.0, "rounded": 1.0, "float32": 1.0}
-"""Speeds of one operation per second, except for generating text."""
+    return counted
 
 
-@pytest.mark.parametrize(("name", "effort"), [("llama", "quick"), ("llama", "best"), ("mixtral", "normal")])
-def test_fits_take_the_counted_operations(checkpoint_folder, tmp_path, expected, name, effort):
-    """Torch counts products, including those inside the attention, but no factorisations; hence the tolerance."""
-    how: dict[str, Any] = SIZE | {"samples": 64, "length": 32, "effort": effort, "survey": tmp_path / "survey.json"}
-    model = checkpoint_folder(name)
-    prune(model, tmp_path / "first", **how | {"dry_run": False})
-    with FlopCounterMode(display=False) as counter:
-        prune(model, tmp_path / "out", **how | {"dry_run": False})
-    summary = expected(name, speeds=PRODUCTS, **how)
-    assert 0.7 < summary.seconds / dry_run.SLACK / counter.get_total_flops() < 1.4
-    assert summary.effort_seconds["quick"] < summary.effort_seconds["normal"] < summary.effort_seconds["best"]
-    assert summary.seconds == summary.effort_seconds[effort]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"effort": "quick"}),
+        ("llama", {"effort": "best", "widths": "uniform"}),
+        ("llama", {"blocks": "1:2", "sparsity": 0.1}),
+        ("llama", {"effort": "quick", "criterion": "llm-pruner-vector"}),
+        ("mixtral", {}),
+        ("gemma4_text small", {}),
+        ("lfm2", {}),
+    ],
+)
+def test_a_dry_run_expects_the_operations_of_the_run(operations, name, options):
+    expected, real = operations(name, **options)
+    assert 0.85 < expected / real < 1.2
 
 
-def test_a_dry_run_neither_generates_nor_resamples(expected, monkeypatch):
-    for module, name in ((draw, "self_rows"), (draw_rows, "resample_tokens")):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the model was run"))
-    for options in ({"effort": "best", "calibration": "self"}, {"criterion": "llm-pruner-vector"}):
-        assert expected(**options).is_dry_run
+@pytest.mark.parametrize(
+    "options", [{"calibration": "self"}, {"criterion": "llm-pruner-vector"}, {"widths": "uniform", "format": "gguf"}]
+)
+def test_a_dry_run_writes_nothing(letters_folder, tmp_path, options):
+    name = "out.gguf" if "format" in options else "out"
+    summary = prune(letters_folder("llama"), tmp_path / name, dry_run=True, **SIZE | {"samples": 4} | options)
+    assert summary.is_dry_run
+    assert list(summary.effort_seconds) == ["quick", "normal", "best"]
+    assert summary.seconds == summary.effort_seconds["normal"] > 0
+    assert summary.peak_bytes > 0
+    assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("blocks", [None, "1:2", "2:"])
-def test_a_survey_takes_the_counted_operations(checkpoint_folder, tmp_path, expected, blocks):
-    """Only blocks that may be pruned are measured; probes from them run to the end of the model."""
-    how: dict[str, Any] = SIZE | {"samples": 64, "length": 32, "blocks": blocks, "effort": "quick", "sparsity": 0.1}
-    model, counts = checkpoint_folder("llama"), {}
-    for name, options in {"measured": {}, "known": {"survey": tmp_path / "survey.json"}}.items():
-        if options:
-            prune(model, tmp_path / "first", **how | options | {"dry_run": False})
-        with FlopCounterMode(display=False) as counter:
-            prune(model, tmp_path / name, **how | options | {"dry_run": False})
-        counts[name] = counter.get_total_flops(), expected("llama", speeds=PRODUCTS, **how | options).seconds
-    (total, estimate), (fits, estimated_fits) = counts.values()
-    ratio = (estimate - estimated_fits) / dry_run.SLACK / (total - fits)
-    assert 0.7 < ratio < 1.4
+def test_a_survey_that_has_a_file_takes_no_time(checkpoint_folder, tmp_path, calls_of):
+    asked, surveys = SIZE | {"samples": 4, "survey": tmp_path / "survey.json"}, calls_of(dry_run, "survey_rows")
+    prune(checkpoint_folder("llama"), tmp_path / "dry", dry_run=True, **asked)
+    assert len(surveys) == 1
+    prune(checkpoint_folder("llama"), tmp_path / "out", **asked)
+    prune(checkpoint_folder("llama"), tmp_path / "dry", dry_run=True, **asked)
+    assert len(surveys) == 1

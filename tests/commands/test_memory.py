@@ -12,7 +12,7 @@ from outputs import assert_error
 from secateur import BlockStream, SecateurError, open_checkpoint, prune
 from secateur.base import memory as amounts
 from secateur.commands import memory
-from secateur.commands.costs import resident_bytes
+from secateur.commands.memory import resident_bytes
 from secateur.model import arena, matrix_sources
 
 ASKED: dict[str, Any] = {"calibration": "random", "samples": 24, "length": 24, "device": "cpu"}

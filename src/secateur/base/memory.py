@@ -37,12 +37,13 @@ class MemoryBudget:
             limit: Number of bytes; by default a quarter of the machine's memory.
         """
         self.limit = psutil.virtual_memory().total // 4 if limit is None else limit
-        self.used = 0
+        self.used = self.peak = 0
 
     def take(self, size: int) -> bool:
         """Take some bytes if they are left, and return whether they were."""
         fits = self.used + size <= self.limit
         self.used += size * fits
+        self.peak = max(self.peak, self.used)
         return fits
 
     def give_back(self, size: int) -> None:

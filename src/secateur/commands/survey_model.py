@@ -7,6 +7,7 @@ from torch import Tensor
 
 from secateur.commands.open_model import OpenRun
 from secateur.commands.survey_file import read_survey, split_survey_rows, survey_key
+from secateur.criteria.registry import Criteria
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.plan.problem import Plan, SimilarHeads
@@ -82,16 +83,20 @@ def _measure(run: OpenRun, rows: CalibrationRows, similar: SimilarHeads | None) 
     fitted = Rows.of(curve_rows)
     if rows.random is not None:
         fitted = fitted.with_choice_rows(Rows.of(rows.random))
-    blocks = run.request.block_range
-    result = survey(
+    criteria = run.criteria("survey", fitted, similar, blocks=run.request.block_range)
+    return asdict(survey_rows(run, fitted, probe_rows, criteria, PassCheckpoint(run.services, "survey")))
+
+
+def survey_rows(run: OpenRun, rows: Rows, probe_rows: Tensor, criteria: Criteria, checkpoint: PassCheckpoint) -> Survey:
+    """Return the survey of the blocks to prune, with error curves on some rows and probes on others."""
+    return survey(
         run.stream,
-        fitted,
+        rows,
         probe_rows=probe_rows,
-        blocks=blocks,
+        blocks=run.request.block_range,
         kinds=run.request.problem.kinds,
-        criterion=run.criteria("survey", fitted, similar, blocks=blocks),
+        criterion=criteria,
         ridge=run.options.ridge,
         seed=run.options.seed,
-        checkpoint=PassCheckpoint(run.services, "survey"),
+        checkpoint=checkpoint,
     )
-    return asdict(result)
