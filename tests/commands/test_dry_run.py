@@ -51,7 +51,13 @@ def test_a_dry_run_expects_the_operations_of_the_run(operations, name, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"calibration": "self"}, {"criterion": "llm-pruner-vector"}, {"widths": "uniform", "format": "gguf"}]
+    "options",
+    [
+        {"calibration": "self", "length": 8},
+        {"calibration": "self"},
+        {"criterion": "llm-pruner-vector"},
+        {"widths": "uniform", "format": "gguf"},
+    ],
 )
 def test_a_dry_run_writes_nothing(letters_folder, tmp_path, options):
     name = "out.gguf" if "format" in options else "out"

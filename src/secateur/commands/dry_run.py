@@ -103,8 +103,8 @@ def usage_by_effort(
         before += [_gradients(run, rows.selection, sample.shares[-1], clock)] * (1 + surveys)
     trials = sample.try_out(steps)
     if surveys:
-        probe_share = len(split_survey_rows(rows.selection)[1]) / len(rows.fit)
-        before.append(sample.usage(trials["survey"], trials["resample"], probe_share))
+        probe_rows = len(split_survey_rows(rows.selection)[1])
+        before.append(sample.usage(trials["survey"], trials["resample"], probe_rows))
     resampling = sample.usage(trials["resample"])
     return {
         effort: Usage.total([*before, *[resampling] * (one.row_request.resamplings > 0), sample.usage(trials[effort])])
@@ -165,7 +165,8 @@ def _generation(run: OpenRun, rows: CalibrationRows, clock: Clock) -> Usage:
     if not (count and run.processes.is_first):
         return Usage(0.0, 0.0)
     at_once, seconds = rows_at_once(options.length), list[tuple[float, float]]()
-    for length in run.watcher.track([min(length, options.length) for length in GENERATED], "Measure generation"):
+    lengths = GENERATED if options.length > max(GENERATED) else (options.length,)
+    for length in run.watcher.track(lengths, "Measure generation"):
         start = clock()
         self_rows(
             checkpoint,
@@ -180,6 +181,7 @@ def _generation(run: OpenRun, rows: CalibrationRows, clock: Clock) -> Usage:
 
 
 def _needs_gradients(run: OpenRun, plan: Plan) -> bool:
+    """Return whether the criterion needs a backward pass."""
     return Criteria(run.options.criterion_name).needs_gradients and not plan.lists_units
 
 

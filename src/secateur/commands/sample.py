@@ -114,7 +114,7 @@ class Sample:
             rows: Number of calibration rows.
             clock: Measures the time.
         """
-        self._run, self._clock = run, clock
+        self._run, self._rows, self._clock = run, rows, clock
         self.stands_for = _stand_ins(run.stream.blocks, plan)
         many = max(2, run.stream.batch_tokens // run.options.length) * run.processes.size
         # Each expert needs some tokens before it is fitted.
@@ -137,29 +137,37 @@ class Sample:
         spent = sum(visit.seconds for all in visits.of.values() for visit in all)
         return Trial(share, visits, self._clock() - start - spent, budget.peak)
 
-    def usage(self, trials: Sequence[Trial], passes: Sequence[Trial] = (), probe_share: float = 0.0) -> Usage:
+    def usage(self, trials: Sequence[Trial], passes: Sequence[Trial] = (), probe_rows: int = 0) -> Usage:
         """Return the usage of a whole step.
 
         Args:
             trials: Measurements of the step.
             passes: For a survey, measurements of a forward pass.
-            probe_share: Number of probe rows over the number of rows of the forward pass.
+            probe_rows: Number of rows of each probe.
         """
         forward = dict[int, float]()
         for index in set(self.stands_for) if passes else ():
             seconds = [(one.share, min(one.visits.of[index]).seconds) for one in passes]
-            forward[index] = line(seconds, probe_share) - line(seconds, 0.0)
-        wholes = [(one.share, self._whole(one, forward)) for one in trials]
+            forward[index] = line(seconds, probe_rows / self._rows) - line(seconds, 0.0)
+        stream = 4 * self._run.stream.columns * self._run.options.length * probe_rows
+        wholes = [(one.share, self._whole(one, forward, stream)) for one in trials]
         return Usage(*(line([(share, whole[field]) for share, whole in wholes], 1.0) for field in range(2)))
 
-    def _whole(self, trial: Trial, forward: Mapping[int, float]) -> Usage:
-        """Return the usage of all blocks on the rows of a trial, where a probe takes `forward` seconds a block."""
-        seconds, probes, row = trial.rest, 0, 4 * self._run.stream.columns * self._run.options.length
+    def _whole(self, trial: Trial, forward: Mapping[int, float], stream: int) -> Usage:
+        """Return the usage of all blocks on the rows of a trial.
+
+        Args:
+            trial: Measurements of some blocks.
+            forward: Seconds that a probe takes in each of them.
+            stream: Bytes of the stream of a probe.
+        """
+        seconds, probes = trial.rest, 0
         for index in self.stands_for[: trial.visits.stop]:
             visit = min(trial.visits.of[index])
             seconds += max(0.0, visit.seconds + (probes - visit.probes) * forward.get(index, 0.0))
             probes += visit.begun
-        return Usage(seconds, trial.peak + row * probes)
+        measured = sum(visit.begun for visits in trial.visits.of.values() for visit in visits)
+        return Usage(seconds, trial.peak + stream * (probes - measured))
 
 
 def _stand_ins(blocks: Sequence[Block], plan: Plan) -> list[int]:
