@@ -27,8 +27,8 @@ from secateur.base.cache import cached_folder
 from secateur.base.json_files import read_hashed
 from secateur.base.output import Output
 from secateur.base.progress import Silent
+from secateur.cli.clean import remove_state
 from secateur.commands import resume
-from secateur.commands.clean import clean
 from secateur.commands.survey import survey_page
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.write.shards import ShardWriter
@@ -214,9 +214,9 @@ def test_the_cache_is_cleared(tmp_path, run, monkeypatch):
 def test_a_second_run_on_the_same_output_is_refused(stopped, checkpoint_folder):
     with (stopped.with_name(".out.run") / "lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        for act in (lambda: prune(checkpoint_folder("llama"), stopped, **ASKED), lambda: clean(stopped)):
+        for act in (lambda: prune(checkpoint_folder("llama"), stopped, **ASKED), lambda: remove_state(stopped)):
             assert_error("another run is using this folder; wait", act)
-    clean(stopped)
+    remove_state(stopped)
 
 
 def full(*_: Any) -> None:

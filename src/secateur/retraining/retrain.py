@@ -43,7 +43,6 @@ from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.report.folder import check_record
 from secateur.retraining.adapters import adapted_layers, entries_trained, largest_rank
-from secateur.retraining.curve import Curve
 from secateur.retraining.memory import TOKEN_BYTES, MemoryPlan, plan_memory
 from secateur.retraining.options import Training
 from secateur.retraining.rows import TrainingRows, random_rows, tokens_for_one_pass, training_rows
@@ -52,8 +51,7 @@ from secateur.retraining.student import Student
 from secateur.retraining.targets import TextTargets, targets_of, teacher_bytes, teacher_targets
 from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import CHECKPOINT_BYTES, train
-from secateur.retraining.trained_weights import TrainedWeights
-from secateur.retraining.write import write_retrained
+from secateur.retraining.write import Curve, TrainedWeights, write_retrained
 from secateur.text.calibration import cached_token_ids
 from secateur.write.record import read_record
 
