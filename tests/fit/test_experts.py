@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.loop import refit
 from secateur.fit.method import Method
-from secateur.fit.recovery import recovery_of
+from secateur.fit.output_projection import OutputFit
+from secateur.fit.recovery import Recovery, recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.expert_matrices import whole
 from secateur.model.mixture import Mixture, Routes
@@ -285,6 +287,31 @@ def test_the_refit_of_experts_reduces_the_error(checkpoint_folder, name, channel
     assert block.reports[1].error < 0.95 * plain.reports[1].error
     for one in (plain, block) if channels else ():
         assert {len(units) for units in channels_of(one, module.units_inside).values()} == {channels}
+
+
+@dataclass(frozen=True)
+class Halved(Recovery):
+    """A recovery that divides the weights of kept units by two."""
+
+    fits = True
+
+    def fit(self, module_fit: Any) -> OutputFit:
+        old = module_fit.solve(module_fit.without_refit)
+        return old._replace(weight_kd=old.weight_kd / 2)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+def test_the_fit_of_any_recovery_runs_on_experts(checkpoint_folder, name):
+    stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
+    (block,) = refit(stream, Plan({2: stream.blocks[2].width}, 0, 0), ROWS, method=Method("surgeon", Halved()))
+    module, dense = stream.blocks[2].feed_forward, stream.stored(2)
+    kept = [expert for expert in range(module.units) if expert not in block.reports[1].unfitted]
+    down = module.output_projection.name
+    assert kept
+    assert torch.equal(whole(block.changed[down])[kept], whole(dense[down])[kept] / 2)
+    shared = [name for name in block.changed if "shared_expert.down_proj" in name]
+    assert all(torch.equal(block.changed[name], dense[name] / 2) for name in shared)
+    assert len(shared) == (name == "qwen2_moe")
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "flap-wifv", "second-moment", "l2", "random", "llm-pruner-vector"])

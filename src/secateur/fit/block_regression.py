@@ -37,6 +37,7 @@ class BlockRegression(Regression):
         self.state, self.module, self.pruned, self.stream = state, module, pruned, state.stream
         self.target = ModuleTarget(state, module, pruned)
         self.norm, self.fits_bias, self.recovery = self.target.norm, self.target.fits_bias, state.method.recovery
+        self.fits_inputs = bool(module.channel_projections)
         inputs = module.units * module.size
         self.owner = self.stream.processes.assign_owner(inputs**2 * (inputs + 2 * self.stream.width))
         self.seed = module_seed(state.method.seed, state.index, module.role)

@@ -11,7 +11,7 @@ Shapes: n tokens, m of them routed to an expert, f channels of an expert, k of t
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from secateur.fit.input_projections import TangentRows
 from secateur.fit.module import FittedModule
 from secateur.fit.output_projection import OutputFit
 from secateur.fit.recoveries.none import NoRecovery
-from secateur.fit.recoveries.refit import Refit
-from secateur.fit.recovery import Recovery
 from secateur.fit.regression import AddRows, ModuleMoments, Regression
 from secateur.model.axes import FEED_FORWARD
 from secateur.model.mixture import Mixture, Routes
@@ -111,6 +109,7 @@ class ExpertRegression(Regression):
     Attributes:
         expert: Number of the expert; the shared expert comes after all others.
         is_shared: Whether this is the shared expert.
+        has_too_few_tokens: Whether the run refits weights, but this expert has too few tokens for it.
     """
 
     fits_bias = False
@@ -139,25 +138,17 @@ class ExpertRegression(Regression):
         self.module = mixture.feed_forward(expert)
         self.is_shared = expert == mixture.module.units
         self.tokens = tokens.count(mixture.tokens(expert, routes))
-        self.recovery = self._expert_recovery(state.method.recovery)
+        # Few tokens say little: the penalty grows, and below some number the weights stay.
+        recovery, is_enough = state.method.recovery, self.tokens >= MIN_TOKENS
+        ridge = recovery.ridge * (1 + self.module.units / max(self.tokens, 1))
+        self.recovery = replace(recovery, ridge=ridge) if is_enough else NoRecovery(ridge)
+        self.has_too_few_tokens = recovery.fits and not is_enough
+        self.fits_inputs = not self.is_shared and self.tokens >= MIN_TOKENS_FOR_INPUTS
         f, d = self.module.units, self.stream.width
         self.owner = self.stream.processes.assign_owner(f**2 * (f + 2 * d))
         self.seed = module_seed(state.method.seed, state.index, FEED_FORWARD) + expert
         self._target_md: Tensor | None = None
         """Target of this expert, once its first outputs are known."""
-
-    def _expert_recovery(self, recovery: Recovery) -> Recovery:
-        """Return the recovery of this expert, which depends on the number of its tokens."""
-        ridge = recovery.ridge * (1 + self.module.units / max(self.tokens, 1))
-        if not recovery.fits or self.tokens < MIN_TOKENS:
-            return NoRecovery(ridge)
-        fits_inputs = not self.is_shared and self.tokens >= MIN_TOKENS_FOR_INPUTS
-        return Refit(ridge, recovery.input_steps if fits_inputs else 0)
-
-    @property
-    def has_too_few_tokens(self) -> bool:
-        """Whether the run refits weights, but this expert has too few tokens for it."""
-        return self.state.method.recovery.fits and not self.recovery.fits
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:

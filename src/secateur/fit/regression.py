@@ -62,10 +62,11 @@ class Regression(ABC):
         stream: The model.
         module: The module that is fitted.
         norm: Norm between the output projection and the residual stream; neutral if there is none.
-        recovery: Settings of this module's fit; its ridge is higher if tokens are few.
+        recovery: Recovery of this module; its ridge is higher if tokens are few.
         owner: Rank of the process that solves the normal equations.
         seed: Seed of the criterion `random`.
         tokens: Number of tokens with a weight in the fit, in all processes.
+        fits_inputs: Whether the input projections may be fitted.
         fits_bias: Whether the bias of the output projection is fitted.
     """
 
@@ -76,6 +77,7 @@ class Regression(ABC):
     owner: int
     seed: int
     tokens: int
+    fits_inputs: bool
     fits_bias: bool
 
     @property

@@ -44,10 +44,13 @@ class PaperRecovery(Recovery):
 
     def choice_output(self, module_fit: ModuleFit) -> OutputFit | None:
         """Return level 2 as it is fitted to the inputs of all units."""
-        return module_fit.solve(module_fit.fit_all_inputs) if self.before else None
+        is_fitted = self.before and not _is_expert(module_fit)
+        return module_fit.solve(module_fit.fit_all_inputs) if is_fitted else None
 
     def fit(self, module_fit: ModuleFit) -> OutputFit:
         """Fit level 1 unless it is fitted already, then level 2 of the kept units."""
+        if _is_expert(module_fit):
+            return module_fit.solve(module_fit.fit_kept_inputs)
         if not self.before:
             self._refit_inputs(module_fit)
             module_fit.collect_again()
@@ -55,12 +58,11 @@ class PaperRecovery(Recovery):
 
     def _refit_inputs(self, module_fit: ModuleFit) -> None:
         """Fit level 1 to its dense outputs on all rows, for all units."""
-        # Experts are fitted by the refit.
-        assert isinstance(module_fit.regression, BlockRegression)
         regression, module, width = module_fit.regression, module_fit.module, module_fit.regression.stream.width
         # Heads that share a latent vector read that vector, not the module's input.
-        if not module.input_projections or module.input_reader is not None:
+        if _is_expert(module_fit) or not module.input_projections or module.input_reader is not None:
             return
+        assert isinstance(regression, BlockRegression)
         state, device = regression.state, regression.stream.device
         biased = any(slab.name.endswith(".bias") for slab in module.input_projections)
         moments = Moments(width, width, centre=biased, device=device)
@@ -74,6 +76,11 @@ class PaperRecovery(Recovery):
             return fit_level1(module, state.tensors, moments, self.ridge)
 
         state.set_tensors(module_fit.processes.compute_at(regression.owner, made, device))
+
+
+def _is_expert(module_fit: ModuleFit) -> bool:
+    """Return whether a module is an expert, of which the paper has none: only level 2 is fitted, after the choice."""
+    return not isinstance(module_fit.regression, BlockRegression)
 
 
 def fit_level1(

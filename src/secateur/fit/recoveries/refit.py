@@ -39,5 +39,5 @@ class Refit(Recovery):
 
     def _fits_inputs(self, module_fit: ModuleFit, output: OutputFit) -> bool:
         """Return whether the module has input projections to fit, and an error that is more than rounding."""
-        fittable = self.input_steps and module_fit.module.channel_projections and module_fit.keep
+        fittable = self.input_steps and module_fit.regression.fits_inputs and module_fit.keep
         return bool(fittable) and output.error > ROUNDING * module_fit.moments.fit.energy()
