@@ -25,6 +25,7 @@ from secateur.fit.recovery import recovery_of
 from secateur.measure import perplexity
 from secateur.measure.loading import load
 from secateur.model.axes import Width
+from secateur.model.expert_matrices import whole
 from secateur.model.rows import Rows
 from secateur.model.surgery import assign, narrow
 from secateur.model.tokens import begins_with_bos
@@ -156,7 +157,7 @@ class Bench:
         )
         layers = self.network.get_submodule(self.stream.family.blocks)
         for block in refit(self.stream, decided, self.fitted if method.recovery.fits else self.rows, method=method):
-            tensors = {name: tensor.float() for name, tensor in slice_fitted(self.stream, block).items()}
+            tensors = {name: whole(tensor).float() for name, tensor in slice_fitted(self.stream, block).items()}
             layer = layers[block.index]
             for module in (self.stream.blocks[block.index].module(kind) for kind in SCORED_KINDS):
                 if module.bias is None:

@@ -41,7 +41,7 @@ def one_at_a_time(mixture: Mixture, x_nd: Tensor, routes: Routes) -> Tensor:
     total = torch.zeros_like(x_nd)
     for expert in range(mixture.module.units):
         tokens, rows = mixture.gated_input(expert, x_nd, routes)
-        total.index_add_(0, tokens, rows @ mixture.weight(expert))
+        total.index_add_(0, tokens, rows @ mixture[expert].weight)
     return total
 
 
@@ -49,10 +49,10 @@ def unfused(mixture: Mixture, dtype: torch.dtype) -> list[list[nn.Linear]]:
     """Return gate, up and down of each expert as separate linear layers."""
     layers = []
     for expert in range(mixture.module.units):
-        tensors = mixture.tensors(expert)
+        gate_up, down = mixture.experts.gate_up_proj.read(expert), mixture.experts.down_proj.read(expert)
         parts = []
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            weight = tensors[f"{name}.weight"].to(dtype).contiguous()
+        for weight in (*gate_up.chunk(2), down):
+            weight = weight.to(dtype).contiguous()
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             layer.weight = nn.Parameter(weight, requires_grad=False)
             parts.append(layer)
@@ -80,6 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         make(shape, 1, Path(folder))
         stream = BlockStream(open_checkpoint(folder))
+        original = stream.layers.get_submodule(f"0.{stream.blocks[0].feed_forward.output_projection.layer}")
         with stream.filled(0) as layer, stream.fast_products():
             mixture = Mixture(stream, layer, stream.blocks[0].feed_forward)
             x, every = torch.randn(given.tokens, shape.width), mixture.all_routed
@@ -90,7 +91,8 @@ def main() -> None:
                 rows, matrix = torch.randn(pairs, shape.width).to(dtype), torch.randn(3 * shape.channels, shape.width)
                 floors[dtype] = seconds(partial(linear, rows, matrix.to(dtype)))
                 del rows
-            stored = sum(whole(value.data).nbytes for value in mixture.experts.parameters())
+            matrices = {name: getattr(mixture.experts, name) for name in ("gate_up_proj", "down_proj")}
+            stored = sum(matrix.nbytes for one in matrices.values() for matrix in one)
             print(
                 f"| {pairs:,} pairs; blocks multiply in {products} | CPU s | over one product | GB |\n|---|---|---|---|"
             )
@@ -99,20 +101,18 @@ def main() -> None:
                 spent = seconds(run)
                 print(f"| {name} | {spent:.1f} | {spent / floors[dtype]:.2f} | {size / 1e9:.2f} |", flush=True)
 
-            row("together, the model's own forward", products, stored, lambda: mixture.output(x[None], every))
-            row("one at a time, as stored", products, stored, lambda: one_at_a_time(mixture, x, routes))
+            row("all experts of a filled block", products, stored, lambda: mixture.output(x[None], every))
+            row("one at a time in a fit", products, stored, lambda: one_at_a_time(mixture, x, routes))
             for dtype in sorted({torch.float32, products}, key=str):
                 layers = unfused(mixture, dtype)
                 size = sum(part.weight.nbytes for parts in layers for part in parts)
                 name = f"one at a time, separate linear layers, {str(dtype).removeprefix('torch.')}"
                 row(name, dtype, size, partial(run_unfused, layers, x, routes))
                 del layers
-            for leaf, value in list(mixture.experts.named_parameters()):
-                assign(mixture.experts, leaf, whole(value.data).float())
+            for name, one in matrices.items():
+                assign(original, name, whole(one).float())
             stream.model.set_experts_implementation("grouped_mm")
-            row(
-                "together, grouped products, float32", torch.float32, 2 * stored, lambda: mixture.output(x[None], every)
-            )
+            row("together, grouped products, float32", torch.float32, 2 * stored, lambda: original(x, *routes))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from secateur.measure import perplexity
 from secateur.measure.loading import load
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import Width
+from secateur.model.expert_matrices import BlockTensor, whole
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
@@ -339,12 +340,12 @@ def _load(stream: BlockStream) -> Any:
 
 
 def _cut(
-    stream: BlockStream, network: Any, index: int, keep: KeptUnits, changed: Mapping[str, Tensor], width: Width
+    stream: BlockStream, network: Any, index: int, keep: KeptUnits, changed: Mapping[str, BlockTensor], width: Width
 ) -> None:
     """Remove units from one block of the network."""
-    layer, new = layers_of(stream, network)[index], {name: tensor.float() for name, tensor in changed.items()}
-    block = stream.blocks[index]
-    narrow(layer, block, slice_block(block, dict(layer.named_parameters()) | new, keep), width)
+    layer, block = layers_of(stream, network)[index], stream.blocks[index]
+    tensors = dict(layer.named_parameters()) | {name: whole(tensor).float() for name, tensor in changed.items()}
+    narrow(layer, block, {name: whole(tensor) for name, tensor in slice_block(block, tensors, keep).items()}, width)
 
 
 def _leave(stream: BlockStream, network: Any, layers: list[nn.Module], kept: list[int]) -> None:

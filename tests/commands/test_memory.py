@@ -13,7 +13,9 @@ from secateur import BlockStream, SecateurError, open_checkpoint, prune
 from secateur.base import memory as amounts
 from secateur.commands import memory
 from secateur.commands.memory import resident_bytes
-from secateur.model import arena, matrix_sources
+from secateur.model import arena
+from secateur.model.expert_matrices import ExpertMatrices
+from secateur.model.stored import Stored
 
 ASKED: dict[str, Any] = {"calibration": "random", "samples": 24, "length": 24, "device": "cpu"}
 
@@ -44,14 +46,19 @@ def test_the_bound_moves_activations_to_files(checkpoint_folder, tmp_path, monke
 
 def test_experts_are_read_one_at_a_time_if_there_is_no_room(checkpoint_folder, tmp_path, monkeypatch):
     """Of the 8 experts of a block, old and new matrices of one or two are in memory, and the output stays the same."""
-    read, living, most = matrix_sources.SeparateMatrices.read, list[weakref.ref[Tensor]](), list[int]()
+    matrices_of, living, most = Stored.expert_matrices, list[weakref.ref[Tensor]](), list[int]()
 
-    def counted(self: matrix_sources.SeparateMatrices, expert: int) -> Tensor:
-        living.append(weakref.ref(matrix := read(self, expert)))
-        most.append(sum(one() is not None for one in living))
-        return matrix
+    def counted(self: Stored, name: str) -> ExpertMatrices:
+        found = matrices_of(self, name)
 
-    monkeypatch.setattr(matrix_sources.SeparateMatrices, "read", counted)
+        def read(expert: int) -> Tensor:
+            living.append(weakref.ref(matrix := found.read(expert)))
+            most.append(sum(one() is not None for one in living))
+            return matrix
+
+        return ExpertMatrices(found.shape, found.dtype, read)
+
+    monkeypatch.setattr(Stored, "expert_matrices", counted)
     monkeypatch.setattr(memory, "rss_bytes", lambda: 10**8)
     model = checkpoint_folder("qwen3_moe")
     prune(model, tmp_path / "roomy", **ASKED)

@@ -24,7 +24,7 @@ from secateur.model.checkpoint import open_checkpoint
 from secateur.model.expert_matrices import whole
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
-from secateur.model.surgery import assign
+from secateur.model.surgery import assign, entries, tensors_of
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.problem import Plan
 from secateur.survey.expert_refit import leave_one_out_residuals
@@ -65,7 +65,7 @@ def test_gated_expert_outputs_add_up_to_the_mixture(checkpoint_folder, name):
     """No token is routed to a removed expert, and afterwards nothing has changed."""
     with mixture_of(checkpoint_folder, name) as (mixture, layer):
         x, module, near = inputs(mixture.stream.width), mixture.module, {"rtol": 1e-4, "atol": 1e-5}
-        before = {key: whole(value).clone() for key, value in layer.state_dict().items()}
+        before = {key: whole(value).clone() for key, value in tensors_of(layer).items()}
         routes, dense = mixture.route(x, mixture.all_routed), mixture.output(x[None], mixture.all_routed)
         torch.testing.assert_close(sum_of_experts(mixture, x, routes), dense[0], **near)
         if not module.outer_norm:
@@ -76,15 +76,15 @@ def test_gated_expert_outputs_add_up_to_the_mixture(checkpoint_folder, name):
             assert others == mixture.all_routed.tolist()
             tokens, rows = mixture.gated_input(first, x, routes)
             assert tokens.tolist() == list(range(TOKENS))
-            bias = 0 if mixture.bias(first) is None else mixture.bias(first)
-            torch.testing.assert_close(rows @ mixture.weight(first) + bias, mixture.shared_output(x), **near)
+            bias = 0 if mixture[first].bias is None else mixture[first].bias
+            torch.testing.assert_close(rows @ mixture[first].weight + bias, mixture.shared_output(x), **near)
         alive = torch.tensor([unit for unit in range(module.units) if unit % module.per_group])
         routes, found = mixture.route(x, alive), mixture.output(x[None], alive)[0]
         assert set(routes.experts.unique().tolist()) <= set(alive.tolist())
         torch.testing.assert_close(found, sum_of_experts(mixture, x, routes), **near)
         assert not torch.allclose(found, dense[0], atol=1e-3)
         assert torch.equal(mixture.output(x[None], mixture.all_routed), dense)
-        assert all(torch.equal(whole(value), before[key]) for key, value in layer.state_dict().items())
+        assert all(torch.equal(whole(value), before[key]) for key, value in tensors_of(layer).items())
 
 
 def error_without(mixture: Mixture, routed: RoutedTokens, removed: list[int]) -> float:
@@ -225,7 +225,7 @@ def test_the_shared_expert_is_narrowed_with_the_others(checkpoint_folder, name):
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         module = mixture.module
         rows = mixture.projection_input(module.units, seen(build(name), 2, module.path, ROWS)[0]).double()
-        old = mixture.weight(module.units).double()
+        old = mixture[module.units].weight.double()
     stay = 8 * module.shared_multiple
     assert len(old) == module.shared_multiple * module.units_inside
     kept = [unit - module.units * module.units_inside for unit in block.keep["channels"][-stay:]]
@@ -243,14 +243,16 @@ def test_the_shared_expert_is_narrowed_with_the_others(checkpoint_folder, name):
 def test_slopes_equal_finite_differences(checkpoint_folder, name):
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         x, dice, expert = inputs(mixture.stream.width), torch.Generator().manual_seed(1), 2
-        own, tensors = mixture.feed_forward(expert), mixture.tensors(expert)
+        own, matrix = mixture[expert].module, mixture.experts.gate_up_proj.read(expert)
         source, before = mixture.expert_input(expert, x), mixture.projection_input(expert, x)
         expected = torch.zeros_like(before)
-        for slab, slope in zip(own.channel_projections, mixture.slopes(expert, x), strict=True):
-            value = tensors[slab.name]
+        for slab, slope in zip(own.channel_projections, mixture[expert].slopes(source), strict=True):
+            rows = entries(slab, range(own.units))
+            value = matrix.movedim(slab.axis, 0)[rows]
             change = 1e-3 * value.std() * torch.randn(value.shape, generator=dice)
             expected += slope * (source @ change.T)
-            value += change
+            # The block keeps this matrix in memory.
+            matrix.movedim(slab.axis, 0)[rows] += change
         found = mixture.projection_input(expert, x) - before
         assert torch.linalg.vector_norm(found - expected) < 0.01 * torch.linalg.vector_norm(found)
 
@@ -341,9 +343,9 @@ def test_the_error_curve_of_channels_equals_the_output_error(checkpoint_folder, 
         assert set(orders) == {*every.tolist(), *([mixture.module.units] if multiple else [])}
         for expert in orders:
             tokens, rows = mixture.gated_input(expert, routed.x_nd, routes)
-            energy = (routed.weight_n[tokens][:, None] * rows.square()).sum(0) * mixture.weight(expert).square().sum(1)
+            energy = (routed.weight_n[tokens][:, None] * rows.square()).sum(0) * mixture[expert].weight.square().sum(1)
             gone = energy.argsort()[: len(energy) * removed // inner]
-            mixture.weight(expert).data[gone] = 0
+            mixture[expert].weight.data[gone] = 0
         lost = mixture.output(routed.x_nd[None], every)[0] - dense
         assert errors[removed] == pytest.approx(float((lost.square().sum(1) * routed.weight_n).sum()), rel=1e-3)
         assert list(errors) == sorted(errors)

@@ -8,14 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from secateur.base.errors import SecateurError
 from secateur.commands.fit_blocks import FittedBlocks
 from secateur.commands.open_model import OpenRun
 from secateur.commands.result import block_record, make_record, summarize, unfitted_experts_note
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.formats.format import PrunedModel
+from secateur.model.expert_matrices import BlockTensor
 from secateur.plan.problem import Plan
 from secateur.report.folder import readme_and_report
 from secateur.report.summary import Summary
@@ -97,7 +96,7 @@ def pruned_model(run: OpenRun, plan: Plan, blocks: FittedBlocks, done: BlockReco
 
 def _narrowed(
     run: OpenRun, plan: Plan, blocks: FittedBlocks, done: BlockRecords
-) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
+) -> Generator[tuple[int, dict[str, BlockTensor]], None, None]:
     """Yield the number and the narrowed tensors of each block, and add its record to `done`."""
     for block in blocks:
         done.append(block_record(run.stream.blocks[block.index], plan, block))

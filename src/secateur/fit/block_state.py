@@ -6,9 +6,10 @@ next module reads the inputs that it has in the pruned model.
 Shapes: rows x t x d for stored activations, with t positions and d residual width.
 """
 
+import weakref
 from collections.abc import Callable
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from secateur.fit.dense_block import DenseBlock, residuals
 from secateur.fit.method import Method
 from secateur.model.arena import Activations, Arena
+from secateur.model.expert_matrices import BlockTensor, ChangedMatrices, ExpertMatrices
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
-from secateur.model.surgery import assign
+from secateur.model.surgery import assign, tensors_of
 
 
 class BlockState:
@@ -56,7 +58,7 @@ class BlockState:
         self.dtype, self.rows, self.arena = dtype, rows, arena
         self.block = stream.blocks[index]
         self.tensors: dict[str, Tensor] = layer.state_dict()
-        self.changed: dict[str, Tensor] = {}
+        self.changed: dict[str, BlockTensor] = {}
         self.dense_residual, self.dense_inputs, self.outputs = dense.residual, dense.inputs, dict(dense.outputs)
 
     def advance(self, pruned: Activations) -> dict[str, tuple[float, float]]:
@@ -113,8 +115,23 @@ class BlockState:
         for name, tensor in tensors.items():
             rounded = tensor.to(self.dtype)
             self.changed[name] = rounded.cpu()
-            self.tensors[name] = self.stream.as_loaded(name, rounded)
+            self.tensors[name] = rounded.float()
             assign(self.layer, name, self.tensors[name])
+
+    def changeable(self, name: str) -> ChangedMatrices:
+        """Return the matrices of all experts as the block computes with them, in which single ones can be set."""
+        if name not in self.changed:
+            old, device = tensors_of(self.layer)[name], self.stream.device
+            assert isinstance(old, ExpertMatrices)
+            if device.type == "cpu":
+                values = self.arena.tensor(old.shape, self.dtype)
+            else:
+                values = torch.empty(old.shape, dtype=self.dtype, device=device)
+            self.changed[name] = matrices = ChangedMatrices(old, values)
+            if device.type == "cpu":
+                weakref.finalize(matrices, self.arena.free, values)
+            assign(self.layer, name, matrices)
+        return cast(ChangedMatrices, self.changed[name])
 
 
 def _record_input(seen: dict[str, Tensor], name: str) -> Callable[[Tensor, Tensor], None]:

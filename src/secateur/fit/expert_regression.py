@@ -8,15 +8,13 @@ The shared expert is fitted in the same way, on all tokens; its input projection
 Shapes: n tokens, m of them routed to an expert, f channels of an expert, k of them kept, d residual width.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from secateur.base.processes import Processes
 from secateur.criteria.registry import Criterion, all_criteria
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block_state import BlockState
@@ -28,6 +26,7 @@ from secateur.fit.regression import AddRows, ModuleMoments, Regression
 from secateur.model.axes import FEED_FORWARD
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.post_norm import PostNorm
+from secateur.model.surgery import stored_weight
 from secateur.numerics.moments import Moments
 
 MIN_TOKENS, MIN_TOKENS_FOR_INPUTS = 8, 64
@@ -35,9 +34,9 @@ MIN_TOKENS, MIN_TOKENS_FOR_INPUTS = 8, 64
 are."""
 
 
-@dataclass(frozen=True)
-class MixtureTokens:
-    """Tokens of this process at a mixture."""
+@dataclass
+class MixtureBatch:
+    """Tokens of one batch at a mixture. Each batch takes products of its own, whose rounding depends on their rows."""
 
     x_nd: Tensor
     """Inputs of the mixture."""
@@ -49,10 +48,11 @@ class MixtureTokens:
     """Token weights in the choice of units."""
     scale_n: Tensor | None
     """Factor on each token's output; None unless a norm follows the mixture."""
-    batches: Sequence[int]
-    """Number of tokens in each batch."""
     norm: PostNorm
-    processes: Processes
+    routes: Routes = field(init=False)
+    """Routes of the tokens to the experts that are kept."""
+    residual_nd: Tensor = field(init=False)
+    """Target minus output of the mixture, as it is fitted so far."""
 
     def to_error_units(self, y_md: Tensor, some: Tensor | None = None) -> Tensor:
         """Return outputs for some tokens (m), or for all tokens, in error units."""
@@ -63,44 +63,6 @@ class MixtureTokens:
         if self.scale_n is None:
             return values
         return values * (self.scale_n if some is None else self.scale_n[some])[:, None]
-
-    def by_batch(self, values: Tensor) -> Sequence[Tensor]:
-        """Return the rows of each batch."""
-        return values.split(list(self.batches))
-
-    def count(self, some: Tensor) -> int:
-        """Return how many of some tokens have a weight in the fit, in all processes."""
-        return int(self.processes.total([float(self.weight_n[some].count_nonzero())]))
-
-    def sample(self, most: int) -> "MixtureTokens":
-        """Return about `most` of the tokens of all processes by which units are chosen, the same at every rank."""
-        weighted = [part.nonzero()[:, 0] for part in self.by_batch(self.choice_weight_n)]
-        stride = max(1, int(self.processes.total(map(len, weighted))) // most)
-        starts = itertools.accumulate(self.batches, initial=0)
-        some = torch.cat([start + part[::stride] for start, part in zip(starts, weighted, strict=False)])
-        scale_n = torch.ones_like(self.weight_n) if self.scale_n is None else self.scale_n
-        columns = torch.stack([self.weight_n, self.choice_weight_n, scale_n], 1)
-        every = self.processes.gather(torch.cat([self.x_nd[some], self.target_nd[some], columns[some]], 1))
-        x_nd, target_nd, columns = every.split([self.x_nd.shape[1], self.target_nd.shape[1], 3], 1)
-        weight_n, choice_weight_n, scale_n = columns.unbind(1)
-        scale = None if self.scale_n is None else scale_n
-        return MixtureTokens(x_nd, target_nd, weight_n, choice_weight_n, scale, [len(every)], self.norm, self.processes)
-
-
-class Float32Copies(Mapping[str, Tensor]):
-    """Tensors by name, each copied to float32 when it is read."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].to(torch.float32, copy=True)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 class ExpertRegression(Regression):
@@ -115,29 +77,23 @@ class ExpertRegression(Regression):
     fits_bias = False
 
     def __init__(
-        self,
-        state: BlockState,
-        mixture: Mixture,
-        tokens: MixtureTokens,
-        routes: Routes,
-        residual_nd: Tensor,
-        expert: int,
+        self, state: BlockState, mixture: Mixture, batches: Sequence[MixtureBatch], norm: PostNorm, expert: int
     ):
         """Start with the expert's old weights.
 
         Args:
             state: The block.
             mixture: The mixture, which computes with the weights fitted so far.
-            tokens: Tokens at the mixture.
-            routes: Routes of the tokens to the experts that are kept.
-            residual_nd: Target minus output of the mixture; `store` updates it in place.
+            batches: Tokens at the mixture; `store` updates what the output lacks of the target.
+            norm: Norm after the mixture.
             expert: Number of the expert.
         """
-        self.state, self.mixture, self.expert, self.stream = state, mixture, expert, state.stream
-        self.norm, self._batch, self._routes, self._residual_nd = tokens.norm, tokens, routes, residual_nd
-        self.module = mixture.feed_forward(expert)
-        self.is_shared = expert == mixture.module.units
-        self.tokens = tokens.count(mixture.tokens(expert, routes))
+        self.state, self.mixture, self.expert, self.stream, self.norm = state, mixture, expert, state.stream, norm
+        self.module, self.is_shared = mixture[expert].module, expert == mixture.module.units
+        self._routed = [(batch, *mixture.routed(expert, batch.x_nd, batch.routes)) for batch in batches]
+        """Each batch, with the tokens routed to the expert and their gates (m; m)."""
+        counts = (float(batch.weight_n[at].count_nonzero()) for batch, at, _ in self._routed)
+        self.tokens = int(self.stream.processes.total(counts))
         # Few tokens say little: the penalty grows, and below some number the weights stay.
         recovery, is_enough = state.method.recovery, self.tokens >= MIN_TOKENS
         ridge = recovery.ridge * (1 + self.module.units / max(self.tokens, 1))
@@ -147,13 +103,15 @@ class ExpertRegression(Regression):
         f, d = self.module.units, self.stream.width
         self.owner = self.stream.processes.assign_owner(f**2 * (f + 2 * d))
         self.seed = module_seed(state.method.seed, state.index, FEED_FORWARD) + expert
-        self._target_md: Tensor | None = None
-        """Target of this expert, once its first outputs are known."""
+        self._rows: list[Tensor] = []
+        """Inputs of the output projection times gate and scale, by batch (m x f)."""
+        self._targets: list[Tensor] | None = None
+        """Target of this expert, once its first outputs are known, by batch (m x d)."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Tensors of the expert, by the names of an ordinary feed-forward."""
-        return Float32Copies(self.mixture.tensors(self.expert))
+        """Tensors of the expert."""
+        return self.mixture[self.expert]
 
     def criterion(self) -> Criterion:
         """Return the criterion of the expert's channels."""
@@ -169,37 +127,40 @@ class ExpertRegression(Regression):
 
         The first call is always over all channels, so that given and chosen units lead to the same result.
         """
-        tokens, channels = self._batch, keep
-        self._at, rows_mf = self.mixture.gated_input(self.expert, tokens.x_nd, self._routes)
-        rows_mf = tokens.scaled(rows_mf, self._at)
-        if self._target_md is None:
-            channels = None
-            self._target_md = self._residual_nd[self._at] + self._times(rows_mf, self.norm.scale(self.weight))
-        entries = torch.tensor(range(self.module.units) if channels is None else channels, device=rows_mf.device)
-        self._rows = rows_mf if len(entries) == rows_mf.shape[1] else rows_mf[:, entries]
-        fit = self._moments(tokens.weight_n)
+        # Free the rows before they are computed anew.
+        channels, self._rows = keep, []
+        for batch, at, gates in self._routed:
+            rows = self.mixture.projection_input(self.expert, batch.x_nd[at]) * gates[:, None]
+            self._rows.append(batch.scaled(rows, at))
+        if self._targets is None:
+            channels, weight = None, self.norm.scale(self.weight)
+            rests = (batch.residual_nd[at] for batch, at, _ in self._routed)
+            self._targets = [rest + rows @ weight for rest, rows in zip(rests, self._rows, strict=True)]
+        entries = torch.tensor(range(self.module.units) if channels is None else channels, device=self.stream.device)
+        if len(entries) < self.module.units:
+            self._rows = [rows[:, entries] for rows in self._rows]
+        fit = self._moments(len(entries), lambda batch: batch.weight_n)
         if keep is not None:
             return ModuleMoments(entries, fit, fit)
-        choice = fit if self.state.rows.choice_weights is None else self._moments(tokens.choice_weight_n)
-        return ModuleMoments(entries, fit, choice, self._input_moments() if self.criterion().input_moments else None)
+        is_separate, asks_input = self.state.rows.choice_weights is not None, self.criterion().input_moments
+        choice = self._moments(len(entries), lambda batch: batch.choice_weight_n) if is_separate else fit
+        return ModuleMoments(entries, fit, choice, self._input_moments() if asks_input else None)
 
-    def _moments(self, weight_n: Tensor) -> Moments:
+    def _moments(self, inputs: int, weights_of: Callable[[MixtureBatch], Tensor]) -> Moments:
         """Return the moments of the rows and their target, with some token weights."""
-        assert self._target_md is not None
-        moments = Moments(self._rows.shape[1], self.stream.width, device=self.stream.device)
-        for rows, target, weights in zip(
-            *map(self._by_batch, (self._rows, self._target_md, weight_n[self._at])), strict=True
-        ):
-            moments.update(rows, target, weights_n=weights)
+        assert self._targets is not None
+        moments = Moments(inputs, self.stream.width, device=self.stream.device)
+        for (batch, at, _), rows, target in zip(self._routed, self._rows, self._targets, strict=True):
+            moments.update(rows, target, weights_n=weights_of(batch)[at])
         moments.reduce(self.stream.processes, self.owner)
         return moments
 
     def _input_moments(self) -> Moments:
         """Return the moments of the expert's own input."""
         moments = Moments(self.stream.width, device=self.stream.device)
-        weights_m = self._batch.choice_weight_n[self._at]
-        for x, weights in zip(*map(self._by_batch, (self._batch.x_nd[self._at], weights_m)), strict=True):
-            moments.update(self.mixture.expert_input(self.expert, x), weights_n=weights)
+        for batch, at, _ in self._routed:
+            x = self.mixture.expert_input(self.expert, batch.x_nd[at])
+            moments.update(x, weights_n=batch.choice_weight_n[at])
         moments.reduce(self.stream.processes, self.owner)
         return moments
 
@@ -208,44 +169,39 @@ class ExpertRegression(Regression):
         self, moments: ModuleMoments, kept: Tensor, output: OutputFit, add: AddRows
     ) -> Iterator[Callable[[], Iterator[TangentRows]]]:
         """Linearise the expert on its tokens, in one part for each batch."""
-        tokens, at, parts = self._batch, self._at, list[TangentRows]()
-        root_m1 = tokens.weight_n[at].sqrt()[:, None]
-        scale_m1 = tokens.scaled(root_m1 * self._routes.of(self.expert)[1][:, None], at)
-        residual_md = self._residual(moments, kept, output.weight_kd) * root_m1
-        for x, scale, residual, root in zip(
-            *map(self._by_batch, (tokens.x_nd[at], scale_m1, residual_md, root_m1)), strict=True
-        ):
-            factors = [slope[:, kept] * scale for slope in self.mixture.slopes(self.expert, x)]
-            parts.append(TangentRows(self.mixture.expert_input(self.expert, x), factors))
-            add(parts[-1], residual, root)
+        parts, residuals = list[TangentRows](), self._residuals(moments, kept, output.weight_kd)
+        for (batch, at, gates), residual in zip(self._routed, residuals, strict=True):
+            root = batch.weight_n[at].sqrt()[:, None]
+            scale = batch.scaled(root * gates[:, None], at)
+            x = self.mixture.expert_input(self.expert, batch.x_nd[at])
+            slopes = self.mixture[self.expert].slopes(x)
+            parts.append(TangentRows(x, [slope[:, kept] * scale for slope in slopes]))
+            add(parts[-1], residual * root, root)
         yield lambda: iter(parts)
 
-    def _residual(self, moments: ModuleMoments, kept: Tensor, weight_kd: Tensor) -> Tensor:
-        """Return target minus output, with a weight of the kept channels (m x d)."""
-        assert self._target_md is not None
-        rows_mk = self._rows if len(kept) == len(moments.entries) else self._rows[:, moments.positions(kept)]
-        return self._target_md - self._times(rows_mk, weight_kd)
-
-    def _times(self, rows_mf: Tensor, weight_fd: Tensor) -> Tensor:
-        """Return the product of each batch's rows with a weight (m x d)."""
-        return torch.cat([rows @ weight_fd for rows in self._by_batch(rows_mf)])
-
-    def _by_batch(self, values: Tensor) -> Sequence[Tensor]:
-        """Return the rows of each batch."""
-        return values.split(self.mixture.counts(self._at))
+    def _residuals(self, moments: ModuleMoments, kept: Tensor, weight_kd: Tensor) -> Iterator[Tensor]:
+        """Yield target minus output of each batch, with a weight of the kept channels (m x d)."""
+        assert self._targets is not None
+        for rows, target in zip(self._rows, self._targets, strict=True):
+            own = rows if len(kept) == len(moments.entries) else rows[:, moments.positions(kept)]
+            yield target - own @ weight_kd
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Let the expert compute with new input projections."""
-        self.mixture.set_tensors(self.expert, {name: value.to(self.state.dtype) for name, value in tensors.items()})
+        """Let the expert compute with new tensors."""
+        module, shared = self.mixture.module, self.mixture.names.shared_expert
+        for name, tensor in tensors.items():
+            if self.is_shared:
+                self.state.set_tensors({f"{module.path}.{shared}.{name}": tensor})
+            else:
+                path = f"{module.output_projection.layer}.{name.removesuffix('.weight')}"
+                self.state.changeable(path).write(self.expert, tensor)
 
     def store(self, fitted: FittedModule) -> None:
         """Put the output projection in place, with zeros for removed channels, and update the mixture's residual."""
         weight = self.norm.unscale(fitted.output.weight_kd).to(self.state.dtype).float()
         full_fd = weight.new_zeros(self.module.units, self.stream.width)
         full_fd[fitted.kept_inputs] = weight
-        residual = self._residual(fitted.moments, fitted.kept_inputs, self.norm.scale(weight))
-        self._residual_nd[self._at] = residual
-        if self.is_shared:
-            self.state.set_tensors({self.mixture.shared_name: full_fd.T.contiguous()})
-        else:
-            self.mixture.set_tensors(self.expert, {"down_proj.weight": full_fd.T})
+        residuals = self._residuals(fitted.moments, fitted.kept_inputs, self.norm.scale(weight))
+        for (batch, at, _), residual in zip(self._routed, residuals, strict=True):
+            batch.residual_nd[at] = residual
+        self.set_tensors({self.module.output_projection.name: stored_weight(self.module, full_fd)})

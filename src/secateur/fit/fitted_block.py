@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.fit.module_report import ModuleReport
-from secateur.model.expert_matrices import matrix_by_matrix
+from secateur.model.expert_matrices import BlockTensor, matrix_by_matrix
 from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits
-from secateur.model.surgery import assign, masked_weight
+from secateur.model.surgery import assign, masked_weight, tensors_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FittedBlock:
     index: int
     keep: KeptUnits
     """Units that are kept, by kind."""
-    changed: dict[str, Tensor]
+    changed: dict[str, BlockTensor]
     """New tensors, in the dtype of the output."""
     reports: tuple[ModuleReport, ...]
     """Report of each module's fit."""
@@ -41,9 +41,11 @@ def mean_of(fits: list[FittedBlock], dense: nn.Module, dtype: torch.dtype) -> Fi
     if len(fits) == 1:
         return first
 
-    def mean(name: str) -> Tensor:
+    old = tensors_of(dense)
+
+    def mean(name: str) -> BlockTensor:
         # A fit that did not change a tensor has the dense one.
-        values = (fit.changed[name] if name in fit.changed else dense.get_parameter(name).data.cpu() for fit in fits)
+        values = (fit.changed.get(name, old[name]) if name in old else fit.changed[name] for fit in fits)
         return matrix_by_matrix(partial(_mean, dtype), *values, dtype=dtype)
 
     names = dict.fromkeys(name for fit in fits for name in fit.changed)
@@ -55,7 +57,7 @@ def _mean(dtype: torch.dtype, first: Tensor, *others: Tensor) -> Tensor:
     """Return the mean of several tensors in a dtype."""
     total = first.float()
     for tensor in others:
-        total = total + tensor.float()
+        total = total + tensor.to(total.device).float()
     return (total / (1 + len(others))).to(dtype)
 
 
@@ -74,7 +76,7 @@ def _mean_report(reports: Sequence[ModuleReport]) -> ModuleReport:
 def as_fitted(stream: BlockStream, layer: nn.Module, fitted: FittedBlock) -> Iterator[None]:
     """Let a dense block compute what the fitted block computes. Its parameters are not restored on exit."""
     for name, tensor in fitted.changed.items():
-        assign(layer, name, stream.as_loaded(name, tensor.to(stream.device)))
+        assign(layer, name, tensor.to(stream.device, torch.float32) if isinstance(tensor, Tensor) else tensor)
     tensors = layer.state_dict()
     with ExitStack() as stack:
         for module in stream.blocks[fitted.index].modules_left:

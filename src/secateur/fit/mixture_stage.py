@@ -9,7 +9,7 @@
 Shapes: n tokens, d residual width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,13 +19,12 @@ from secateur.criteria.experts import MAX_TOKENS, expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block_state import BlockState
-from secateur.fit.expert_regression import ExpertRegression, MixtureTokens
+from secateur.fit.expert_regression import ExpertRegression, MixtureBatch
 from secateur.fit.module import fit_module
 from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
-from secateur.model.expert_matrices import changeable
-from secateur.model.mixture import Mixture, Routes
+from secateur.model.mixture import Mixture
 from secateur.model.structure import KeptUnits, PrunableModule
 from secateur.model.surgery import channels_by_expert
 from secateur.model.units.channels import CHANNELS
@@ -38,22 +37,21 @@ class MixtureStage:
     def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
         self.state, self.module, self.stream, self.recovery = state, module, state.stream, state.method.recovery
         self.target = ModuleTarget(state, module, pruned)
-        # One of several processes may have no tokens.
-        batches = [0, *(state.rows.ids(at).numel() for at in state.rows.batches())]
-        self.mixture = Mixture(state.stream, state.layer, module, batches)
-        self.tokens = self._collect(pruned)
+        self.mixture = Mixture(state.stream, state.layer, module)
+        self.batches = list(self._collect(pruned))
 
     def prune(self, width: Width, kept: KeptUnits) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
         """Choose experts and their channels, refit and store the outputs, as `secateur.fit.stage.prune_stage` says."""
-        tokens, module = self.tokens, self.module
+        module = self.module
         keep = kept[module.kind] if module.kind in kept else self._choose_experts(width[EXPERTS])
         alive, cut = torch.tensor(keep, device=self.stream.device), width[EXPERT_CHANNELS] < module.units_inside
         channels, unfitted = self._channels_by_expert(keep, kept.get("channels", ()) if cut else ()), list[int]()
         with self.stream.rounded_sums():
             if self.recovery.fits or cut:
-                outputs = [self.mixture.output(x_nd[None], alive)[0] for x_nd in tokens.by_batch(tokens.x_nd)]
-                residual = tokens.target_nd - tokens.to_error_units(torch.cat(outputs))
-                unfitted = self._fit_experts(alive, residual, width[EXPERT_CHANNELS], channels)
+                for batch in self.batches:
+                    output_nd = self.mixture.output(batch.x_nd[None], alive)[0]
+                    batch.residual_nd = batch.target_nd - batch.to_error_units(output_nd)
+                unfitted = self._fit_experts(alive, width[EXPERT_CHANNELS], channels)
         self._store_outputs(alive)
         units: dict[str, tuple[int, ...]] = {module.kind: keep}
         if cut:
@@ -63,43 +61,45 @@ class MixtureStage:
             )
         return units, tuple(unfitted)
 
-    def _collect(self, pruned: Activations) -> MixtureTokens:
-        """Run the pruned stream up to the mixture, and return all tokens with their target.
+    def _collect(self, pruned: Activations) -> Iterator[MixtureBatch]:
+        """Run the pruned stream up to the mixture, and yield all tokens with their target.
 
         Raises:
             SecateurError: Activations are NaN or infinite.
         """
-        width, layer = self.stream.width, self.module.input_layer
-        none = torch.empty(0, width, device=self.stream.device)
-        parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = [
-            (none, none, none[:, 0], none[:, 0], none[:, :1])
-        ]
+        layer = self.module.input_layer
         for at in self.state.rows.batches():
-            x = self.state.layer_inputs(self.module, pruned, at, layer)[layer].reshape(-1, width)
-            batch = self.target.of(at)
-            weights = batch.target_nd.new_ones(len(x)) if batch.weights_n is None else batch.weights_n
-            parts.append((x, batch.target_nd, at.weight * weights, at.choice_weight * weights, batch.scale_n1))
-        xs, targets, fit_weights, choice_weights, scales = zip(*parts, strict=True)
-        if not bool(torch.isfinite(torch.stack([part.sum() for part in (*xs, *targets)]).sum())):
-            raise SecateurError(
-                f"block {self.state.index}: the activations of the experts are NaN or infinite; check the weights"
-            )
-        return MixtureTokens(
-            torch.cat(xs),
-            torch.cat(targets),
-            torch.cat(fit_weights),
-            torch.cat(choice_weights),
-            None if scales[-1] is None else torch.cat(scales)[:, 0],
-            self.mixture.batches,
-            self.target.norm,
-            self.stream.processes,
-        )
+            x = self.state.layer_inputs(self.module, pruned, at, layer)[layer].reshape(-1, self.stream.width)
+            target, scale_n1, weights = self.target.of(at)
+            if not bool(torch.isfinite(x.sum() + target.sum())):
+                raise SecateurError(
+                    f"block {self.state.index}: the activations of the experts are NaN or infinite; check the weights"
+                )
+            weights = target.new_ones(len(x)) if weights is None else weights
+            scale_n = None if scale_n1 is None else scale_n1[:, 0]
+            yield MixtureBatch(x, target, at.weight * weights, at.choice_weight * weights, scale_n, self.target.norm)
+
+    def _sample(self) -> MixtureBatch:
+        """Return about `MAX_TOKENS` tokens of all processes by which units are chosen, the same at every rank."""
+        processes, width, norm = self.stream.processes, self.stream.width, self.target.norm
+        weighted = [batch.choice_weight_n.nonzero()[:, 0] for batch in self.batches]
+        stride = max(1, int(processes.total(map(len, weighted))) // MAX_TOKENS)
+        # One of several processes may have no tokens.
+        parts = [torch.empty(0, 2 * width + 3, device=self.stream.device)]
+        for batch, tokens in zip(self.batches, weighted, strict=True):
+            scale_n = torch.ones_like(batch.weight_n) if batch.scale_n is None else batch.scale_n
+            columns = torch.stack([batch.weight_n, batch.choice_weight_n, scale_n], 1)
+            some = tokens[::stride]
+            parts.append(torch.cat([batch.x_nd[some], batch.target_nd[some], columns[some]], 1))
+        x_nd, target_nd, columns = processes.gather(torch.cat(parts)).split([width, width, 3], 1)
+        weight_n, choice_weight_n, scale_n = columns.unbind(1)
+        return MixtureBatch(x_nd, target_nd, weight_n, choice_weight_n, None if norm.norm is None else scale_n, norm)
 
     def _choose_experts(self, number: int) -> tuple[int, ...]:
         """Return the experts that the criterion keeps."""
         if number == self.module.units:
             return tuple(range(number))
-        method, sample = self.state.method, self.tokens.sample(MAX_TOKENS)
+        method, sample = self.state.method, self._sample()
         seed = module_seed(method.seed, self.state.index, self.module.role)
 
         def order() -> dict[str, Tensor]:
@@ -118,14 +118,11 @@ class MixtureStage:
         by_expert = (*zip(keep, routed.tolist(), strict=True), (self.module.units, shared.tolist()))
         return {expert: tuple(inside) for expert, inside in by_expert}
 
-    def _fit_experts(
-        self, alive: Tensor, residual_nd: Tensor, width: int, channels: dict[int, tuple[int, ...]]
-    ) -> list[int]:
+    def _fit_experts(self, alive: Tensor, width: int, channels: dict[int, tuple[int, ...]]) -> list[int]:
         """Fit one expert after the other to what the mixture's output still lacks of the target.
 
         Args:
             alive: Experts that are kept.
-            residual_nd: Target minus output of the mixture; updated in place after each expert.
             width: Number of channels that each expert keeps.
             channels: Channels that each expert keeps, if they are given; chosen channels are added.
 
@@ -133,14 +130,13 @@ class MixtureStage:
             Experts with too few tokens for a refit.
         """
         state, mixture, module, unfitted = self.state, self.mixture, self.module, list[int]()
-        names = mixture.stored_names(inputs=self.recovery.input_steps > 0)
-        for name in names:
-            # Set to new values expert by expert. On a GPU this is a copy of all experts, made tensor by tensor.
-            state.set_tensors({name: changeable(state.tensors[name], state.dtype, state.arena)})
-        by_batch = [mixture.route(x_nd, alive) for x_nd in self.tokens.by_batch(self.tokens.x_nd)]
-        routes = Routes(*map(torch.cat, zip(*by_batch, strict=True)))
+        # All fits change the same tensors in the same order, whichever experts have tokens.
+        for leaf in ("down_proj", *(["gate_up_proj"] if self.recovery.input_steps else [])):
+            state.changeable(f"{module.output_projection.layer}.{leaf}")
+        for batch in self.batches:
+            batch.routes = mixture.route(batch.x_nd, alive)
         for expert in mixture.with_shared(alive):
-            regression = ExpertRegression(state, mixture, self.tokens, routes, residual_nd, expert)
+            regression = ExpertRegression(state, mixture, self.batches, self.target.norm, expert)
             full = regression.module.units
             stop = width * (module.shared_multiple if regression.is_shared else 1) or full
             unfitted += [expert] if regression.has_too_few_tokens and not regression.is_shared else []
@@ -150,16 +146,11 @@ class MixtureStage:
             fitted = fit_module(regression, CHANNELS, stop, kept)
             regression.store(fitted)
             channels[expert] = fitted.keep
-        for name in names:
-            state.set_tensors({name: state.tensors[name]})
         return unfitted
 
     def _store_outputs(self, alive: Tensor) -> None:
         """Store the mixture's outputs in the pruned stream."""
         state = self.state
         output = state.outputs[self.module.kind] = state.arena.empty(state.rows, self.stream.width)
-        start = 0
-        for at in state.rows.batches():
-            count = state.rows.ids(at).numel()
-            output[at] = self.mixture.output(self.tokens.x_nd[None, start : start + count], alive)[0]
-            start += count
+        for at, batch in zip(state.rows.batches(), self.batches, strict=True):
+            output[at] = self.mixture.output(batch.x_nd[None], alive)[0]

@@ -23,7 +23,7 @@ from secateur.criteria.statistics import Statistics
 from secateur.fit.input_projections import GaussNewtonStep
 from secateur.fit.output_projection import OutputFit, fit_output_projection
 from secateur.fit.regression import ModuleMoments, Regression
-from secateur.model.surgery import kept_inputs
+from secateur.model.surgery import entries, kept_inputs
 from secateur.numerics.moments import Moments
 
 
@@ -169,7 +169,8 @@ class ModuleFit:
             changes = step.solve(parts, self.recovery.ridge, self.recovery.input_steps)
         result = {slab.name: regression.tensors[slab.name].clone() for slab in slabs}
         for slab, change_kd in zip(slabs, changes, strict=True):
-            result[slab.name].index_add_(slab.axis, slab.offset + self.kept_inputs, change_kd.movedim(0, slab.axis))
+            rows = entries(slab, self.keep).to(self.device)
+            result[slab.name].index_add_(slab.axis, rows, change_kd.movedim(0, slab.axis))
         return result
 
     def _choice_statistics(self) -> Statistics:

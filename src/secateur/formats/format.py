@@ -17,6 +17,7 @@ from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import PARTIAL_OUTPUT
 from secateur.model.axes import Width
+from secateur.model.expert_matrices import BlockTensor
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.stream import BlockStream
 from secateur.plan.meters import Meter, byte_meter
@@ -42,7 +43,7 @@ class PrunedModel:
     """Pruned model that is to be written."""
 
     plan: Plan
-    blocks: Iterable[tuple[int, dict[str, Tensor]]]
+    blocks: Iterable[tuple[int, dict[str, BlockTensor]]]
     """Index and tensors of each pruned block, in order, by names inside the block. Blocks are computed one by one."""
     records: Mapping[str, Any] = field(default_factory=dict)
     """Contents of further files, by name: text, data for JSON, or a function that returns either when all blocks are
@@ -190,7 +191,7 @@ class Format(ABC):
         """Return why vLLM cannot serve an output with these widths; None if it can, or opens no such output."""
         return None
 
-    def tensors(self, pruned: PrunedModel, written: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, pruned: PrunedModel, written: Container[str] = ()) -> Iterator[tuple[str, BlockTensor]]:
         """Yield every tensor of the pruned model with its stored name.
 
         Tensors outside of pruned blocks come first, then the blocks, then the final norm.
@@ -229,7 +230,7 @@ class Format(ABC):
             return stream.stored_name(index, name)
         return stream.stored_name(index, name.removesuffix("bias") + "weight").removesuffix("weight") + "bias"
 
-    def _as_stored(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _as_stored(self, index: int, tensors: Mapping[str, BlockTensor]) -> Iterator[tuple[str, BlockTensor]]:
         """Yield a block's tensors in the pieces in which the checkpoint stores them."""
         for name, tensor in tensors.items():
             if name in self.stream.blocks[index].shapes:

@@ -1,141 +1,128 @@
-"""Tensors of the matrices of all experts of a block, in which each matrix is read when it is used.
+"""Matrices of all experts of a block, each read when it is used.
 
-transformers' modules index these tensors by expert, one expert after the other. Such a tensor therefore needs a shape
-and a dtype, but no memory: it is on the meta device, and indexing reads one matrix. Slices and changes of dtype are
-computed for each matrix when it is read. Other operations fail, as on every meta tensor.
+Together they can be larger than the memory: 22 GB in a block of DeepSeek-V3. They are used one after the other, so one
+is in memory at a time, and more only if there is room for them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from secateur.model.arena import Arena
-from secateur.model.matrix_sources import ChangedMatrices, ComputedMatrices, MatrixSource
+from secateur.base.device import to_device
+from secateur.base.memory import MemoryBudget
+from secateur.model.arena import FileRows
 
 
-class ExpertMatrices(Tensor):
-    """Matrices of all experts (experts x rows x columns) in any dtype; indexing returns one expert's matrix in float32.
-
-    Inside autocast, indexing returns the matrix in its stored dtype: converting it twice took a quarter of an expert's
-    forward.
+class ExpertMatrices:
+    """Matrices of all experts, from a checkpoint or computed from others.
 
     Attributes:
-        source: Source of the matrices.
+        shape: Experts, rows and columns.
+        dtype: Dtype of the matrices.
     """
 
-    source: MatrixSource
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[int], Tensor]):
+        self.shape, self.dtype, self._read = shape, dtype, read
 
-    @classmethod
-    def of(cls, source: MatrixSource) -> "ExpertMatrices":
-        """Return the tensor of a source."""
-        tensor = torch.empty(source.shape, dtype=source.dtype, device="meta").as_subclass(cls)
-        tensor.source = source
-        return tensor
+    def read(self, expert: int) -> Tensor:
+        """Return the matrix of one expert, which the caller must not change."""
+        return self._read(expert)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield the matrix of each expert, as stored."""
-        return map(self.source.read, range(len(self)))
+        """Yield the matrix of each expert."""
+        return map(self.read, range(self.shape[0]))
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Apply an operation of torch; see PyTorch's documentation of `__torch_function__`."""
-        if func in _OPERATIONS:
-            return _OPERATIONS[func](*args, **kwargs or {})
-        found = super().__torch_function__(func, types, args, kwargs or {})
-        if func in _SAME_VALUES:
-            found.source = args[0].source
-        return found
+    def to(self, dtype: torch.dtype) -> "ExpertMatrices":
+        """Return the matrices in a dtype."""
+        return ExpertMatrices(self.shape, dtype, lambda expert: self.read(expert).to(dtype))
+
+    def select(self, experts: Tensor) -> "ExpertMatrices":
+        """Return the matrices of some experts."""
+        numbers = experts.tolist()
+        return ExpertMatrices((len(numbers), *self.shape[1:]), self.dtype, lambda expert: self.read(numbers[expert]))
+
+    def transposed(self) -> "ExpertMatrices":
+        """Return the transposed matrices."""
+        count, rows, columns = self.shape
+        return ExpertMatrices((count, columns, rows), self.dtype, lambda expert: self.read(expert).T)
 
 
-def _matrix(matrices: ExpertMatrices, expert: Tensor | int) -> Tensor:
-    """Return one expert's matrix for a product."""
-    found = matrices.source.read(int(expert))
-    return found if torch.is_autocast_enabled("cpu") else found.float()
+BlockTensor: TypeAlias = Tensor | ExpertMatrices
+"""Tensor of a block, in memory or, for the matrices of all experts, read matrix by matrix."""
 
 
-def _set_matrix(matrices: ExpertMatrices, expert: Tensor | int, value: Tensor) -> None:
-    """Set one expert's matrix."""
-    cast(ChangedMatrices, matrices.source).write(int(expert), value)
+class KeptMatrices(ExpertMatrices):
+    """Matrices on a device, where they stay once they were read, as far as a budget allows.
+
+    The others are read again each time, except for the last one.
+    """
+
+    def __init__(self, source: ExpertMatrices, device: torch.device, budget: MemoryBudget):
+        super().__init__(source.shape, source.dtype, lambda expert: to_device(source.read(expert), device))
+        self._budget = budget
+        self._kept: dict[int, Tensor] = {}
+        self._last: tuple[int, Tensor] | None = None
+
+    def read(self, expert: int) -> Tensor:
+        """Return the matrix of one expert."""
+        if expert in self._kept:
+            return self._kept[expert]
+        if self._last is None or self._last[0] != expert:
+            # Free the last matrix before the next one is read.
+            self._last = None
+            matrix = self._read(expert)
+            if self._budget.take(matrix.nbytes):
+                self._kept[expert] = matrix
+                return matrix
+            self._last = expert, matrix
+        return self._last[1]
+
+    def release(self) -> None:
+        """Free the matrices; they can be read again."""
+        self._budget.give_back(sum(matrix.nbytes for matrix in self._kept.values()))
+        self._kept, self._last, self._budget = {}, None, MemoryBudget(0)
 
 
-def _select(matrices: ExpertMatrices, axis: int, experts: Tensor) -> ExpertMatrices:
-    """Return the matrices of some experts."""
-    assert axis == 0, "the matrices are selected as a whole"
-    numbers, read = experts.tolist(), matrices.source.read
-    shape = (len(numbers), *matrices.shape[1:])
-    return ExpertMatrices.of(ComputedMatrices(shape, matrices.dtype, lambda expert: read(numbers[expert])))
+class ChangedMatrices(ExpertMatrices):
+    """Matrices some of which have new values, in memory or in a file; old values are rounded as new ones are."""
+
+    def __init__(self, old: ExpertMatrices, values: Tensor | FileRows):
+        """Start with the old values.
+
+        Args:
+            old: The old matrices.
+            values: Room for the new values of all experts.
+        """
+        super().__init__(old.shape, values.dtype, old.read)
+        self._values, self._changed = values, set[int]()
+
+    def read(self, expert: int) -> Tensor:
+        """Return the matrix of one expert."""
+        return self._values[expert] if expert in self._changed else self._read(expert).to(self.dtype)
+
+    def write(self, expert: int, matrix: Tensor) -> None:
+        """Set the matrix of one expert."""
+        self._values[expert : expert + 1] = matrix[None].to(self.dtype)
+        self._changed.add(expert)
 
 
-def _to(matrices: ExpertMatrices, *args: Any, **kwargs: Any) -> Tensor:
-    """Return the matrices in a dtype, if one is given; they are read into CPU memory whatever the device."""
-    dtype = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)), matrices.dtype)
-    if dtype == matrices.dtype:
-        return matrices
-    return matrix_by_matrix(lambda matrix: matrix.to(dtype), matrices, dtype=dtype)
-
-
-def _transpose(matrices: ExpertMatrices, one: int, other: int) -> ExpertMatrices:
-    """Return the transposed matrices."""
-    assert {one, other} == {1, 2}, "the axis of the experts comes first"
-    (count, rows, columns), read = matrices.shape, matrices.source.read
-    return ExpertMatrices.of(ComputedMatrices((count, columns, rows), matrices.dtype, lambda expert: read(expert).T))
-
-
-_OPERATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    Tensor.device.__get__: lambda _: torch.device("cpu"),
-    Tensor.__getitem__: _matrix,
-    Tensor.__setitem__: _set_matrix,
-    Tensor.index_select: _select,
-    Tensor.to: _to,
-    Tensor.cpu: _to,
-    Tensor.transpose: _transpose,
-    Tensor.contiguous: _to,
-}
-"""Operations that read or change matrices, or are computed when a matrix is read."""
-_SAME_VALUES = {Tensor.detach, Tensor.data.__get__, Tensor.requires_grad_}  # type: ignore[attr-defined]
-"""Operations whose result has the same values."""
-
-
-def stored_matrix(matrices: Tensor, expert: int) -> Tensor:
-    """Return one expert's matrix as stored; the caller must not change it."""
-    return matrices.source.read(expert) if isinstance(matrices, ExpertMatrices) else matrices.data[expert]
-
-
-def changeable(matrices: Tensor, dtype: torch.dtype, arena: Arena) -> Tensor:
-    """Return a copy of the matrices of all experts in a dtype, in which single matrices can be set."""
-    if isinstance(matrices, ExpertMatrices):
-        return ExpertMatrices.of(ChangedMatrices(matrices.source, dtype, arena))
-    return matrices.to(dtype, copy=True)
-
-
-def matrix_by_matrix(function: Callable[..., Tensor], *tensors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a function of tensors of one shape, such as their mean.
-
-    For the matrices of all experts, it is computed for each expert when the expert's matrix is read.
+def matrix_by_matrix(function: Callable[..., Tensor], *tensors: BlockTensor, dtype: torch.dtype) -> BlockTensor:
+    """Return a function of tensors of one shape, such as their mean; of matrices, computed when a matrix is read.
 
     Args:
         function: The function, entry by entry.
         tensors: Its arguments.
         dtype: Dtype of its result.
     """
-    if not isinstance(tensors[0], ExpertMatrices):
+    matrices = [tensor for tensor in tensors if isinstance(tensor, ExpertMatrices)]
+    if not matrices:
         return function(*tensors)
-
-    def compute(expert: int) -> Tensor:
-        return function(*(stored_matrix(tensor, expert) for tensor in tensors))
-
-    return ExpertMatrices.of(ComputedMatrices(tuple(tensors[0].shape), dtype, compute))
+    return ExpertMatrices(matrices[0].shape, dtype, lambda expert: function(*(one.read(expert) for one in matrices)))
 
 
-def select_in_each(tensor: Tensor, axis: int, entries_ek: Tensor) -> Tensor:
+def select_in_each(tensor: BlockTensor, axis: int, entries_ek: Tensor) -> BlockTensor:
     """Return the matrices of all experts with some entries along an axis, which differ from expert to expert.
 
     Args:
@@ -145,21 +132,15 @@ def select_in_each(tensor: Tensor, axis: int, entries_ek: Tensor) -> Tensor:
     """
 
     def selected(matrix: Tensor, expert: int) -> Tensor:
-        return matrix.index_select(axis - 1, entries_ek[expert])
+        return matrix.index_select(axis - 1, entries_ek[expert].to(matrix.device))
 
-    if not isinstance(tensor, ExpertMatrices):
+    if isinstance(tensor, Tensor):
         # One index for all entries would be several times the weights' size.
         return torch.stack([selected(matrix, expert) for expert, matrix in enumerate(tensor)])
     shape = (*tensor.shape[:axis], entries_ek.shape[1], *tensor.shape[axis + 1 :])
-    read = tensor.source.read
-    return ExpertMatrices.of(ComputedMatrices(shape, tensor.dtype, lambda expert: selected(read(expert), expert)))
+    return ExpertMatrices(shape, tensor.dtype, lambda expert: selected(tensor.read(expert), expert))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that is in memory: the matrices of all experts, or any other tensor as it is."""
-    return torch.stack(list(tensor)) if isinstance(tensor, ExpertMatrices) else tensor
-
-
-def in_parts(tensor: Tensor) -> Iterable[Tensor]:
-    """Return consecutive parts of a tensor that are in memory one at a time."""
-    return tensor if isinstance(tensor, ExpertMatrices) else (tensor,)
+def whole(tensor: BlockTensor) -> Tensor:
+    """Return a tensor in memory."""
+    return tensor if isinstance(tensor, Tensor) else torch.stack(list(tensor)).cpu()

@@ -3,27 +3,22 @@
 Shapes: n tokens, d residual width, k experts per token, f channels of an expert.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from secateur.model.axes import Axis, axis_kinds
-from secateur.model.expert_matrices import stored_matrix
+from secateur.model.axes import axis_kinds
+from secateur.model.experts import Expert, Experts, SharedExpert
 from secateur.model.stream import BlockStream
-from secateur.model.structure import PrunableModule, Slab
-from secateur.model.units.channels import CHANNELS
-from secateur.model.units.experts import EXPERTS, layout_of, shared_expert
+from secateur.model.structure import PrunableModule
+from secateur.model.units.experts import EXPERTS, shared_expert
 
 _TOP_K = ("top_k", "num_experts_per_tok")
 """Names that routers have for the number of experts per token."""
-
-_INPUTS, _OUTPUT = {"gate_proj.weight", "up_proj.weight"}, {"down_proj.weight"}
-"""Names of an expert's matrices, by the tensor of all experts that holds them."""
 
 
 class Routes(NamedTuple):
@@ -43,43 +38,25 @@ class Routes(NamedTuple):
 class Mixture:
     """Experts, router and shared expert of a loaded block. The input of the mixture is the input of the router."""
 
-    def __init__(self, stream: BlockStream, layer: nn.Module, module: PrunableModule, batches: Sequence[int] = ()):
+    def __init__(self, stream: BlockStream, layer: nn.Module, module: PrunableModule):
         """Find the experts, the router and the shared expert.
 
         Args:
             stream: The model.
             layer: The loaded block.
             module: The description of the mixture.
-            batches: Number of tokens in each batch of the rows that `gated_input` gets. Each batch takes products of
-                its own, as the rounding of a product may depend on its number of rows; by default all tokens are one
-                batch.
         """
         assert stream.family.experts is not None
         self.stream, self.module, self.names = stream, module, stream.family.experts
-        self.batches = batches
         norms = self.names.parallel_norms
         self.parent: Any = layer if norms else layer.get_submodule(module.output_layer)
         """Module that contains the experts and the router."""
         self._norm: Any = layer.get_submodule(norms[0]) if norms else nn.Identity()
-        self.experts: Any = self.parent.get_submodule(self.names.experts)
-        self.layout = layout_of(self.experts)
+        self.experts = cast(Experts, self.parent.get_submodule(self.names.experts))
         self.router: Any = self.parent.get_submodule(self.names.router)
         self.shared: Any = shared_expert(self.names, self.parent)
         self._shared_number = module.units
         """Index of the shared expert: one more than the last routed expert."""
-
-    @property
-    def shared_name(self) -> str:
-        """Name in the block of the shared expert's output projection."""
-        return f"{self.module.path}.{self.names.shared_expert}.down_proj.weight"
-
-    def stored_names(self, *, inputs: bool) -> list[str]:
-        """Return the names in the block of the experts' output projections, and on request of their input projections.
-
-        Each is one tensor for all experts but the shared one.
-        """
-        down = self.module.output_projection
-        return [down.name, *([f"{down.layer}.{self.names.stored[0][0]}"] if inputs else [])]
 
     @property
     def all_routed(self) -> Tensor:
@@ -92,17 +69,10 @@ class Mixture:
 
     def route(self, x_nd: Tensor, alive: Tensor) -> Routes:
         """Return the routes of tokens if only some experts exist."""
-        with self._only(alive, self.parent, *self.router.modules()), self.stream.layer_products():
+        with self._routing_among(alive), self.stream.layer_products():
             bias = [] if self.names.router_bias is None else [getattr(self.parent, self.names.router_bias)]
             found = self._routes(self.router(x_nd, *bias))
         return Routes(alive[found.experts], found.gates.float())
-
-    def counts(self, tokens: Tensor) -> list[int]:
-        """Return how many of some tokens, in ascending order, are in each batch."""
-        if not self.batches:
-            return [len(tokens)]
-        ends = torch.tensor(self.batches, device=tokens.device).cumsum(0)
-        return torch.bincount(torch.searchsorted(ends, tokens, right=True), minlength=len(ends)).tolist()
 
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
         """Return the output of the whole mixture if only some experts exist."""
@@ -139,107 +109,31 @@ class Mixture:
             return x_nd * gates.to(x_nd.dtype)
         return self._norm(x_nd)
 
+    def __getitem__(self, expert: int) -> Expert:
+        """Return one expert; the shared expert comes after all others."""
+        return SharedExpert(self.shared) if expert == self._shared_number else self.experts[expert]
+
     def projection_input(self, expert: int, x_nd: Tensor) -> Tensor:
-        """Return the inputs of an expert's output projection (n x f)."""
-        if expert == self._shared_number:
-            return self._shared_projection_input(x_nd)
+        """Return the inputs of an expert's output projection (n x f), from the inputs of the mixture."""
         with self.stream.layer_products():
-            return self._activated(self._input_projections(expert, x_nd)).float()
+            return self[expert].rows(self.expert_input(expert, x_nd)).float()
 
-    def slopes(self, expert: int, x_nd: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of `projection_input` by the outputs of the up and gate projections (n x f each)."""
-        rows = self._input_projections(expert, x_nd)
-        # `_activated` works entry by entry, so that the gradient of the sum is the derivative.
-        with torch.inference_mode(False), torch.enable_grad():
-            inputs = rows.clone().requires_grad_()
-            self._activated(inputs).sum().backward()
-        assert inputs.grad is not None
-        gate, up = (inputs.grad[:, ::2], inputs.grad[:, 1::2]) if self.layout.in_turn else inputs.grad.chunk(2, dim=1)
-        return up, gate
-
-    def _input_projections(self, expert: int, x_nd: Tensor) -> Tensor:
-        """Return the outputs of an expert's gate and up projections (n x 2f)."""
-        weight, bias = self.experts.gate_up_proj[expert], self._leaf("gate_up_proj_bias", expert)
-        return linear(self.expert_input(expert, x_nd), weight.T if self.layout.inputs_first else weight, bias)
-
-    def _activated(self, rows: Tensor) -> Tensor:
-        """Return the inputs of the output projection, from the outputs of the input projections."""
-        if hasattr(self.experts, "_apply_gate"):
-            return cast(Tensor, self.experts._apply_gate(rows))
-        gate, up = rows.chunk(2, dim=-1)
-        return cast(Tensor, up * self.experts.act_fn(gate))
-
-    def tokens(self, expert: int, routes: Routes) -> Tensor:
-        """Return the tokens routed to an expert (m); for the shared expert, all tokens."""
+    def routed(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+        """Return the tokens routed to an expert, and its gate for each of them (m; m); all for the shared expert."""
         if expert == self._shared_number:
-            return torch.arange(len(routes.experts), device=routes.experts.device)
-        return routes.of(expert)[0]
+            return torch.arange(len(x_nd), device=x_nd.device), self._shared_gates(x_nd)
+        return routes.of(expert)
 
     def gated_input(self, expert: int, x_nd: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """Return the tokens routed to an expert (m), and the inputs of its output projection times its gate (m x f)."""
-        is_shared = expert == self._shared_number
-        tokens, gates = (self.tokens(expert, routes), None) if is_shared else routes.of(expert)
-        parts = x_nd[tokens].split(self.counts(tokens))
-        rows_mf = torch.cat([self.projection_input(expert, part) for part in parts])
-        gates = torch.cat([self._shared_gates(part) for part in parts]) if gates is None else gates
-        return tokens, rows_mf * gates[:, None]
-
-    def weight(self, expert: int) -> Tensor:
-        """Return the weight of an expert's output projection (f x d)."""
-        if expert == self._shared_number:
-            return self.shared.down_proj.weight.data.T
-        weight = self.experts.down_proj[expert]
-        return weight if self.layout.inputs_first else weight.T
-
-    def feed_forward(self, expert: int) -> PrunableModule:
-        """Return one expert described as a feed-forward, with the names of `tensors`."""
-        tensors, channels = self.tensors(expert), len(self.weight(expert))
-        output = Slab("down_proj.weight", 1, (CHANNELS,), channels, 1)
-        # Up first, as everywhere.
-        names = (f"{name}.{leaf}" for name in ("up_proj", "gate_proj") for leaf in ("weight", "bias"))
-        slabs = (replace(output, name=name, axis=0) for name in names if name in tensors)
-        return PrunableModule("channels", (Axis(CHANNELS, channels),), tuple(slabs), output, None, None, None)
-
-    def set_tensors(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
-        """Set the values of a routed expert's tensors, by the names of `tensors`."""
-        owners = (self.experts.gate_up_proj, self.experts.down_proj)
-        matrices = [stored_matrix(owner, expert).clone() for owner in owners]
-        views = self._named(expert, *matrices)
-        for name, tensor in tensors.items():
-            views[name].copy_(tensor)
-        for owner, matrix, parts in zip(owners, matrices, (_INPUTS, _OUTPUT), strict=True):
-            if tensors.keys() & parts:
-                owner[expert] = matrix
-
-    def tensors(self, expert: int) -> dict[str, Tensor]:
-        """Return the tensors of one expert, which the caller must not change."""
-        if expert == self._shared_number:
-            return {name: value.data for name, value in self.shared.named_parameters() if name != "down_proj.bias"}
-        matrices = (self.experts.gate_up_proj, self.experts.down_proj)
-        return self._named(expert, *(stored_matrix(owner, expert) for owner in matrices))
-
-    def _named(self, expert: int, both: Tensor, down: Tensor) -> dict[str, Tensor]:
-        """Return views of a routed expert's matrices and biases, by the names of an ordinary feed-forward.
-
-        Args:
-            expert: Number of the expert.
-            both: Matrix of the gate and up projections.
-            down: Matrix of the output projection.
-        """
-        layout, f = self.layout, self.module.units_inside
-        rows, bias = both.T if layout.inputs_first else both, self._leaf("gate_up_proj_bias", expert)
-        parts = [(rows, "weight"), *([] if bias is None else [(bias, "bias")])]
-        tensors = {"down_proj.weight": down.T if layout.inputs_first else down}
-        for place, name in enumerate(("gate_proj", "up_proj")):
-            for value, leaf in parts:
-                tensors[f"{name}.{leaf}"] = value[place::2] if layout.in_turn else value[place * f :][:f]
-        return tensors
+        tokens, gates = self.routed(expert, x_nd, routes)
+        return tokens, self.projection_input(expert, x_nd[tokens]) * gates[:, None]
 
     def ungated_output(self, expert: int, x_nd: Tensor) -> Tensor:
         """Return an expert's output with a gate of one (n x d)."""
         with self.stream.layer_products():
-            y = self.projection_input(expert, x_nd) @ self.weight(expert)
-        bias = self.bias(expert)
+            y = self.projection_input(expert, x_nd) @ self[expert].weight
+        bias = self[expert].bias
         return y.float() if bias is None else y.float() + bias
 
     def shared_output(self, x_nd: Tensor) -> Tensor | None:
@@ -249,17 +143,6 @@ class Mixture:
         with self.stream.layer_products():
             return self.shared(x_nd[None])[0].float() * self._shared_gates(x_nd)[:, None]
 
-    def _shared_projection_input(self, x_nd: Tensor) -> Tensor:
-        """Return the inputs of the shared expert's output projection (n x f)."""
-        seen: list[Tensor] = []
-        handle = self.shared.down_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
-        try:
-            with self.stream.layer_products():
-                self.shared(x_nd[None])
-        finally:
-            handle.remove()
-        return seen[0][0].float()
-
     def _shared_gates(self, x_nd: Tensor) -> Tensor:
         """Return the shared expert's gate for each token (n)."""
         if self.names.shared_expert_gate is None:
@@ -267,22 +150,20 @@ class Mixture:
         with self.stream.layer_products():
             return torch.sigmoid(self.parent.get_submodule(self.names.shared_expert_gate)(x_nd)).float()[:, 0]
 
-    def bias(self, expert: int) -> Tensor | None:
-        """Return the bias of an expert's output projection (d), where it has one."""
-        if expert == self._shared_number:
-            return self.shared.down_proj.bias
-        return self._leaf("down_proj_bias", expert)
-
-    def _leaf(self, name: str, expert: int) -> Tensor | None:
-        return getattr(self.experts, name)[expert] if self.layout.biased else None
-
-    def only(self, alive: Tensor) -> AbstractContextManager[None]:
-        """Let the block run as if only some experts existed; their tensors are copied."""
-        return self._only(alive, self.parent, self.experts, *self.router.modules())
+    @contextmanager
+    def only(self, alive: Tensor) -> Iterator[None]:
+        """Let the block run as if only some experts existed."""
+        before, self.experts.numbers = self.experts.numbers, alive.tolist()
+        try:
+            with self._routing_among(alive):
+                yield
+        finally:
+            self.experts.numbers = before
 
     @contextmanager
-    def _only(self, alive: Tensor, *owners: nn.Module) -> Iterator[None]:
-        """Let modules work as if only some experts existed: the other experts are cut from the modules' tensors."""
+    def _routing_among(self, alive: Tensor) -> Iterator[None]:
+        """Let the router work as if only some experts existed: the others are cut from copies of its tensors."""
+        owners: list[nn.Module] = [self.parent, *self.router.modules()]
         count, before = self.module.units, [(owner, dict(vars(owner))) for owner in owners]
         try:
             for owner in owners if len(alive) < count else ():

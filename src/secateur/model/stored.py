@@ -12,8 +12,8 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts
 from secateur.families.registry import FAMILIES, experts_of
-from secateur.model.matrix_sources import MatrixSource, SeparateMatrices, StackedMatrices
-from secateur.model.weights import TensorInfo
+from secateur.model.expert_matrices import BlockTensor, ExpertMatrices
+from secateur.model.weights import TensorInfo, read_ahead
 
 _ALIASES = {"lm_head.": "embed_out."}
 """Checkpoints' names of tensors for which transformers 5 has another name (GPT-NeoX), by transformers' name."""
@@ -149,7 +149,7 @@ class Stored:
         per_expert = self.matrices_per_expert(name)
         return (len(pieces) // per_expert, sum(shape[0] for shape in shapes[:per_expert]), shapes[0][1])
 
-    def expert_matrices(self, name: str) -> MatrixSource:
+    def expert_matrices(self, name: str) -> ExpertMatrices:
         """Return the matrices of all experts that a transformers parameter holds, each read when it is used.
 
         Raises:
@@ -159,11 +159,19 @@ class Stored:
         stored = [self.tensors[piece] for piece in pieces]
         shape, dtype = self._shape_of(name, pieces), stored[0].dtype
         if len(pieces) == 1:
-            return StackedMatrices(shape, dtype, stored[0])
+            return ExpertMatrices(shape, dtype, stored[0].read_entry)
         each = self.matrices_per_expert(name)
-        return SeparateMatrices(shape, dtype, [stored[first : first + each] for first in range(0, len(stored), each)])
 
-    def split(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        def read(expert: int) -> Tensor:
+            following = (expert + 1) % shape[0] * each
+            # The system reads the next expert from disk meanwhile.
+            read_ahead(part for info in stored[following : following + each] for part in info.parts)
+            tensors = [info.read() for info in stored[expert * each : (expert + 1) * each]]
+            return tensors[0] if each == 1 else torch.cat(tensors)
+
+        return ExpertMatrices(shape, dtype, read)
+
+    def split(self, name: str, tensor: BlockTensor) -> Iterator[tuple[str, BlockTensor]]:
         """Yield a parameter's values with their stored names, for the experts that are left."""
         pieces = self.pieces(name)
         if len(pieces) == 1:

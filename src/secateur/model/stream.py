@@ -8,6 +8,7 @@ Shapes: b rows of a batch, t positions, d residual width, c columns of the strea
 blocks have side inputs (`secateur.model.side_inputs`).
 """
 
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from secateur.base.device import fast_dtype, reduced_precision_matmul, to_device
 from secateur.base.errors import SecateurError
-from secateur.base.memory import release_freed_memory
+from secateur.base.memory import MemoryBudget
 from secateur.base.processes import Processes
 from secateur.base.quiet import first_line
 from secateur.base.services import Services
@@ -28,9 +29,9 @@ from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.expert_matrices import ExpertMatrices
+from secateur.model.expert_matrices import BlockTensor
+from secateur.model.experts import experts_as_modules
 from secateur.model.hooks import LayerReached, Recorder, replayed, watched, zeroed
-from secateur.model.matrix_sources import KeptMatrices
 from secateur.model.per_layer import empty_decoder
 from secateur.model.rows import Rows
 from secateur.model.side_inputs import SideInputs
@@ -60,17 +61,8 @@ class BlockStream:
         self.family = family_of(checkpoint.config)
         self.model: Any = empty_decoder(checkpoint)
         self.model.requires_grad_(False)
-        self._matrices_of_experts: tuple[str, ...] = ()
+        self._matrices_of_experts = tuple(dict(self.family.experts.stored)) if self.family.experts else ()
         """Endings of the names of tensors that hold the matrices of all experts."""
-        if self.family.experts is not None:
-            self._matrices_of_experts = tuple(dict(self.family.experts.stored))
-        self._read_one_by_one: tuple[str, ...] = ()
-        """The same, if a block reads each matrix when it uses the expert, and converts it to float32 then."""
-        if self.family.experts is not None and self.device.type != "cuda":
-            # Grouped products stay float32 here, and take twice as long as one expert after the other.
-            self.model.set_experts_implementation("eager")
-        if self.family.experts is not None and self.device.type == "cpu" and not self.family.experts.scales_inputs:
-            self._read_one_by_one = self._matrices_of_experts
         checkpoint.check_shapes(self.model)
         try:
             self.layers = self.model.get_submodule(self.family.blocks)
@@ -120,9 +112,16 @@ class BlockStream:
     @property
     def batch_tokens(self) -> int:
         """Largest number of tokens in a batch; more for mixtures, where each expert gets only some of the tokens."""
-        return self.services.batch_tokens * (MIXED if self._read_one_by_one else 1)
+        # Llama 4 runs all experts on all tokens.
+        experts = self.family.experts if self.reads_experts_one_by_one else None
+        return self.services.batch_tokens * (1 if experts is None or experts.scales_inputs else MIXED)
 
-    def stored(self, index: int, without: Container[str] = ()) -> dict[str, Tensor]:
+    @property
+    def reads_experts_one_by_one(self) -> bool:
+        """Whether experts share the memory with activations, and are read again if it does not hold all of them."""
+        return self.family.experts is not None and self.device.type == "cpu"
+
+    def stored(self, index: int, without: Container[str] = ()) -> dict[str, BlockTensor]:
         """Return a block's tensors as stored, by their names inside the block, without some of them.
 
         Matrices of experts are read when they are used.
@@ -130,10 +129,10 @@ class BlockStream:
         names = [name for name in self.blocks[index].shapes if name not in without]
         return {name: self._stored(index, name) for name in names}
 
-    def _stored(self, index: int, name: str) -> Tensor:
+    def _stored(self, index: int, name: str) -> BlockTensor:
         """Return a block's tensor as stored; matrices of experts are read when they are used."""
         if name.endswith(self._matrices_of_experts):
-            return ExpertMatrices.of(self.checkpoint.expert_matrices(self._inside(index, name)))
+            return self.checkpoint.expert_matrices(self._inside(index, name))
         return self._read_block(index, name)
 
     def stored_names(self, index: int, name: str) -> tuple[str, ...]:
@@ -148,7 +147,7 @@ class BlockStream:
     def _inside(self, index: int, name: str) -> str:
         return f"{self.family.blocks}.{index}.{name}"
 
-    def as_stored(self, index: int, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def as_stored(self, index: int, name: str, tensor: BlockTensor) -> Iterator[tuple[str, BlockTensor]]:
         """Yield the values of a block's tensor with the checkpoint's names."""
         return self.checkpoint.split(self._inside(index, name), tensor)
 
@@ -178,47 +177,37 @@ class BlockStream:
     def _read_block(self, index: int, name: str) -> Tensor:
         return self.read(self._inside(index, name))
 
-    def as_loaded(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a block's tensor as it is in a loaded block: in float32, or matrices that are converted one by one."""
-        return tensor if isinstance(tensor, ExpertMatrices) else tensor.float()
-
-    @property
-    def reads_experts_one_by_one(self) -> bool:
-        """Whether a loaded block reads the matrices of experts when it uses them."""
-        return bool(self._read_one_by_one)
-
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
         """Load the weights of one block onto the device, and release them on exit. The next block is read ahead
-        meanwhile. Matrices of experts stay in memory until the memory is full."""
-        layer, kept = self.layers.get_submodule(str(index)), list[KeptMatrices]()
-        try:
-            for name in self.blocks[index].shapes:
-                if name.endswith(self._read_one_by_one):
-                    stored = self.checkpoint.expert_matrices(self._inside(index, name))
-                    kept.append(KeptMatrices(stored, self.services.budget))
-                    assign(layer, name, ExpertMatrices.of(kept[-1]))
-                else:
+        meanwhile. Experts are modules, whose matrices are read when they run and stay until the memory is full."""
+        layer, shapes = self.layers.get_submodule(str(index)), self.blocks[index].shapes
+        own = [name for name in shapes if not name.endswith(self._matrices_of_experts)]
+        with self._experts_as_modules(index, layer):
+            try:
+                for name in own:
                     # Copied in the stored dtype, because float32 would be twice as many bytes.
                     assign(layer, name, to_device(self._read_block(index, name), self.device).float())
-            layer.to(self.device)
-            self._read_ahead(index + 1)
-            yield layer
-        finally:
-            for name, shape in self.blocks[index].shapes.items():
-                assign(layer, name, torch.empty(shape, device="meta"))
-            for name in set(dict(layer.named_parameters())) - set(self.blocks[index].shapes):
-                assign(layer, name, None)
-            for matrices in kept:
-                matrices.release()
-            if kept:
-                # Thousands of matrices were allocated and freed, which left two gigabytes of holes in the heap.
-                release_freed_memory()
+                layer.to(self.device)
+                self._read_ahead(index + 1)
+                yield layer
+            finally:
+                for name in own:
+                    assign(layer, name, torch.empty(shapes[name], device="meta"))
+                for name in set(dict(layer.named_parameters())) - shapes.keys():
+                    assign(layer, name, None)
+
+    def _experts_as_modules(self, index: int, layer: nn.Module) -> AbstractContextManager[None]:
+        """Let a block compute with experts that are modules; those of a block on a GPU all stay in its memory."""
+        names = [name for name in self.blocks[index].shapes if name.endswith(self._matrices_of_experts)]
+        stored = {name: self.checkpoint.expert_matrices(self._inside(index, name)) for name in names}
+        budget = self.services.budget if self.device.type == "cpu" else MemoryBudget(sys.maxsize)
+        return experts_as_modules(layer, stored, self.device, budget)
 
     def _read_ahead(self, index: int) -> None:
         """Ask the system to read a block, if it exists, from disk in the background."""
         shapes = self.blocks[index].shapes if index < len(self) else ()
-        names = [name for name in shapes if not name.endswith(self._read_one_by_one)]
+        names = [name for name in shapes if not name.endswith(self._matrices_of_experts)]
         stored = [self.checkpoint.tensors[piece] for name in names for piece in self.stored_names(index, name)]
         read_ahead(part for info in stored for part in info.parts)
 

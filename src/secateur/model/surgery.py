@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.model.axes import Width
-from secateur.model.expert_matrices import select_in_each
+from secateur.model.expert_matrices import BlockTensor, ExpertMatrices, select_in_each
 from secateur.model.layer_sizes import BIASES, layer_sizes, numbers
 from secateur.model.modeling_secateur import resize
 from secateur.model.structure import Block, KeptUnits, PrunableModule, Slab
@@ -47,8 +47,8 @@ def kept_inputs(module: PrunableModule, keep: Sequence[int]) -> Tensor:
 
 
 def slice_module(
-    module: PrunableModule, tensors: Mapping[str, Tensor], keep: Sequence[int], channels: Sequence[int] = ()
-) -> dict[str, Tensor]:
+    module: PrunableModule, tensors: Mapping[str, BlockTensor], keep: Sequence[int], channels: Sequence[int] = ()
+) -> dict[str, BlockTensor]:
     """Return the tensors of a module with only the kept units, and of experts with only the kept channels if any are
     given."""
     parts: dict[tuple[str, int], list[Tensor]] = {}
@@ -60,10 +60,14 @@ def slice_module(
             kept = sorted({unit // each for unit in keep})
             parts.setdefault((slab.name, slab.axis), []).append(entries(slab, kept))
     found = {
-        name: tensors[name].index_select(axis, torch.cat(index).sort().values.to(tensors[name].device))
-        for (name, axis), index in parts.items()
+        name: _selected(tensors[name], axis, torch.cat(index).sort().values) for (name, axis), index in parts.items()
     }
     return found | _slice_experts(module, {**tensors, **found}, len(keep), channels) if len(channels) else found
+
+
+def _selected(tensor: BlockTensor, axis: int, index: Tensor) -> BlockTensor:
+    """Return some entries of a tensor along an axis; of the matrices of all experts, some matrices."""
+    return tensor.index_select(axis, index.to(tensor.device)) if isinstance(tensor, Tensor) else tensor.select(index)
 
 
 def channels_by_expert(module: PrunableModule, experts: int, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -77,14 +81,11 @@ def channels_by_expert(module: PrunableModule, experts: int, channels: Sequence[
 
 
 def _slice_experts(
-    module: PrunableModule, tensors: Mapping[str, Tensor], experts: int, channels: Sequence[int]
-) -> dict[str, Tensor]:
+    module: PrunableModule, tensors: Mapping[str, BlockTensor], experts: int, channels: Sequence[int]
+) -> dict[str, BlockTensor]:
     """Return the matrices of experts with only the kept channels of each expert."""
     channels_ec, shared = channels_by_expert(module, experts, channels)
-    result = {
-        slab.name: tensors[slab.name].index_select(slab.axis, shared.to(tensors[slab.name].device))
-        for slab in module.shared
-    }
+    result = {slab.name: _selected(tensors[slab.name], slab.axis, shared) for slab in module.shared}
     places: dict[tuple[str, int], list[Tensor]] = {}
     for slab in sorted((*module.input_projections, module.output_projection), key=lambda slab: slab.offset):
         if slab.along == (EXPERT_CHANNELS,):
@@ -95,7 +96,7 @@ def _slice_experts(
     }
 
 
-def slice_block(block: Block, tensors: Mapping[str, Tensor], kept: KeptUnits) -> dict[str, Tensor]:
+def slice_block(block: Block, tensors: Mapping[str, BlockTensor], kept: KeptUnits) -> dict[str, BlockTensor]:
     """Return all tensors of a block, sliced to the kept units. A module without units keeps only the bias of its output
     projection."""
     result = dict(tensors)
@@ -136,24 +137,38 @@ def first_units_of(slab: Slab, module: PrunableModule, width: Width) -> tuple[in
     return tuple(units.flatten().tolist())
 
 
-def assign(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Set a parameter or buffer of a module or of one of its submodules, of any shape; None deletes it."""
+def assign(module: nn.Module, name: str, tensor: BlockTensor | None) -> None:
+    """Set a parameter or buffer of a module or of one of its submodules, of any shape, or the matrices of its experts;
+    None deletes a parameter."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    if leaf in owner._buffers:
+    if isinstance(tensor, ExpertMatrices):
+        setattr(owner, leaf, tensor)
+    elif leaf in owner._buffers:
         owner._buffers[leaf] = tensor
     else:
         owner.register_parameter(leaf, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
 
+def tensors_of(layer: nn.Module) -> dict[str, BlockTensor]:
+    """Return the parameters and buffers of a filled block, and the matrices of its experts, by name."""
+    matrices = {
+        f"{path}.{name}": value
+        for path, part in layer.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, ExpertMatrices)
+    }
+    return layer.state_dict() | matrices
+
+
 @contextmanager
 def restored(layer: nn.Module) -> Iterator[None]:
-    """Restore the parameters of a module on exit."""
-    before = layer.state_dict()
+    """Restore the tensors of a filled block on exit."""
+    before = tensors_of(layer)
     try:
         yield
     finally:
-        for name in layer.state_dict().keys() - before.keys():
+        for name in tensors_of(layer).keys() - before.keys():
             assign(layer, name, None)
         for name, tensor in before.items():
             assign(layer, name, tensor)

@@ -20,6 +20,7 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
 from secateur.base.words import first_few
+from secateur.model.expert_matrices import BlockTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -86,7 +87,7 @@ class TensorInfo:
         shape, size = self.shape[1:], self.bytes // max(1, self.shape[0])
         return read_tensor(TensorInfo(self.file, shape, self.dtype, self.offset + index * size))
 
-    def as_stored(self, tensor: Tensor) -> Tensor:
+    def as_stored(self, tensor: BlockTensor) -> BlockTensor:
         """Return new values for the tensor in its stored form."""
         return tensor
 
@@ -146,15 +147,15 @@ class Transposed(TensorInfo):
 
     def read(self) -> Tensor:
         """Return the values."""
-        return self.as_stored(self.stored.read())
+        return self.stored.read().transpose(1, 2).contiguous()
 
     def read_entry(self, index: int) -> Tensor:
         """Return the matrix of one expert."""
         return self.stored.read_entry(index).T.contiguous()
 
-    def as_stored(self, tensor: Tensor) -> Tensor:
+    def as_stored(self, tensor: BlockTensor) -> BlockTensor:
         """Return the transposed matrices."""
-        return tensor.transpose(1, 2).contiguous()
+        return tensor.transpose(1, 2).contiguous() if isinstance(tensor, Tensor) else tensor.transposed()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.output import Output
 from secateur.formats.per_layer import MODELING_FILE
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.expert_matrices import whole
 from secateur.model.per_layer import is_per_layer
 from secateur.report.folder import readme_and_report
 from secateur.retraining.adapters import adapters_of, trained_parameters
@@ -90,7 +91,7 @@ class TrainedWeights:
     def _pieces_of(self, name: str) -> dict[str, Tensor]:
         """Return a parameter by stored names: its pieces, if the matrices of experts are stored one by one."""
         weight = self._merged(name) if self._adapters else self._network.get_parameter(name).data
-        return dict(self._checkpoint.split(name, weight))
+        return {stored: whole(part) for stored, part in self._checkpoint.split(name, weight)}
 
     def _merged(self, name: str) -> Tensor:
         """Return a stored matrix with its adapter added, rounded to the stored dtype."""

@@ -57,12 +57,12 @@ def share_left_by_refit(
 
     for expert in parts:
         tokens, rows_mf = projection_inputs(expert)
-        weight_fd = unit(mixture.weight(expert))
+        weight_fd = unit(mixture[expert].weight)
         output_md = keep_channels(expert, rows_mf, 1) @ keep_channels(expert, weight_fd, 0)
         if expert == shared:
             # The targets do not contain the output of the dense shared expert.
             output_md -= rows_mf @ weight_fd
-        elif (bias := mixture.bias(expert)) is not None:
+        elif (bias := mixture[expert].bias) is not None:
             output_md += (routes.of(expert)[1] * scale_n[tokens])[:, None] * unit(bias)
         residual_nd.index_add_(0, tokens, -output_md)
     before = error()

@@ -168,14 +168,14 @@ def channel_errors(routed: RoutedTokens) -> tuple[tuple[float, ...], dict[int, T
     for expert in parts:
         tokens, rows_mf = mixture.gated_input(expert, x_nd, routes)
         squares_f = (routed.weight_n[tokens][:, None] * rows_mf.square()).sum(0, dtype=torch.float64)
-        energies[expert] = squares_f * mixture.weight(expert).double().square().sum(1)
+        energies[expert] = squares_f * mixture[expert].weight.double().square().sum(1)
     orders = {expert: energy.argsort(stable=True) for expert, energy in energies.items()}
     counts = np.unique(np.linspace(0, size, GRID_POINTS + 1).round().astype(int)).tolist()
     # Change of the output at each number of removed channels.
     changes = [torch.zeros_like(routed.target_nd) for _ in counts[1:]]
     for expert, order in orders.items():
         tokens, rows_mf = mixture.gated_input(expert, x_nd, routes)
-        removed_md, weight_fd = torch.zeros(len(tokens), x_nd.shape[1], device=x_nd.device), mixture.weight(expert)
+        removed_md, weight_fd = torch.zeros(len(tokens), x_nd.shape[1], device=x_nd.device), mixture[expert].weight
         for place, (start, stop) in enumerate(itertools.pairwise(counts)):
             channels = order[start * len(order) // size : stop * len(order) // size]
             removed_md += rows_mf[:, channels] @ weight_fd[channels]

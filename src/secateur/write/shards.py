@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.json_files import damaged_state
-from secateur.model.expert_matrices import in_parts
+from secateur.model.expert_matrices import BlockTensor
 from secateur.model.weights import DTYPES, INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
@@ -102,7 +103,7 @@ class ShardWriter:
         self._hashers[number] = place, hasher
         return hasher.hexdigest()
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: BlockTensor) -> None:
         """Write a tensor, to a new shard if it does not fit into the last one.
 
         Raises:
@@ -110,13 +111,14 @@ class ShardWriter:
         """
         if name in self:
             raise ValueError(f"{name} was added twice")
-        size = tensor.numel() * tensor.element_size()
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
         if self._file is None or (self._size and self._size + size > self.limit_bytes):
             self._finish_shard()
             self._shards.append({})
             self._file = self._path(len(self._shards)).open("wb")
             self._file.write(b" " * (8 + self.header_bytes))
-        for part in in_parts(tensor):
+        # Matrices of experts are in memory one at a time.
+        for part in (tensor,) if isinstance(tensor, Tensor) else tensor:
             self._file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._shards[-1][name] = {
             "dtype": _NAMES[tensor.dtype],

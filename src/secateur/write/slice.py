@@ -7,12 +7,14 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.fit.fitted_block import FittedBlock
-from secateur.model.expert_matrices import matrix_by_matrix
+from secateur.model.expert_matrices import BlockTensor, matrix_by_matrix
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import slice_block
 
 
-def slice_fitted(stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def slice_fitted(
+    stream: BlockStream, block: FittedBlock, *, dtype: torch.dtype | None = None
+) -> dict[str, BlockTensor]:
     """Return all tensors of a block as they will be written: only the units that are kept, with refitted weights.
 
     Args:
