@@ -142,5 +142,10 @@ def select_in_each(tensor: BlockTensor, axis: int, entries_ek: Tensor) -> BlockT
 
 
 def whole(tensor: BlockTensor) -> Tensor:
-    """Return a tensor in memory."""
-    return tensor if isinstance(tensor, Tensor) else torch.stack(list(tensor)).cpu()
+    """Return a tensor in memory; of matrices, a copy on the CPU."""
+    if isinstance(tensor, Tensor):
+        return tensor
+    result = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for place, matrix in zip(result, tensor, strict=True):
+        place.copy_(matrix)
+    return result

@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts
 from secateur.families.registry import FAMILIES, experts_of
-from secateur.model.expert_matrices import BlockTensor, ExpertMatrices
+from secateur.model.expert_matrices import BlockTensor, ExpertMatrices, whole
 from secateur.model.weights import TensorInfo, read_ahead
 
 _ALIASES = {"lm_head.": "embed_out."}
@@ -119,13 +119,7 @@ class Stored:
             SecateurError: The parameter is missing.
         """
         pieces = self._existing_pieces(name)
-        if len(pieces) == 1:
-            return self.read(pieces[0])
-        matrices = self.expert_matrices(name)
-        result = torch.empty(matrices.shape, dtype=matrices.dtype)
-        for expert, place in enumerate(result):
-            place.copy_(matrices.read(expert))
-        return result
+        return self.read(pieces[0]) if len(pieces) == 1 else whole(self.expert_matrices(name))
 
     def _existing_pieces(self, name: str) -> tuple[str, ...]:
         """Return the stored names of the pieces of a transformers parameter; see `pieces`.
