@@ -20,8 +20,7 @@ from secateur.commands.survey_file import split_survey_rows
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.registry import SCORED_KINDS, Criteria, UnitScores
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
-from secateur.fit.recovery import recovery_of
+from secateur.fit.recovery import Method, recovery_of
 from secateur.measure import perplexity
 from secateur.measure.loading import load
 from secateur.model.axes import Width

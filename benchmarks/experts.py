@@ -17,8 +17,7 @@ from torch import Tensor
 
 from secateur import BlockStream, calibration_rows, consecutive_rows, open_checkpoint
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
-from secateur.fit.recovery import recovery_of
+from secateur.fit.recovery import Method, recovery_of
 from secateur.model.arena import Activations
 from secateur.model.rows import Rows
 from secateur.model.units.experts import EXPERTS

@@ -20,8 +20,7 @@ from secateur.criteria.order import remaining_units, removal_order
 from secateur.criteria.registry import SCORED_KINDS, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
-from secateur.fit.recovery import recovery_of
+from secateur.fit.recovery import Method, recovery_of
 from secateur.measure import perplexity
 from secateur.measure.loading import load
 from secateur.model.arena import Activations, Arena

@@ -41,7 +41,7 @@ def own_places(folder: str, kind: type) -> set[str]:
     ("places", "folder", "kind"),
     [
         (CRITERIA.values(), "criteria", Criterion),
-        (RECOVERIES.values(), "fit/recoveries", Recovery),
+        (RECOVERIES.values(), "fit", Recovery),
         ([one.place for one in FORMATS.values()], "formats", Format),
     ],
 )
@@ -68,7 +68,7 @@ summary = prune(
 )
 assert summary.sparsity > 0.2
 from secateur.families.registry import FAMILIES
-from secateur.fit.recoveries.refit import Refit
+from secateur.fit.recoveries import Refit
 from secateur.fit.recovery import all_recoveries
 assert FAMILIES["like_arcee"].gate is None
 assert all_recoveries()["refit"] is Refit

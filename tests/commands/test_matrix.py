@@ -44,8 +44,7 @@ from secateur.families.registry import FAMILIES, family_of
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
-from secateur.fit.recovery import recovery_of
+from secateur.fit.recovery import Method, recovery_of
 from secateur.model.axes import Width
 from secateur.model.expert_matrices import whole
 from secateur.model.kinds import KINDS

@@ -14,8 +14,7 @@ from secateur.criteria.order import remaining_units, removal_order
 from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
-from secateur.fit.recovery import recovery_of
+from secateur.fit.recovery import Method, recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream

@@ -17,9 +17,8 @@ from secateur.criteria.experts import expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
 from secateur.fit.output_projection import OutputFit
-from secateur.fit.recovery import Recovery, recovery_of
+from secateur.fit.recovery import Method, Recovery, recovery_of
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.expert_matrices import whole
 from secateur.model.mixture import Mixture, Routes

@@ -16,8 +16,7 @@ from transformers.activations import ACT2FN
 from models import ROWS, SIMILAR, token_rows
 from secateur.fit.input_projections import GaussNewtonStep, TangentRows, projection_outputs, tangent_factors
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
-from secateur.fit.recovery import recovery_of
+from secateur.fit.recovery import Method, recovery_of
 from secateur.model.arena import Arena
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.facts import activation_of

@@ -15,9 +15,8 @@ from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit import block_regression
 from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
-from secateur.fit.recoveries.refit import Refit
-from secateur.fit.recovery import Recovery, all_recoveries, recovery_of
+from secateur.fit.recoveries import Refit
+from secateur.fit.recovery import Method, Recovery, all_recoveries, recovery_of
 from secateur.fit.target import ModuleTarget
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe

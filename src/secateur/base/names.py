@@ -48,10 +48,10 @@ CRITERIA = _with_others(
 RECOVERIES = _with_others(
     "recoveries",
     {
-        "refit": "secateur.fit.recoveries.refit:Refit",
-        "bias": "secateur.fit.recoveries.bias:BiasCompensation",
-        "none": "secateur.fit.recoveries.none:NoRecovery",
-        "paper": "secateur.fit.recoveries.paper:PaperRecovery",
+        "refit": "secateur.fit.recoveries:Refit",
+        "bias": "secateur.fit.recoveries:BiasCompensation",
+        "none": "secateur.fit.recoveries:NoRecovery",
+        "paper": "secateur.fit.recoveries:PaperRecovery",
     },
 )
 """Recoveries, the default first; each is a subclass of `secateur.fit.recovery.Recovery`."""

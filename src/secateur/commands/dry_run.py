@@ -27,7 +27,7 @@ from secateur.commands.survey_file import split_survey_rows
 from secateur.commands.survey_model import survey_rows
 from secateur.criteria.registry import Criteria
 from secateur.fit.loop import refit
-from secateur.fit.method import Method
+from secateur.fit.recovery import Method
 from secateur.model.rows import Rows
 from secateur.plan.meters import cache_meter
 from secateur.plan.plan import plan as solve

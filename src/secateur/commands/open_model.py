@@ -20,8 +20,7 @@ from secateur.commands.memory import memory_limit
 from secateur.commands.options import Options, RunOptions, with_settings
 from secateur.commands.request import CheckedRequest, check_request, format_of
 from secateur.criteria.registry import Criteria, UnitScores
-from secateur.fit.method import Method
-from secateur.fit.recovery import Recovery
+from secateur.fit.recovery import Method, Recovery
 from secateur.formats.family_file import read_family
 from secateur.formats.format import format_class
 from secateur.model.checkpoint import Checkpoint, open_checkpoint

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.fit.dense_block import DenseBlock, residuals
-from secateur.fit.method import Method
+from secateur.fit.recovery import Method
 from secateur.model.arena import Activations, Arena
 from secateur.model.expert_matrices import BlockTensor, ChangedMatrices, ExpertMatrices
 from secateur.model.rows import Batch, Rows

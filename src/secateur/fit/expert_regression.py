@@ -21,7 +21,7 @@ from secateur.fit.block_state import BlockState
 from secateur.fit.input_projections import TangentRows
 from secateur.fit.module import FittedModule
 from secateur.fit.output_projection import OutputFit
-from secateur.fit.recoveries.none import NoRecovery
+from secateur.fit.recoveries import NoRecovery
 from secateur.fit.regression import AddRows, ModuleMoments, Regression
 from secateur.model.axes import FEED_FORWARD
 from secateur.model.mixture import Mixture, Routes

@@ -14,12 +14,29 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from secateur.fit.module_report import ModuleReport
 from secateur.model.expert_matrices import BlockTensor, matrix_by_matrix
 from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits
 from secateur.model.surgery import assign, masked_weight, tensors_of
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """Result of the fit of an attention, a feed-forward or a mixture."""
+
+    kind: str
+    kept: int
+    """Number of units that it keeps."""
+    units: int
+    """Number of units of the dense module."""
+    error: float
+    """Mean squared error per token of the residual stream after the module: pruned minus dense stream, over the
+    calibration rows with their weights. It includes the errors of earlier blocks."""
+    relative: float
+    """The error divided by the mean energy per token of the dense residual stream after the module."""
+    unfitted: tuple[int, ...] = ()
+    """Experts with too few tokens for a refit, which keep their weights."""
 
 
 @dataclass(frozen=True)

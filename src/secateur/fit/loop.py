@@ -22,7 +22,7 @@ from secateur.fit.block import fit_block
 from secateur.fit.block_state import BlockState
 from secateur.fit.dense_block import DenseBlock
 from secateur.fit.fitted_block import FittedBlock, as_fitted, mean_of
-from secateur.fit.method import Method
+from secateur.fit.recovery import Method
 from secateur.model.arena import Activations, Arena
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows

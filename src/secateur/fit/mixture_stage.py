@@ -41,7 +41,7 @@ class MixtureStage:
         self.batches = list(self._collect(pruned))
 
     def prune(self, width: Width, kept: KeptUnits) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
-        """Choose experts and their channels, refit and store the outputs, as `secateur.fit.stage.prune_stage` says."""
+        """Choose experts and their channels, refit and store the outputs, as `secateur.fit.block.prune_stage` says."""
         module = self.module
         keep = kept[module.kind] if module.kind in kept else self._choose_experts(width[EXPERTS])
         alive, cut = torch.tensor(keep, device=self.stream.device), width[EXPERT_CHANNELS] < module.units_inside

@@ -1,18 +1,19 @@
-"""Recoveries: how the remaining weights compensate for removed units.
+"""Recoveries: how the remaining weights compensate for removed units; and the method of a run.
 
-A recovery is a dataclass in a file of `secateur.fit.recoveries`; `secateur.base.names` has its name. The fields are the
-recovery's settings, and the class attributes are its requirements of the pipeline. The methods are called for every
-module, in the order prepare, choice_output, fit.
+A recovery is a dataclass; `secateur.base.names` has its name. The fields are the recovery's settings, and the class
+attributes are its requirements of the pipeline. The methods are called for every module, in the order prepare,
+choice_output, fit.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal
 
 from secateur.base.names import RECOVERIES, find
+from secateur.criteria.registry import Criteria
 from secateur.fit.output_projection import OutputFit
 
 
@@ -74,3 +75,19 @@ def all_recoveries() -> Mapping[str, type[Recovery]]:
 def recovery_of(method: str = "refit", **settings: Any) -> Recovery:
     """Return the recovery of a name, with values for some of its fields."""
     return all_recoveries()[method](**settings)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Criterion and recovery of a run."""
+
+    criterion: str | Criteria = "surgeon"
+    """Criteria, or a value of `--criterion`."""
+    recovery: Recovery = field(default_factory=recovery_of)
+    seed: int = 0
+    """Seed of the criterion `random`."""
+
+    @property
+    def criteria(self) -> Criteria:
+        """Criteria of all modules."""
+        return Criteria.of(self.criterion)

@@ -1,4 +1,17 @@
-"""Recovery of the paper: level 1 and level 2 of a module are fitted to their dense outputs (Algorithms 1, 3 and 4)."""
+"""The recoveries of secateur.
+
+- `none`: units are removed, and nothing else changes.
+- `bias`: the mean output of the removed units is added to the bias, and no weight changes:
+  b = b_old + mean(x_R) W_R, with R the inputs of the removed units. Source: An et al., 2023, *Fluctuation-based
+  Adaptive Structured Pruning for Large Language Models* (FLAP).
+- `refit`: least squares for the output projection and, in a feed-forward, for the input projections.
+
+      1. W_K = argmin ||X_K W_K - T||^2 + ridge penalty, T the error-aware target
+      2. one Gauss-Newton step on the input projections of a feed-forward, to the same target
+      3. step 1 again; both steps are undone if the error did not fall
+
+- `paper`: level 1 and level 2 of a module are fitted to their dense outputs (Algorithms 1, 3 and 4 of the paper).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +22,73 @@ from torch import Tensor
 
 from secateur.fit.block_regression import BlockRegression
 from secateur.fit.module import ModuleFit
-from secateur.fit.output_projection import OutputFit
-from secateur.fit.recoveries.refit import Refit
+from secateur.fit.output_projection import ROUNDING, OutputFit, compensation
 from secateur.fit.recovery import Recovery
 from secateur.model.structure import PrunableModule
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares, normal_equations
+
+
+@dataclass(frozen=True)
+class NoRecovery(Recovery):
+    """Removal of units, and nothing else."""
+
+    biases = "kept"
+    summary = "The remaining weights are unchanged."
+
+    def fit(self, module_fit: ModuleFit) -> OutputFit:
+        """Return the old weights of the kept units."""
+        return module_fit.without_refit()
+
+
+@dataclass(frozen=True)
+class BiasCompensation(Recovery):
+    """Recovery by biases alone, with the means of the pruned stream."""
+
+    biases = "added"
+    summary = (
+        "The remaining weights are unchanged; biases, where modules can have them, compensate for the mean output of "
+        "the removed units."
+    )
+
+    def fit(self, module_fit: ModuleFit) -> OutputFit:
+        """Return the old weights of the kept units with the new bias."""
+        output = module_fit.without_refit()
+        if not module_fit.regression.fits_bias:
+            return output
+        old_bias = module_fit.regression.tensors.get(module_fit.module.bias_name)
+        bias = compensation(module_fit.moments.fit, module_fit.old_ad, module_fit.kept_inputs, old_bias)
+        return output._replace(bias_d=bias)
+
+
+@dataclass(frozen=True)
+class Refit(Recovery):
+    """Least squares to the error-aware target: each module also repairs errors of the modules before it."""
+
+    input_steps: int = 2
+    cauchy_scale: float = 1.0
+
+    fits = sums_kept_inputs = uses_effort = True
+    summary = "The remaining weights were fitted by least squares to reproduce the model before pruning."
+
+    @classmethod
+    def of(cls, options: Any) -> "Refit":
+        """Return the refit with the ridge and the effort of the options."""
+        return cls(options.ridge, options.input_steps)
+
+    def fit(self, module_fit: ModuleFit) -> OutputFit:
+        """Fit the output projection, then the input projections, then the output projection again."""
+        first = module_fit.solve(module_fit.fit_kept_inputs)
+        # Free the statistics, which are as large as everything that the next steps hold.
+        module_fit.release_statistics()
+        if not self._fits_inputs(module_fit, first):
+            return first
+        return module_fit.fit_input_projections(first)
+
+    def _fits_inputs(self, module_fit: ModuleFit, output: OutputFit) -> bool:
+        """Return whether the module has input projections to fit, and an error that is more than rounding."""
+        fittable = self.input_steps and module_fit.regression.fits_inputs and module_fit.keep
+        return bool(fittable) and output.error > ROUNDING * module_fit.moments.fit.energy()
 
 
 @dataclass(frozen=True)
