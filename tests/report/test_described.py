@@ -20,9 +20,8 @@ from secateur.measure.answers import AnswerScore
 from secateur.measure.figures import Evaluation, ModelScore
 from secateur.report.card import card
 from secateur.report.eval_table import measurement_notes
-from secateur.report.model_page import model_page
+from secateur.report.model_page import CURVE_WIDTH, model_page
 from secateur.report.summary import each_keeps
-from secateur.report.training_section import WIDE, training_section
 
 UNITS = ("heads", "kv_groups", "channels")
 NASTY = '<script>window.broken = 1</script> "quoted" `code` | [link](x) é'
@@ -130,9 +129,9 @@ def test_names_are_escaped():
     (row,) = [line for line in text.splitlines() if line.endswith("| 2 | 1 | 0.5 |")]
     assert row.count(" | ") == 3
     assert "\\|" in row
-    texts = [(NASTY, NASTY, NASTY), ("{{MADE}}", "", "")]
+    texts = [(NASTY, NASTY, NASTY), ("{{ versions }}", "", "")]
     page = model_page(made(model=f"/x/{NASTY}", on_hub=False), [(NASTY, "1", "2", "0.5")], texts)
-    assert "{{MADE}}" in page
+    assert "{{ versions }}" in page
     assert "<script" not in page
     # In the figures, and in the prompt and what two models wrote; of a path the name alone is shown.
     assert text_of(page).count("window.broken") == 4
@@ -184,11 +183,11 @@ def test_notes_name_the_models():
 @pytest.mark.parametrize("steps", [1, 4, 100, 101, 250])
 def test_curves_end_at_the_number_of_trained_tokens(steps):
     entry = {"losses": [2.0] * steps, "perplexities": [[0, 3.0], [steps, 2.0]], "perplexity": {"dense": 1.0}}
-    page = training_section([entry | {"tokens": 1024 * steps}])
+    page = model_page(made(retrained=[entry | {"tokens": 1024 * steps}]))
     assert page.count(f" in {1024 * steps:,} tokens</figcaption>") == 2
-    loss, _ = re.findall(r'<path d="M([^"]*)" class="line"', page)
+    loss, _ = re.findall(r'<path d="M([^"]*)" class="line" fill="none"', page)
     # Each point is in the middle of its steps.
-    assert float(loss.split("L")[-1].split()[0]) == pytest.approx(WIDE * (1 - 0.5 / min(steps, 100)), rel=0.02)
+    assert float(loss.split("L")[-1].split()[0]) == pytest.approx(CURVE_WIDTH * (1 - 0.5 / min(steps, 100)), rel=0.02)
 
 
 @pytest.mark.parametrize(

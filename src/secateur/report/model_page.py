@@ -1,38 +1,35 @@
 """Page of a pruned folder, report.html: what was removed from each block, and the error after each module.
 
-The page is one HTML file without scripts, and loads nothing. All text from models and users is escaped. The page is
-made from the record of the run (secateur.json) alone.
+model_page.html is the page, without its figures. It is one HTML file without scripts, and loads nothing. It is filled
+from the record of the run (secateur.json) alone.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from secateur.fit.recovery import all_recoveries
 from secateur.model.axes import Width, axis_kinds, shares
-from secateur.report.drawing import MARGIN, framed, log_ticks
-from secateur.report.record_text import (
-    chain,
-    column_before,
-    commands,
-    expected_cost,
-    last_step,
-    loading_code,
-    original_name,
-    sizes,
-    units_kept,
-    versions,
-)
-from secateur.report.training_section import training_section
+from secateur.report.record_text import statements
+from secateur.report.template import fill
 
-TEMPLATE = Path(__file__).with_name("model_page.html")
-CELL, CHART_HEIGHT = 18, 130
-"""Width of a block and height of a chart, in pixels."""
+CELL, CURVE_WIDTH, CHART_HEIGHT = 18, 560, 130
+"""Width of a block, width of a curve and height of a chart, in pixels."""
 SMALLEST = 1e-6
 """Share of the largest error below which errors are drawn like zero."""
+POINTS = 100
+"""Largest number of points of a curve; each is the mean of as many steps as needed."""
+
+
+class Chart(NamedTuple):
+    """Drawing with a scale on the left; places are in pixels."""
+
+    label: str
+    scale: list[tuple[float, str]]
+    """Height and text of each mark of the scale."""
+    marks: Sequence[tuple[float, ...]]
+    """Index of each block, place and value of its error; or the places of the points of a curve."""
+    numbers: Sequence[tuple[float, str]] = ()
+    """Place and text of each number below a curve."""
 
 
 def model_page(
@@ -50,30 +47,20 @@ def model_page(
         notes: Lines about how the figures were measured.
     """
     blocks = list(_blocks(record))
-    name = original_name(record)
-    rows = [*sizes(record), *((label, base, here, ratio) for label, here, base, ratio in measured)]
-    lines = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    parts = {
-        "TITLE": f"{escape(name)}, pruned",
-        "SUMMARY": escape(
-            f"After structured pruning: {last_step(record)}, and {units_kept(record)}. {expected_cost(record)}"
-        ),
-        "FIGURES": _table(("", column_before(record), "after", "ratio"), rows) + lines,
-        "MAP": _map(blocks),
-        "ERRORS": "".join(_errors(role, blocks) for role in _roles(blocks)),
-        "RECOVERY": escape(all_recoveries()[record["options"]["recovery"]].summary),
-        "TABLE": _table(
-            ("block", "units", "kept", "of", "relative error"),
-            [row for block in blocks for row in _rows(block)],
-        ),
-        "TRAINING": training_section(record.get("retrained", [])),
-        "TEXTS": _texts(texts),
-        "COMMAND": escape("\n".join([*(f"# {line}" for line in chain(record)), *commands(record)])),
-        "OPENING": escape(loading_code(record, "THIS_FOLDER")),
-        "MADE": escape(versions(record)),
-    }
-    # In one pass, so that braces in a user's text stay as they are.
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda place: parts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
+    roles = list(dict.fromkeys(role for block in blocks for role in block["shares"]))
+    return fill(
+        "model_page.html",
+        **statements(record, measured),
+        notes=notes,
+        blocks=blocks,
+        roles=roles,
+        cell=CELL,
+        curve_width=CURVE_WIDTH,
+        chart_height=CHART_HEIGHT,
+        errors={role: chart for role in roles if (chart := _errors(role, blocks)) is not None},
+        curves=[curve for training in record.get("retrained", []) for curve in _curves(training)],
+        texts=texts,
+    )
 
 
 def _blocks(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -90,28 +77,8 @@ def _blocks(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _roles(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the roles of modules that at least one block has."""
-    return list(dict.fromkeys(role for block in blocks for role in block["shares"]))
-
-
-def _map(blocks: Sequence[Mapping[str, Any]]) -> str:
-    """Draw one row of cells for each role, one cell for each block: a darker cell means that more was removed."""
-    cells, roles = [], _roles(blocks)
-    for row, role in enumerate(roles):
-        for block in blocks:
-            removed = 1 - block["shares"].get(role, 1.0)
-            cells.append(
-                f'<rect x="{block["index"] * CELL}" y="{row * (CELL + 4)}" width="{CELL - 2}" height="{CELL}" '
-                f'class="{role}" fill-opacity="{removed:.3f}">'
-                f"<title>Block {block['index']}, {role}: {removed:.0%} removed</title></rect>"
-            )
-    label = f"Share removed from each block: {', below it '.join(roles)}"
-    return _svg(len(blocks), len(roles) * (CELL + 4) - 4, label, cells)
-
-
-def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
-    """Draw the error after each block's module.
+def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Return the error after each block's module; None if there is none.
 
     The scale is logarithmic: in some models a few entries of the residual stream are huge from some block on, so that
     relative errors of blocks differ by powers of ten.
@@ -120,53 +87,86 @@ def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> str:
     values = [module["relative"] for _, module in modules]
     highest = max(values, default=0.0)
     if not highest > 0:
-        return ""
+        return None
     lowest = min(value for value in values if value > highest * SMALLEST)
     span = math.log(highest / lowest) or 1.0
 
     def place(value: float) -> float:
         return 6 + (CHART_HEIGHT - 12) * math.log(highest / max(value, lowest)) / span
 
-    marks = []
-    for index, module in modules:
-        x, y = index * CELL + CELL // 2, place(module["relative"])
-        title = f"<title>Block {index}: {module['relative']:.2g}</title>"
-        marks.append(f'<circle cx="{x}" cy="{y:.1f}" r="4" class="{role}">{title}</circle>')
-    label = role.capitalize()
+    marks = [(index, place(module["relative"]), module["relative"]) for index, module in modules]
     scale = [(place(value), f"{value:.3g}") for value in log_ticks(lowest, highest)]
-    chart = _svg(len(blocks), CHART_HEIGHT, f"{label}: relative error, by block", marks, scale)
-    return f"<figure><figcaption>{label}: relative error, by block</figcaption>{chart}</figure>"
+    return Chart(role.capitalize(), scale, marks)
 
 
-def _svg(blocks: int, height: int, label: str, shapes: Sequence[str], scale: Sequence[tuple[float, str]] = ()) -> str:
-    """Return a drawing with one column for each block and block numbers below."""
-    step = max(1, blocks // 12)
-    numbers = [f'<text x="{index * CELL}" y="{height + 15}">{index}</text>' for index in range(0, blocks, step)]
-    return framed(blocks * CELL, height, label, [*shapes, *numbers], left=scale, margin=MARGIN)
+def _curves(training: Mapping[str, Any]) -> Iterator[Chart]:
+    """Yield the loss of one training, an entry of `retrained` in secateur.json, and perplexity on held-out rows."""
+    losses, dense, tokens = training["losses"], training["perplexity"]["dense"], float(training["tokens"])
+    step = tokens / max(1, len(losses))
+    size = -(-len(losses) // POINTS)
+    means = [losses[at : at + size] for at in range(0, len(losses), size)]
+    loss = [((number * size + len(part) / 2) * step, sum(part) / len(part)) for number, part in enumerate(means)]
+    perplexity = [(done * step, value / (dense or 1.0)) for done, value in training["perplexities"]]
+    what = "Perplexity on held-out rows" + ("" if dense is None else ", ratio to dense")
+    for label, points in (("Loss of the training, nats per token", loss), (what, perplexity)):
+        if points:
+            yield _curve(label, points, tokens)
 
 
-def _rows(block: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    for one in block["modules"].values():
-        counts = (f"{one['kept']:,}", f"{one['units']:,}")
-        yield str(block["index"]), one["kind"], *counts, f"{one['relative']:.2g}"
+def _curve(label: str, points: Sequence[tuple[float, float]], last: float) -> Chart:
+    """Return a curve over the number of tokens.
 
+    Args:
+        label: What the curve shows.
+        points: Number of tokens and value of each point.
+        last: Number of tokens of the whole training.
+    """
+    last = last or 1.0
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    span = (high - low) or 1.0
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f'<th scope="col">{escape(name)}</th>' if name else "<td></td>" for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(value)}</td>" for value in rest)}</tr>'
-        for first, *rest in rows
+    def place(value: float) -> float:
+        return 6 + (CHART_HEIGHT - 12) * (high - value) / span
+
+    return Chart(
+        f"{label}: from {points[0][1]:.3g} to {points[-1][1]:.3g} in {last:,.0f} tokens",
+        scale=[(place(value), f"{value:.4g}") for value in even_ticks(low, high)],
+        marks=[(CURVE_WIDTH * at / last, place(value)) for at, value in points],
+        numbers=[(CURVE_WIDTH * at / last, f"{at:,.0f}") for at in even_ticks(0.0, last)],
     )
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _texts(texts: Sequence[tuple[str, str, str]]) -> str:
-    """Return a section with the texts that both models generate after each prompt."""
-    if not texts:
-        return ""
-    pairs = "".join(
-        f"<h3>{escape(prompt)}</h3><div class='pair'><div><h4>pruned model</h4><p>{escape(here)}</p></div>"
-        f"<div><h4>base model</h4><p>{escape(base)}</p></div></div>"
-        for prompt, here, base in texts
-    )
-    return f'<section aria-labelledby="texts"><h2 id="texts">Generated text</h2>{pairs}</section>'
+def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Return powers of ten from `low` to `high`, or evenly spaced values if there is at most one power.
+
+    Args:
+        low: Smallest value that is drawn, above zero.
+        high: Largest value that is drawn.
+        most: Largest number of marks.
+
+    Example:
+        >>> log_ticks(0.004, 3.0), log_ticks(0.3, 0.8)
+        ([0.01, 0.1, 1.0], [0.4, 0.6, 0.8])
+    """
+    exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    powers = [value for exponent in exponents if low <= (value := 10.0**exponent) <= high]
+    return powers[:: math.ceil(len(powers) / most)] if len(powers) > 1 else even_ticks(low, high)
+
+
+def even_ticks(low: float, high: float, most: int = 4) -> list[float]:
+    """Return multiples of 1, 2 or 5 times a power of ten from `low` to `high`.
+
+    Args:
+        low: Smallest value that is drawn.
+        high: Largest value that is drawn.
+        most: Largest number of steps between the marks.
+
+    Example:
+        >>> even_ticks(0.0, 1000.0)
+        [0.0, 500.0, 1000.0]
+    """
+    if not high > low:
+        return [low]
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= most)
+    return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]

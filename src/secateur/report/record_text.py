@@ -1,14 +1,39 @@
 """Statements about a pruned model, made from its record (secateur.json), that card and page share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.base.words import format_count, joined
-from secateur.formats.format import Loading, format_class
+from secateur.fit.recovery import all_recoveries
+from secateur.formats.format import format_class
 from secateur.model.axes import Width, totals
 from secateur.report.summary import estimated_loss, pruned_part
-from secateur.write.record import MAP_FILE, tokens_kept
+from secateur.write.record import tokens_kept
+
+
+def statements(record: Mapping[str, Any], measured: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return what card and page both say, by the names of the places in their templates.
+
+    Args:
+        record: The contents of secateur.json.
+        measured: Rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
+    """
+    loads = record["loads"]
+    return {
+        "name": model_name(original(record)),
+        "last_step": _last_step(record),
+        "units_kept": _units_kept(record),
+        "recovery": all_recoveries()[record["options"]["recovery"]].summary,
+        "column_before": "before the last step" if record.get("earlier") else "before",
+        "figures": [*_sizes(record), *((label, base, here, ratio) for label, here, base, ratio in measured)],
+        "expected_cost": "" if record["cost"] is None else estimated_loss(record["cost"]),
+        "auto_class": loads["class"],
+        "loading": format_class(loads["format"]).how_to_load(loads["class"], "THIS_FOLDER"),
+        "chain": _chain(record),
+        "commands": _commands(record),
+        "versions": ", ".join(f"{name} {record[name]}" for name in ("secateur", "torch", "transformers")),
+    }
 
 
 def model_name(record: Mapping[str, Any]) -> str:
@@ -27,18 +52,13 @@ def original(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return first
 
 
-def original_name(record: Mapping[str, Any]) -> str:
-    """Return the hub id of the dense model, or the name of its folder or file."""
-    return model_name(original(record))
-
-
-def commands(record: Mapping[str, Any]) -> list[str]:
+def _commands(record: Mapping[str, Any]) -> list[str]:
     """Return the commands that made this model from the dense one: each pruning, with what came after it."""
     steps = (*record.get("earlier", []), record)
     return [command for step in steps for command in (str(step["command"]), *step.get("later", []))]
 
 
-def chain(record: Mapping[str, Any]) -> list[str]:
+def _chain(record: Mapping[str, Any]) -> list[str]:
     """Return one line for each pruning from the dense model to this one: the model, the share that was removed, and
     the tokens that were kept if some were cut.
 
@@ -55,7 +75,7 @@ def chain(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def _sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Return rows of a table of sizes: label, value before pruning, value after pruning, ratio."""
     forms = {
         "parameters": ("parameters", format_count),
@@ -70,55 +90,16 @@ def sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def last_step(record: Mapping[str, Any]) -> str:
+def _last_step(record: Mapping[str, Any]) -> str:
     """Return a clause about the share of the parameters that was removed, in the last step if there were several."""
     step = f"in the last of {len(record['earlier']) + 1} steps, " if record.get("earlier") else ""
     return f"{step}{record['sparsity']['reached']:.1%} of {pruned_part(record['options']['blocks'])} were removed"
 
 
-def column_before(record: Mapping[str, Any]) -> str:
-    """Return the head of the column with the figures before pruning."""
-    return "before the last step" if record.get("earlier") else "before"
-
-
-def units_kept(record: Mapping[str, Any]) -> str:
+def _units_kept(record: Mapping[str, Any]) -> str:
     """Return a clause about the number of units of each kind that are kept."""
     dense = [Width(width) for width in record["dense"]]
     pruned = {block["block"]: Width(block["width"]) for block in record["blocks"]}
     kept, total = totals([pruned.get(index, width) for index, width in enumerate(dense)]), totals(dense)
     parts = [f"{kept[label]:,} of {number:,} {label}" for label, number in total.items() if kept[label] < number]
     return f"{joined(parts)} are kept" if parts else "all units are kept"
-
-
-def vocabulary_kept(record: Mapping[str, Any]) -> str:
-    """Return sentences about tokens that were cut from the vocabulary; empty if all are kept."""
-    cut = record.get("vocabulary")
-    if not cut:
-        return ""
-    (before, after), bits = cut["tokens"], cut["bits_per_byte"]
-    cost = "" if bits is None else f" Bits per byte of calibration text: {bits[0]:.3f} before, {bits[1]:.3f} after."
-    return (
-        f"The vocabulary keeps {after:,} of {before:,} tokens (`--vocabulary {cut['wanted']}`).{cost} Token ids differ "
-        f"from those of the base model, so adapters and draft models for the base model do not fit; {MAP_FILE} holds "
-        "the original id of every token."
-    )
-
-
-def expected_cost(record: Mapping[str, Any]) -> str:
-    """Return a sentence about the expected rise of the loss; empty if the run measured no costs."""
-    return "" if record["cost"] is None else estimated_loss(record["cost"])
-
-
-def loading_code(record: Mapping[str, Any], folder: str) -> str:
-    """Return Python code that loads the model from a folder."""
-    return f"from transformers import {record['loads']['class']}\n\nmodel = {loading(record, folder).expression}"
-
-
-def loading(record: Mapping[str, Any], folder: str = "") -> Loading:
-    """Return the instructions for opening a folder."""
-    return format_class(record["loads"]["format"]).how_to_load(record["loads"]["class"], folder)
-
-
-def versions(record: Mapping[str, Any]) -> str:
-    """Return the versions of the packages that made the model."""
-    return ", ".join(f"{name} {record[name]}" for name in ("secateur", "torch", "transformers"))

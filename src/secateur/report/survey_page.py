@@ -4,9 +4,7 @@ This file makes the data, rounded and thinned so that the page of a large model 
 them. The page loads nothing when it opens, and knows axes only from its data.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +12,10 @@ import numpy as np
 from secateur.model.axes import AxisKind, Width, axis_kinds, present
 from secateur.model.structure import Block, PrunableModule
 from secateur.plan.problem import Plan
+from secateur.report.template import fill
 from secateur.survey.curves import ErrorCurve, Survey
 from secateur.survey.width_costs import WidthCosts
 
-TEMPLATE = Path(__file__).with_name("survey_page.html")
-PLACE = "{{DATA}}"
-"""Placeholder for the data in the template."""
 POINTS = 100
 """Largest number of points of a curve: more than a screen shows."""
 UNITS = 80
@@ -76,11 +72,7 @@ def page_data(
 
 def render(data: Mapping[str, Any]) -> str:
     """Return the complete page."""
-    # A name may hold `</script>` or `<!--`; in a JSON string the escapes mean the same characters.
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
+    return fill("survey_page.html", data=data)
 
 
 def _axis(kind: AxisKind) -> dict[str, Any]:
