@@ -1,7 +1,8 @@
-"""Choice of the device, and of the precision of large matrix products."""
+"""Choice of the device and of the precision of large matrix products; time on a device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -55,6 +56,13 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def clock(device: torch.device) -> float:
+    """Return the time in seconds, after a device, which may run asynchronously, has finished what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return perf_counter()
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -8,12 +8,12 @@ machine slows neighbouring runs equally.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from secateur.base.device import clock
 from secateur.base.errors import SecateurError
 from secateur.measure.perplexity import scoring
 from secateur.model.facts import positions_of
@@ -110,9 +110,7 @@ def _seconds(model: PreTrainedModel, prompt: int, new: int, batch: int) -> tuple
 
     def mark(*_: Any, **__: Any) -> torch.Tensor:
         """Record the time; as a stopping criterion, stop no row."""
-        if model.device.type != "cpu":
-            torch.accelerator.synchronize(model.device)
-        marks.append(perf_counter())
+        marks.append(clock(model.device))
         return unfinished
 
     before = model.generation_config

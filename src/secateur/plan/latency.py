@@ -32,6 +32,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 from secateur.base.cache import cache_folder
+from secateur.base.device import clock
 from secateur.base.errors import SecateurError
 from secateur.base.files import write_atomically
 from secateur.base.hashes import hash_json
@@ -141,16 +142,14 @@ def latency_table(
 
 def stopwatch(device: torch.device) -> Timer:
     """Return a timer that uses the clock. On a GPU, which runs asynchronously, eight runs are timed together."""
-    count, wait = (1, lambda: None) if device.type == "cpu" else (8, partial(torch.accelerator.synchronize, device))
+    count = 1 if device.type == "cpu" else 8
 
     def timed(case: Case) -> float:
         runs = [case() for _ in range(count)]
-        wait()
-        start = perf_counter()
+        start = clock(device)
         for run in runs:
             run()
-        wait()
-        return (perf_counter() - start) / count
+        return (clock(device) - start) / count
 
     return timed
 

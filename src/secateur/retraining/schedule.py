@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.base.device import fast_dtype
+from secateur.base.device import clock, fast_dtype
 from secateur.base.errors import SecateurError
 from secateur.base.processes import Processes
+from secateur.measure.perplexity import device_of
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.retraining.options import Training
@@ -95,7 +96,7 @@ def measure_seconds(
     share, rows = training.batch // processes.size, student.rows
     step = _step_seconds(student, share, micro_batch, processes) + share * row
     held_out = rows.repeat(-(-HELD_OUT // len(rows)), 1)[:HELD_OUT]
-    measurement = _seconds(lambda: student.perplexity(held_out))
+    measurement = _seconds(lambda: student.perplexity(held_out), device_of(student.network))
     return Seconds(step, measurement, loading + HELD_OUT * row)
 
 
@@ -112,7 +113,7 @@ def _step_seconds(student: Student, share: int, micro_batch: int, processes: Pro
         optimizer.zero_grad()
 
     step()
-    return _seconds(step)
+    return _seconds(step, device_of(student.network))
 
 
 def _teacher_seconds(teacher: BlockStream, rows: Tensor) -> tuple[float, float]:
@@ -120,18 +121,18 @@ def _teacher_seconds(teacher: BlockStream, rows: Tensor) -> tuple[float, float]:
     few = Rows.of(rows)
     with teacher.arena() as arena, teacher.multiplying_in(fast_dtype(teacher.device)):
         hidden = teacher.embed(few, arena)
-        began = time.perf_counter()
+        began = clock(teacher.device)
         with teacher.filled(0) as layer:
-            loading = time.perf_counter() - began
+            loading = clock(teacher.device) - began
             teacher.advance(0, layer, few, hidden)
-            block = _seconds(lambda: teacher.advance(0, layer, few, hidden))
+            block = _seconds(lambda: teacher.advance(0, layer, few, hidden), teacher.device)
         with teacher.head() as head, teacher.layer_products():
-            output = _seconds(lambda: head(hidden.parts[0][0]).topk(1))
+            output = _seconds(lambda: head(hidden.parts[0][0]).topk(1), teacher.device)
     return loading * len(teacher), block * len(teacher) / len(rows) + output
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    """Return the seconds that a function takes."""
-    began = time.perf_counter()
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a function takes on a device."""
+    began = clock(device)
     run()
-    return time.perf_counter() - began
+    return clock(device) - began
