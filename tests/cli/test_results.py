@@ -217,7 +217,7 @@ def test_version_and_help_list_commands_options_and_panels(run):
         result = run(*arguments)
         assert result.code == 0
         commands = re.findall("^│ ([a-z]+)", result.out, flags=re.MULTILINE)
-        assert " ".join(commands) == "prune trim export retrain plan survey sizes eval doctor compare clean families"
+        assert " ".join(commands) == "prune trim export retrain plan survey sizes eval doctor clean families"
     own = {
         "prune": "sparsity target plan blocks modules widths round criterion recovery recover ridge effort tau sigma "
         "calibration samples length refit-calibration refit-samples seed device revision trust-remote-code dtype "

@@ -777,7 +777,9 @@ def test_wrong_types_and_names_are_refused(tmp_path):
     assert_error(r"the file name must end in \.gguf; rename it", export, folder, tmp_path / "m.bin")
     out.write_text("mine")
     assert_error("exists; choose another name", export, folder, out)
+    assert_error("not overwritten, because it is not a gguf file", export, folder, out, overwrite=True)
     assert out.read_text() == "mine"
+    out.write_text("GGUF")
     export(folder, out, overwrite=True)
     with edited_weights(folder) as tensors:
         tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6

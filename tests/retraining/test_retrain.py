@@ -129,7 +129,7 @@ def test_a_folder_saved_by_another_tool_is_retrained(checkpoint_folder, tmp_path
     train("out", saved)
     before, after = tensors_of(folder, tmp_path / "out")
     assert {name: value.shape for name, value in before.items()} == {name: v.shape for name, v in after.items()}
-    assert list(record_of(tmp_path / "out")) == ["retrained"]
+    assert list(record_of(tmp_path / "out")) == ["retrained", "later"]
 
 
 @pytest.mark.parametrize(("name", "widths"), CASES, ids=["-".join(case) for case in CASES])
@@ -154,7 +154,9 @@ def test_the_loss_falls_and_the_folder_is_complete(checkpoint_folder, tmp_path, 
     assert files[1] == files[0] - {"timings.json"}
     assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     (entry,) = record_of(out)["retrained"]
-    assert record_of(out) == record_of(folder) | {"retrained": [entry]}
+    (command,) = record_of(out)["later"]
+    assert command.startswith("secateur retrain ")
+    assert record_of(out) == record_of(folder) | {"retrained": [entry], "later": [command]}
     assert entry["tokens"] == done.tokens == 1536
     assert entry["perplexity"] == {"dense": None, "before": done.perplexity[0], "after": done.perplexity[1]}
     # Adapters of rank 8 on each matrix.
