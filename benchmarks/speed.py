@@ -23,7 +23,7 @@ from llama_cpp_py_sync import _cffi_bindings as bindings
 
 from secateur import BlockStream, open_checkpoint
 from secateur.criteria.registry import SCORED_KINDS
-from secateur.formats.gguf_export import export
+from secateur.gguf.export import export
 from secateur.measure.loading import load
 from secateur.measure.speed import speeds
 from secateur.model.axes import Width

@@ -27,7 +27,7 @@ from basket import GROUPS
 from secateur import open_checkpoint, trim
 from secateur.base.errors import SecateurError
 from secateur.base.services import Services
-from secateur.formats.gguf_export import export
+from secateur.gguf.export import export
 from secateur.measure.loading import load
 from secateur.measure.speed import speeds
 from secateur.model.checkpoint import Checkpoint

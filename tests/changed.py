@@ -18,6 +18,7 @@ TESTS_OF = {
         "tests/cli/test_streams.py",
     ],
     "src/secateur/families": [MATRIX],
+    "src/secateur/gguf": ["tests/formats"],
     "src/secateur/model": ["tests/model", MATRIX],
     "benchmarks": ["tests/criteria/test_flap.py"],
     "demo": ["tests/docs"],

@@ -11,7 +11,7 @@ from conftest import ROWS, prune
 from formats.test_gguf import ffi, lib, run
 from models import POSITIONS, _config, build, make_letters, relative
 from secateur.base.quiet import quiet
-from secateur.formats.gguf_export import export
+from secateur.gguf.export import export
 
 # K-quants need rows of a multiple of 256 entries.
 SIZE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}

@@ -30,16 +30,15 @@ from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, sele
 from outputs import assert_error, edited_weights
 from secateur import BlockStream, open_checkpoint, prune
 from secateur.base.quiet import quiet
-from secateur.formats import gguf_export
-from secateur.formats.gguf import GgufFormat
-from secateur.formats.gguf_as_input import _input_storage
-from secateur.formats.gguf_export import Exported, export
-from secateur.formats.gguf_meter import gguf_byte_meter
-from secateur.formats.gguf_tokenizer import add_vocabulary, vocabulary_of
-from secateur.formats.llama_cpp import _tensor_library, check_quantises, library
-from secateur.model.gguf_rope import llama3_settings, read_rope
-from secateur.model.gguf_source import gguf_folder
-from secateur.model.gguf_splits import PRE_TOKENIZERS, SAME_RULE, split_rule
+from secateur.gguf import export as gguf_export
+from secateur.gguf.export import Exported, export
+from secateur.gguf.format import GgufFormat, gguf_byte_meter
+from secateur.gguf.llama_cpp import _tensor_library, check_quantises, library
+from secateur.gguf.positions import llama3_settings, read_rope
+from secateur.gguf.source import folder_of
+from secateur.gguf.splits import PRE_TOKENIZERS, SAME_RULE, split_rule
+from secateur.gguf.tokenizer import add_vocabulary, vocabulary_of
+from secateur.gguf.types import _input_storage
 from secateur.model.structure import KeptUnits
 from secateur.model.surgery import width_of
 
@@ -640,7 +639,7 @@ def test_transformers_reads_what_llama_cpp_computes(exported, name):
     """Rotary settings, windows, scales and caps, which transformers leaves out, are read as well."""
     _, done = exported(name)
     with quiet():
-        again = AutoModelForCausalLM.from_pretrained(gguf_folder(done.path, torch.float32))
+        again = AutoModelForCausalLM.from_pretrained(folder_of(done.path, torch.float32))
     ids = tiny.token_rows(1, 60).tolist()[0]
     # llama.cpp has another gelu, and with depth it shows.
     bound = 5e-3 if "deep" in name else 1e-3 if done.architecture in GELU else 5e-6
@@ -669,7 +668,7 @@ def test_reading_rotary_scaling(facts, expected):
 @pytest.mark.parametrize("name", NOT_READ)
 def test_files_that_transformers_cannot_read(exported, tmp_path, name):
     _, done = exported(name)
-    assert_error(re.escape(f"gguf: {NOT_READ[name]}"), gguf_folder, done.path, torch.float32)
+    assert_error(re.escape(f"gguf: {NOT_READ[name]}"), folder_of, done.path, torch.float32)
     assert not [entry for entry in (tmp_path / "cache").rglob("*") if entry.is_file()]
 
 

@@ -35,8 +35,8 @@ from models import SIZES, relative
 from outputs import Notes, assert_error
 from secateur import open_checkpoint, prune
 from secateur.commands import doctor
-from secateur.formats.gguf_choice import gguf_unsupported
-from secateur.formats.gguf_export import DECODER_ONLY, export
+from secateur.gguf.architectures import gguf_unsupported
+from secateur.gguf.export import DECODER_ONLY, export
 from secateur.model.kinds import KINDS
 from secateur.model.per_layer import widths_of
 

@@ -38,7 +38,7 @@ from secateur import (
 )
 from secateur.criteria.registry import all_criteria
 from secateur.families.registry import FAMILIES
-from secateur.formats.gguf_export import export
+from secateur.gguf.export import export
 from secateur.measure.evaluation import evaluate
 from secateur.retraining.options import Training
 from secateur.vocabulary.kept import original_ids

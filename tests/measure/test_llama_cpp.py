@@ -11,7 +11,7 @@ from command_line import TEXT
 from models import relative, token_rows
 from outputs import error_of
 from secateur import SecateurError, prune
-from secateur.formats.gguf_export import export
+from secateur.gguf.export import export
 from secateur.measure import speeds, subject
 from secateur.measure.answers import agreement
 from secateur.measure.evaluation import evaluate

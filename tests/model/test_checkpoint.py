@@ -21,9 +21,10 @@ from outputs import edit_json, edited_weights, error_of
 from secateur import prune
 from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES
-from secateur.formats.gguf_export import export
+from secateur.gguf import source as gguf_source
+from secateur.gguf.export import export
 from secateur.measure.loading import load
-from secateur.model import gguf_source, hub_source
+from secateur.model import hub_source
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import READ, empty_model, prepared_config
 from tiny_tokenizers import gpt2

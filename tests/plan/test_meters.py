@@ -17,8 +17,8 @@ from models import _config, load_written, make_letters, save, wide, write_pruned
 from outputs import Notes, assert_error
 from secateur import BlockStream, open_checkpoint, prune
 from secateur.base.progress import Silent
-from secateur.formats.gguf_export import export
-from secateur.formats.gguf_meter import gguf_byte_meter
+from secateur.gguf.export import export
+from secateur.gguf.format import gguf_byte_meter
 from secateur.model.axes import Width
 from secateur.model.structure import Block
 from secateur.model.surgery import first_units

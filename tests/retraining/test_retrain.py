@@ -32,7 +32,7 @@ from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
 from secateur.commands.prune import prune
-from secateur.formats.gguf_export import export
+from secateur.gguf.export import export
 from secateur.measure import loading, perplexity
 from secateur.measure.loading import load
 from secateur.model import checkpoint, pass_checkpoint

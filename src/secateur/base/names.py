@@ -137,7 +137,7 @@ _OWN_FORMATS = (
     Declaration(
         "gguf",
         "a file for llama.cpp",
-        "secateur.formats.gguf:GgufFormat",
+        "secateur.gguf.format:GgufFormat",
         suffix=".gguf",
         magic="GGUF",
         types=("f16", "f32", "bf16", "q8_0", "q4_0", "as-input"),

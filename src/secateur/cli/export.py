@@ -33,7 +33,7 @@ def export(
     """
     bars = Bars()
     with bars.loading():
-        from secateur.formats.gguf_export import export as run
+        from secateur.gguf.export import export as run
 
     done = run(folder, out, type=type_, overwrite=run_options.overwrite, watcher=bars)
     line = f"Written to {out}: {done.bytes / 1e6:,.2f} MB of weights, llama.cpp architecture {done.architecture}"

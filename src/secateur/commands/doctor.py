@@ -19,10 +19,10 @@ from secateur.base.json_files import parse_json
 from secateur.base.progress import Silent, Watcher
 from secateur.commands import doctor_probe
 from secateur.formats.folder import Folder, format_of_folder, open_folder
-from secateur.formats.gguf_choice import choose_architecture
-from secateur.formats.gguf_model import GgufModel
-from secateur.formats.gguf_tokenizer import vocabulary_of
 from secateur.formats.per_layer import MODELING_FILE
+from secateur.gguf.architectures import choose_architecture
+from secateur.gguf.model import GgufModel
+from secateur.gguf.tokenizer import vocabulary_of
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import widths_of
 from secateur.model.tokens import encode

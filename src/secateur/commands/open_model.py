@@ -16,12 +16,12 @@ from secateur.base.processes import Processes
 from secateur.base.progress import Watcher, busy_reading
 from secateur.base.run_folder import PARTIAL_OUTPUT, run_folder_path
 from secateur.base.services import Services
+from secateur.commands.family_file import read_family
 from secateur.commands.memory import memory_limit
 from secateur.commands.options import Options, RunOptions, with_settings
 from secateur.commands.request import CheckedRequest, check_request, format_of
 from secateur.criteria.registry import Criteria, UnitScores
 from secateur.fit.recovery import Method, Recovery
-from secateur.formats.family_file import read_family
 from secateur.formats.format import format_class
 from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.config_file import has_own_code

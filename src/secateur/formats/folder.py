@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from secateur.base.errors import SecateurError
 from secateur.base.names import FORMATS
 from secateur.base.quiet import first_line
-from secateur.families.registry import twin_of
-from secateur.formats.family_file import unfit_fields
+from secateur.families.registry import FAMILIES, twin_of
 from secateur.formats.format import Format, Loading, PrunedModel, format_class
 from secateur.formats.opened import check_written, network_of, planned_misfit
 from secateur.formats.vllm import vllm_unsupported
@@ -214,3 +213,13 @@ def format_of_folder(folder: Path) -> type[Folder]:
     kinds = map(format_class, FORMATS)
     own = (kind for kind in kinds if issubclass(kind, Folder))
     return next(kind for kind in own if all((folder / file.name).is_file() for file in kind.code))
+
+
+def unfit_fields(config: Any) -> str | None:
+    """Return the fields of a family's entry that its config contradicts, as a clause; None if there are none."""
+    family, lacking = FAMILIES[config.model_type], []
+    if not (family.ungrouped or family.key_value_heads or hasattr(config, "num_key_value_heads")):
+        lacking.append("its config has no num_key_value_heads, so ungrouped must be true")
+    if family.stock.theta_key is not None and not hasattr(config, "rope_parameters"):
+        lacking.append("its config has no rope_parameters, so stock.theta_key must be null")
+    return " and ".join(lacking) or None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from secateur.base.errors import SecateurError
-from secateur.formats.llama_cpp import library
+from secateur.gguf.llama_cpp import library
 
 ROOM = 256
 """Multiple to which the number of positions in a context is rounded, so that a longer row rarely needs a new one."""

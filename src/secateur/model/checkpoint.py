@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from secateur.model.config_file import (
     stock_class,
 )
 from secateur.model.facts import positions_of
-from secateur.model.gguf_source import gguf_folder
 from secateur.model.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.model.quantised import dequantised, quantisation, without_quantisation
 from secateur.model.stored import Stored
@@ -52,6 +52,8 @@ PREDICTION_HEAD_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_h
 
 _SAMPLE = 4096
 """Number of bytes that the fingerprint reads at each of three places of a tensor."""
+_FILES = {".gguf": "secateur.gguf.source"}
+"""Modules that turn a file into a folder, by the ending of the file's name. They are above this folder."""
 _NOT_DECISIVE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Keys of config.json that do not change what the model computes here."""
 
@@ -446,8 +448,9 @@ def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
-            return gguf_folder(path, dtype)
+        if (module := _FILES.get(path.suffix)) is not None:
+            folder: Path = import_module(module).folder_of(path, dtype)
+            return folder
         raise SecateurError(f"{source}: this file is not a .gguf file; name the model's folder")
     if not looks_like_id(source):
         raise SecateurError(f"{source}: does not exist; name a folder, a .gguf file or a hub id (owner/name)")

@@ -13,8 +13,9 @@ from models import SIMILAR, SIZES, build, logits_of, masked, relative, save, sel
 from outputs import assert_error, error_of
 from secateur import prune
 from secateur.base.quiet import quiet
+from secateur.commands.family_file import read_family
 from secateur.families.registry import FAMILIES
-from secateur.formats.family_file import read_family, unfit_fields
+from secateur.formats.folder import unfit_fields
 from secateur.model.per_layer import model_class
 
 EXTEND = Path(__file__).parents[2] / "docs" / "extend.md"
@@ -26,7 +27,7 @@ SMALL: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "d
 @pytest.fixture
 def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file; what it makes known is forgotten again."""
-    monkeypatch.setattr("secateur.formats.family_file._READ", set())
+    monkeypatch.setattr("secateur.commands.family_file._READ", set())
     config = AutoConfig.for_model("biogpt", **SIZES)
     monkeypatch.setitem(SIMILAR, "biogpt", lambda: config)
     file = tmp_path / "biogpt.yaml"

@@ -1,19 +1,25 @@
-"""The metadata of a GGUF file that describe the model, by keys without the architecture.
+"""A GGUF file, written from start to end: metadata, tokenizer and tensors.
 
-Functions in `gguf_specifics.py` return metadata that only some architectures have; the entries of these architectures
-list the functions. Keys that only one family has are in the family's entry (`Gguf.keys`).
+Metadata are made by keys without the architecture. Functions in `architecture.py` return metadata that only some
+architectures have. Keys that only one family has are in the family's entry (`Gguf.keys`).
 """
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from gguf import ExpertGatingFuncType, GGUFWriter
+import gguf
+import numpy as np
+from gguf import ExpertGatingFuncType, GGUFReader, GGUFWriter
 
-from secateur.formats.gguf_architecture import Architecture
-from secateur.formats.gguf_model import GgufModel
-from secateur.formats.gguf_sizes import BlockSizes
-from secateur.model.gguf_keys import GATES_SUM_TO_ONE
-from secateur.model.gguf_rope import float_or_none, rope_metadata
+from secateur.base.progress import Watcher
+from secateur.gguf.architecture import Architecture
+from secateur.gguf.config import GATES_SUM_TO_ONE
+from secateur.gguf.model import BlockSizes, GgufModel
+from secateur.gguf.positions import float_or_none, rope_metadata
+from secateur.gguf.tensors import FileTensor
+from secateur.gguf.tokenizer import Vocabulary, add_vocabulary
 
 Values = dict[str, Any]
 _ADD = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string", list: "add_array"}
@@ -149,3 +155,59 @@ def _routing_metadata(model: GgufModel) -> Values:
         "expert_group_count": groups,
         "expert_group_used_count": used,
     }
+
+
+def write_gguf(
+    path: Path,
+    model: GgufModel,
+    architecture: Architecture,
+    tensors: Sequence[FileTensor],
+    vocabulary: Vocabulary,
+    *,
+    name: str,
+    watcher: Watcher,
+) -> None:
+    """Write a file; one tensor at a time is in memory.
+
+    Args:
+        path: The file.
+        model: The model to write.
+        architecture: Result of `choose_architecture`.
+        tensors: Result of `file_tensors`.
+        vocabulary: Result of `vocabulary_of`.
+        name: Name of the model, for people.
+        watcher: Shows the progress.
+
+    Raises:
+        SecateurError: A weight is too large for the type.
+    """
+    writer = GGUFWriter(None, architecture.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(vocabulary.safe_name(name))
+    writer.add_file_type(model.storage.file)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(len(vocabulary.tokens))
+    add_metadata(writer, model_metadata(model, architecture))
+    add_vocabulary(writer, vocabulary)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.values.shape, np.dtype(np.float32), tensor.bytes, tensor.type)
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in watcher.track(tensors, "Writing"):
+            writer.write_tensor_data(tensor.data())
+    finally:
+        writer.close()
+
+
+def check_tensors(file: Path, expected: Sequence[FileTensor]) -> str | None:
+    """Return the first difference between a file's tensors and the expected ones, as a clause, or None.
+
+    The gguf package's reader opens the file, and reads no weights.
+    """
+    planned = {tensor.name: (list(tensor.values.shape), tensor.type) for tensor in expected}
+    # GGUF lists the fastest axis first.
+    found = {tensor.name: ([*map(int, tensor.shape[::-1])], tensor.tensor_type) for tensor in GGUFReader(file).tensors}
+    name = next((name for name in {**planned, **found} if planned.get(name) != found.get(name)), None)
+    return None if name is None else f"{name} is {found.get(name)}, expected {planned.get(name)}"

@@ -18,8 +18,7 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Family, GgufInput
 from secateur.families.registry import FAMILIES
-from secateur.model.gguf_rope import FACTORS
-from secateur.model.gguf_windows import layer_types
+from secateur.gguf.positions import FACTORS, layer_types
 
 _PIECE = 2**26
 """Bytes of a file that are dequantised at once: the embedding of some models is larger than all their blocks."""

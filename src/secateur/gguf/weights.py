@@ -21,11 +21,10 @@ from transformers import AutoModelForCausalLM
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts, Family
 from secateur.families.registry import family_of
+from secateur.gguf.config import read_config
+from secateur.gguf.file import GgufFile
+from secateur.gguf.layout import Split, changes_of, gguf_name, split_of
 from secateur.model.config_file import empty_model
-from secateur.model.gguf_config import read_config
-from secateur.model.gguf_file import GgufFile
-from secateur.model.gguf_layout import Split, changes_of, split_of
-from secateur.model.gguf_names import gguf_name
 from secateur.model.weights import INDEX
 
 Read = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]

@@ -21,16 +21,16 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 from secateur.base.cache import cached_folder
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
-from secateur.model.gguf_file import architecture_of, is_read_here
-from secateur.model.gguf_text import alone, read_tokenizer
-from secateur.model.gguf_transformers import check_read, complete_config
-from secateur.model.gguf_weights import folder_writer
+from secateur.gguf.config import check_read, complete_config
+from secateur.gguf.file import architecture_of, is_read_here
+from secateur.gguf.tokenizer import alone, read_tokenizer
+from secateur.gguf.weights import folder_writer
 
 _VERSION = "6"
 """Version of the conversion, part of the cache key; to be raised when the conversion changes."""
 
 
-def gguf_folder(file: Path, dtype: torch.dtype) -> Path:
+def folder_of(file: Path, dtype: torch.dtype) -> Path:
     """Return the folder that holds a GGUF file's model as safetensors; make it at the first call for a file.
 
     The first call dequantises all weights. It needs memory for the whole model if transformers reads the file, and

@@ -86,7 +86,7 @@ def split_name(stored: dict[str, Any]) -> str:
         known = ", ".join(sorted(PRE_TOKENIZERS.values()))
         raise SecateurError(
             f"secateur does not know what llama.cpp calls the rule by which this tokenizer splits text (known: "
-            f"{known}); add the rule to secateur/model/gguf_splits.py, or keep the safetensors folder"
+            f"{known}); add the rule to secateur/gguf/splits.py, or keep the safetensors folder"
         )
     return name
 

@@ -1,30 +1,67 @@
-"""The config of a GGUF file that secateur reads itself, computed from metadata and tensor shapes.
+"""The config of a GGUF file, computed from its metadata and the shapes of its tensors.
 
-The shapes of tensors give sizes, their names show which blocks have experts and which layers have biases or norms, and
-metadata give the rest. A file with an unknown metadata key is refused, because the key may change what the model
-computes.
+`read_config` returns the config of a file that secateur reads itself. The shapes of tensors give sizes, their names
+show which blocks have experts and which layers have biases or norms, and metadata give the rest. A file with an unknown
+metadata key is refused, because the key may change what the model computes. Metadata keys are named here without the
+architecture; keys that only some families have are in the family's entry, as `Gguf.keys` and `GgufInput.keys`.
+
+`complete_config` completes the config of a file that transformers reads. transformers leaves out some rotary settings,
+windows, scales and softcaps, without which the model computes something else.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from gguf import GGUFReader
 from transformers import AutoConfig
 
 from secateur.base.errors import SecateurError
+from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
-from secateur.model.gguf_file import GgufFile
-from secateur.model.gguf_keys import (
-    DEFAULTS,
-    GATES_SUM_TO_ONE,
-    KEYS,
-    READ_ELSEWHERE,
-    REQUIRED,
-    ROTARY,
-    UNDECLARED,
+from secateur.gguf.file import GgufFile, metadata_of
+from secateur.gguf.positions import FACTORS, layer_types, read_family_rope, read_rope
+
+KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.clamp_kqv": "clip_qkv",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+}
+"""Metadata keys that any file may have, with the config keys of the same values."""
+REQUIRED = ("context_length", "embedding_length", "attention.head_count", "attention.layer_norm_rms_epsilon")
+"""Metadata keys that every file must have."""
+DEFAULTS = {"norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "clip_qkv": None}
+"""Values that llama.cpp assumes where a file lacks the key, by config key."""
+GATES_SUM_TO_ONE = {
+    **dict.fromkeys(("llama", "deci", "ernie4_5-moe", "gemma4", "gpt-oss", "granitemoe", "hunyuan-moe"), True),
+    **dict.fromkeys(("lfm2moe", "qwen3moe", "qwen3next", "qwen3vlmoe", "qwen35moe"), True),
+    **dict.fromkeys(("llama4", "olmoe", "qwen2moe"), False),
+}
+"""Whether llama.cpp divides the gates of a token by their sum, for each architecture in whose code this is a constant.
+Files of other architectures state it."""
+UNDECLARED = frozenset({"head_dim", "global_head_dim", "num_global_key_value_heads"})
+"""Config keys that some config classes accept although their default config has no such attribute."""
+ROTARY = frozenset({"mrope_section"})
+"""Config keys inside `rope_parameters`."""
+READ_ELSEWHERE = re.compile(
+    r"vocab_size|block_count|nextn_predict_layers|leading_dense_block_count|interleave_moe_layer_step|"
+    r"feed_forward_length|full_attention_interval|ssm\.inner_size|"
+    r"expert_(count|used_count|shared_count|feed_forward_length|shared_feed_forward_length|gating_func)|"
+    r"attention\.(layer_norm_rms_epsilon|sliding_window_pattern|value_length|(key|value)_length_mla|q_lora_rank|"
+    r"temperature_(scale|length)|recurrent_layers)|"
+    r"rope\.(dimension_count|freq_base|scale_linear|scaling\.(type|factor|attn_factor|original_context_length|finetuned|"
+    r"yarn_(beta_fast|beta_slow|log_multiplier)))|tensor_data_layout"
 )
-from secateur.model.gguf_rope import read_family_rope
-from secateur.model.gguf_transformers import complete_config
+"""Metadata keys that other code reads one by one, or whose values follow from the shapes of tensors."""
+
 
 _SIZES = ("attention.key", "rope.dimension_count", "ssm.")
 """Beginnings of metadata keys whose value is the size of a dimension of some tensor. It must not be larger than the
@@ -209,3 +246,54 @@ def _experts(file: GgufFile) -> Mapping[str, Any]:
         **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), first),
         **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), shared // channels),
     }
+
+
+def complete_config(config: Any, reader: GGUFReader) -> None:
+    """Add to a config, in place, what transformers has not read from a file.
+
+    Raises:
+        SecateurError: No config can describe the file's rotary settings.
+    """
+    metadata, gguf = metadata_of(reader), FAMILIES.get(config.model_type, Family()).gguf
+    factors = {
+        tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in FACTORS
+    }
+    # With latent attention, attention.key_length is the size of the latent vector; in Gemma 4 it is the head size of
+    # blocks without a window only.
+    other_meaning = {"attention.kv_lora_rank", "attention.key_length_swa"} & metadata.keys()
+    if "attention.key_length" in metadata and not other_meaning and hasattr(config, "head_dim"):
+        config.head_dim = metadata["attention.key_length"]
+    for key, name in gguf.not_read_by_transformers.items():
+        setattr(config, name, metadata.get(key) or getattr(config, name))
+    read_rope(config, metadata, factors)
+    if gguf.blocks_of_27b is not None:
+        config.layer_types = layer_types(metadata, config.num_hidden_layers) or config.layer_types
+        is_27b = config.num_hidden_layers == gguf.blocks_of_27b
+        per_head = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = per_head if is_27b else config.head_dim
+    for cap in {"attn_logit_softcapping", "final_logit_softcapping"} & metadata.keys():
+        setattr(config, cap, metadata[cap] or None)
+
+
+def check_read(model: Any, reader: GGUFReader, missing: Collection[str]) -> None:
+    """Check that every weight of a file has become one of the model's.
+
+    transformers fills parameters that it does not find with random numbers, and reports no weights that it skips.
+
+    Args:
+        model: The model that transformers made of the file.
+        reader: The open file.
+        missing: Names of parameters that transformers did not find.
+
+    Raises:
+        SecateurError: A weight is missing or left over.
+    """
+    if missing:
+        raise SecateurError(f"transformers cannot find {min(missing)} in it")
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in FACTORS)
+    read = sum(parameter.numel() for parameter in model.parameters())
+    if stored != read:
+        biased = any(tensor.name.endswith(".bias") for tensor in reader.tensors)
+        raise SecateurError(
+            f"transformers reads only {read:,} of its {stored:,} weights" + (", without the biases" if biased else "")
+        )

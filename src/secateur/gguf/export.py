@@ -15,15 +15,14 @@ from secateur.base.names import FORMATS
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.formats.folder import open_folder
-from secateur.formats.gguf_architecture import Architecture
-from secateur.formats.gguf_choice import choose_architecture
-from secateur.formats.gguf_metadata import context_length
-from secateur.formats.gguf_model import GgufModel
-from secateur.formats.gguf_tensors import FileTensor, file_tensors
-from secateur.formats.gguf_tokenizer import Vocabulary, vocabulary_of
-from secateur.formats.gguf_types import check_type
-from secateur.formats.gguf_write import check_tensors, write_gguf
-from secateur.formats.llama_cpp import LLAMA_TYPES, library, quantise
+from secateur.gguf.architecture import Architecture
+from secateur.gguf.architectures import choose_architecture
+from secateur.gguf.llama_cpp import LLAMA_TYPES, library, quantise
+from secateur.gguf.model import GgufModel
+from secateur.gguf.tensors import FileTensor, file_tensors
+from secateur.gguf.tokenizer import Vocabulary, vocabulary_of
+from secateur.gguf.types import check_type
+from secateur.gguf.write import check_tensors, context_length, write_gguf
 from secateur.model.axes import alike
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import empty_decoder, widths_of

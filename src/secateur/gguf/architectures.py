@@ -1,19 +1,37 @@
-"""llama.cpp's architectures that secateur writes, one entry each.
+"""llama.cpp's architectures that secateur writes, one entry each, and the choice of one for a model.
 
 Each architecture has its own rules for sizes, biases and norms. `deci`, `openelm` and `gemma4` read heads and channels
 from lists, one number per block, so they hold models whose blocks differ in width. The entries are valid from release
 b8840 of llama.cpp on; earlier releases refuse query layers with a bias that are narrower than the residual stream. A
-family's entry names its architectures; `gguf_choice.py` picks one for a model.
+family's entry names its architectures; a model gets the first of them that computes it.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from secateur.formats.gguf_architecture import SCALINGS, Architecture
-from secateur.formats.gguf_model import QKV
-from secateur.formats.gguf_requirements import (
+from secateur.base.errors import SecateurError
+from secateur.gguf.architecture import (
+    SCALINGS,
+    Architecture,
+    experts_in_every_block,
+    gemma2_windows,
+    gemma4_settings,
+    gemma4_sizes,
+    gemma_ratio,
+    gpt2_ratio,
+    latent_sizes,
+    linear_attention,
+    listed_windows,
+    regular_windows,
+    steepest_slope,
+    xielu_parameters,
+)
+from secateur.gguf.model import QKV, GgufModel
+from secateur.gguf.requirements import (
     BLOOM,
     COMMAND_R,
+    COMMON,
     EXAONE4,
     FALCON,
     GEMMA2,
@@ -29,20 +47,8 @@ from secateur.formats.gguf_requirements import (
     SOME_WINDOWS,
     llama4,
 )
-from secateur.formats.gguf_specifics import (
-    experts_in_every_block,
-    gemma2_windows,
-    gemma4_settings,
-    gemma4_sizes,
-    gemma_ratio,
-    gpt2_ratio,
-    latent_sizes,
-    linear_attention,
-    listed_windows,
-    regular_windows,
-    steepest_slope,
-    xielu_parameters,
-)
+from secateur.model.axes import Width, alike
+from secateur.model.checkpoint import Checkpoint
 
 OUTPUT_LAYERS = frozenset({"attn_output", "ffn_down"})
 """Output projections, by llama.cpp's names; a recovery may add biases to them."""
@@ -265,3 +271,48 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 """Entries by llama.cpp's names."""
+
+
+def choose_architecture(model: GgufModel) -> Architecture:
+    """Return the first architecture that computes a model.
+
+    Raises:
+        SecateurError: No architecture computes the model; the message gives a reason for each one of the family.
+    """
+    reasons = []
+    # If a block has no heads, an architecture that can leave out its attention is better than one with an idle head.
+    headless = any(not sizes.heads for sizes in model.blocks)
+    for name in sorted(model.source.architectures, key=lambda name: headless and not ARCHITECTURES[name].headless):
+        reason = _unsupported_reason(model, ARCHITECTURES[name])
+        if reason is None:
+            return ARCHITECTURES[name]
+        reasons.append(f"{name} {reason}")
+    raise SecateurError(
+        f"{model.checkpoint.source}: no architecture of llama.cpp holds this model: {'; '.join(reasons)}"
+    )
+
+
+def _unsupported_reason(model: GgufModel, architecture: Architecture) -> str | None:
+    """Return why an architecture does not compute a model, as the rest of a sentence that begins with its name."""
+    if not architecture.per_layer and not alike(sizes.filled(model.storage.block).numbers() for sizes in model.blocks):
+        return "has one width for all blocks, so prune all of them with uniform widths"
+    reasons = (requirement(model, architecture) for requirement in (*COMMON, *architecture.requirements))
+    return ", and ".join(filter(None, reasons)) or None
+
+
+def gguf_unsupported(
+    checkpoint: Checkpoint, widths: Sequence[Width], type: str = "f16", *, biases: bool = False
+) -> str | None:
+    """Return why no GGUF file can hold a model, pruned or to be pruned; None if one can. No weights are read.
+
+    Args:
+        checkpoint: The stored model.
+        widths: Width of each block.
+        type: Name of the file's type.
+        biases: The recovery adds biases to output projections.
+    """
+    try:
+        choose_architecture(GgufModel(checkpoint, widths, OUTPUT_LAYERS if biases else frozenset(), type))
+    except SecateurError as error:
+        return str(error).removeprefix(f"{checkpoint.source}: ")
+    return None

@@ -3,15 +3,15 @@
 A requirement returns None for a model that meets it; otherwise it returns the rest of a sentence that begins with the
 architecture's name. Most are made by `requires` or `config_requires` from a condition and the sentence. The
 requirements in `COMMON` apply to every architecture. The others apply to the architectures whose entries in
-`gguf_architectures.py` list them.
+`architectures.py` list them.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from secateur.formats.gguf_architecture import Architecture, Requirement
-from secateur.formats.gguf_model import GgufModel
-from secateur.model.gguf_keys import GATES_SUM_TO_ONE
+from secateur.gguf.architecture import Architecture, Requirement
+from secateur.gguf.config import GATES_SUM_TO_ONE
+from secateur.gguf.model import GgufModel
 
 ACTIVATIONS = {
     "silu": {"silu", "swish"},

@@ -1,11 +1,15 @@
-"""Rotary settings in GGUF files, written and read: metadata, and tensors of factors by which frequencies are divided.
+"""Positions in GGUF files, written and read: rotary settings and sliding windows.
 
-`rope_metadata` and `rope_tensors` convert a config's settings to metadata and tensors. `read_rope` and
-`read_family_rope` convert metadata and tensors to a config's settings.
+Rotary settings are metadata, and tensors of factors by which frequencies are divided. `rope_metadata` and
+`rope_tensors` convert a config's settings to metadata and tensors; `read_rope` and `read_family_rope` convert metadata
+and tensors to a config's settings.
+
+The pattern of windows is a list with one flag per block, or a number n: the last of every n blocks has no window; 0
+means that all blocks have one.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +21,26 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from secateur.base.errors import SecateurError
 from secateur.families.entry import GgufInput
 from secateur.families.registry import family_of
+
+
+def has_window(pattern: int, index: int) -> bool:
+    """Return whether a block has a window, by the pattern's number."""
+    return not pattern or index % pattern < pattern - 1
+
+
+def pattern_of(windows: Sequence[bool]) -> int | None:
+    """Return the smallest number that describes which blocks have a window; None if there is no such number."""
+    blocks = range(len(windows))
+    described = (n for n in range(len(windows) + 1) if list(windows) == [has_window(n, index) for index in blocks])
+    return next(described, None)
+
+
+def layer_types(metadata: dict[str, Any], blocks: int) -> list[str]:
+    """Return the type of attention of each block, as configs name it; an empty list if metadata do not state it."""
+    pattern = metadata.get("attention.sliding_window_pattern", [])
+    windows = pattern if isinstance(pattern, list) else [has_window(pattern, index) for index in range(blocks)]
+    return ["sliding_attention" if window else "full_attention" for window in windows[:blocks]]
+
 
 FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS = FACTORS = (
     "rope_freqs.weight",

@@ -1,5 +1,7 @@
 """A stored model in the form that the GGUF format needs: its family's entry, block sizes and tensor names."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,15 +10,71 @@ from typing import Any
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts, Family, Gguf
 from secateur.families.registry import family_of, gguf_of
-from secateur.formats.gguf_as_input import storage_of
-from secateur.formats.gguf_sizes import BlockSizes
-from secateur.formats.gguf_types import Storage
+from secateur.gguf.positions import pattern_of, rope_kind, rope_of, window_rope_of
+from secateur.gguf.types import Storage, storage_of
 from secateur.model.axes import Width, model_width
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.facts import head_dim, positions_of
-from secateur.model.gguf_rope import rope_kind, rope_of, window_rope_of
-from secateur.model.gguf_windows import pattern_of
-from secateur.model.units.heads import HEADS
+from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
+from secateur.model.units.heads import HEADS, KV_GROUPS
+
+STATED_AXES = frozenset({*HEADS, CHANNELS, EXPERTS, EXPERT_CHANNELS})
+"""Axes whose numbers of units a GGUF file states."""
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Sizes of one block."""
+
+    heads: int
+    """Number of query heads."""
+    kv_heads: int
+    """Number of key/value heads."""
+    channels: int | None
+    """Channels of the feed-forward; None if the block has experts instead."""
+    experts: int
+    """Number of experts; zero in a block without any."""
+    expert_channels: int
+    """Channels of each expert."""
+    head_dim: int
+    """Entries of a query head and of a key head."""
+    value_dim: int
+    """Entries of a head in the input of the output layer."""
+
+    @classmethod
+    def of(cls, width: Width, head_dim: int, value_dim: int) -> BlockSizes:
+        """Return the sizes of a block, from its width and its head sizes."""
+        return cls(
+            width.product(HEADS) if KV_GROUPS in width else 0,
+            width.get(KV_GROUPS, 0),
+            width.get(CHANNELS),
+            width.get(EXPERTS, 0),
+            width.get(EXPERT_CHANNELS, 0),
+            head_dim,
+            value_dim,
+        )
+
+    def numbers(self) -> dict[str, int]:
+        """Return the numbers that must be equal in all blocks if an architecture has one width for all blocks."""
+        heads, channels = {"heads": self.heads, "kv_heads": self.kv_heads}, self.channels
+        experts = {"experts": self.experts, "expert_channels": self.expert_channels} if self.experts else {}
+        return heads | experts | ({} if channels is None else {"channels": channels})
+
+    def filled(self, multiple: int) -> BlockSizes:
+        """Return the sizes with as many channels as the file has, a multiple of a number."""
+        if self.channels is None or self.experts:
+            return self
+        return replace(self, channels=filled(self.channels, multiple))
+
+
+def filled(channels: int, multiple: int) -> int:
+    """Return the number of channels in a file: a multiple of a number, and not zero.
+
+    In a block without channels, llama.cpp would not add the attention's output to the residual stream.
+    """
+    return max(1, -(-channels // multiple)) * multiple
+
 
 QKV = ("attn_q", "attn_k", "attn_v")
 """llama.cpp's names of the layers of queries, keys and values."""

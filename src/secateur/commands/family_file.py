@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
-from secateur.formats.gguf_architectures import ARCHITECTURES
+from secateur.gguf.architectures import ARCHITECTURES
 
 _MAX_ENTRIES = 1_000_000
 """Largest number of entries of a YAML value, as a few lines of aliases can expand to billions."""
@@ -92,16 +92,6 @@ def read_family(path: Path) -> str:
     FAMILIES[kind] = family
     _READ.add(kind)
     return kind
-
-
-def unfit_fields(config: Any) -> str | None:
-    """Return the fields of a family's entry that its config contradicts, as a clause; None if there are none."""
-    family, lacking = FAMILIES[config.model_type], []
-    if not (family.ungrouped or family.key_value_heads or hasattr(config, "num_key_value_heads")):
-        lacking.append("its config has no num_key_value_heads, so ungrouped must be true")
-    if family.stock.theta_key is not None and not hasattr(config, "rope_parameters"):
-        lacking.append("its config has no rope_parameters, so stock.theta_key must be null")
-    return " and ".join(lacking) or None
 
 
 def _entry(path: Path, owner: type[Any], raw: Any, place: str) -> Any:
