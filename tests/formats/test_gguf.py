@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,9 @@ from secateur.gguf.llama_cpp import _tensor_library, check_quantises, library
 from secateur.gguf.positions import llama3_settings, read_rope
 from secateur.gguf.source import folder_of
 from secateur.gguf.splits import PRE_TOKENIZERS, SAME_RULE, split_rule
-from secateur.gguf.tokenizer import add_vocabulary, vocabulary_of
+from secateur.gguf.tokenizer import vocabulary_of
 from secateur.gguf.types import _input_storage
+from secateur.gguf.write import add_vocabulary
 from secateur.model.structure import KeptUnits
 from secateur.model.surgery import width_of
 
@@ -580,7 +580,8 @@ def write_out(writer: GGUFWriter) -> None:
 def vocabulary_file(tokenizer: Any, path: Path, **changes: str) -> Path:
     """A file with nothing but a tokenizer."""
     writer = GGUFWriter(path, "llama")
-    words = replace(vocabulary_of(tokenizer, len(tokenizer) + 3), **changes)
+    words = vocabulary_of(tokenizer, len(tokenizer) + 3)
+    words.metadata.update(changes)
     writer.add_name(words.safe_name(path.stem))
     add_vocabulary(writer, words)
     write_out(writer)
@@ -594,7 +595,7 @@ SAMPLES = [TEXT, "</s>the steps</s> of  the sea", "it's IT'S 12 123 1234", " a\n
 def test_byte_level_tokenizers(tmp_path, name):
     """The name is found by the rule, and llama.cpp splits by this rule under each of its names."""
     tokenizer = byte_level(*split_rule(name), size=400)
-    assert vocabulary_of(tokenizer, 400).pre == SAME_RULE.get(name, name)
+    assert vocabulary_of(tokenizer, 400).metadata["pre"] == SAME_RULE.get(name, name)
     file = vocabulary_file(tokenizer, tmp_path / "t.gguf", pre=name)
     assert GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == name
     for sample in SAMPLES:

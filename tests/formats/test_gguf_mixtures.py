@@ -375,4 +375,4 @@ def test_pre_tokenizer_survives_writing_and_reading(tmp_path, name):
     tokenizer = byte_level(*split_rule(name), size=400)
     again = AutoTokenizer.from_pretrained(read(file_with(tokenizer, "mixtral 1000", tmp_path)).path)
     assert [again(sample).input_ids for sample in SAMPLES] == [tokenizer(sample).input_ids for sample in SAMPLES]
-    assert vocabulary_of(again, 400).pre == name
+    assert vocabulary_of(again, 400).metadata["pre"] == name

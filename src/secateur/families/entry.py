@@ -170,17 +170,10 @@ class GgufInput:
     values."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Values, by config key, that are constants in llama.cpp's code for the architecture."""
-    permuted: bool = False
-    """Whether files have the entries of query and key heads in another order than checkpoints: for interleaved rotary
-    embeddings, in which neighbouring entries of a head rotate together."""
     scales_queries: bool = False
     """Whether the class can scale queries by a factor that grows with the position, as some files require."""
     config: Callable[[GgufContents], Mapping[str, Any]] = no_config
     """Hook that computes further config values from a file."""
-    linear: Literal["grouped", "tiled"] | None = None
-    """Order of the value heads of linear attention in files. `grouped`: all value heads of the first key head, then all
-    of the second, and so on. `tiled`: the first value head of every key head, then the second of every key head.
-    Blocks without keys have linear attention."""
 
 
 @dataclass(frozen=True)

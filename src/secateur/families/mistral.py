@@ -21,7 +21,7 @@ FAMILIES = {
     "ministral3": Family(gguf=Gguf(("mistral3",))),
     "mixtral": Family(
         experts=replace(MIXTRAL_EXPERTS, gating="softmax", gates_sum_to_one=True),
-        gguf=Gguf(("llama",), input=GgufInput("llama", permuted=True)),
+        gguf=Gguf(("llama",), input=GgufInput("llama")),
     ),
     "mistral4": Family(
         latent=LATENT,

@@ -62,7 +62,7 @@ QWEN35_GGUF = Gguf(
     ("qwen35",),
     keys=LINEAR_KEYS,
     query_gate=True,
-    input=GgufInput("qwen35", dense=True, keys=SECTIONS, linear="tiled", config=_linear_attention),
+    input=GgufInput("qwen35", dense=True, keys=SECTIONS, config=_linear_attention),
 )
 
 FAMILIES = {
@@ -89,7 +89,7 @@ FAMILIES = {
             ("qwen3next",),
             keys=LINEAR_KEYS,
             query_gate=True,
-            input=GgufInput("qwen3next", linear="grouped", config=_linear_attention),
+            input=GgufInput("qwen3next", config=_linear_attention),
         ),
     ),
     "qwen3_5_text": Family(
@@ -106,7 +106,7 @@ FAMILIES = {
         gguf=replace(
             QWEN35_GGUF,
             architectures=("qwen35moe",),
-            input=GgufInput("qwen35moe", keys=SECTIONS, linear="tiled", config=_linear_attention),
+            input=GgufInput("qwen35moe", keys=SECTIONS, config=_linear_attention),
         ),
     ),
 }

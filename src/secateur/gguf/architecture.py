@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from secateur.gguf.layout import Order
 from secateur.gguf.model import BlockSizes, GgufModel
 from secateur.gguf.positions import Sections
 
@@ -66,8 +65,8 @@ def linear_attention(model: GgufModel) -> Values:
     }
 
 
-def no_windows(_: GgufModel) -> Values:
-    """Return nothing: every layer sees all positions."""
+def nothing(_: GgufModel) -> Values:
+    """Return no metadata."""
     return {}
 
 
@@ -104,24 +103,15 @@ def xielu_parameters(model: GgufModel) -> Values:
     }
 
 
-def steepest_slope(_: GgufModel) -> Values:
-    """Return the largest slope by which attention scores fall with the distance (MPT)."""
-    return {"attention.max_alibi_bias": 8.0}
-
-
 def same_scale(_: GgufModel, __: int) -> float:
     """Return 1: the model and llama.cpp scale attention scores in the same way."""
     return 1.0
 
 
-def gemma_ratio(model: GgufModel, _: int, *, blocks_of_27b: int) -> float:
-    """Return the model's scale of attention scores, divided by llama.cpp's.
-
-    llama.cpp recognises Gemma's 27B model by its number of blocks, `blocks_of_27b`, and scales its scores by
-    hidden_size / heads; it scales the scores of the other models by the head size.
-    """
+def gemma_ratio(model: GgufModel, _: int) -> float:
+    """Return the model's scale of attention scores, divided by llama.cpp's; see `Gguf.blocks_of_27b`."""
     hidden, heads = model.config.hidden_size, model.blocks[0].heads
-    assumed = hidden // heads if len(model.blocks) == blocks_of_27b else model.dim
+    assumed = hidden // heads if len(model.blocks) == model.source.blocks_of_27b else model.dim
     return float((assumed / model.config.query_pre_attn_scalar) ** 0.5)
 
 
@@ -132,13 +122,14 @@ def gpt2_ratio(model: GgufModel, index: int) -> float:
     return ratio / (index + 1) if config.scale_attn_by_inverse_layer_idx else ratio
 
 
-Requirement = Callable[[GgufModel, "Architecture"], str | None]
-"""Function that returns why an architecture does not compute a model, as the rest of a sentence that begins with the
-architecture's name; None if it does."""
 Metadata = Callable[[GgufModel], Mapping[str, Any]]
 """Function that returns metadata of a model, by keys without the architecture. Keys with the value None are not
 written."""
 
+Order = Literal["grouped", "tiled"]
+"""Order of the value heads of linear attention in a file. `grouped`: all value heads of the first key head, then all of
+the second, and so on, as in checkpoints. `tiled`: the first value head of every key head, then the second of every key
+head, and so on."""
 SCALINGS = frozenset({"default", "dynamic", "linear", "yarn"})
 """Kinds of rotary scaling that most architectures compute."""
 
@@ -172,8 +163,8 @@ class Architecture:
     """Kinds of rotary scaling."""
     partial: bool = False
     """Whether a part of each head may stay unrotated."""
-    windows: Metadata = no_windows
-    """Metadata of sliding windows."""
+    windows: Metadata = nothing
+    """Metadata of sliding windows; `nothing` if every layer attends to all positions."""
     windows_by_block: bool = False
     """Whether any block may have a window; otherwise blocks without a window are at regular distances."""
     output: Literal["either", "tied", "stored"] = "either"
@@ -198,10 +189,8 @@ class Architecture:
     """Whether the attention is latent attention: all heads compute keys and values from one latent vector per token."""
     attention: Metadata = head_sizes
     """Metadata of head sizes."""
-    metadata: tuple[Metadata, ...] = ()
+    metadata: Metadata = nothing
     """Metadata that only some architectures have."""
-    requirements: tuple[Requirement, ...] = ()
-    """Requirements that the fields above do not express."""
     score_ratio: Callable[[GgufModel, int], float] = same_scale
     """Function that returns the model's scale of a block's attention scores, divided by llama.cpp's."""
     caps_scores: bool = False
@@ -213,19 +202,16 @@ class Architecture:
 
     @property
     def has_windows(self) -> bool:
-        """Whether layers may have sliding windows; otherwise every layer attends to all positions."""
-        return self.windows is not no_windows
+        """Whether layers may have sliding windows."""
+        return self.windows is not nothing
 
     def sizes(self, model: GgufModel) -> list[BlockSizes]:
         """Return the sizes of each block in the file, including channels that fill rows, and idle heads."""
-        return [
-            replace(sizes, heads=sizes.heads or idle, kv_heads=sizes.kv_heads or idle).filled(model.storage.block)
-            for idle, sizes in zip(self._idle_heads(model), model.blocks, strict=True)
-        ]
-
-    def _idle_heads(self, model: GgufModel) -> list[int]:
-        """Return the number of idle heads that each block gets if it has no heads: 0 or 1."""
-        output = model.layers["attn_output"]
-        biased = ["attn_output" in model.added_biases or f"{output}.bias" in inside for inside in model.inside]
-        # llama.cpp reads the size of heads from the first block.
-        return [int(not self.headless or index == 0 or bias) for index, bias in enumerate(biased)]
+        output, blocks = f"{model.layers['attn_output']}.bias", list[BlockSizes]()
+        for index, (sizes, inside) in enumerate(zip(model.blocks, model.inside, strict=True)):
+            biased = "attn_output" in model.added_biases or output in inside
+            # The number of idle heads of a block without heads. llama.cpp reads the size of heads from the first block.
+            idle = int(not self.headless or index == 0 or biased)
+            idle_added = replace(sizes, heads=sizes.heads or idle, kv_heads=sizes.kv_heads or idle)
+            blocks.append(idle_added.filled(model.storage.block))
+        return blocks

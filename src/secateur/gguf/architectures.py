@@ -8,7 +8,6 @@ family's entry names its architectures; a model gets the first of them that comp
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from secateur.base.errors import SecateurError
 from secateur.gguf.architecture import (
@@ -24,29 +23,10 @@ from secateur.gguf.architecture import (
     linear_attention,
     listed_windows,
     regular_windows,
-    steepest_slope,
     xielu_parameters,
 )
 from secateur.gguf.model import QKV, GgufModel
-from secateur.gguf.requirements import (
-    BLOOM,
-    COMMAND_R,
-    COMMON,
-    EXAONE4,
-    FALCON,
-    GEMMA2,
-    GEMMA4,
-    GPT_OSS,
-    LATENT,
-    LFM2_MOE,
-    LINEAR,
-    MISTRAL4,
-    MPT,
-    OLMO2,
-    SMOLLM3,
-    SOME_WINDOWS,
-    llama4,
-)
+from secateur.gguf.requirements import unmet
 from secateur.model.axes import Width, alike
 from secateur.model.checkpoint import Checkpoint
 
@@ -66,36 +46,16 @@ _QWEN3 = Architecture("qwen3", _QKV, head_norms=True)
 _OLMO2 = Architecture("olmo2", frozenset(), square=True, windows=regular_windows, output="stored")
 _GLM = replace(_QWEN3, name="glm4moe", partial=True, leading_dense=True)
 _DEEPSEEK2 = replace(
-    _GLM,
-    name="deepseek2",
-    partial=False,
-    head_norms=False,
-    latent=True,
-    attention=latent_sizes,
-    biases=frozenset(),
-    requirements=LATENT,
+    _GLM, name="deepseek2", partial=False, head_norms=False, latent=True, attention=latent_sizes, biases=frozenset()
 )
 _LFM2 = replace(_QWEN3, name="lfm2", square=True, biases=frozenset(), final_norm="token_embd_norm.weight")
-_NEXT = replace(
-    _QWEN3,
-    name="qwen3next",
-    biases=frozenset(),
-    partial=True,
-    linear="grouped",
-    metadata=(linear_attention,),
-    requirements=LINEAR,
-)
+_NEXT = replace(_QWEN3, name="qwen3next", biases=frozenset(), partial=True, linear="grouped", metadata=linear_attention)
 _QWEN35 = replace(_NEXT, name="qwen35", linear="tiled", sections="interleaved")
 _GPT = Architecture(
     "gpt2", _ALL - {"ffn_gate"}, square=True, fused=_FUSED_QKV, activation="gelu", epsilon="layer_norm_epsilon"
 )
 _COHERE = Architecture(
-    "command-r",
-    frozenset(),
-    square=True,
-    interleaved_rope=True,
-    output="tied",
-    epsilon="layer_norm_epsilon",
+    "command-r", frozenset(), square=True, interleaved_rope=True, output="tied", epsilon="layer_norm_epsilon"
 )
 _NEMOTRON = Architecture(
     "nemotron",
@@ -133,46 +93,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(_OLMO2, name="olmoe", ungrouped=True),
         replace(_LLAMA, name="granitemoe"),
         _GLM,
-        replace(_LLAMA, name="smollm3", biases=frozenset(), requirements=(SMOLLM3,)),
+        replace(_LLAMA, name="smollm3", biases=frozenset()),
         Architecture("glm4", _QKV, interleaved_rope=True, fused=_FUSED_GATE, partial=True),
-        Architecture(
-            "exaone4",
-            frozenset(),
-            square=True,
-            head_norms=True,
-            windows=regular_windows,
-            requirements=(EXAONE4,),
-        ),
+        Architecture("exaone4", frozenset(), square=True, head_norms=True, windows=regular_windows),
         Architecture("hunyuan-dense", frozenset(), head_norms=True),
         Architecture("hunyuan-moe", frozenset(), head_norms=True),
-        replace(
-            _LLAMA,
-            name="ernie4_5-moe",
-            biases=frozenset(),
-            leading_dense=True,
-            metadata=(experts_in_every_block,),
-        ),
+        replace(_LLAMA, name="ernie4_5-moe", biases=frozenset(), leading_dense=True, metadata=experts_in_every_block),
         Architecture(
-            "gpt-oss",
-            _QKV | {"attn_output"},
-            windows=regular_windows,
-            scalings=frozenset({"default", "yarn"}),
-            requirements=GPT_OSS,
+            "gpt-oss", _QKV | {"attn_output"}, windows=regular_windows, scalings=frozenset({"default", "yarn"})
         ),
         replace(_GLM, name="dots1", partial=False, ungrouped=True),
         _DEEPSEEK2,
-        replace(_DEEPSEEK2, name="mistral4", partial=True, requirements=MISTRAL4),
-        replace(
-            _LLAMA,
-            name="llama4",
-            biases=frozenset(),
-            windows=regular_windows,
-            requirements=(llama4,),
-            metadata=(experts_in_every_block,),
-        ),
+        replace(_DEEPSEEK2, name="mistral4", partial=True),
+        replace(_LLAMA, name="llama4", biases=frozenset(), windows=regular_windows, metadata=experts_in_every_block),
         Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused=_FUSED_QKV, output="tied"),
         replace(_PHI3, fused=_FUSED_QKV | _FUSED_GATE),
-        replace(_OLMO2, requirements=(OLMO2,)),
+        _OLMO2,
         replace(
             _GEMMA3,
             name="gemma2",
@@ -180,10 +116,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             output="tied",
             windows=gemma2_windows,
             caps_scores=True,
-            score_ratio=partial(gemma_ratio, blocks_of_27b=46),
-            requirements=(GEMMA2,),
+            score_ratio=gemma_ratio,
         ),
-        replace(_GEMMA3, score_ratio=partial(gemma_ratio, blocks_of_27b=62)),
+        replace(_GEMMA3, score_ratio=gemma_ratio),
         replace(
             _GEMMA3,
             name="gemma4",
@@ -193,39 +128,26 @@ ARCHITECTURES: dict[str, Architecture] = {
             windows=listed_windows,
             windows_by_block=True,
             attention=gemma4_sizes,
-            metadata=(gemma4_settings,),
-            requirements=GEMMA4,
+            metadata=gemma4_settings,
         ),
         replace(_GPT, needs_biases=True, score_ratio=gpt2_ratio),
         replace(_GPT, name="gptneox", needs_biases=True, partial=True, output="stored"),
         replace(_GPT, name="phi2", fused={}, needs_biases=True, partial=True, output="stored"),
         replace(_LLAMA, name="mistral3"),
         Architecture("chatglm", _QKV, square=True, interleaved_rope=True, fused=_FUSED_GATE, partial=True),
-        replace(
-            _GPT,
-            name="falcon",
-            biases=frozenset(),
-            requirements=(FALCON,),
-        ),
-        replace(
-            _GPT,
-            name="bloom",
-            needs_biases=True,
-            alibi=True,
-            requirements=(BLOOM,),
-        ),
+        replace(_GPT, name="falcon", biases=frozenset()),
+        replace(_GPT, name="bloom", needs_biases=True, alibi=True),
         replace(
             _GPT,
             name="mpt",
             biases=frozenset(),
             alibi=True,
             clamps=True,
-            requirements=(MPT,),
-            metadata=(steepest_slope,),
+            metadata=lambda _: {"attention.max_alibi_bias": 8.0},
         ),
         replace(_GLM, name="minimax-m2", biases=frozenset(), output="stored", leading_dense=False),
-        replace(_COHERE, requirements=(COMMAND_R,)),
-        replace(_COHERE, name="cohere2", windows=regular_windows, requirements=(SOME_WINDOWS,)),
+        _COHERE,
+        replace(_COHERE, name="cohere2", windows=regular_windows),
         _NEMOTRON,
         replace(_NEMOTRON, name="jais2", partial=False, needs_biases=True, ungrouped=True),
         replace(_NEMOTRON, name="stablelm", biases=_QKV, activation="silu"),
@@ -245,29 +167,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             scalings=SCALINGS | {"llama3"},
             output="stored",
             activation="xielu",
-            metadata=(xielu_parameters,),
+            metadata=xielu_parameters,
         ),
         _LFM2,
-        replace(
-            _LFM2,
-            name="lfm2moe",
-            leading_dense=True,
-            states_routing=True,
-            output="tied",
-            requirements=(LFM2_MOE,),
-        ),
+        replace(_LFM2, name="lfm2moe", leading_dense=True, states_routing=True, output="tied"),
         _NEXT,
         _QWEN35,
         replace(_QWEN35, name="qwen35moe"),
-        replace(
-            _GLM,
-            name="exaone-moe",
-            partial=False,
-            windows=regular_windows,
-            biases=frozenset(),
-            output="stored",
-            requirements=(SOME_WINDOWS,),
-        ),
+        replace(_GLM, name="exaone-moe", partial=False, windows=regular_windows, biases=frozenset(), output="stored"),
     )
 }
 """Entries by llama.cpp's names."""
@@ -296,8 +203,7 @@ def _unsupported_reason(model: GgufModel, architecture: Architecture) -> str | N
     """Return why an architecture does not compute a model, as the rest of a sentence that begins with its name."""
     if not architecture.per_layer and not alike(sizes.filled(model.storage.block).numbers() for sizes in model.blocks):
         return "has one width for all blocks, so prune all of them with uniform widths"
-    reasons = (requirement(model, architecture) for requirement in (*COMMON, *architecture.requirements))
-    return ", and ".join(filter(None, reasons)) or None
+    return ", and ".join(unmet(model, architecture)) or None
 
 
 def gguf_unsupported(

@@ -10,7 +10,7 @@ windows, scales and softcaps, without which the model computes something else.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,11 @@ def read_config(file: GgufFile, reader: GGUFReader) -> Any:
     """
     kind = file.reading.model_type
     _check_keys(file)
-    _check_gating(file)
+    if (experts := file.reading.family.experts) is not None:
+        gating = file.reading.gating
+        if file.metadata.get("expert_gating_func", gating) != gating:
+            key = f"{file.architecture}.expert_gating_func"
+            raise SecateurError(f"{key} is not {gating:d} ({experts.gating}), which {kind} needs")
     default = AutoConfig.for_model(kind)
     values = {**_stated(file, default), **_constants(file), **_computed(file)}
     for key in ("num_attention_heads", "num_key_value_heads"):
@@ -92,14 +96,9 @@ def read_config(file: GgufFile, reader: GGUFReader) -> Any:
     return config
 
 
-def _keys(file: GgufFile) -> dict[str, str]:
-    """Return the metadata keys that files of this family must have, with the config keys of the same values."""
-    return {**FAMILIES[file.reading.model_type].gguf.keys, **file.reading.input.keys}
-
-
 def _check_keys(file: GgufFile) -> None:
     """Raise `SecateurError` for a metadata key that is unknown or missing, or whose value is too large."""
-    metadata, own = file.metadata, _keys(file)
+    metadata, own = file.metadata, file.reading.keys
     known = KEYS.keys() | own.keys() | file.reading.input.known_keys
     # A model with these sizes is built before its shapes are compared with the file's.
     largest = max(int(size) for tensor in file.tensors.values() for size in tensor.shape)
@@ -112,17 +111,6 @@ def _check_keys(file: GgufFile) -> None:
     for reason, keys in refused.items():
         for key in keys:
             raise SecateurError(f"the metadata key {file.architecture}.{key} {reason}")
-
-
-def _check_gating(file: GgufFile) -> None:
-    """Raise `SecateurError` if the file computes gates from the router's logits by another function than the family's
-    class."""
-    if (experts := file.reading.family.experts) is None:
-        return
-    gating = file.reading.gating
-    if file.metadata.get("expert_gating_func", gating) != gating:
-        key = f"{file.architecture}.expert_gating_func"
-        raise SecateurError(f"{key} is not {gating:d} ({experts.gating}), which {file.reading.model_type} needs")
 
 
 def _constants(file: GgufFile) -> dict[str, Any]:
@@ -146,7 +134,7 @@ def _stated(file: GgufFile, default: Any) -> dict[str, Any]:
         SecateurError: The model's class does not support one of these values.
     """
     kind, constants, metadata = file.reading.model_type, _constants(file), file.metadata
-    keys = {**KEYS, **_keys(file)}
+    keys = {**KEYS, **file.reading.keys}
     values = DEFAULTS | {name: metadata[key] for key, name in keys.items() if key in metadata}
     for name, value in values.items():
         free = value if name in ROTARY or _is_key(default, name) else None
@@ -160,6 +148,7 @@ def _computed(file: GgufFile) -> dict[str, Any]:
     them."""
     metadata, tensors = file.metadata, file.tensors
     heads = file.common("attention.head_count")
+    types = file.layer_types() if "attention.sliding_window" in metadata else []
     first_up = next((f"blk.{i}.ffn_up.weight" for i in range(file.blocks) if f"blk.{i}.ffn_up.weight" in tensors), None)
     return {
         "num_hidden_layers": file.blocks,
@@ -178,7 +167,7 @@ def _computed(file: GgufFile) -> dict[str, Any]:
         },
         **dict.fromkeys(("rms_norm_eps", "norm_eps"), metadata["attention.layer_norm_rms_epsilon"]),
         **dict.fromkeys(("attention_bias", "qkv_bias"), any(name.endswith("attn_k.bias") for name in tensors)),
-        **_windows(file),
+        **({"layer_types": types} if types else {}),
         **_experts(file),
         **_token_mixers(file),
         **file.reading.input.config(file),
@@ -191,12 +180,6 @@ def _computed(file: GgufFile) -> dict[str, Any]:
 def _largest(value: Any) -> int:
     """Return a number, or the largest one of a list."""
     return int(max(value)) if isinstance(value, list) else int(value)
-
-
-def _windows(file: GgufFile) -> dict[str, Any]:
-    """Return `layer_types` if some layers have a window; otherwise nothing."""
-    types = file.layer_types() if "attention.sliding_window" in file.metadata else []
-    return {"layer_types": types} if types else {}
 
 
 def _token_mixers(file: GgufFile) -> dict[str, Any]:
@@ -273,27 +256,3 @@ def complete_config(config: Any, reader: GGUFReader) -> None:
         config.query_pre_attn_scalar = per_head if is_27b else config.head_dim
     for cap in {"attn_logit_softcapping", "final_logit_softcapping"} & metadata.keys():
         setattr(config, cap, metadata[cap] or None)
-
-
-def check_read(model: Any, reader: GGUFReader, missing: Collection[str]) -> None:
-    """Check that every weight of a file has become one of the model's.
-
-    transformers fills parameters that it does not find with random numbers, and reports no weights that it skips.
-
-    Args:
-        model: The model that transformers made of the file.
-        reader: The open file.
-        missing: Names of parameters that transformers did not find.
-
-    Raises:
-        SecateurError: A weight is missing or left over.
-    """
-    if missing:
-        raise SecateurError(f"transformers cannot find {min(missing)} in it")
-    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in FACTORS)
-    read = sum(parameter.numel() for parameter in model.parameters())
-    if stored != read:
-        biased = any(tensor.name.endswith(".bias") for tensor in reader.tensors)
-        raise SecateurError(
-            f"transformers reads only {read:,} of its {stored:,} weights" + (", without the biases" if biased else "")
-        )

@@ -85,7 +85,13 @@ def export(
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
         checkpoint.check_shapes(empty_decoder(checkpoint))
-        model, architecture = _planned(folder, checkpoint, type)
+        model = GgufModel(checkpoint, widths_of(checkpoint.config), type=type)
+        try:
+            architecture = choose_architecture(model)
+        except SecateurError as error:
+            # Which sparsities are possible depends on the model from before the pruning.
+            again = "; prune the original model again with --format gguf --widths uniform"
+            raise SecateurError(f"{error}{'' if alike(model.widths) else again}") from error
         tensors = file_tensors(model, architecture)
         rows = next(tensor.values.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
         vocabulary = _vocabulary(folder, checkpoint, rows)
@@ -125,22 +131,6 @@ def _output(folder: Path, path: Path, overwrite: bool) -> Output:
     original = original_model(folder)
     source = None if original is None else existing_path(original)
     return FORMATS["gguf"].output(path, source=source, overwrite=overwrite)
-
-
-def _planned(folder: Path, checkpoint: Checkpoint, type: str) -> tuple[GgufModel, Architecture]:
-    """Return the model of a folder, and the architecture that computes it.
-
-    Raises:
-        SecateurError: No architecture does. If the widths are the reason, the message says how to prune instead.
-    """
-    widths = widths_of(checkpoint.config)
-    model = GgufModel(checkpoint, widths, type=type)
-    try:
-        return model, choose_architecture(model)
-    except SecateurError as error:
-        # Which sparsities are possible depends on the model from before the pruning.
-        advice = "" if alike(widths) else "; prune the original model again with --format gguf --widths uniform"
-        raise SecateurError(f"{error}{advice}") from error
 
 
 def _vocabulary(folder: Path, checkpoint: Checkpoint, rows: int) -> Vocabulary:

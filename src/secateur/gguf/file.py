@@ -34,6 +34,11 @@ class Reading(NamedTuple):
     input: GgufInput
 
     @property
+    def keys(self) -> dict[str, str]:
+        """Metadata keys that files of the family must have, with the config keys of the same values."""
+        return {**self.family.gguf.keys, **self.input.keys}
+
+    @property
     def gating(self) -> ExpertGatingFuncType:
         """llama.cpp's number of the function from a router's logits to gates."""
         assert self.family.experts is not None
@@ -98,7 +103,10 @@ class GgufFile:
                 f"its metadata state {self.blocks:,} blocks, but it holds {len(self.tensors):,} tensors"
             )
         for type in {tensor.tensor_type for tensor in self.tensors.values()}:
-            _check_type(type)
+            try:
+                gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[type][1], dtype=np.uint8), type)
+            except NotImplementedError as error:
+                raise SecateurError(f"the gguf package does not read weights of the type {type.name}") from error
 
     def _reading(self, names: set[str]) -> Reading:
         """Return the family of the file.
@@ -164,14 +172,6 @@ class GgufFile:
         stored, shape = self.tensors[name], self.shape(name)[1:]
         for expert in stored.data:
             yield _dequantised(expert, stored, dtype).reshape(shape)
-
-
-def _check_type(type: Any) -> None:
-    """Raise `SecateurError` for a type of weights that the gguf package cannot dequantise."""
-    try:
-        gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[type][1], dtype=np.uint8), type)
-    except NotImplementedError as error:
-        raise SecateurError(f"the gguf package does not read weights of the type {type.name}") from error
 
 
 def _dequantised(data: Any, stored: ReaderTensor, dtype: torch.dtype) -> Tensor:

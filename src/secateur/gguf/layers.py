@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.gguf.model import QKV, BlockSizes, GgufModel
+from secateur.gguf.model import QKV, GgufModel
 
 
 @dataclass(frozen=True)
@@ -62,36 +62,35 @@ def layer_tensors(model: GgufModel, index: int) -> Tensors:
     Raises:
         SecateurError: A tensor is missing, or has another shape than config.json gives it.
     """
-    sizes, inside, tensors = model.blocks[index], model.inside[index], Tensors()
+    inside, tensors, source = model.inside[index], Tensors(), model.checkpoint.source
     for layer, name in model.layers.items():
-        if not _has_layer(model, index, layer):
+        # A block may have a token mixer instead of attention, or experts instead of a feed-forward.
+        if model.blocks[index].channels is None if layer.startswith("ffn_") else model.is_token_mixer(index):
             continue
+        # In Gemma 4, blocks share keys, and values may be the keys.
+        may_lack = model.family.heads_by_layer_type and layer in ("attn_k", "attn_v")
         for leaf, axes in (("weight", 2), ("bias", 1)):
-            shape = _shape(model, sizes, layer)[:axes]
+            shape = _shape(model, index, layer)[:axes]
             if (stored := inside.get(f"{name}.{leaf}")) is not None:
-                tensors[f"{layer}.{leaf}"] = _cut(model, sizes, layer, stored, shape)
-            elif leaf == "weight" and 0 not in shape and not _may_lack(model, layer):
-                raise SecateurError(f"{model.checkpoint.source}: block {index} has no {name}.weight; restore it")
+                tensor = stored_tensor(model, stored)
+                if model.source.transposed and axes == 2:
+                    tensor = tensor.then(torch.t)
+                tensor = tensor.then(_part(model, index, layer, shape[0]))
+                if tensor.shape != shape:
+                    raise SecateurError(
+                        f"{source}: {stored} gives {list(tensor.shape)} for {layer}, but config.json gives "
+                        f"{list(shape)}; find the config.json of these weights"
+                    )
+                tensors[f"{layer}.{leaf}"] = tensor
+            elif leaf == "weight" and 0 not in shape and not may_lack:
+                raise SecateurError(f"{source}: block {index} has no {name}.weight; restore it")
     return tensors
 
 
-def _has_layer(model: GgufModel, index: int, layer: str) -> bool:
-    """Return whether a block has a layer. A block may have a token mixer instead of attention, or experts instead of a
-    feed-forward."""
-    if layer.startswith("ffn_"):
-        return model.blocks[index].channels is not None
-    return not model.is_token_mixer(index)
-
-
-def _may_lack(model: GgufModel, layer: str) -> bool:
-    """Return whether a layer's weights may be missing: in Gemma 4, blocks share keys, and values may be the keys."""
-    return model.family.heads_by_layer_type and layer in ("attn_k", "attn_v")
-
-
-def _shape(model: GgufModel, sizes: BlockSizes, layer: str) -> tuple[int, int]:
+def _shape(model: GgufModel, index: int, layer: str) -> tuple[int, int]:
     """Return the numbers of outputs and inputs of a layer."""
-    hidden, channels = model.config.hidden_size, sizes.channels or 0
-    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    sizes, hidden = model.blocks[index], model.config.hidden_size
+    channels, queries, keys = sizes.channels or 0, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     return {
         "attn_q": (queries * (2 if model.source.query_gate else 1), hidden),
         "attn_k": (keys, hidden),
@@ -103,42 +102,18 @@ def _shape(model: GgufModel, sizes: BlockSizes, layer: str) -> tuple[int, int]:
     }[layer]
 
 
-def _cut(model: GgufModel, sizes: BlockSizes, layer: str, stored: str, shape: tuple[int, ...]) -> LazyTensor:
-    """Return a layer's part of a stored tensor.
-
-    Raises:
-        SecateurError: The part has another shape than config.json gives it.
-    """
-    tensor = stored_tensor(model, stored)
-    if model.source.transposed and len(shape) == 2:
-        tensor = tensor.then(torch.t)
-    tensor = tensor.then(_part(model, sizes, layer, shape[0]))
-    if tensor.shape != shape:
-        raise SecateurError(
-            f"{model.checkpoint.source}: {stored} gives {list(tensor.shape)} for {layer}, but config.json gives "
-            f"{list(shape)}; find the config.json of these weights"
-        )
-    return tensor
-
-
-def _part(model: GgufModel, sizes: BlockSizes, layer: str, rows: int) -> Callable[[Tensor], Tensor]:
+def _part(model: GgufModel, index: int, layer: str, rows: int) -> Callable[[Tensor], Tensor]:
     """Return the function that takes a layer's rows out of a stored tensor, which may hold several layers."""
-    family, queries, keys = model.family, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    sizes, family = model.blocks[index], model.family
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     if layer in QKV and family.fused and family.interleaved:
-        return partial(_of_groups, rows=_ROWS_OF_GROUP[layer], groups=sizes.kv_heads, dim=sizes.head_dim)
+        # The tensor holds one KV group after the other: all query heads, the key head, the value head.
+        of_group = {"attn_q": slice(-2), "attn_k": slice(-2, -1), "attn_v": slice(-1, None)}[layer]
+        return lambda tensor: tensor.unflatten(0, (sizes.kv_heads, -1, sizes.head_dim))[:, of_group].flatten(0, 2)
     starts = {"attn_q": 0, "attn_k": queries, "attn_v": queries + keys} if family.fused else {}
     starts |= {"ffn_gate": 0, "ffn_up": rows} if family.fused_gate else {}
     start = starts.get(layer)
     return lambda tensor: tensor if start is None else tensor[start : start + rows]
-
-
-_ROWS_OF_GROUP = {"attn_q": slice(-2), "attn_k": slice(-2, -1), "attn_v": slice(-1, None)}
-"""Heads of a KV group in an interleaved layer: all query heads, the key head, the value head."""
-
-
-def _of_groups(tensor: Tensor, rows: slice, groups: int, dim: int) -> Tensor:
-    """Return the rows of queries, keys or values of a layer that holds one KV group after the other."""
-    return tensor.unflatten(0, (groups, -1, dim))[:, rows].flatten(0, 2)
 
 
 def expert_tensors(model: GgufModel, index: int) -> tuple[Tensors, frozenset[str]]:
@@ -152,7 +127,7 @@ def expert_tensors(model: GgufModel, index: int) -> tuple[Tensors, frozenset[str
         return {}, frozenset()
     tensors, pieces = Tensors(), list[str]()
     for leaf, layers in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.items():
-        name = model.expert_parameter(index, leaf)
+        name = f"{model.family.blocks}.{index}.{model.family.mixture}{layout.experts}.{leaf}"
         if not (stored := checkpoint.pieces(name)):
             raise SecateurError(f"{checkpoint.source}: block {index} has no {name}; restore it")
         matrices = LazyTensor(checkpoint.parameter_shape(name), partial(checkpoint.read_parameter, name))

@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import torch
 from torch import Tensor
 
-from secateur.families.registry import family_of
+from secateur.families.registry import family_of, gguf_of
+from secateur.gguf.architecture import Architecture
 from secateur.model.facts import head_dim
 
 _SPELLINGS = {
@@ -58,12 +59,6 @@ def _table(architecture: str, blocks: int) -> Any:
     return gguf.get_tensor_name_map(number, blocks)
 
 
-Order = Literal["grouped", "tiled"]
-"""Order of the value heads of linear attention in a file. `grouped`: all value heads of the first key head, then all of
-the second, and so on, as in checkpoints. `tiled`: the first value head of every key head, then the second of every key
-head, and so on."""
-
-
 @dataclass(frozen=True)
 class Change:
     """Difference between a checkpoint's tensor and the file's, in both directions."""
@@ -90,23 +85,25 @@ class Split:
         return lambda rows: self.write(rows, config)[number]
 
 
-def changes_of(name: str, stored: str, config: Any, *, permuted: bool, order: Order | None) -> list[Change]:
+def changes_of(name: str, stored: str, config: Any, architecture: Architecture) -> list[Change]:
     """Return the changes of one tensor, in the order in which they are made when a file is written.
 
     Args:
         name: transformers' name of the tensor, or the end of this name.
         stored: llama.cpp's name of the tensor, or the end of this name.
         config: The config object.
-        permuted: The file's query and key heads have another order of entries than the checkpoint's, because
-            neighbouring entries rotate together.
-        order: Order of the value heads of linear attention in the file; None without linear attention.
+        architecture: The architecture of the file.
     """
     leaf = name.partition("linear_attn.")[2]
+    # In these files, neighbouring entries of a head rotate together, and in these checkpoints, others.
+    permuted = architecture.interleaved_rope and not gguf_of(config).interleaved_rope
+    # Linear attention's own norm is stored without an offset.
+    holds_gain = stored.endswith("_norm.weight") and not stored.endswith("ssm_norm.weight")
     rules = (
         (_interleaving(config), permuted and re.search(r"\battn_[qk]\.", stored)),
-        (_PLUS_ONE, family_of(config).norm_offset and _holds_gain(stored)),
+        (_PLUS_ONE, family_of(config).norm_offset and holds_gain),
         (_DECAY, leaf == "A_log"),
-        (_tiling(config, leaf), order == "tiled"),
+        (_tiling(config, leaf), architecture.linear == "tiled"),
         (_ONE_CHANNEL, stored.endswith(("conv.weight", "conv1d.weight"))),
     )
     return [change for change, applies in rules if applies and change]
@@ -115,12 +112,6 @@ def changes_of(name: str, stored: str, config: Any, *, permuted: bool, order: Or
 def split_of(name: str) -> Split | None:
     """Return how a file splits a tensor of a checkpoint, by transformers' name; None if it does not."""
     return _SPLITS.get(".".join(name.split(".")[-2:]))
-
-
-def _holds_gain(stored: str) -> bool:
-    """Return whether a file's tensor holds the gain of a norm, which some checkpoints store minus one."""
-    # Linear attention's own norm is stored without an offset.
-    return stored.endswith("_norm.weight") and not stored.endswith("ssm_norm.weight")
 
 
 _PLUS_ONE = Change(lambda gain: gain.float() + 1, lambda gain: gain - 1)

@@ -42,19 +42,6 @@ class BlockSizes:
     value_dim: int
     """Entries of a head in the input of the output layer."""
 
-    @classmethod
-    def of(cls, width: Width, head_dim: int, value_dim: int) -> BlockSizes:
-        """Return the sizes of a block, from its width and its head sizes."""
-        return cls(
-            width.product(HEADS) if KV_GROUPS in width else 0,
-            width.get(KV_GROUPS, 0),
-            width.get(CHANNELS),
-            width.get(EXPERTS, 0),
-            width.get(EXPERT_CHANNELS, 0),
-            head_dim,
-            value_dim,
-        )
-
     def numbers(self) -> dict[str, int]:
         """Return the numbers that must be equal in all blocks if an architecture has one width for all blocks."""
         heads, channels = {"heads": self.heads, "kv_heads": self.kv_heads}, self.channels
@@ -145,13 +132,15 @@ class GgufModel:
         Blocks with a token mixer have no heads, but GGUF files state the number of heads of the other blocks for them.
         """
         width = Width({**self.usual_heads, **width})
-        sizes = BlockSizes.of(width, self.dim, self.dim if self.family.latent is None else int(self.config.v_head_dim))
-        if sizes.experts and not self.family.mixture:
-            sizes = replace(sizes, channels=int(self.config.intermediate_size))
-        if self.family.heads_by_layer_type and sizes.heads:
+        channels, experts = width.get(CHANNELS), width.get(EXPERTS, 0)
+        if experts and not self.family.mixture:
+            channels = int(self.config.intermediate_size)
+        heads, kv_heads = width.product(HEADS) if KV_GROUPS in width else 0, width.get(KV_GROUPS, 0)
+        dim = self.dim
+        if self.family.heads_by_layer_type and heads:
             dim, kv_heads = self._heads_of_type(self.config.layer_types[index])
-            sizes = replace(sizes, kv_heads=kv_heads, head_dim=dim, value_dim=dim)
-        return sizes
+        value_dim = dim if self.family.latent is None else int(self.config.v_head_dim)
+        return BlockSizes(heads, kv_heads, channels, experts, width.get(EXPERT_CHANNELS, 0), dim, value_dim)
 
     def _heads_of_type(self, layer_type: str) -> tuple[int, int]:
         """Return the head size and the number of key/value heads of blocks of one type (Gemma 4)."""
@@ -259,10 +248,6 @@ class GgufModel:
         """Entry of the family's mixtures of experts, for a model that has some."""
         assert self.family.experts is not None
         return self.family.experts
-
-    def expert_parameter(self, index: int, leaf: str) -> str:
-        """Return transformers' name of one of the parameters of a block's experts."""
-        return f"{self.family.blocks}.{index}.{self.family.mixture}{self.experts.experts}.{leaf}"
 
     @property
     def biases(self) -> frozenset[str]:

@@ -9,8 +9,7 @@ means that all blocks have one.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -75,7 +74,7 @@ def rope_kind(config: Any) -> str:
     return str(rope_of(config).get("rope_type", "default"))
 
 
-def yarn_scale(factor: float) -> float:
+def _yarn_scale(factor: float) -> float:
     """Return llama.cpp's factor on rotated queries and keys with YaRN, to which a file may add a factor of its own."""
     return 0.1 * math.log(factor) + 1
 
@@ -108,7 +107,7 @@ def rope_metadata(config: Any, rotated: int, sections: Sections | None) -> Numbe
         "attention.temperature_scale": float_or_none(beta),
         "attention.temperature_length": original if beta else None,
         "rope.scaling.original_context_length": original if beta or kind in ("yarn", "longrope") else None,
-        **_SCALING_METADATA.get(kind, lambda _: {})(config),
+        **_scaling_metadata(config),
     }
 
 
@@ -136,39 +135,27 @@ def float_or_none(value: Any) -> float | None:
     return float(value) if value else None
 
 
-def _linear_metadata(config: Any) -> Numbers:
-    return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope_of(config)["factor"])}
-
-
-def _longrope_metadata(config: Any) -> Numbers:
-    return {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": _attention_factor(config)}
-
-
-def _yarn_metadata(config: Any) -> Numbers:
-    rope = rope_of(config)
+def _scaling_metadata(config: Any) -> Numbers:
+    """Return the metadata of the rotary scaling."""
+    rope, kind = rope_of(config), rope_kind(config)
+    if kind == "linear":
+        return {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind not in ("longrope", "yarn"):
+        return {}
+    # The factor by which transformers multiplies rotated queries and keys.
+    layer_type = {} if rope is config.rope_parameters else {"layer_type": "full_attention"}
+    attention = float(ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=1, **layer_type)[1])
+    if kind == "longrope":
+        return {"rope.scaling.type": kind, "rope.scaling.attn_factor": attention}
     latent = {_LATENT_SCALE: 0.1 * (rope.get("mscale_all_dim") or 0.0)}
-    usual = {"rope.scaling.attn_factor": _attention_factor(config) / yarn_scale(rope["factor"])}
+    usual = {"rope.scaling.attn_factor": attention / _yarn_scale(rope["factor"])}
     return {
-        "rope.scaling.type": "yarn",
+        "rope.scaling.type": kind,
         "rope.scaling.factor": float(rope["factor"]),
         "rope.scaling.yarn_beta_fast": float_or_none(rope.get("beta_fast")),
         "rope.scaling.yarn_beta_slow": float_or_none(rope.get("beta_slow")),
         **(usual if family_of(config).latent is None else latent),
     }
-
-
-def _attention_factor(config: Any) -> float:
-    """Return the factor by which transformers multiplies rotated queries and keys."""
-    layer_type = {} if rope_of(config) is config.rope_parameters else {"layer_type": "full_attention"}
-    initial = ROPE_INIT_FUNCTIONS[rope_kind(config)]
-    return float(initial(config, torch.device("cpu"), seq_len=1, **layer_type)[1])
-
-
-_SCALING_METADATA: Mapping[str, Callable[[Any], Numbers]] = {
-    "linear": _linear_metadata,
-    "longrope": _longrope_metadata,
-    "yarn": _yarn_metadata,
-}
 
 
 def rope_tensors(config: Any, dim: int) -> dict[str, Tensor]:
@@ -178,35 +165,19 @@ def rope_tensors(config: Any, dim: int) -> dict[str, Tensor]:
         config: The config object.
         dim: Entries per head in layers without a window.
     """
-    return _FACTOR_TENSORS.get(rope_kind(config), lambda *_: {})(config, dim)
-
-
-def _longrope_tensors(config: Any, _: int) -> dict[str, Tensor]:
-    rope = rope_of(config)
-    return {
-        LONG_FACTORS: torch.tensor(rope["long_factor"], dtype=torch.float32),
-        SHORT_FACTORS: torch.tensor(rope["short_factor"], dtype=torch.float32),
-    }
-
-
-def _proportional_tensors(config: Any, dim: int) -> dict[str, Tensor]:
-    rope, half = rope_of(config), dim // 2
-    factors = torch.full((half,), NO_ROTATION)
-    factors[: int(half * rope.get("partial_rotary_factor", 1.0))] = rope.get("factor", 1.0)
-    return {FREQUENCY_FACTORS: factors}
-
-
-def _llama3_tensors(config: Any, dim: int) -> dict[str, Tensor]:
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = rope_of(config)["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    return {FREQUENCY_FACTORS: plain / scaled}
-
-
-_FACTOR_TENSORS: Mapping[str, Callable[[Any, int], dict[str, Tensor]]] = {
-    "longrope": _longrope_tensors,
-    "proportional": _proportional_tensors,
-    "llama3": _llama3_tensors,
-}
+    rope, kind = rope_of(config), rope_kind(config)
+    if kind == "longrope":
+        names = {LONG_FACTORS: "long_factor", SHORT_FACTORS: "short_factor"}
+        return {name: torch.tensor(rope[key], dtype=torch.float32) for name, key in names.items()}
+    if kind == "proportional":
+        factors = torch.full((dim // 2,), NO_ROTATION)
+        factors[: int(dim // 2 * rope.get("partial_rotary_factor", 1.0))] = rope.get("factor", 1.0)
+        return {FREQUENCY_FACTORS: factors}
+    if kind == "llama3":
+        scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        plain = rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        return {FREQUENCY_FACTORS: plain / scaled}
+    return {}
 
 
 def read_rope(config: Any, metadata: Numbers, factors: Numbers) -> None:
@@ -232,11 +203,50 @@ def read_rope(config: Any, metadata: Numbers, factors: Numbers) -> None:
     rotated = metadata.get("rope.dimension_count", size)
     if rotated != size:
         rope["partial_rotary_factor"] = rotated / size
-    stored = _Stored(metadata, factors, config.max_position_embeddings, rope["rope_theta"], rotated)
-    read = _READ_FACTORS.get(len(factors)) or _READ.get(stored.kind)
-    if read is None:
-        raise SecateurError(f"its rotary scaling {stored.kind!r} is not known to secateur")
-    rope |= read(stored)
+    rope |= _read_scaling(metadata, factors, config.max_position_embeddings, rope["rope_theta"], rotated)
+
+
+def _read_scaling(metadata: Numbers, factors: Numbers, positions: int, theta: float, rotated: int) -> Numbers:
+    """Return the settings of a file's rotary scaling.
+
+    Args:
+        metadata: The file's metadata, by keys without the architecture.
+        factors: The file's tensors among `FACTORS`, in float64.
+        positions: Number of positions that the model allows.
+        theta: Base of the frequencies.
+        rotated: Number of rotated entries of a head.
+
+    Raises:
+        SecateurError: No config can describe the scaling.
+    """
+    # Older files have another key for the factor, and do not state the kind of scaling.
+    factor = float(metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear") or 1.0)
+    original = int(metadata.get("rope.scaling.original_context_length") or positions)
+    attention = float(metadata.get("rope.scaling.attn_factor", 1.0))
+    kind = str(metadata.get("rope.scaling.type", "none" if factor == 1 else "linear"))
+    if len(factors) == 1:
+        return {"rope_type": "llama3", **llama3_settings(factors[FREQUENCY_FACTORS], theta, rotated)}
+    if len(factors) == 2:
+        return {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": original,
+            "factor": positions / original,
+            "long_factor": factors[LONG_FACTORS].tolist(),
+            "short_factor": factors[SHORT_FACTORS].tolist(),
+            "attention_factor": attention,
+        }
+    if kind == "yarn":
+        betas = {f"beta_{end}": metadata.get(f"rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")}
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "attention_factor": attention * _yarn_scale(factor),
+            **{key: float(value) for key, value in betas.items() if value is not None},
+        }
+    if kind not in ("none", "linear"):
+        raise SecateurError(f"its rotary scaling {kind!r} is not known to secateur")
+    return {} if kind == "none" else {"rope_type": "linear", "factor": factor}
 
 
 def read_family_rope(config: Any, metadata: Numbers, input: GgufInput) -> None:
@@ -258,96 +268,11 @@ def read_family_rope(config: Any, metadata: Numbers, input: GgufInput) -> None:
         if not input.scales_queries:
             raise SecateurError(f"{config.model_type} cannot scale queries with their positions, as its metadata ask")
         rope["llama_4_scaling_beta"] = beta
-    if rope.get("rope_type") == "yarn":
-        rope |= _read_latent_scale(config, metadata)
-
-
-def _read_latent_scale(config: Any, metadata: Numbers) -> Numbers:
-    """Return YaRN's scale in latent attention; nothing for other attention.
-
-    Raises:
-        SecateurError: The file does not state the scale.
-    """
-    if family_of(config).latent is None:
-        return {}
-    if not (scale := metadata.get(_LATENT_SCALE)):
-        raise SecateurError("its yarn has no yarn_log_multiplier, so that it scales rotated entries")
-    del config.rope_parameters["attention_factor"]
-    return dict.fromkeys(("mscale", "mscale_all_dim"), round(scale * 10, 6))
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Rotary settings of a file, with the numbers of the config on which their meaning depends."""
-
-    metadata: Numbers
-    factors: Numbers
-    positions: int
-    """Number of positions that the model allows."""
-    theta: float
-    """Base of the frequencies."""
-    rotated: int
-    """Number of rotated entries of a head."""
-
-    @property
-    def kind(self) -> str:
-        """Kind of rotary scaling of a file without tensors of factors, as llama.cpp calls it."""
-        return str(self.metadata.get("rope.scaling.type", "none" if self.factor == 1 else "linear"))
-
-    @property
-    def factor(self) -> float:
-        """Scaling factor. Older files have another key for it and do not state the kind of scaling."""
-        return float(self.metadata.get("rope.scaling.factor") or self.metadata.get("rope.scale_linear") or 1.0)
-
-    @property
-    def original(self) -> int:
-        """Number of positions before the scaling."""
-        return int(self.metadata.get("rope.scaling.original_context_length") or self.positions)
-
-    @property
-    def attention_factor(self) -> float:
-        """Factor on rotated queries and keys that the file states."""
-        return float(self.metadata.get("rope.scaling.attn_factor", 1.0))
-
-    def linear(self) -> Numbers:
-        """Return the settings of linear scaling."""
-        return {"rope_type": "linear", "factor": self.factor}
-
-    def yarn(self) -> Numbers:
-        """Return the settings of YaRN."""
-        stored = {f"beta_{end}": self.metadata.get(f"rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")}
-        return {
-            "rope_type": "yarn",
-            "factor": self.factor,
-            "original_max_position_embeddings": self.original,
-            "attention_factor": self.attention_factor * yarn_scale(self.factor),
-            **{key: float(value) for key, value in stored.items() if value is not None},
-        }
-
-    def longrope(self) -> Numbers:
-        """Return the settings of LongRoPE."""
-        return {
-            "rope_type": "longrope",
-            "original_max_position_embeddings": self.original,
-            "factor": self.positions / self.original,
-            "long_factor": self.factors[LONG_FACTORS].tolist(),
-            "short_factor": self.factors[SHORT_FACTORS].tolist(),
-            "attention_factor": self.attention_factor,
-        }
-
-    def llama3(self) -> Numbers:
-        """Return the settings of Llama 3.1's scaling."""
-        return {"rope_type": "llama3", **llama3_settings(self.factors[FREQUENCY_FACTORS], self.theta, self.rotated)}
-
-
-_READ: Mapping[str, Callable[[_Stored], Numbers]] = {
-    "none": lambda _: {},
-    "linear": _Stored.linear,
-    "yarn": _Stored.yarn,
-}
-"""Readers by the kind of rotary scaling."""
-_READ_FACTORS: Mapping[int, Callable[[_Stored], Numbers]] = {1: _Stored.llama3, 2: _Stored.longrope}
-"""Readers by the number of tensors of factors in the file."""
+    if rope.get("rope_type") == "yarn" and family_of(config).latent is not None:
+        if not (scale := metadata.get(_LATENT_SCALE)):
+            raise SecateurError("its yarn has no yarn_log_multiplier, so that it scales rotated entries")
+        del rope["attention_factor"]
+        rope |= dict.fromkeys(("mscale", "mscale_all_dim"), round(scale * 10, 6))
 
 
 def llama3_settings(factors: Any, theta: float, rotated: int) -> Numbers:

@@ -21,8 +21,9 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 from secateur.base.cache import cached_folder
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
-from secateur.gguf.config import check_read, complete_config
+from secateur.gguf.config import complete_config
 from secateur.gguf.file import architecture_of, is_read_here
+from secateur.gguf.positions import FACTORS
 from secateur.gguf.tokenizer import alone, read_tokenizer
 from secateur.gguf.weights import folder_writer
 
@@ -48,15 +49,11 @@ def folder_of(file: Path, dtype: torch.dtype) -> Path:
         start = stream.read(2**20)
     if start[:4] != b"GGUF":
         raise SecateurError(f"{file}: not a GGUF file (it starts with {start[:4]!r}); download it again")
-    name = f"{file.stem}-{_key(file, start, dtype)}"
-    return cached_folder(name, lambda partial: _convert(file, _opened(file), partial, dtype))
-
-
-def _key(file: Path, start: bytes, dtype: torch.dtype) -> str:
-    """Return a hash that differs from file to file, computed without reading all of the file."""
+    # The hash differs from file to file, and is computed without reading all of the file.
     stat = file.stat()
     facts = f"{_VERSION}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{dtype}"
-    return hashlib.sha256(facts.encode() + start).hexdigest()[:16]
+    key = hashlib.sha256(facts.encode() + start).hexdigest()[:16]
+    return cached_folder(f"{file.stem}-{key}", lambda partial: _convert(file, _opened(file), partial, dtype))
 
 
 def _opened(file: Path) -> GGUFReader:
@@ -122,7 +119,16 @@ def _loaded(file: Path, reader: GGUFReader, dtype: torch.dtype) -> Callable[[Pat
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
         )
-    check_read(model, reader, found["missing_keys"])
+    if missing := found["missing_keys"]:
+        # transformers has filled these parameters with random numbers.
+        raise SecateurError(f"transformers cannot find {min(missing)} in it")
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in FACTORS)
+    read = sum(parameter.numel() for parameter in model.parameters())
+    if stored != read:
+        biased = any(tensor.name.endswith(".bias") for tensor in reader.tensors)
+        raise SecateurError(
+            f"transformers reads only {read:,} of its {stored:,} weights" + (", without the biases" if biased else "")
+        )
     # The weights are no longer quantised, and transformers would refuse to save a model that claims otherwise.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,7 +1,7 @@
 """The tensors of a GGUF file: names, shapes and types at once, and the values of each tensor when it is written."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,106 @@ from secateur.gguf.positions import rope_tensors
 from secateur.gguf.types import Storage
 
 
+@dataclass(frozen=True)
+class FileTensor:
+    """Tensor of a file."""
+
+    name: str
+    """llama.cpp's name."""
+    values: LazyTensor
+    type: GGMLQuantizationType
+    storage: Storage
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file."""
+        return bytes_of(self.values.shape, self.type)
+
+    def data(self) -> np.ndarray[Any, Any]:
+        """Return the bytes to write.
+
+        Raises:
+            SecateurError: A weight is too large for the type.
+        """
+        return self.storage.data(self.name, self.values.compute().float().contiguous().numpy(), self.type)
+
+
+def bytes_of(shape: tuple[int, ...], type: GGMLQuantizationType) -> int:
+    """Return the bytes that a tensor of some shape and type has in a file."""
+    block, size = gguf.GGML_QUANT_SIZES[type]
+    return int(np.prod(shape)) // block * size
+
+
+def file_tensors(model: GgufModel, architecture: Architecture) -> list[FileTensor]:
+    """Return every tensor of the file, in its order.
+
+    Raises:
+        SecateurError: A stored tensor is missing, has another shape than config.json gives it, or has no place.
+    """
+    tensors = list(_typed(model, _outside_blocks(model, architecture)))
+    for index in range(len(model.blocks)):
+        tensors += block_tensors(model, architecture, index)
+    return tensors
+
+
+def block_tensors(model: GgufModel, architecture: Architecture, index: int) -> Iterator[FileTensor]:
+    """Yield the tensors of one block. Errors are the same as in `file_tensors`."""
+    parts = _FileBlock(model, architecture, index, architecture.sizes(model)[index]).tensors()
+    return _typed(model, {f"blk.{index}.{name}": values for name, values in parts.items()})
+
+
+def _typed(model: GgufModel, tensors: Tensors) -> Iterator[FileTensor]:
+    """Yield tensors in the types that a file gives them."""
+    for name, values in tensors.items():
+        yield FileTensor(name, values, model.storage.type_of(name, values.shape), model.storage)
+
+
+def _outside_blocks(model: GgufModel, architecture: Architecture) -> Tensors:
+    """Return the tensors outside of blocks, by llama.cpp's names.
+
+    Raises:
+        SecateurError: A tensor is missing, or llama.cpp has no place for it.
+    """
+    tied = bool(model.config.tie_word_embeddings)
+    tensors = {_place_of(model, architecture, name): stored_tensor(model, at) for name, at in model.outside.items()}
+    for name in ("token_embd.weight", architecture.final_norm, None if tied else "output.weight"):
+        if name is not None and name not in tensors:
+            raise SecateurError(f"{model.checkpoint.source}: no tensor for {name} among the weights; restore it")
+    if tied:
+        tensors.pop("output.weight", None)
+    if tied and architecture.output == "stored":
+        tensors["output.weight"] = tensors["token_embd.weight"]
+    for name in tensors:
+        for change in changes_of("", name, model.config, architecture):
+            tensors[name] = tensors[name].then(change.write)
+    factors = rope_tensors(model.config, model.blocks[-1].head_dim)
+    return tensors | {name: LazyTensor.of(values) for name, values in factors.items()}
+
+
+def _place_of(model: GgufModel, architecture: Architecture, name: str) -> str:
+    """Return llama.cpp's name of a tensor, by transformers' name in the whole model.
+
+    Raises:
+        SecateurError: The architecture has no place for the tensor.
+    """
+    found = gguf_name(architecture.name, len(model.blocks), name)
+    if found is None:
+        raise SecateurError(
+            f"{model.checkpoint.source}: GGUF has no place for tensor {name}; "
+            "remove it if the model does not need it, or keep the safetensors folder"
+        )
+    return found
+
+
+_CHANNEL_AXES = {
+    **dict.fromkeys(("ffn_gate.weight", "ffn_gate.bias", "ffn_up.weight", "ffn_up.bias"), 0),
+    "ffn_down.weight": 1,
+}
+"""Axis of channels in each tensor of a feed-forward."""
+
+
 @dataclass
-class FileBlock:
+class _FileBlock:
     """Block of a file, with its tensors."""
 
     model: GgufModel
@@ -29,16 +127,14 @@ class FileBlock:
     index: int
     sizes: BlockSizes
     """Sizes in the file."""
-    parts: Tensors = field(default_factory=dict)
-    """Tensors collected so far, by llama.cpp's names inside a block."""
 
     def tensors(self) -> Tensors:
-        """Return the block's tensors.
+        """Return the block's tensors, by llama.cpp's names inside a block.
 
         Raises:
             SecateurError: A stored tensor is missing, has another shape than config.json gives it, or has no place.
         """
-        self._collect()
+        self.parts = self._collected()
         if self.model.blocks[self.index].heads:
             self._rescale_scores()
         else:
@@ -49,45 +145,35 @@ class FileBlock:
             for layer in self.model.layers:
                 self.parts.setdefault(f"{layer}.bias", LazyTensor.full(self.parts[f"{layer}.weight"].shape[:1], 0.0))
         for name, layers in self.architecture.fused.items():
-            self._fuse(layers, name)
+            for leaf in ("weight", "bias"):
+                rows = [self.parts.pop(f"{layer}.{leaf}") for layer in layers if f"{layer}.{leaf}" in self.parts]
+                if rows:
+                    self.parts[f"{name}.{leaf}"] = LazyTensor.concatenated(rows)
         return self.parts
 
-    def _collect(self) -> None:
-        """Collect the block's tensors from the checkpoint, with llama.cpp's names and order of entries."""
+    def _collected(self) -> Tensors:
+        """Return the block's tensors from the checkpoint, with llama.cpp's names and order of entries."""
         model = self.model
         layers, (experts, pieces) = layer_tensors(model, self.index), expert_tensors(model, self.index)
         narrowed = {f"{name}.{leaf}" for name in model.layers.values() for leaf in ("weight", "bias")}
-        own_names = dict.fromkeys([*layers, *experts], "")
-        self.parts = layers | experts
+        parts, own_names = layers | experts, dict.fromkeys([*layers, *experts], "")
         for name, stored in model.inside[self.index].items():
             # Parameters of an activation are metadata.
             if name in narrowed or stored in pieces or ".act_fn." in name:
                 continue
             tensor = stored_tensor(model, stored)
             if split := split_of(name):
-                self.parts |= {
+                parts |= {
                     place: tensor.then(split.part(number, model.config)) for number, place in enumerate(split.names)
                 }
             else:
-                place = self._place(name)
-                self.parts[place], own_names[place] = tensor, name
+                whole = f"{model.family.blocks}.{self.index}.{name}"
+                place = _place_of(model, self.architecture, whole).removeprefix(f"blk.{self.index}.")
+                parts[place], own_names[place] = tensor, name
         for place, name in own_names.items():
-            self._change(place, name)
-
-    def _place(self, name: str) -> str:
-        """Return llama.cpp's name of a tensor of the block.
-
-        Raises:
-            SecateurError: The architecture has no place for it.
-        """
-        whole = f"{self.model.family.blocks}.{self.index}.{name}"
-        return place_of(self.model, self.architecture, whole).removeprefix(f"blk.{self.index}.")
-
-    def _change(self, place: str, name: str) -> None:
-        """Convert the order and the values of a tensor to those in files of the architecture."""
-        permuted = self.architecture.interleaved_rope and not self.model.source.interleaved_rope
-        for change in changes_of(name, place, self.model.config, permuted=permuted, order=self.architecture.linear):
-            self.parts[place] = self.parts[place].then(change.write)
+            for change in changes_of(name, place, model.config, self.architecture):
+                parts[place] = parts[place].then(change.write)
+        return parts
 
     def _rescale_scores(self) -> None:
         """Multiply queries by the ratio between the model's scale of attention scores and llama.cpp's."""
@@ -119,120 +205,8 @@ class FileBlock:
         for name in _CHANNEL_AXES.keys() & self.parts.keys():
             self.parts[name] = self.parts[name].then(partial(_padded, axis=_CHANNEL_AXES[name], size=channels))
 
-    def _fuse(self, layers: tuple[str, ...], name: str) -> None:
-        """Put the rows of several layers into one."""
-        for leaf in ("weight", "bias"):
-            found = [self.parts.pop(f"{layer}.{leaf}") for layer in layers if f"{layer}.{leaf}" in self.parts]
-            if found:
-                self.parts[f"{name}.{leaf}"] = LazyTensor.concatenated(found)
-
-
-_CHANNEL_AXES = {
-    **dict.fromkeys(("ffn_gate.weight", "ffn_gate.bias", "ffn_up.weight", "ffn_up.bias"), 0),
-    "ffn_down.weight": 1,
-}
-"""Axis of channels in each tensor of a feed-forward."""
-
 
 def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
     """Return a vector or matrix with zeros added at the end of an axis, up to a size."""
     later = (0, 0) * (tensor.dim() - 1 - axis)
     return functional.pad(tensor, (*later, 0, size - tensor.shape[axis]))
-
-
-def place_of(model: GgufModel, architecture: Architecture, name: str) -> str:
-    """Return llama.cpp's name of a tensor.
-
-    Args:
-        model: The model that has the tensor.
-        architecture: The architecture of the file.
-        name: transformers' name in the whole model.
-
-    Raises:
-        SecateurError: The architecture has no place for the tensor.
-    """
-    found = gguf_name(architecture.name, len(model.blocks), name)
-    if found is None:
-        raise SecateurError(
-            f"{model.checkpoint.source}: GGUF has no place for tensor {name}; "
-            "remove it if the model does not need it, or keep the safetensors folder"
-        )
-    return found
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """Tensor of a file."""
-
-    name: str
-    """llama.cpp's name."""
-    values: LazyTensor
-    type: GGMLQuantizationType
-    storage: Storage
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in the file."""
-        return bytes_of(self.values.shape, self.type)
-
-    def data(self) -> np.ndarray[Any, Any]:
-        """Return the bytes to write.
-
-        Raises:
-            SecateurError: A weight is too large for the type.
-        """
-        return self.storage.data(self.name, self.values.compute().float().contiguous().numpy(), self.type)
-
-    @classmethod
-    def of(cls, name: str, values: LazyTensor, storage: Storage) -> "FileTensor":
-        """Return a tensor in the type that a file gives it."""
-        return cls(name, values, storage.type_of(name, values.shape), storage)
-
-
-def bytes_of(shape: tuple[int, ...], type: GGMLQuantizationType) -> int:
-    """Return the bytes that a tensor of some shape and type has in a file."""
-    block, size = gguf.GGML_QUANT_SIZES[type]
-    return int(np.prod(shape)) // block * size
-
-
-def file_tensors(model: GgufModel, architecture: Architecture) -> list[FileTensor]:
-    """Return every tensor of the file, in its order.
-
-    Raises:
-        SecateurError: A stored tensor is missing, has another shape than config.json gives it, or has no place.
-    """
-    outside = _outside_blocks(model, architecture).items()
-    tensors = [FileTensor.of(name, values, model.storage) for name, values in outside]
-    for index in range(len(model.blocks)):
-        tensors += block_tensors(model, architecture, index)
-    return tensors
-
-
-def block_tensors(model: GgufModel, architecture: Architecture, index: int) -> Iterator[FileTensor]:
-    """Yield the tensors of one block. Errors are the same as in `file_tensors`."""
-    sizes = architecture.sizes(model)[index]
-    for name, values in FileBlock(model, architecture, index, sizes).tensors().items():
-        yield FileTensor.of(f"blk.{index}.{name}", values, model.storage)
-
-
-def _outside_blocks(model: GgufModel, architecture: Architecture) -> Tensors:
-    """Return the tensors outside of blocks, by llama.cpp's names.
-
-    Raises:
-        SecateurError: A tensor is missing, or llama.cpp has no place for it.
-    """
-    tied = bool(model.config.tie_word_embeddings)
-    tensors = {place_of(model, architecture, name): stored_tensor(model, at) for name, at in model.outside.items()}
-    for name in ("token_embd.weight", architecture.final_norm, None if tied else "output.weight"):
-        if name is not None and name not in tensors:
-            raise SecateurError(f"{model.checkpoint.source}: no tensor for {name} among the weights; restore it")
-    if tied:
-        tensors.pop("output.weight", None)
-    if tied and architecture.output == "stored":
-        tensors["output.weight"] = tensors["token_embd.weight"]
-    for name in tensors:
-        for change in changes_of("", name, model.config, permuted=False, order=None):
-            tensors[name] = tensors[name].then(change.write)
-    full_attention = model.blocks[-1].head_dim
-    factors = rope_tensors(model.config, full_attention)
-    return tensors | {name: LazyTensor.of(values) for name, values in factors.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, GGUFWriter, TokenType
+from gguf import GGUFReader, TokenType
 from tokenizers import decoders, normalizers
 from tokenizers.normalizers import Prepend, Replace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -22,6 +22,29 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from secateur.base.errors import SecateurError
 from secateur.gguf.splits import split_name, split_rule, steps_of
 from secateur.model.tokens import begins_with_bos, encode
+
+_SPECIAL = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",
+    "pad": "padding_token_id",
+    "mask": "mask_token_id",
+}
+"""Metadata keys of the ids of special tokens, by transformers' names of the tokens."""
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE = "▁"
+"""Sign for a space in SentencePiece vocabularies."""
+
+_RESERVED_NAMES = ("phi-3", "phi3", "jina-v2", "modern-bert", "mistral")
+"""Parts of general.name by which llama.cpp or transformers would treat the file as another model."""
+_STRIPPING_NAME = "phi-3"
+"""Part of general.name by which llama.cpp drops spaces after special tokens, except after `_NOT_STRIPPING`."""
+_NOT_STRIPPING = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+"""Tokens that must be in the vocabulary if such a name is used, together with `</s>`."""
+
+_UNMERGED = -1e9
+"""Score of a token that is not the result of a merge."""
 
 
 @contextmanager
@@ -62,60 +85,21 @@ def read_tokenizer(file: Path, reader: GGUFReader, read_here: bool) -> Any:
         # transformers knows fewer names, and would split text as GPT-2 does.
         backend.pre_tokenizer, backend.model.ignore_merges = rule
     if model == "llama":
-        _split_as_sentencepiece(backend, prefix=stated("add_space_prefix", True))
+        # SentencePiece puts a space before a text where the file requires one. transformers adds the space whatever the
+        # file says, and only before the first word.
+        add, remove = ([Prepend(_SPACE)], [decoders.Strip(" ", 1, 0)]) if stated("add_space_prefix", True) else ([], [])
+        backend.normalizer, backend.pre_tokenizer = normalizers.Sequence([*add, Replace(" ", _SPACE)]), None
+        steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *remove]
+        backend.decoder = decoders.Sequence(steps)
     return tokenizer
-
-
-def _split_as_sentencepiece(backend: Any, prefix: bool) -> None:
-    """Let a tokenizer treat spaces as SentencePiece does, with a space before a text where the file requires one.
-
-    transformers adds the space whatever the file says, and only before the first word.
-    """
-    add, remove = ([Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if prefix else ([], [])
-    backend.normalizer, backend.pre_tokenizer = normalizers.Sequence([*add, Replace(" ", "▁")]), None
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *remove])
-
-
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_SPACE = "▁"
-"""Sign for a space in SentencePiece vocabularies."""
-
-_RESERVED_NAMES = ("phi-3", "phi3", "jina-v2", "modern-bert", "mistral")
-"""Parts of general.name by which llama.cpp or transformers would treat the file as another model."""
-_STRIPPING_NAME = "phi-3"
-"""Part of general.name by which llama.cpp drops spaces after special tokens, except after `_NOT_STRIPPING`."""
-_NOT_STRIPPING = frozenset({"<unk>", "<s>", "<|endoftext|>"})
-"""Tokens that must be in the vocabulary if such a name is used, together with `</s>`."""
-
-_UNMERGED = -1e9
-"""Score of a token that is not the result of a merge."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """Vocabulary and settings of a tokenizer, in the form that GGUF has for them."""
 
-    model: str
-    """llama.cpp's name of the algorithm: `gpt2` for byte-level BPE, `llama` for SentencePiece BPE."""
-    pre: str
-    """llama.cpp's name of the pre-tokenizer."""
-    tokens: list[str]
-    """Text of each token, by id."""
-    types: list[int]
-    """llama.cpp's type of each token, by id."""
-    merges: list[str] | None
-    """Merges of byte-level BPE, in the order in which they are tried."""
-    scores: list[float] | None
-    """Scores of SentencePiece tokens, by id; tokens with higher scores are merged earlier."""
-    space_prefix: bool
-    """Whether a space is put before a text."""
-    special: dict[str, int]
-    """Ids of special tokens, by name: `bos`, `eos`, ..."""
-    bos: bool
-    """Whether BOS is put before a text."""
-    eos: bool
-    """Whether EOS is put after a text."""
+    metadata: dict[str, Any]
+    """Metadata, by keys without `tokenizer.ggml`. Values of None are not written."""
     chat_template: Any
     strips: bool
     """Whether spaces after special tokens are dropped, as in Phi-3."""
@@ -140,18 +124,23 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     stored = _stored(tokenizer)
     byte_level = _is_byte_level(stored)
     tokens, types = _tokens(stored, size, byte_level)
-    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+    ids = {key: getattr(tokenizer, f"{name}_token_id", None) for name, key in _SPECIAL.items()}
     plain, full = encode(tokenizer, "a"), encode(tokenizer, "a", special=True)
-    return Vocabulary(
-        **(_byte_level_fields(stored) if byte_level else _sentencepiece_fields(stored, tokens)),
-        tokens=tokens,
-        types=types,
-        special={name: index for name, index in special.items() if index is not None and index < size},
-        bos=begins_with_bos(tokenizer),
-        eos=len(full) > len(plain) and full[-1] == special["eos"],
-        chat_template=tokenizer.chat_template,
-        strips=_strips(stored, size),
-    )
+    merges = stored["model"]["merges"]
+    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    metadata = {
+        "model": "gpt2" if byte_level else "llama",
+        "pre": split_name(stored) if byte_level else "default",
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [" ".join(pair) for pair in pairs] if byte_level else None,
+        "scores": None if byte_level else _scores(tokens, pairs),
+        "add_space_prefix": not byte_level and _has_space_prefix(stored),
+        **{key: index for key, index in ids.items() if index is not None and index < size},
+        "add_bos_token": begins_with_bos(tokenizer),
+        "add_eos_token": len(full) > len(plain) and full[-1] == tokenizer.eos_token_id,
+    }
+    return Vocabulary(metadata, tokenizer.chat_template, _strips(stored, size))
 
 
 def _stored(tokenizer: Any) -> dict[str, Any]:
@@ -184,55 +173,6 @@ def _stored(tokenizer: Any) -> dict[str, Any]:
 def _is_byte_level(stored: dict[str, Any]) -> bool:
     """Return whether a BPE tokenizer works on bytes, rather than on characters as SentencePiece does."""
     return any(step["type"] == "ByteLevel" for step in steps_of(stored.get("pre_tokenizer")))
-
-
-def _byte_level_fields(stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `Vocabulary` that depend on the algorithm, for byte-level BPE."""
-    return {
-        "model": "gpt2",
-        "pre": split_name(stored),
-        "merges": [" ".join(pair) for pair in _pairs(stored)],
-        "scores": None,
-        "space_prefix": False,
-    }
-
-
-def _sentencepiece_fields(stored: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """Return the fields of a `Vocabulary` that depend on the algorithm, for SentencePiece BPE."""
-    return {
-        "model": "llama",
-        "pre": "default",
-        "merges": None,
-        "scores": _scores(tokens, _pairs(stored)),
-        "space_prefix": _has_space_prefix(stored),
-    }
-
-
-def _pairs(stored: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return the pairs of tokens that are merged, in the order in which they are tried."""
-    merges = stored["model"]["merges"]
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
-
-
-def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """Add a vocabulary to the metadata of a file."""
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    # The writer leaves out empty lists.
-    writer.add_token_merges(vocabulary.merges or [])
-    writer.add_token_scores(vocabulary.scores or [])
-    writer.add_add_space_prefix(vocabulary.space_prefix)
-    for name, index in vocabulary.special.items():
-        getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_add_bos_token(vocabulary.bos)
-    writer.add_add_eos_token(vocabulary.eos)
-    template = vocabulary.chat_template
-    if isinstance(template, dict):
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    if template:
-        writer.add_chat_template(template)
 
 
 def _tokens(stored: dict[str, Any], size: int, byte_level: bool) -> tuple[list[str], list[int]]:

@@ -115,7 +115,6 @@ def check_type(type: str, known: Collection[str] = (*TYPES, *LLAMA_TYPES, AS_INP
     raise SecateurError(f"no type {type!r}; choose one of {', '.join(known)}")
 
 
-_T = GGMLQuantizationType
 _SMALLER_BLOCKS = {_T.Q4_K: _T.Q5_0, _T.Q5_K: _T.Q5_1, _T.Q6_K: _T.Q8_0}
 """Types with blocks of 32 weights that llama.cpp takes for rows which blocks of 256 weights do not fill."""
 

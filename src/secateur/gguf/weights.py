@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from secateur.base.errors import SecateurError
 from secateur.families.entry import Experts, Family
 from secateur.families.registry import family_of
+from secateur.gguf.architectures import ARCHITECTURES
 from secateur.gguf.config import read_config
 from secateur.gguf.file import GgufFile
 from secateur.gguf.layout import Split, changes_of, gguf_name, split_of
@@ -81,7 +82,8 @@ def _shards(file: GgufFile, config: Any) -> list[list[Read]]:
     """
     model = empty_model(AutoModelForCausalLM, config)
     config.architectures = [type(model).__name__]
-    in_block = re.compile(rf"{re.escape(family_of(config).blocks)}\.(\d+)\.(.+)")
+    family = family_of(config)
+    in_block = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)")
     shards: list[list[Read]] = [[] for _ in range(file.blocks + 1)]
     used = set[str]()
     for name, parameter in model.state_dict().items():
@@ -89,7 +91,7 @@ def _shards(file: GgufFile, config: Any) -> list[list[Read]]:
             continue
         match = in_block.fullmatch(name)
         block, inside = (int(match[1]), match[2]) if match else (-1, "")
-        source = _Parameter(file, config, name, tuple(parameter.shape), block, inside).source()
+        source = _Parameter(file, config, family, name, tuple(parameter.shape), block, inside).source()
         used.update(source.names)
         shards[block].append(source.read)
     if unused := file.tensors.keys() - used:
@@ -103,6 +105,7 @@ class _Parameter:
 
     file: GgufFile
     config: Any
+    family: Family
     name: str
     """transformers' name."""
     shape: tuple[int, ...]
@@ -110,11 +113,6 @@ class _Parameter:
     """Index of the parameter's block; -1 outside of blocks."""
     inside: str
     """Name inside the block; empty outside of blocks."""
-
-    @property
-    def family(self) -> Family:
-        """Entry of the model's family."""
-        return family_of(self.config)
 
     @property
     def stored(self) -> str:
@@ -141,8 +139,7 @@ class _Parameter:
         if (found := next(filter(None, names), None)) is None:
             raise SecateurError(f"GGUF has no place for {self.name}")
         self._check(found, self.file.shape(found), self.shape)
-        entry = self.file.reading.input
-        changes = changes_of(self.name, found, self.config, permuted=entry.permuted, order=entry.linear)
+        changes = changes_of(self.name, found, self.config, ARCHITECTURES[self.file.architecture])
 
         def read(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             tensor = self.file.read(found, torch.float32 if changes else dtype)
@@ -189,10 +186,10 @@ class _Parameter:
 
         def read_stacked(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             """Yield one tensor of all experts."""
-            join = _alternate if experts.alternating else torch.cat
             stack = torch.empty(self.shape, dtype=dtype)
             for place, tensors in zip(stack, read_parts(dtype), strict=True):
-                joined = join(tensors)
+                # Alternating rows are the first row of each part, then the second ones.
+                joined = torch.stack(tensors, 1).flatten(0, 1) if experts.alternating else torch.cat(tensors)
                 place.copy_(joined.T if transposed else joined)
             yield self.stored, stack
 
@@ -212,11 +209,6 @@ class _Parameter:
 
 _EXPERT_PARTS = {1: ("down",), 2: ("gate", "up")}
 """llama.cpp's names of experts' layers, by the number of layers that a checkpoint's tensor holds."""
-
-
-def _alternate(parts: Sequence[Tensor]) -> Tensor:
-    """Return the rows of several matrices in turn: the first row of each, then the second ones."""
-    return torch.stack(list(parts), 1).flatten(0, 1)
 
 
 def _stored_name(experts: Experts | None, name: str) -> str:

@@ -19,7 +19,7 @@ from secateur.gguf.config import GATES_SUM_TO_ONE
 from secateur.gguf.model import BlockSizes, GgufModel
 from secateur.gguf.positions import float_or_none, rope_metadata
 from secateur.gguf.tensors import FileTensor
-from secateur.gguf.tokenizer import Vocabulary, add_vocabulary
+from secateur.gguf.tokenizer import Vocabulary
 
 Values = dict[str, Any]
 _ADD = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string", list: "add_array"}
@@ -30,18 +30,29 @@ _DEEPSTACK = re.compile(r"\.deepstack_merger_list\.(\d+)\.")
 """Layers that turn intermediate states of a vision tower into inputs of the decoder's first blocks (Qwen3-VL)."""
 
 
-def add_metadata(writer: GGUFWriter, values: Values) -> None:
-    """Add metadata to a file, by keys without the architecture. Values of None are not written."""
+def _add_metadata(writer: GGUFWriter, place: str, values: Values) -> None:
+    """Add metadata to a file, by keys without their beginning `place`. Values of None are not written."""
     for key, value in values.items():
         # Only the keys of this activation have no architecture's name in front.
-        name = key if key.startswith("xielu.") else f"{writer.arch}.{key}"
+        name = key if key.startswith("xielu.") else f"{place}.{key}"
         if value is not None:
             getattr(writer, _ADD[type(value)])(name, value)
+
+
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add a vocabulary to the metadata of a file."""
+    _add_metadata(writer, "tokenizer.ggml", vocabulary.metadata)
+    template = vocabulary.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
 
 
 def model_metadata(model: GgufModel, architecture: Architecture) -> Values:
     """Return the metadata of a model."""
     config, blocks = model.config, architecture.sizes(model)
+    own = {key: getattr(config, name) for key, name in model.source.keys.items()}
     merged = {found[1] for name in model.checkpoint.tensors if (found := _DEEPSTACK.search(name))}
     return {
         "context_length": context_length(model, architecture),
@@ -51,7 +62,7 @@ def model_metadata(model: GgufModel, architecture: Architecture) -> Values:
         **architecture.attention(model),
         # The epsilon of norms without weights (OLMo) is a constant in the class.
         f"attention.{architecture.epsilon}": float(getattr(config, model.source.epsilon, 1e-5)),
-        **{key: _of_config(config, key, name) for key, name in model.source.keys.items()},
+        **{key: float(value) if key in _FLOATS else value for key, value in own.items()},
         **_expert_metadata(model, architecture),
         "attention.clamp_kqv": float_or_none(getattr(getattr(config, "attn_config", config), "clip_qkv", None)),
         # In this multimodal model, the decoder's first blocks get additional inputs from the vision tower.
@@ -59,7 +70,7 @@ def model_metadata(model: GgufModel, architecture: Architecture) -> Values:
         "final_logit_softcapping": float_or_none(getattr(config, "final_logit_softcapping", None)),
         **architecture.windows(model),
         **({} if architecture.alibi else rope_metadata(config, model.rotated, architecture.sections)),
-        **{key: value for part in architecture.metadata for key, value in part(model).items()},
+        **architecture.metadata(model),
     }
 
 
@@ -73,31 +84,23 @@ def context_length(model: GgufModel, architecture: Architecture) -> int:
     return min(model.positions, model.window)
 
 
-def _of_config(config: Any, key: str, name: str) -> Any:
-    """Return the value of a config key in the type that llama.cpp reads."""
-    value = getattr(config, name)
-    return float(value) if key in _FLOATS else value
-
-
 def _block_metadata(model: GgufModel, architecture: Architecture, blocks: list[BlockSizes]) -> Values:
     """Return numbers of heads and channels: lists of one number per block, or numbers that all blocks share.
 
     A list is also needed if a block has no heads or no channels.
     """
+    kv_heads, channels = list[int](), list[int]()
+    for index, sizes in enumerate(blocks):
+        # llama.cpp recognises blocks with a convolution by a zero, and blocks with linear attention by their distance.
+        without = model.is_token_mixer(index) and not architecture.linear
+        kv_heads.append(0 if without else 1 if architecture.latent else sizes.kv_heads)
+        channels.append(_channels(model, sizes))
     numbers = {
         "attention.head_count": [sizes.heads for sizes in blocks],
-        "attention.head_count_kv": [_kv_heads(model, architecture, index, sizes) for index, sizes in enumerate(blocks)],
-        "feed_forward_length": [_channels(model, sizes) for sizes in blocks],
+        "attention.head_count_kv": kv_heads,
+        "feed_forward_length": channels,
     }
     return {key: list_ if architecture.per_layer or 0 in list_ else list_[0] for key, list_ in numbers.items()}
-
-
-def _kv_heads(model: GgufModel, architecture: Architecture, index: int, sizes: BlockSizes) -> int:
-    """Return the number of key/value heads of a block as a file states it."""
-    # llama.cpp recognises blocks with a convolution by a zero, and blocks with linear attention by their distance.
-    if model.is_token_mixer(index) and not architecture.linear:
-        return 0
-    return 1 if architecture.latent else sizes.kv_heads
 
 
 def _channels(model: GgufModel, sizes: BlockSizes) -> int:
@@ -186,8 +189,8 @@ def write_gguf(
     writer.add_name(vocabulary.safe_name(name))
     writer.add_file_type(model.storage.file)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(len(vocabulary.tokens))
-    add_metadata(writer, model_metadata(model, architecture))
+    writer.add_vocab_size(len(vocabulary.metadata["tokens"]))
+    _add_metadata(writer, architecture.name, model_metadata(model, architecture))
     add_vocabulary(writer, vocabulary)
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.values.shape, np.dtype(np.float32), tensor.bytes, tensor.type)
