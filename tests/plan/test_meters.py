@@ -23,6 +23,7 @@ from secateur.model.axes import Width
 from secateur.model.structure import Block
 from secateur.model.surgery import first_units
 from secateur.model.units.channels import CHANNELS
+from secateur.model.units.experts import EXPERTS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan import latency
 from secateur.plan.latency import LatencyTable, grid, latency_table
@@ -72,6 +73,10 @@ def some_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
 def uniform_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
     channels = random.Random(seed).randint(1, blocks[0].width[CHANNELS] - 1)
     return dict.fromkeys(range(len(blocks)), blocks[0].width | {CHANNELS: channels})
+
+
+def fewer_experts(blocks: list[Block], seed: int) -> dict[int, Width]:
+    return {index: block.width | {EXPERTS: 4 - seed} for index, block in enumerate(blocks) if EXPERTS in block.width}
 
 
 def written(stream: BlockStream, widths: dict[int, Width], out: Path, dtype: torch.dtype = torch.float32) -> int:
@@ -130,9 +135,11 @@ def test_added_biases_count_as_size(tmp_path, opened, name, target, file):
 
 UNEVEN = ["llama", "llama biased", "llama 64", "llama tied", "qwen3 tied", "mistral"]
 UNIFORM = ["gemma2", "phi3", "olmo2", "gpt2", "gpt_neox", "llama 64"]
+MIXTURES = ["mixtral", "qwen2_moe", "glm4_moe", "ernie4_5_moe"]
 PICKED = [
     *((name, some_widths) for name in UNEVEN),
     *((name, uniform_widths) for name in UNIFORM),
+    *((name, fewer_experts) for name in MIXTURES),
     *(
         (name, lambda blocks, seed: dict.fromkeys(range(len(blocks)), wide(0, 0, 40 + seed)))
         for name in ("llama", "llama biased", "mistral")

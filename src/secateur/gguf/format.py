@@ -18,13 +18,12 @@ from secateur.gguf.architecture import Architecture
 from secateur.gguf.architectures import OUTPUT_LAYERS, choose_architecture, gguf_unsupported
 from secateur.gguf.export import export
 from secateur.gguf.model import STATED_AXES, GgufModel, filled
-from secateur.gguf.tensors import block_tensors, bytes_of, file_tensors
+from secateur.gguf.tensors import block_tensors, file_tensors
 from secateur.gguf.tokenizer import vocabulary_of
 from secateur.gguf.types import check_type, storage_of
 from secateur.model.axes import ATTENTION, FEED_FORWARD, Width, axis_kinds
 from secateur.model.stream import BlockStream
 from secateur.model.units.channels import CHANNELS
-from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.plan.meters import Meter, added_biases, dense_widths, megabytes
 
 _PREFIXES = {ATTENTION: ("attn_",), FEED_FORWARD: ("ffn_", "exp_")}
@@ -92,57 +91,23 @@ class _ModuleBytes:
         return self._bytes(same, kind, dense | kept)
 
     def _module_bytes(self, index: int, kind: str, width: Width) -> int:
-        """Return the bytes of a module of a block; the result holds for all blocks of the same shapes."""
-        return self._expert_bytes(index, width) if kind == "experts" else self._narrowed_bytes(index, kind, width)
-
-    def _expert_bytes(self, index: int, width: Width) -> int:
-        """Return the bytes of a mixture. Pruning narrows matrices of experts along two axes, and the router along
-        one."""
-        shared = self.stream.blocks[index].feed_forward.shared_multiple * width[EXPERT_CHANNELS]
-        total = 0
-        for tensor in block_tensors(self.model, self.architecture, index):
-            name = tensor.name.split(".", 2)[2]
-            if name.startswith(_PREFIXES[FEED_FORWARD]):
-                shape = _expert_shape(name, tensor.values.shape, self.dense[index][EXPERTS], width, shared)
-                total += bytes_of(shape, self.model.storage.type_of(tensor.name, shape))
-        return total
-
-    def _narrowed_bytes(self, index: int, kind: str, width: Width) -> int:
-        """Return the bytes of an attention or a feed-forward, its norms included."""
+        """Return the bytes of a module of a block, its norms included; the result holds for all blocks of the same
+        shapes."""
         block, model, tensors = self.stream.blocks[index], copy(self.model), dict(self.model.checkpoint.tensors)
         after, inside = block.shapes_at(width, kind), dict(self.model.inside[index])
         for name in block.inside(block.module(kind)):
-            stored = self.stream.stored_name(index, name)
-            if name in after:
-                tensors[stored] = replace(tensors[stored], shape=after[name])
-            else:
+            if name not in after:
                 del inside[name]
+            # The matrices of experts may be stored in several pieces.
+            elif len(stored := self.stream.stored_names(index, name)) == 1:
+                tensors[stored[0]] = replace(tensors[stored[0]], shape=after[name])
+        model.shapes = {f"{model.family.blocks}.{index}.{name}": shape for name, shape in after.items()}
         model.checkpoint = replace(self.model.checkpoint, tensors=tensors)
         model.inside = [*model.inside[:index], inside, *model.inside[index + 1 :]]
         model.blocks = [*model.blocks[:index], model.sizes(index, width), *model.blocks[index + 1 :]]
         tensors_of_block = block_tensors(model, self.architecture, index)
         prefixes = tuple(f"blk.{index}.{prefix}" for prefix in _PREFIXES[block.module(kind).role])
         return sum(tensor.bytes for tensor in tensors_of_block if tensor.name.startswith(prefixes))
-
-
-def _expert_shape(name: str, shape: tuple[int, ...], experts: int, width: Width, shared: int) -> tuple[int, ...]:
-    """Return the shape of a tensor of a mixture at a width.
-
-    Args:
-        name: llama.cpp's name inside a block.
-        shape: Dense shape.
-        experts: Number of experts of the dense block.
-        width: The block's width.
-        shared: Channels of the shared expert at that width; 0 if it keeps all channels.
-    """
-    kept, is_down = list(shape), name.startswith("ffn_down_")
-    if shared and "_shexp." in name:
-        kept[int(is_down)] = shared
-    elif kept[0] == experts:
-        kept[0] = width[EXPERTS]
-    if len(kept) == 3:
-        kept[2 if is_down else 1] = width[EXPERT_CHANNELS]
-    return tuple(kept)
 
 
 class GgufFormat(Converted):

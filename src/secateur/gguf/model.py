@@ -78,6 +78,8 @@ class GgufModel:
     """llama.cpp's names of layers that will get a bias when the model is pruned."""
     type: str = "f16"
     """Type of the file."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of parameters that will be narrower than the checkpoint's, by transformers' names."""
     storage: Storage = field(init=False)
     """Types of its tensors."""
     family: Family = field(init=False)
