@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,16 +92,15 @@ class _ModuleBytes:
     def _module_bytes(self, index: int, kind: str, width: Width) -> int:
         """Return the bytes of a module of a block, its norms included; the result holds for all blocks of the same
         shapes."""
-        block, model, tensors = self.stream.blocks[index], copy(self.model), dict(self.model.checkpoint.tensors)
+        block, model = self.stream.blocks[index], copy(self.model)
         after, inside = block.shapes_at(width, kind), dict(self.model.inside[index])
+        model.shapes = {}
         for name in block.inside(block.module(kind)):
-            if name not in after:
+            if name in after:
+                whole = f"{model.family.blocks}.{index}.{name}"
+                model.shapes |= dict.fromkeys((whole, *self.stream.stored_names(index, name)), after[name])
+            else:
                 del inside[name]
-            # The matrices of experts may be stored in several pieces.
-            elif len(stored := self.stream.stored_names(index, name)) == 1:
-                tensors[stored[0]] = replace(tensors[stored[0]], shape=after[name])
-        model.shapes = {f"{model.family.blocks}.{index}.{name}": shape for name, shape in after.items()}
-        model.checkpoint = replace(self.model.checkpoint, tensors=tensors)
         model.inside = [*model.inside[:index], inside, *model.inside[index + 1 :]]
         model.blocks = [*model.blocks[:index], model.sizes(index, width), *model.blocks[index + 1 :]]
         tensors_of_block = block_tensors(model, self.architecture, index)

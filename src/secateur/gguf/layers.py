@@ -51,7 +51,7 @@ Tensors = dict[str, LazyTensor]
 
 def stored_tensor(model: GgufModel, stored: str) -> LazyTensor:
     """Return a tensor as the checkpoint stores it."""
-    return LazyTensor(model.checkpoint.tensors[stored].shape, partial(model.checkpoint.read, stored))
+    return LazyTensor(model.shape_of(stored), partial(model.checkpoint.read, stored))
 
 
 def layer_tensors(model: GgufModel, index: int) -> Tensors:

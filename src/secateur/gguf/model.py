@@ -79,7 +79,7 @@ class GgufModel:
     type: str = "f16"
     """Type of the file."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shapes of parameters that will be narrower than the checkpoint's, by transformers' names."""
+    """Shapes of tensors that will be narrower than the checkpoint's, by transformers' names and by stored names."""
     storage: Storage = field(init=False)
     """Types of its tensors."""
     family: Family = field(init=False)
@@ -152,8 +152,12 @@ class GgufModel:
             inside for inside, kind in zip(self.inside, self.config.layer_types, strict=True) if kind == layer_type
         )
         first = next(inside for inside in same_type if keys in inside)
-        dim, rows = (self.checkpoint.tensors[first[name]].shape[0] for name in (norm, keys))
+        dim, rows = (self.shape_of(first[name])[0] for name in (norm, keys))
         return dim, rows // dim
+
+    def shape_of(self, stored: str) -> tuple[int, ...]:
+        """Return the shape of a stored tensor."""
+        return self.shapes.get(stored) or self.checkpoint.tensors[stored].shape
 
     @property
     def config(self) -> Any:
