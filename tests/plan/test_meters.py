@@ -255,8 +255,18 @@ def test_each_target_has_its_meter(opened, monkeypatch):
     meter = meter_of(parse_target("decode=2x"), stream, **how)
     assert meter.format_value(0.0123) == "12.3 ms"
     assert meter.dense > 0
-    for target in ("kv=80%", "decode=2x"):
-        said = "attend to keys and values of other blocks"
-        assert_error(said, meter_of, parse_target(target), opened("gemma4_text small"), **how)
-    said = "heads have another size in some blocks"
-    assert_error(said, meter_of, parse_target("kv=80%"), opened("gemma4_text"), **how)
+    said = "attend to keys and values of other blocks"
+    assert_error(said, meter_of, parse_target("decode=2x"), opened("gemma4_text small"), **how)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma4_text", "gemma4_text small", "deepseek_v2"])
+def test_the_cache_has_the_bytes_that_transformers_takes(tmp_path, opened, name):
+    source, how = opened(name).checkpoint.path, BIASED | {"recovery": "none"}
+    how |= {"target": "kv=60%"} if name == "gemma4_text" else {"sparsity": 0.3}
+    summary = prune(source, tmp_path / "out", **how)
+    for model, said in zip(map(load_written, (source, tmp_path / "out")), summary.cache_bytes, strict=True):
+        caches = [model(tiny.token_rows(1, tokens), use_cache=True).past_key_values.layers for tokens in (2, 3)]
+        # Blocks that attend to keys of other blocks have none.
+        held = [[part for one in layers for part in (one.keys, one.values) if part is not None] for layers in caches]
+        few, more = (sum(4 * part.numel() for part in parts) for parts in held)
+        assert more - few == said

@@ -13,8 +13,9 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.base.words import format_count
+from secateur.families.registry import family_of
 from secateur.model.axes import Width
-from secateur.model.facts import head_dim, latent_width
+from secateur.model.facts import latent_width
 from secateur.model.stream import BlockStream
 from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.latency import Timer, latency_table
@@ -105,13 +106,9 @@ def _unsupported_quantity(stream: BlockStream, target: Target) -> str | None:
     is_time = target.quantity in SPEEDUPS
     reasons = [
         (
-            (is_time or target.quantity == "kv") and stream.side_inputs.shares_keys,
+            is_time and stream.side_inputs.shares_keys,
             "some blocks attend to keys and values of other blocks, so that one block cannot be measured alone; use "
-            "params or bytes",
-        ),
-        (
-            target.quantity == "kv" and len({module.size for module in modules if KV_GROUPS in module.removed}) > 1,
-            "heads have another size in some blocks, so that the KV cache is not measured; use params or bytes",
+            "params, bytes or kv",
         ),
         (
             is_time and any(module.experts_per_token for module in modules),
@@ -194,14 +191,18 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, biases: bool = False) ->
 
 def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
     """Return the meter of the KV cache: bytes of the keys and values of one token in all blocks."""
-    config = stream.checkpoint.config
-    latent = latent_width(config)
+    config, family = stream.checkpoint.config, family_of(stream.checkpoint.config)
+    latent, keys = latent_width(config), f"{family.attention}.{family.keys}.weight"
+    has_key_layer = latent is None and family.fused is None
 
     def module_size(index: int, kind: str, width: Width) -> float:
-        if KV_GROUPS not in stream.blocks[index].module(kind).removed:
+        block, module = stream.blocks[index], stream.blocks[index].module(kind)
+        # A block without a key layer attends to the keys and values of an earlier block.
+        if KV_GROUPS not in module.removed or (has_key_layer and keys not in block.shapes):
             return 0
         # In latent attention, one vector per token holds the keys and values of all heads.
-        entries = width[KV_GROUPS] * 2 * head_dim(config) if latent is None else latent
+        group = block.shapes.get(keys, (module.groups * module.size,))[0] // module.groups
+        entries = width[KV_GROUPS] * 2 * group if latent is None else latent
         # transformers reads the length of the text from any block's cache: without heads, that has two numbers.
         return (entries if width[KV_GROUPS] else 2) * dtype.itemsize
 
