@@ -8,7 +8,7 @@ import pytest
 import torch
 from lives import bytes_of
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import secateur
 from models import MIXTURES, ROWS, logits_of, relative, token_rows
@@ -88,7 +88,10 @@ def test_a_file_is_only_for_prune(checkpoint_folder):
 
 
 def test_models_that_cannot_be_read_are_refused(checkpoint_folder):
-    assert_error("int is not a language model", prune_model, 3, None, **OPTIONS)
+    classifier = AutoModelForSequenceClassification.from_pretrained(checkpoint_folder("llama"))
+    for wrong in (3, classifier):
+        message = f"{type(wrong).__name__} is not a language model that writes text; pass what AutoModelForCausalLM"
+        assert_error(message, prune_model, wrong, None, **OPTIONS)
     adapted = get_peft_model(opened(checkpoint_folder("llama")), LoraConfig(target_modules=["q_proj"]))
     assert_error("adapters; call merge_and_unload", prune_model, adapted, None, **OPTIONS)
     compiled = torch.compile(opened(checkpoint_folder("llama")))

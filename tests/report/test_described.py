@@ -151,7 +151,7 @@ def test_measurements_are_added_to_card_and_page(place, run):
     assert f"| perplexity text.txt | {row} |" in card_now
     assert "has not been measured yet" not in card_now
     notes = ["Prompts: each model continues them as text, as it has no chat template."]
-    notes.append("bytes) scored in 4 rows of 16; rows begin without BOS, as the tokenizer adds none.")
+    notes.append("bytes) scored in 4 rows of 16; rows begin without BOS.")
     assert all(shown.count(note) == 1 for note in notes for shown in (result.out, card_now, text_of(page)))
     wrote = [model["written"]["w1 w2 w3"] for model in (here, base)]
     assert all(20 < len(text.split()) <= 80 for text in wrote)
@@ -166,7 +166,7 @@ def test_measurements_are_added_to_card_and_page(place, run):
 def test_one_width_of_several_blocks(row, where):
     widths = {index: block.width for index, block in enumerate(blocks_of(build(row)))}
     found, width = each_keeps(widths, 3)
-    assert (found, width.keys()) == (where, {axis for one in widths.values() for axis in one})
+    assert (found, [*width]) == (where, ["heads_per_group", "kv_groups", "channels"])
     assert each_keeps({1: width, 2: width}, 3)[0] == "each of blocks 1 to 2"
     assert each_keeps({0: width, 2: width}, 3)[0] == "each of 2 blocks"
 
@@ -182,7 +182,7 @@ def test_notes_name_the_models():
 
 @pytest.mark.parametrize("steps", [1, 4, 100, 101, 250])
 def test_curves_end_at_the_number_of_trained_tokens(steps):
-    entry = {"losses": [2.0] * steps, "perplexities": [[0, 3.0], [steps, 2.0]], "perplexity": {"dense": 1.0}}
+    entry = {"losses": [2.0] * steps, "perplexities": [[0, 3.0], [steps, 2.0]], "perplexity": {"teacher": 1.0}}
     page = model_page(made(retrained=[entry | {"tokens": 1024 * steps}]))
     assert page.count(f" in {1024 * steps:,} tokens</figcaption>") == 2
     loss, _ = re.findall(r'<path d="M([^"]*)" class="line" fill="none"', page)
@@ -229,9 +229,9 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     page = (place / "trained" / "report.html").read_text()
     assert page.count('class="line" fill="none"') == 2
     assert re.search(r'y="145" text-anchor="middle">50</text>', page)
-    dense, after = said["perplexity"]["dense"], said["perplexity"]["after"]
-    assert "Perplexity on held-out rows, ratio to dense: from " in page
-    assert f" to {after / dense:.3g} in 128 tokens" in page
+    teacher, after = said["perplexity"]["teacher"], said["perplexity"]["after"]
+    assert "Perplexity on held-out rows, ratio to the teacher's: from " in page
+    assert f" to {after / teacher:.3g} in 128 tokens" in page
     assert "Retraining" not in (place / "out" / "report.html").read_text()
 
 

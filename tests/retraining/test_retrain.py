@@ -158,7 +158,7 @@ def test_the_loss_falls_and_the_folder_is_complete(checkpoint_folder, tmp_path, 
     assert command.startswith("secateur retrain ")
     assert record_of(out) == record_of(folder) | {"retrained": [entry], "later": [command]}
     assert entry["tokens"] == done.tokens == 1536
-    assert entry["perplexity"] == {"dense": None, "before": done.perplexity[0], "after": done.perplexity[1]}
+    assert entry["perplexity"] == {"teacher": None, "before": done.perplexity[0], "after": done.perplexity[1]}
     # Adapters of rank 8 on each matrix.
     shapes = [network_of(folder).get_submodule(layer).weight.shape for layer in layers]
     assert done.adapted == sum(8 * sum(shape) for shape in shapes)
@@ -262,7 +262,7 @@ def test_the_teacher_is_the_model_that_the_record_names(checkpoint_folder, tmp_p
     assert recorded.curve == named.curve
     rows = training_rows(open_checkpoint(dense), Training(calibration=str(text), length=16, batch=4), 64, Services())
     found = perplexity(network_of(dense), rows.held_out).perplexity
-    assert recorded.curve.dense == pytest.approx(found, rel=1e-2)
+    assert recorded.curve.teacher == pytest.approx(found, rel=1e-2)
     with edited_weights(dense) as weights:
         weights["model.norm.weight"] += 1
     said = f"{dense} has other weights than the model that {folder} was pruned from; restore them, or choose a teacher"

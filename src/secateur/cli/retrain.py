@@ -52,6 +52,6 @@ def retrain(
         started=Process().create_time(),
     )
     before, after = done.perplexity
-    dense = "" if done.curve.dense is None else f" (dense: {done.curve.dense:.3f})"
-    line = f"Perplexity on held-out rows: {before:.3f} before, {after:.3f} after{dense}. Written to {out}"
+    teacher = "" if done.curve.teacher is None else f" (teacher: {done.curve.teacher:.3f})"
+    line = f"Perplexity on held-out rows: {before:.3f} before, {after:.3f} after{teacher}. Written to {out}"
     print_result(done, None, [line])

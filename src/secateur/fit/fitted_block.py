@@ -29,7 +29,7 @@ class ModuleReport:
     kept: int
     """Number of units that it keeps."""
     units: int
-    """Number of units of the dense module."""
+    """Number of units before this run."""
     error: float
     """Mean squared error per token of the residual stream after the module: pruned minus dense stream, over the
     calibration rows with their weights. It includes the errors of earlier blocks."""

@@ -66,7 +66,7 @@ class Evaluation:
         models = self.models
         figures = [
             Figure.of("parameters", [model.parameters for model in models], "{:,}"),
-            Figure.of("bytes in the same dtype", [model.bytes for model in models], "{:,}"),
+            Figure.of("bytes" + " in the same dtype" * (len(models) > 1), [model.bytes for model in models], "{:,}"),
         ]
         for text in models[0].texts:
             perplexities, name = [model.texts[text].perplexity for model in models], self.name_of(text)

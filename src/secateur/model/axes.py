@@ -240,9 +240,9 @@ class Width(Mapping[str, int]):
 
 
 def present(widths: Iterable[Width]) -> list[AxisKind]:
-    """Return the kinds of axes that at least one block has, in the order of `axis_kinds`."""
+    """Return the kinds of axes that blocks have and along which units can be removed, in the order of `axis_kinds`."""
     names = {name for width in widths for name in width}
-    return [kind for name, kind in axis_kinds().items() if name in names]
+    return [kind for name, kind in axis_kinds().items() if name in names and kind.removable]
 
 
 def model_width(widths: Iterable[Width]) -> Width:
@@ -254,7 +254,7 @@ def model_width(widths: Iterable[Width]) -> Width:
 
 
 def totals(widths: Iterable[Width]) -> dict[str, int]:
-    """Return the total number of units along each axis in all blocks, by plural noun; axes of no block are left out."""
+    """Return the total number of units along each axis in all blocks, by plural noun, for the axes of `present`."""
     widths = list(widths)
     return {kind.total: sum(map(kind.count, widths)) for kind in present(widths)}
 

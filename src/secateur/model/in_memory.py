@@ -52,7 +52,9 @@ def check_in_memory(model: Any) -> None:
     """
     name = type(model).__name__
     if not all(hasattr(model, attribute) for attribute in ("config", "state_dict", "generate")):
-        raise SecateurError(f"{name} is not a language model of transformers; pass what from_pretrained returned")
+        raise SecateurError(
+            f"{name} is not a language model that writes text; pass what AutoModelForCausalLM.from_pretrained returned"
+        )
     if hasattr(model, "_orig_mod"):
         raise SecateurError(f"{name} is a compiled model; pass the model that torch.compile was called with")
     if hasattr(model, "peft_config"):

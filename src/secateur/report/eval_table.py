@@ -62,12 +62,12 @@ def measurement_notes(result: Evaluation, names: Sequence[str]) -> list[str]:
 
 
 def _text(result: Evaluation, source: str) -> str:
-    """Return a line about the rows of a text; models with different tokenizers score different parts of it."""
-    texts, begins_with_bos = [model.texts[source] for model in result.models], result.models[0].begins_with_bos
+    """Return a line about the rows of a text, which differ between models with different tokenizers."""
+    texts = [model.texts[source] for model in result.models]
     scored = " and ".join(dict.fromkeys(f"{one.tokens:,} tokens ({one.bytes or 0:,} bytes)" for one in texts))
     return (
         f"{result.name_of(source)}: {scored} scored in {texts[0].rows:,} rows of {texts[0].length}; "
-        f"{bos_note(begins_with_bos)}."
+        f"{' and '.join(dict.fromkeys(bos_note(model.begins_with_bos) for model in result.models))}."
     )
 
 

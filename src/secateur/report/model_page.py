@@ -101,13 +101,13 @@ def _errors(role: str, blocks: Sequence[Mapping[str, Any]]) -> Chart | None:
 
 def _curves(training: Mapping[str, Any]) -> Iterator[Chart]:
     """Yield the loss of one training, an entry of `retrained` in secateur.json, and perplexity on held-out rows."""
-    losses, dense, tokens = training["losses"], training["perplexity"]["dense"], float(training["tokens"])
+    losses, teacher, tokens = training["losses"], training["perplexity"]["teacher"], float(training["tokens"])
     step = tokens / max(1, len(losses))
     size = -(-len(losses) // POINTS)
     means = [losses[at : at + size] for at in range(0, len(losses), size)]
     loss = [((number * size + len(part) / 2) * step, sum(part) / len(part)) for number, part in enumerate(means)]
-    perplexity = [(done * step, value / (dense or 1.0)) for done, value in training["perplexities"]]
-    what = "Perplexity on held-out rows" + ("" if dense is None else ", ratio to dense")
+    perplexity = [(done * step, value / (teacher or 1.0)) for done, value in training["perplexities"]]
+    what = "Perplexity on held-out rows" + ("" if teacher is None else ", ratio to the teacher's")
     for label, points in (("Loss of the training, nats per token", loss), (what, perplexity)):
         if points:
             yield _curve(label, points, tokens)

@@ -53,7 +53,7 @@ def plot_sizes(parameters: Sequence[int], perplexity: Mapping[str, Sequence[floa
 
 
 def plot_training(
-    tokens_per_step: float, losses: Sequence[float], perplexities: Sequence[tuple[int, float]], dense: float | None
+    tokens_per_step: float, losses: Sequence[float], perplexities: Sequence[tuple[int, float]], teacher: float | None
 ) -> Figure:
     """Return the course of a training: the loss, and below it perplexity on held-out rows.
 
@@ -61,15 +61,15 @@ def plot_training(
         tokens_per_step: Number of tokens of a step.
         losses: Loss of every step, in nats per token.
         perplexities: Number of steps done, and perplexity.
-        dense: Perplexity of the dense model, to which the others are ratios; None for perplexities as they are.
+        teacher: Perplexity of the teacher, to which the others are ratios; None for perplexities as they are.
     """
     figure = _figure()
     above, below = figure.subplots(2, 1, sharex=True)
     above.plot([(index + 1) * tokens_per_step for index in range(len(losses))], losses)
     above.set_ylabel("loss, nats per token")
     steps, values = zip(*perplexities, strict=True)
-    below.plot([step * tokens_per_step for step in steps], [value / (dense or 1.0) for value in values], marker="o")
-    below.set_ylabel("perplexity" if dense is None else "perplexity,\nratio to dense")
+    below.plot([step * tokens_per_step for step in steps], [value / (teacher or 1.0) for value in values], marker="o")
+    below.set_ylabel("perplexity" if teacher is None else "perplexity,\nratio to the teacher's")
     below.set_xlabel("tokens")
     return figure
 

@@ -187,7 +187,7 @@ def estimated_loss(cost: float) -> str:
 
 
 def each_keeps(widths: Mapping[int, Width], blocks: int) -> tuple[str, Width]:
-    """Return words for all blocks of a plan in which they have one width, and this width, along the axes of all.
+    """Return words for all blocks of a plan in which they have one width, and this width, along the axes of `present`.
 
     Args:
         widths: Width of every pruned block by its index.
@@ -196,10 +196,11 @@ def each_keeps(widths: Mapping[int, Width], blocks: int) -> tuple[str, Width]:
     first, last = min(widths), max(widths)
     where = f"each of blocks {first} to {last}" if last - first + 1 == len(widths) else f"each of {len(widths)} blocks"
     where = "every block" if len(widths) == blocks else f"block {first}" if len(widths) == 1 else where
-    width = model_width(widths.values())
-    return where + " (as far as it has them)" * any(one.keys() != width.keys() for one in widths.values()), width
+    axes, every = present(widths.values()), model_width(widths.values())
+    some = any(kind.name not in one for one in widths.values() for kind in axes)
+    return where + " (as far as it has them)" * some, Width({kind.name: every[kind.name] for kind in axes})
 
 
 def bos_note(begins_with_bos: bool) -> str:
     """Return a clause about whether rows begin with BOS."""
-    return "rows begin with BOS" if begins_with_bos else "rows begin without BOS, as the tokenizer adds none"
+    return f"rows begin with{'' if begins_with_bos else 'out'} BOS"

@@ -90,7 +90,7 @@ class Retrained:
         from secateur.report.plots import plot_training
 
         tokens_per_step = self.tokens / max(1, len(self.losses))
-        return plot_training(tokens_per_step, self.losses, self.curve.perplexities, self.curve.dense)
+        return plot_training(tokens_per_step, self.losses, self.curve.perplexities, self.curve.teacher)
 
 
 def retrain(
@@ -165,8 +165,8 @@ def retrain(
             device=where,
         )
         weights = TrainedWeights(checkpoint, student, plan.rank)
-        dense_loss = None if targets is None else targets.held_out_loss
-        curve = Curve.of(history, student.perplexity(rows.held_out), dense_loss)
+        teacher_loss = None if targets is None else targets.held_out_loss
+        curve = Curve.of(history, student.perplexity(rows.held_out), teacher_loss)
         if services.processes.is_first:
             command = command_line("retrain", checkpoint.source, changed_options(training))
             write_retrained(checkpoint, target, weights, _record_of(training, curve, rows), command)
@@ -380,6 +380,10 @@ def _record_of(training: Training, curve: Curve, rows: TrainingRows) -> dict[str
         "options": asdict(training),
         "tokens": rows.train.numel(),
         "passes": round(rows.passes, 3),
-        "perplexity": {"dense": curve.dense, "before": curve.perplexities[0][1], "after": curve.perplexities[-1][1]},
+        "perplexity": {
+            "teacher": curve.teacher,
+            "before": curve.perplexities[0][1],
+            "after": curve.perplexities[-1][1],
+        },
         **curve.as_json(),
     }
