@@ -155,7 +155,7 @@ def test_the_loss_falls_and_the_folder_is_complete(checkpoint_folder, tmp_path, 
     assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     (entry,) = record_of(out)["retrained"]
     (command,) = record_of(out)["later"]
-    assert command.startswith("secateur retrain ")
+    assert command.startswith("secateur retrain pruned OUT --calibration text.txt ")
     assert record_of(out) == record_of(folder) | {"retrained": [entry], "later": [command]}
     assert entry["tokens"] == done.tokens == 1536
     assert entry["perplexity"] == {"teacher": None, "before": done.perplexity[0], "after": done.perplexity[1]}
