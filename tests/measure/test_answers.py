@@ -20,7 +20,6 @@ from secateur.measure import answers, perplexity
 from secateur.measure.answers import ANSWER_TOKENS, agreement, greedy_answers, loop_share, loops, packaged_prompts
 from secateur.measure.evaluation import evaluate
 from secateur.measure.generation import greedy_tokens, prompt_ids
-from secateur.measure.quiz import Question, _log_likelihoods, answer_quiz
 from secateur.model import tokens
 from secateur.report.eval_table import measured_rows
 from secateur.text.jsonl import render_or_join
@@ -121,11 +120,8 @@ def ending_with_eos() -> Any:
 
 
 def test_texts_that_go_on_have_no_end_token():
-    tokenizer, network = make_tokenizer(), build("llama")
+    tokenizer = make_tokenizer()
     assert prompt_ids(ending_with_eos(), "w1 w2") == prompt_ids(tokenizer, "w1 w2")
-    question = Question("w1 w2", ("w3 w4", "w5", "w6 w7 w8", "w9"))
-    plain = _log_likelihoods(network, tokenizer, question)
-    assert torch.equal(_log_likelihoods(network, ending_with_eos(), question), plain)
     opened = make_tokenizer(bos=True)
     assert prompt_ids(opened, "w1 w2") == opened("w1 w2")["input_ids"]
 
@@ -134,9 +130,6 @@ def test_ids_that_the_model_lacks_are_an_error():
     network = model_of_next_tokens(COUNTING)
     message = error_of(greedy_tokens, network, [[5, VOCAB]], ends=[EOS], new_tokens=2)
     assert message.startswith(f"the rows hold ids outside the vocabulary of {VOCAB}; use the model's own tokenizer")
-    narrow = model_of_next_tokens(COUNTING, max_position_embeddings=2)
-    message = error_of(answer_quiz, narrow, make_tokenizer())
-    assert "but the model has only 2 positions" in message
 
 
 def test_generation_settings_of_the_checkpoint_are_not_used():

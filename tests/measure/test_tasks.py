@@ -1,26 +1,22 @@
-"""Answers' likelihoods against a plain computation, tasks on local files through lm-eval, and the quiz."""
+"""Answers' likelihoods against a plain computation, and tasks on local files through lm-eval."""
 
 import json
 import math
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, refused
-from torch import nn
+from command_line import refused
 
-from models import BOS, POSITIONS, ROWS, build, make_letters, make_tokenizer
+from models import BOS, POSITIONS, ROWS, build, make_tokenizer
 from outputs import error_of
 from secateur.measure import Accuracy, accuracy_ratio, open_tasks, subject, tasks, zero_shot
 from secateur.measure.evaluation import evaluate
-from secateur.measure.quiz import answer_quiz, questions
 from secateur.measure.zero_shot import AccuracyRatio
-from secateur.model.tokens import encode
 from secateur.report.eval_table import eval_table
 
 PAIRS = [
@@ -273,49 +269,3 @@ def test_the_command_writes_tasks_and_refuses_typos_in_one_line(checkpoint_folde
     monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("a model was loaded"))
     refused(run(*command, "--tasks", "mine,gone"), "task gone cannot be loaded: ")
     refused(run(*command, "--tasks", "mine", "--limit", "-1"), "Invalid value for '--limit'")
-
-
-class Knowing(nn.Module):
-    """Model that expects the right answers of the questions at even places, and wrong answers of the others."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, tokenizer: Any):
-        super().__init__()
-        self.config = SimpleNamespace(max_position_embeddings=None)
-        self.embedding = nn.Embedding(128, 1)
-        self.rows = [
-            encode(tokenizer, f"{text} {answers[0 if place % 2 == 0 else 3]}", special=True)
-            for place, (text, answers) in enumerate(questions())
-        ]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embedding
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        """Return logits that are high for the next token of the expected row."""
-        logits = torch.zeros(*input_ids.shape, 128)
-        row = next(row for row in self.rows if row in (ids[: len(row)] for ids in input_ids.tolist()))
-        for place, token in enumerate(row[1:]):
-            logits[:, place, token] += 3.0
-        return type("Output", (), {"logits": logits})
-
-
-def test_the_likeliest_answer_counts():
-    tokenizer = make_letters()
-    result = answer_quiz(Knowing(tokenizer), tokenizer)
-    assert (result.name, result.items) == ("quiz", 100)
-    # In a few questions a wrong answer begins like the expected one and is shorter.
-    assert sum(result.acc.outcomes[0::2]) >= 45
-    assert sum(result.acc.outcomes[1::2]) <= 5
-
-
-def test_eval_prints_both_accuracies(place, run):
-    make_letters().save_pretrained(place / "model")
-    (place / "text.txt").write_text("the sea takes the steps " * 60)
-    assert run("prune", "model", "out", *SMALL).code == 0
-    result = run("eval", "out", "--against", "model", "--quiz", "--no-answers")
-    assert result.code == 0, result.err
-    (row,) = [line for line in result.out.splitlines() if "quiz acc" in line]
-    assert row.count("±") == 2
-    assert "Zero-shot: quiz 100 items; ± one standard error" in result.out

@@ -74,14 +74,6 @@ def evaluate(
             show_default="with --against",
         ),
     ] = None,
-    quiz: Annotated[
-        bool,
-        _measured(
-            "--quiz",
-            help="Measure the accuracy on 100 multiple-choice questions about everyday things. The questions come with "
-            "the package, so nothing is downloaded.",
-        ),
-    ] = False,
     prompt: Annotated[
         list[str] | None,
         _measured(
@@ -130,7 +122,6 @@ def evaluate(
         speed=speed,
         answers=against is not None if answers is None else answers,
         prompts=prompt or [],
-        quiz=quiz,
         device=run_options.device,
         memory=run_options.memory,
         dtype=dtype,

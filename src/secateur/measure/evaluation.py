@@ -15,7 +15,6 @@ from secateur.measure.answers import AnswerTest
 from secateur.measure.figures import Evaluation, ModelScore, short
 from secateur.measure.generation import check_prompts, generate
 from secateur.measure.perplexity import perplexity
-from secateur.measure.quiz import answer_quiz
 from secateur.measure.speed import speeds
 from secateur.measure.subject import Model, Subject, open_subject
 from secateur.measure.tasks import OpenTask, open_tasks
@@ -52,7 +51,6 @@ def evaluate(
     speed: bool = False,
     answers: bool = False,
     prompts: Sequence[str] = (),
-    quiz: bool = False,
     device: str = "auto",
     memory: str | None = None,
     dtype: str = "float32",
@@ -75,7 +73,6 @@ def evaluate(
         answers: Whether each model answers the prompts of the package, for its agreement with the second model and the
             share of answers that loop. They are left out, with a note, for a model that does not fit into memory.
         prompts: Texts after which each model generates text.
-        quiz: Whether to measure the accuracy on the questions of the package.
         device: Device to compute on.
         memory: Limit on the memory of the process: `8GB`, or `50%` of the free memory; by default half of the free
             memory.
@@ -105,7 +102,7 @@ def evaluate(
             )
     # All texts and tasks are read before a model is loaded, so that mistakes are found first.
     opened_tasks = open_tasks(tasks, limit=limit, task_path=task_path, watcher=watcher)
-    needs_tokenizer = bool(texts or opened_tasks or prompts or quiz)
+    needs_tokenizer = bool(texts or opened_tasks or prompts)
     opened = [
         _open(one, needs_tokenizer or (answers and one.model.has_tokenizer), texts, length, tokens, watcher)
         for one in subjects
@@ -122,7 +119,7 @@ def evaluate(
     for one in reversed(opened):
         with watcher.busy(f"Loading {one.subject.model.source}"):
             network = one.subject.load(getattr(torch, dtype), where, memory=memory, whole=speed, watcher=watcher)
-        scores.insert(0, _score(one, network, opened_tasks, test, prompts, quiz, subjects[0].model.dtype, watcher))
+        scores.insert(0, _score(one, network, opened_tasks, test, prompts, subjects[0].model.dtype, watcher))
         # Both models stay in memory only if they are run in turns.
         networks[:0] = [network] if speed else []
         del network
@@ -154,7 +151,6 @@ def _score(
     tasks: Sequence[OpenTask],
     test: AnswerTest | None,
     prompts: Sequence[str],
-    quiz: bool,
     stored_dtype: torch.dtype,
     watcher: Watcher,
 ) -> ModelScore:
@@ -167,7 +163,6 @@ def _score(
         for text, scored in rows.items()
     }
     results = zero_shot(network, tokenizer, tasks, watcher=watcher, what=f"{name} on")
-    results += [answer_quiz(network, tokenizer, watcher=watcher, what=f"{name} on")] if quiz else []
     tracked = watcher.track(prompts, f"{name} writes") if prompts else ()
     return ModelScore(
         subject.model.source,
