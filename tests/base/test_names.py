@@ -26,10 +26,10 @@ def modules(folder: str) -> list[Any]:
     return [import_module(f"secateur.{folder.replace('/', '.')}.{name}") for name in names]
 
 
-def own_places(folder: str, kind: type) -> set[str]:
-    """Return the places of all objects of a class, or concrete subclasses of it, that files of a folder define."""
+def own_places(folders: str, kind: type) -> set[str]:
+    """Return the places of all objects of a class, or concrete subclasses of it, that files of some folders define."""
     found = set()
-    for module in modules(folder):
+    for module in (one for folder in folders.split() for one in modules(folder)):
         for name, one in vars(module).items():
             defined = isinstance(one, type) and issubclass(one, kind) and one.__module__ == module.__name__
             if isinstance(one, kind) or (defined and not isabstract(one)):
@@ -42,7 +42,7 @@ def own_places(folder: str, kind: type) -> set[str]:
     [
         (CRITERIA.values(), "criteria", Criterion),
         (RECOVERIES.values(), "fit", Recovery),
-        ([one.place for one in FORMATS.values()], "formats", Format),
+        ([one.place for one in FORMATS.values()], "formats gguf", Format),
     ],
 )
 def test_every_part_has_a_name(places, folder, kind):

@@ -35,8 +35,7 @@ from secateur.cli.app import app
 from secateur.commands.options import EFFORTS, Effort, Options, RunOptions
 from secateur.families.registry import FAMILIES
 from secateur.model import axes
-from secateur.model.axes import axis_kinds
-from secateur.model.units.registry import _DESCRIBERS
+from secateur.model.structure import _DESCRIBERS, axis_kinds
 from secateur.plan.target import parse_target
 from secateur.retraining import options as retraining_options
 from secateur.retraining import retrain

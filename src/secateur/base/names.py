@@ -68,9 +68,7 @@ LINEAGES = _with_others(
 )
 """Modules with the entries of related families; see `secateur.families.registry`."""
 
-UNITS = {
-    name: f"secateur.model.units.{name}" for name in ("channels", "experts", "heads", "latent_heads", "token_mixer")
-}
+UNITS = {name: f"secateur.model.units.{name}" for name in ("channels", "experts", "heads")}
 """Modules with kinds of units; see `secateur.model.units`."""
 
 

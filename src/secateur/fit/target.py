@@ -25,9 +25,9 @@ from secateur.fit.block_state import BlockState
 from secateur.fit.output_projection import ROUNDING
 from secateur.model.arena import Activations
 from secateur.model.facts import multiplier_of
-from secateur.model.filled_module import FilledModule
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
+from secateur.model.stream import FilledModule
 from secateur.model.structure import PrunableModule
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from secateur.base.errors import SecateurError
+from secateur.base.names import FORMATS
 from secateur.base.output import Output
 from secateur.base.progress import Watcher
 from secateur.formats.converted import Converted
@@ -111,6 +112,7 @@ class _ModuleBytes:
 class GgufFormat(Converted):
     """GGUF file. Blocks may differ in width if llama.cpp's architecture allows it; otherwise all have one width."""
 
+    declaration = FORMATS["gguf"]
     other_kernels = "llama.cpp"
 
     @classmethod

@@ -11,8 +11,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.words import first_duplicate
 from secateur.families.registry import family_of
 from secateur.model.axes import ATTENTION, FEED_FORWARD
-from secateur.model.structure import Block, PrunableModule
-from secateur.model.units.registry import described
+from secateur.model.structure import Block, PrunableModule, described
 
 
 def describe(config: Any, layer: nn.Module) -> Block:

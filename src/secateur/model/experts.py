@@ -21,10 +21,9 @@ from secateur.base.memory import MemoryBudget, release_freed_memory
 from secateur.model.axes import Axis
 from secateur.model.expert_matrices import ExpertMatrices, KeptMatrices
 from secateur.model.hooks import LayerReached, watched
-from secateur.model.structure import PrunableModule, Slab
+from secateur.model.structure import PrunableModule, Slab, input_projection, output_projection
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import layout_of
-from secateur.model.units.layers import input_projection, output_projection
 
 
 class Experts(nn.Module):

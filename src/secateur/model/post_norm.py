@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from secateur.model.axes import ATTENTION
-from secateur.model.filled_module import FilledModule
+from secateur.model.stream import FilledModule
 
 MUTED = 1e-2
 """Smallest scale of an output, as a share of the median scale."""

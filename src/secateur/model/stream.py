@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -461,3 +461,17 @@ class BlockStream:
 
 def _finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum()))
+
+
+@dataclass(frozen=True)
+class FilledModule:
+    """Module of a block whose weights are loaded."""
+
+    stream: BlockStream
+    """The model."""
+    index: int
+    """Index of the block."""
+    layer: nn.Module
+    """The block, from `BlockStream.filled`."""
+    module: PrunableModule
+    """Description of the module."""

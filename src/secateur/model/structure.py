@@ -6,11 +6,17 @@ of every expert. A `Slab` is the part of one stored tensor that belongs to units
 no weights.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
 
-from secateur.model.axes import Axis, Width, axis_kinds
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from secateur.model.axes import Axis, Width, axis_kinds, load_units
+
+if TYPE_CHECKING:
+    from secateur.families.entry import Family
 
 KeptUnits = Mapping[str, tuple[int, ...]]
 """Sorted indices of the units that a block keeps, by kind of units.
@@ -311,3 +317,67 @@ class Block:
         """Return the number of the whole block's parameters at a width."""
         prunable = sum(self.module_parameters(self.width, kind) for kind in self.kinds)
         return self.parameters - prunable + sum(self.module_parameters(width, kind) for kind in self.kinds)
+
+
+def inputs_first(linear: Any) -> bool:
+    """Return whether a layer stores its weight with inputs first (GPT-2's Conv1D) and not with outputs first
+    (Linear)."""
+    return hasattr(linear, "nf")
+
+
+def input_projection(
+    layer: Any, path: str, along: tuple[str, ...], units: int, size: int, offset: int = 0, run: int = 1, gap: int = 0
+) -> tuple[Slab, ...]:
+    """Return the slabs of a layer with units along its outputs: the weight, and the bias if there is one.
+
+    Args:
+        layer: The block.
+        path: Path of the layer inside the block.
+        along: Names of the axes along which the units lie, the outermost first.
+        units: Number of units.
+        size: Number of outputs of each unit.
+        offset, run, gap: See `Slab`.
+    """
+    linear = layer.get_submodule(path)
+    slabs = [Slab(f"{path}.weight", int(inputs_first(linear)), along, units, size, offset, run, gap)]
+    if getattr(linear, "bias", None) is not None:
+        slabs.append(Slab(f"{path}.bias", 0, along, units, size, offset, run, gap))
+    return tuple(slabs)
+
+
+def output_projection(
+    layer: Any, path: str, along: tuple[str, ...], units: int, size: int | None = None
+) -> tuple[Slab, str | None]:
+    """Return the slab of the weight of a layer with units along its inputs, and the name of its bias; None without a
+    bias.
+
+    Without a size, units share all inputs in equal parts.
+    """
+    linear = layer.get_submodule(path)
+    axis = int(not inputs_first(linear))
+    slab = Slab(f"{path}.weight", axis, along, units, size or linear.weight.shape[axis] // units)
+    return slab, slab.bias if getattr(linear, "bias", None) is not None else None
+
+
+Describer = Callable[[Any, "Family", Any], "PrunableModule | None"]
+"""Function of a config, a family and a block on any device that describes a module; None if the module is of another
+kind."""
+
+_DESCRIBERS: dict[str, list[tuple[int, Describer]]] = {}
+
+
+def describes(role: str, *, rank: int) -> Callable[[Describer], Describer]:
+    """Register a function that describes an attention or a feed-forward. Functions of lower rank are tried first."""
+
+    def register(describer: Describer) -> Describer:
+        _DESCRIBERS.setdefault(role, []).append((rank, describer))
+        return describer
+
+    return register
+
+
+def described(role: str, config: Any, family: Family, layer: Any) -> PrunableModule:
+    """Return the module of a block in a role, described by the first function that does not return None."""
+    load_units()
+    ordered = (describer for _, describer in sorted(_DESCRIBERS[role], key=lambda one: one[0]))
+    return next(module for describer in ordered if (module := describer(config, family, layer)) is not None)

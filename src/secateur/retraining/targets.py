@@ -20,9 +20,8 @@ from secateur.base.device import fast_dtype
 from secateur.base.errors import SecateurError
 from secateur.base.processes import Processes
 from secateur.base.run_folder import saving_state
-from secateur.model.activation_file import read_activations, write_activations
 from secateur.model.arena import Activations, Arena
-from secateur.model.pass_checkpoint import PassCheckpoint
+from secateur.model.pass_checkpoint import PassCheckpoint, read_activations, write_activations
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.retraining.loss import IN_CACHE, LOGITS_AT_ONCE

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from secateur.model.axes import Axis
-from secateur.model.filled_module import FilledModule
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
+from secateur.model.stream import FilledModule
 from secateur.survey.curves import ErrorCurve
 from secateur.survey.probes import Cut
 

@@ -10,8 +10,8 @@ from secateur.criteria.order import error_curve, remaining_units
 from secateur.criteria.registry import Criteria
 from secateur.criteria.statistics import Statistics, module_seed
 from secateur.model.axes import Axis
-from secateur.model.filled_module import FilledModule
 from secateur.model.rows import Batch
+from secateur.model.stream import FilledModule
 from secateur.model.surgery import kept_inputs, output_weight
 from secateur.numerics.moments import Moments
 from secateur.survey import curve_estimator

@@ -20,10 +20,10 @@ from secateur.criteria.experts import MAX_TOKENS, expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.criteria.statistics import module_seed
 from secateur.model.axes import Axis
-from secateur.model.filled_module import FilledModule
 from secateur.model.kinds import KINDS
 from secateur.model.mixture import Mixture
 from secateur.model.rows import Batch
+from secateur.model.stream import FilledModule
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.survey.curve_estimator import PROBED_SHARES, CurveEstimator, ModuleActivations
 from secateur.survey.curves import ErrorCurve

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from secateur.criteria.registry import Criteria
 from secateur.model.arena import Activations
-from secateur.model.filled_module import FilledModule
 from secateur.model.kinds import KINDS
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
-from secateur.model.stream import BlockStream
+from secateur.model.stream import BlockStream, FilledModule
 from secateur.survey.collector import Collector
 from secateur.survey.curve_estimator import CurveEstimator
 from secateur.survey.curves import ErrorCurve, Survey

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from secateur.model.axes import FEED_FORWARD, Axis, axis_kind
-from secateur.model.structure import PrunableModule
-from secateur.model.units.layers import input_projection, inputs_first, output_projection
-from secateur.model.units.registry import describes
+from secateur.model.structure import PrunableModule, describes, input_projection, inputs_first, output_projection
 
 if TYPE_CHECKING:
     from secateur.families.entry import Family

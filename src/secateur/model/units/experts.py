@@ -9,9 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secateur.model.axes import FEED_FORWARD, Axis, axis_kind
-from secateur.model.structure import PrunableModule, Slab
-from secateur.model.units.layers import input_projection, output_projection
-from secateur.model.units.registry import describes
+from secateur.model.structure import PrunableModule, Slab, describes, input_projection, output_projection
 
 if TYPE_CHECKING:
     from secateur.families.entry import Experts, Family

@@ -1,7 +1,9 @@
-"""Query heads. They are removed by whole KV groups, or the same number from every group.
+"""The attention's units: query heads, the heads of latent attention, and token mixers, which are never pruned.
 
-The key head and the value head of a KV group are removed with the group. If single heads of an attention cannot be
-removed exactly, its axes are locked: the module stays as it is or is removed as a whole.
+Query heads form KV groups. In multi-head latent attention each head is a KV group: all heads share one latent vector
+per token, and the layer that computes keys and values from it has rows for each head. A block with a token mixer
+(linear attention or a convolution) has no query heads. The mixer is one unit, so that every module of a block has a
+unit.
 """
 
 from __future__ import annotations
@@ -10,9 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from secateur.model.axes import ATTENTION, Axis, axis_kind
-from secateur.model.structure import PrunableModule, Slab
-from secateur.model.units.layers import input_projection, inputs_first, output_projection
-from secateur.model.units.registry import describes
+from secateur.model.structure import PrunableModule, Slab, describes, input_projection, inputs_first, output_projection
 
 if TYPE_CHECKING:
     from secateur.families.entry import Family
@@ -114,3 +114,36 @@ def _separate_projections(family: Family, layer: Any, heads: int, groups: int, d
     for name in (family.keys, family.values):
         found += input_projection(layer, f"{path}.{name}", (KV_GROUPS,), groups, dim)
     return found if family.sinks is None else (*found, Slab(f"{path}.{family.sinks}", 0, HEADS, heads, 1))
+
+
+@describes(ATTENTION, rank=5)
+def latent_attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
+    """Describe an attention with a latent vector; None if the family has another attention."""
+    if family.latent is None:
+        return None
+    heads, path, (latent_layer, key_value_layer) = config.num_attention_heads, family.attention, family.latent
+    both = getattr(layer.get_submodule(path), family.latent_queries, None) is not None
+    projections: tuple[Slab, ...] = ()
+    for name in (family.latent_queries if both else family.queries, key_value_layer):
+        rows = layer.get_submodule(f"{path}.{name}").weight.shape[0] // heads
+        projections += input_projection(layer, f"{path}.{name}", HEADS, heads, rows)
+    output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
+    after, axes, reads = family.norm_after_attention, head_axes(heads, heads), f"{path}.{latent_layer}"
+    return PrunableModule(
+        "heads", axes, projections, output, bias, path, after, None, heads, returns_tuple=True, input_reader=reads
+    )
+
+
+TOKEN_MIXERS = axis_kind("token_mixers", "token_mixers", ATTENTION, "token mixers", "token mixers", removable=False)
+REASON = "a token mixer stands in the attention's place"
+
+
+@describes(ATTENTION, rank=3)
+def token_mixer(_: Any, family: Family, layer: Any) -> PrunableModule | None:
+    """Describe a token mixer; None if the block has an attention."""
+    if family.token_mixer is None or not hasattr(layer, family.token_mixer.path):
+        return None
+    path = family.token_mixer.path
+    slab, bias = output_projection(layer, f"{path}.{family.token_mixer.output}", (TOKEN_MIXERS,), 1)
+    axes = (Axis(TOKEN_MIXERS, 1, locked=True),)
+    return PrunableModule("token_mixers", axes, (), slab, bias, path, None, locked=REASON, fixed=True)
