@@ -76,7 +76,6 @@ REPLACED = [
     ("plan model --out model/config.json", "config.json: not overwritten, because it is not a plan that secateur plan"),
     ("plan model --out p.json --json ./p.json", "p.json: --json and another path of this command are the same; change"),
     ("sizes model --out mine", "mine/sizes.png: would be replaced, but it is not a table that secateur sizes wrote;"),
-    ("compare model table2 --out mine", "mine: holds other files, not a comparison; name a new folder"),
     ("survey model --out survey", "survey: not overwritten, because it is not a folder that secateur survey wrote"),
     ("export model mine.gguf", "mine.gguf: not overwritten, because it is not a gguf file; choose another name"),
 ]
@@ -84,13 +83,13 @@ REPLACED = [
 
 @pytest.mark.parametrize(("arguments", "message"), REPLACED, ids=[row[0] for row in REPLACED])
 def test_an_output_replaces_only_its_own_kind(arguments, message, place, run, no_work):
-    for folder in ("mine/runs", "survey"):
-        Path(folder).mkdir(parents=True)
+    for folder in ("mine", "survey"):
+        Path(folder).mkdir()
     for file in ("mine/sizes.png", "mine/table.csv", "survey/survey.json", "mine.gguf"):
         Path(file).write_text("mine")
     before = listing(place)
     small = SMALL if arguments.split()[0] in ("plan", "sizes", "survey") else []
-    overwrite = [] if arguments.split()[0] in ("sizes", "compare") else ["--overwrite"]
+    overwrite = [] if arguments.startswith("sizes") else ["--overwrite"]
     refused(run(*arguments.split(), *small, *overwrite), message)
     assert listing(place) == before
 
