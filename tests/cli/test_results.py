@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from outputs import edit_json, record_of, weights_of
 from secateur.cli import bars
+from secateur.commands import sizes
 from secateur.families.registry import FAMILIES
+from secateur.measure.evaluation import evaluate
 
 
 def test_prune_writes_a_model_and_prints_a_summary(place, run):
@@ -27,7 +29,7 @@ def test_prune_writes_a_model_and_prints_a_summary(place, run):
     assert [line.split()[0] for line in notes[2:]] == ["Resample", "Draw", "Survey", "Probe", "Keeping", "Prune"]
     assert "of 18 query heads (" in notes[6]
     assert "estimated loss increase: " in notes[6]
-    words = "parameters|weights in one dtype|KV cache per token|KV groups|channels|peak memory|Written to out"
+    words = "parameters|weights, stored alike|KV cache per token|KV groups|channels|peak memory|Written to out"
     words += "|Calibrated on 64 tokens; rows begin without BOS"
     assert [word for word in words.split("|") if word not in result.out] == []
     assert "Note:" not in result.out
@@ -41,7 +43,7 @@ def test_a_dry_run_writes_nothing(place, run):
     before = listing(place)
     result = run("prune", "model", "out", *SMALL, "--dry-run")
     assert result.code == 0
-    words = "Expected|parameters|weights in one dtype|KV cache per token| s and | GB of memory|Nothing was written"
+    words = "Expected|parameters|weights, stored alike|KV cache per token| s and | GB of memory|Nothing was written"
     assert [word for word in words.split("|") if word not in result.out] == []
     assert listing(place) == before
     assert "Without effect" not in result.err
@@ -95,6 +97,9 @@ def test_plan_prints_the_widths_that_prune_gives(place, run):
     part = run("plan", "model", *SMALL, "--sparsity", "0.4", "--blocks", "1:2")
     assert "% of the parameters of block 1 are removed; " in part.out
     assert " channels in block 1. Removing " in part.err
+    part = run("plan", "model", *SMALL, "--sparsity", "0.4", "--blocks", "1:3")
+    # As in the table of `prune`, of the whole model.
+    assert " of 216 feed-forward channels (" in part.err
     part = run("prune", "model", "part", *SMALL, "--sparsity", "0.4", "--blocks", "1:2", "--dry-run")
     assert " are removed; block 1 keeps: " in part.out
     result = run("plan", "model", *SMALL, "--sparsity", "0.4", "--out", "plan.json", "--survey", "survey.json")
@@ -120,8 +125,11 @@ def test_sizes_writes_models_a_table_and_a_plot_and_resumes(place, run, monkeypa
     # A busy machine takes long enough to say where the time went.
     monkeypatch.setattr(bars.Bars, "times", lambda _: "")
     arguments = ["sizes", "model", "--out", "sizes", *SMALL, "--sparsities", ".5,.2", "--perplexity", "text.txt"]
+    limits: list[str] = []
+    monkeypatch.setattr(sizes, "evaluate", lambda *_, **how: limits.append(how["memory"]) or evaluate(*_, **how))
+    arguments += ["--memory", "90%"]
     result = run(*arguments)
-    assert result.code == 0, result.err
+    assert (result.code, limits) == (0, ["90%"] * 3), result.err
     said = "Perplexity: of rows of 16 tokens, each scored on its own.\nsizes.json and sizes.png are in sizes"
     assert said in result.out
     assert "text.txt" in result.out.splitlines()[2]

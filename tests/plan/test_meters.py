@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,8 @@ def test_added_biases_count_as_size(tmp_path, opened, name, target, file):
     assert not any("speed-up" in note for note in notes.said)
     parameters, taken = held(out)
     assert summary.bytes[1] == taken
+    # llama.cpp keeps keys and values in float16.
+    assert summary.cache_bytes[0] == cache_meter(stream, torch.float16 if file else torch.float32).dense
     assert file or summary.parameters[1] == parameters
     before, after = summary.parameters if target.startswith("params") else summary.bytes
     assert after <= 0.8 * before
@@ -247,8 +249,9 @@ def test_the_budget_of_a_target(target, budget):
 def test_each_target_has_its_meter(opened, monkeypatch):
     monkeypatch.setattr(latency, "MAX_SECONDS", 0.0)
     stream = opened("llama")
-    how: Any = {"dtype": torch.bfloat16, "output_bytes": lambda: byte_meter(stream, torch.bfloat16), "device": CPU}
-    how["watcher"] = Silent()
+    how: Any = {"dtype": torch.bfloat16, "device": CPU, "watcher": Silent()}
+    sizes = {"output_bytes": byte_meter, "output_cache": cache_meter}
+    how |= {name: partial(meter, stream, torch.bfloat16) for name, meter in sizes.items()}
     parameters = parameter_meter(stream).dense
     wanted = {"params": parameters, "bytes": 2 * parameters, "kv": cache_meter(stream, torch.bfloat16).dense}
     assert {name: meter_of(parse_target(f"{name}=80%"), stream, **how).dense for name in wanted} == wanted

@@ -219,6 +219,8 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     (said,) = record_of(place / "trained")["retrained"]
     assert f"from {said['perplexity']['before']:.2f} to {said['perplexity']['after']:.2f}." in text
     assert "Then the model was retrained." in text
+    # What the pruning measured does not describe the trained weights.
+    assert "Estimated loss increase by the last pruning: " in text
     # The commands make the same model, byte for byte.
     first, then = (shlex.split(line)[1:] for line in text.splitlines() if line.startswith("secateur "))
     assert first == shlex.split(record_of(place / "out")["command"])[1:]
@@ -227,6 +229,7 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     assert weights_of(place / "again") == weights_of(place / "trained")
     assert "It was not trained afterwards." in (place / "out" / "README.md").read_text()
     page = (place / "trained" / "report.html").read_text()
+    assert "Map and errors are those of the last pruning alone." in page
     assert page.count('class="line" fill="none"') == 2
     assert re.search(r'y="145" text-anchor="middle">50</text>', page)
     teacher, after = said["perplexity"]["teacher"], said["perplexity"]["after"]

@@ -31,6 +31,13 @@ def test_each_fit_uses_its_own_rows(checkpoint_folder, tmp_path, calls_of):
     assert weights[0] != weights[1] == weights[2]
 
 
+def test_all_tokens_of_the_text_count(checkpoint_folder, tmp_path):
+    """Also rows that only choose units, and rows that are held out for the scale of the final norm."""
+    given = SIZE | {"samples": 32, "effort": "quick"}
+    assert prune(checkpoint_folder("llama"), tmp_path / "a", **given).tokens == 32 * 16
+    assert prune(checkpoint_folder("llama"), tmp_path / "b", **given, refit_samples=40).tokens == (32 + 40) * 16
+
+
 def test_a_model_that_does_not_fit(checkpoint_folder, tmp_path, monkeypatch):
     """The error comes before any text is read; a run without generated rows checks no memory."""
     monkeypatch.setattr(self_calibration, "memory_of", lambda _: (0, 100_000))

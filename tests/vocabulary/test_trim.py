@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from models import build, logits_of, relative, save
-from outputs import assert_error, edit_json
+from outputs import Notes, assert_error, edit_json
 from secateur import Options, RunOptions, open_checkpoint, prune, retrain, trim
 from secateur.base.progress import Silent
+from secateur.commands.sizes import sizes
 from secateur.commands.survey import survey_page
 from secateur.measure.loading import load
 from secateur.report.summary import Trimmed
@@ -165,6 +166,13 @@ def test_tokens_and_blocks_meet_a_target_together(model, latin, tmp_path):
     assert done.parameters[1] <= float(share[7:-1]) / 100 * whole
     said = r"needs no block to be pruned.*use secateur trim"
     assert_error(said, prune, model, tmp_path / "other", target="params=99%", **options)
+
+
+def test_sizes_with_fewer_tokens_have_a_note_about_perplexity(model, text, tmp_path):
+    notes, how = Notes(), {name: value for name, value in PRUNE.items() if name != "device"}
+    each = [Options(**how, vocabulary="latin", calibration=text)]
+    sizes(model, tmp_path / "sizes", each, RunOptions(device="cpu"), texts=[text], tokens=64, watcher=notes)
+    assert any("but not with the dense model's" in note for note in notes.said)
 
 
 def test_a_survey_of_fewer_tokens_is_for_them_alone(model, latin, text, tmp_path):

@@ -132,6 +132,6 @@ def evaluate(
     if report:
         here, base = result.models
         texts = [(asked, wrote, base.written[asked]) for asked, wrote in here.written.items()]
-        notes = measurement_notes(result, ("this model", "the base model"))
+        notes = measurement_notes(result, ("this model", "the model before pruning"))
         add_measurements(Path(model), measured_rows(result), texts, notes)
     print_result(result, *eval_table(result))

@@ -56,16 +56,18 @@ def _solved(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan:
 
 def _description(run: OpenRun, plan: Plan) -> str:
     """Return one sentence about the widths of a plan, its size and its estimated loss."""
-    dense, kept = [run.stream.blocks[index].width for index in plan.widths], list(plan.widths.values())
     # The survey refits each module that it cuts, whatever the run does.
     refit = "" if run.recovery.fits else " if weights were refitted"
     loss = "" if plan.cost is None else f"; estimated loss increase{refit}: {plan.cost:.2f} nats per token"
-    if plan.uniform and alike(dense):
+    dense = [block.width for block in run.stream.blocks]
+    pruned = [dense[index] for index in plan.widths]
+    if plan.uniform and alike(pruned):
         where, width = each_keeps(plan.widths, len(run.stream))
-        full = model_width(dense)
+        full = model_width(pruned)
         parts = [f"{number:,} of {full[name]:,} {axis_kinds()[name].label}" for name, number in width.items()]
         units = f"{joined(parts)} in {where}"
     else:
+        kept = [plan.widths.get(index, width) for index, width in enumerate(dense)]
         units = joined([_kept_units(kind, kept, dense) for kind in present(dense)])
     return f"Keeping {units}. Removing {plan.sparsity:.1%} of {pruned_part(run.options.blocks)}{loss}"
 

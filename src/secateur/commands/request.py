@@ -83,6 +83,7 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
             target,
             stream,
             output_bytes=format.byte_meter,
+            output_cache=format.cache_meter,
             dtype=dtype,
             device=stream.device,
             watcher=watcher,

@@ -20,7 +20,7 @@ from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.fitted_block import FittedBlock
 from secateur.model.structure import Block
 from secateur.model.units.experts import EXPERTS
-from secateur.plan.meters import Meter, cache_meter
+from secateur.plan.meters import Meter
 from secateur.plan.problem import Plan
 from secateur.report.summary import Summary
 from secateur.survey.curves import ErrorCurve
@@ -60,7 +60,7 @@ def summarize(
     return Summary(
         parameters=before_and_after(run.request.parameters),
         bytes=before_and_after(format.byte_meter()),
-        cache_bytes=before_and_after(cache_meter(stream, run.dtype)),
+        cache_bytes=before_and_after(format.cache_meter()),
         dense=tuple(dense),
         widths=plan.widths,
         format=format.declaration.name,
@@ -72,7 +72,7 @@ def summarize(
             [plan.widths.get(index, width) for index, width in enumerate(dense)]
         ),
         begins_with_bos=run.begins_with_bos,
-        tokens=rows.grouped.groups[0].numel(),
+        tokens=rows.tokens,
         vocabulary=None if run.vocabulary is None else run.vocabulary.tokens,
         seconds=seconds,
         peak_bytes=peak,

@@ -218,6 +218,11 @@ def _prune_all(
 
 def _scored(results: list[ModelSize], out: Path, texts: list[str], tokens: int | None, run: OpenRun) -> list[ModelSize]:
     """Return the figures with the perplexity of every model, and write them as a table and a plot."""
+    if run.vocabulary is not None:
+        run.watcher.note(
+            "The sizes have fewer tokens than the dense model and may cut a text into others: their perplexities are "
+            "per token, so they can be compared with each other, but not with the dense model's"
+        )
     results = [replace(one, perplexity=_perplexities(one.folder, texts, tokens, run)) for one in results]
     _write_table(results, out)
     scores = {text: [one.perplexity[text] for one in results] for text in results[0].perplexity}
@@ -229,14 +234,16 @@ def _write_table(results: list[ModelSize], out: Path) -> None:
     write_atomically(out / TABLE, json.dumps([asdict(one) for one in results], indent=2) + "\n")
 
 
-def _perplexities(folder: str, texts: list[str], tokens: int | None, run: OpenRun) -> dict[str, float]:
+def _perplexities(model: str, texts: list[str], tokens: int | None, run: OpenRun) -> dict[str, float]:
     """Return a model's perplexity on each text, in rows as long as the calibration rows."""
     result = evaluate(
-        folder,
+        model,
         texts=texts,
         length=run.options.length,
         tokens=tokens,
         device=str(run.stream.device),
+        memory=run.run_options.memory,
+        revision=run.run_options.revision if model == run.stream.checkpoint.source else None,
         trust_remote_code=run.stream.checkpoint.trust_remote_code,
         watcher=run.watcher,
     )

@@ -20,7 +20,7 @@ from secateur.model.axes import Width
 from secateur.model.expert_matrices import BlockTensor
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.stream import BlockStream
-from secateur.plan.meters import Meter, byte_meter
+from secateur.plan.meters import Meter, byte_meter, cache_meter
 from secateur.plan.problem import Plan
 
 
@@ -138,6 +138,10 @@ class Format(ABC):
     def byte_meter(self) -> Meter:
         """Return the meter of the bytes of weights in the output, without headers."""
         return byte_meter(self.stream, self.dtype, self.biases)
+
+    def cache_meter(self) -> Meter:
+        """Return the meter of the KV cache of an engine that runs the output."""
+        return cache_meter(self.stream, self.dtype)
 
     @property
     def number_type(self) -> str:

@@ -24,7 +24,7 @@ from secateur.gguf.types import check_type, storage_of
 from secateur.model.axes import ATTENTION, FEED_FORWARD, Width, axis_kinds
 from secateur.model.stream import BlockStream
 from secateur.model.units.channels import CHANNELS
-from secateur.plan.meters import Meter, added_biases, dense_widths, megabytes
+from secateur.plan.meters import Meter, added_biases, cache_meter, dense_widths, megabytes
 
 _PREFIXES = {ATTENTION: ("attn_",), FEED_FORWARD: ("ffn_", "exp_")}
 """Beginnings of the names of a module's tensors, by its role."""
@@ -164,6 +164,10 @@ class GgufFormat(Converted):
         float16."""
         if self.dtype == torch.float16 or self.type == "f16":
             self.stream.checkpoint.check_range(torch.float16)
+
+    def cache_meter(self) -> Meter:
+        """Return the meter of llama.cpp's KV cache, which is float16 for every type of tensors."""
+        return cache_meter(self.stream, torch.float16)
 
     def byte_meter(self) -> Meter:
         """Return the meter of the bytes of tensors, without the tokenizer."""

@@ -68,6 +68,7 @@ def meter_of(
     stream: BlockStream,
     *,
     output_bytes: Callable[[], Meter],
+    output_cache: Callable[[], Meter],
     dtype: torch.dtype,
     device: torch.device,
     watcher: Watcher,
@@ -79,6 +80,7 @@ def meter_of(
         target: Any target but `ppl`: perplexity is not a sum over modules.
         stream: The open model.
         output_bytes: Function that returns the meter of bytes in the output format.
+        output_cache: Function that returns the meter of the KV cache of the output.
         dtype: Dtype in which the pruned model will run.
         device: Device on which time is measured.
         watcher: Display of progress while time is measured.
@@ -91,7 +93,7 @@ def meter_of(
         "params": lambda: parameter_meter(stream, biases),
         "active": lambda: active_meter(stream, biases),
         "bytes": output_bytes,
-        "kv": lambda: cache_meter(stream, dtype),
+        "kv": output_cache,
         "prefill": lambda: latency_meter(stream, "prefill", device, dtype, watcher),
         "decode": lambda: latency_meter(stream, "decode", device, dtype, watcher),
     }

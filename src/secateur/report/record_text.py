@@ -20,6 +20,9 @@ def statements(record: Mapping[str, Any], measured: Sequence[Sequence[str]]) -> 
         measured: Rows of figures measured after pruning: label, this model's value, the base model's value, ratio.
     """
     loads = record["loads"]
+    # A training or an earlier pruning also changed the model: errors and costs leave these out.
+    is_about_pruning_alone = bool(record.get("earlier") or record.get("retrained"))
+    by = " by the last pruning" * is_about_pruning_alone
     return {
         "name": model_name(original(record)),
         "last_step": _last_step(record),
@@ -27,7 +30,8 @@ def statements(record: Mapping[str, Any], measured: Sequence[Sequence[str]]) -> 
         "recovery": all_recoveries()[record["options"]["recovery"]].summary,
         "column_before": "before the last step" if record.get("earlier") else "before",
         "figures": [*_sizes(record), *((label, base, here, ratio) for label, here, base, ratio in measured)],
-        "expected_cost": "" if record["cost"] is None else estimated_loss(record["cost"]),
+        "expected_cost": "" if record["cost"] is None else estimated_loss(record["cost"], by),
+        "is_about_pruning_alone": is_about_pruning_alone,
         "auto_class": loads["class"],
         "loading": format_class(loads["format"]).how_to_load(loads["class"], "THIS_FOLDER"),
         "chain": _chain(record),
@@ -79,7 +83,7 @@ def _sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Return rows of a table of sizes: label, value before pruning, value after pruning, ratio."""
     forms = {
         "parameters": ("parameters", format_count),
-        "bytes": ("weights in one dtype", lambda value: f"{value / 1e6:,.1f} MB"),
+        "bytes": ("weights, stored alike", lambda value: f"{value / 1e6:,.1f} MB"),
         "cache_bytes": ("KV cache per token", "{:,} B".format),
         "vocabulary": ("tokens of the vocabulary", "{:,}".format),
     }

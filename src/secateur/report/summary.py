@@ -44,7 +44,7 @@ class Summary(NotebookView):
     bytes: tuple[int, int]
     """Bytes of the weights, both in the output's format and type."""
     cache_bytes: tuple[int, int]
-    """Bytes of one token's keys and values in all blocks, at the output's dtype."""
+    """Bytes of one token's keys and values in all blocks, in the output's dtype; for a GGUF file in float16."""
     dense: tuple[Width, ...]
     """Width of every block of the dense model."""
     widths: dict[int, Width]
@@ -64,7 +64,7 @@ class Summary(NotebookView):
     begins_with_bos: bool
     """Whether calibration rows begin with BOS."""
     tokens: int
-    """Number of calibration tokens."""
+    """Number of tokens of the calibration text, without resampled copies."""
     vocabulary: tuple[int, int] | None
     """Number of tokens of the vocabulary, before and after; None if all are kept."""
     seconds: float
@@ -181,9 +181,9 @@ def pruned_part(blocks: str | None) -> str:
     return f"the parameters of block {first}" if first == last else f"the parameters of blocks {first} to {last}"
 
 
-def estimated_loss(cost: float) -> str:
-    """Return a sentence about the expected rise of the loss, in nats per token."""
-    return f"Estimated loss increase: {cost:.3f} nats per token (sum over modules, each pruned and refitted alone)."
+def estimated_loss(cost: float, by: str = "") -> str:
+    """Return a sentence about the expected rise of the loss, in nats per token; `by` may say what causes it."""
+    return f"Estimated loss increase{by}: {cost:.3f} nats per token (sum over modules, each pruned and refitted alone)."
 
 
 def each_keeps(widths: Mapping[int, Width], blocks: int) -> tuple[str, Width]:

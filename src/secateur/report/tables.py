@@ -34,7 +34,7 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     left = totals(pruned)
     figures: list[tuple[str, tuple[int, int], Callable[[int], str]]] = [
         ("parameters", summary.parameters, format_count),
-        ("weights in one dtype", summary.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
+        ("weights, stored alike", summary.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
         ("KV cache per token", summary.cache_bytes, "{:,} B".format),
         *([] if summary.vocabulary is None else [("vocabulary", summary.vocabulary, "{:,}".format)]),
         *((label, (before, left[label]), "{:,}".format) for label, before in totals(dense).items()),

@@ -68,6 +68,11 @@ class CalibrationRows:
     """Resampled versions of the fit rows, one set for each fit (fits x rows x length)."""
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens of the text by which units are chosen and to which weights are fitted."""
+        return self.selection.numel() + (0 if self.separate_refit is None else self.separate_refit.numel())
+
+    @property
     def fit(self) -> Tensor:
         """Rows to which weights are fitted."""
         return self._refit[: len(self._refit) - self._norm_scale_count]
