@@ -19,7 +19,7 @@ _measured = partial(typer.Option, rich_help_panel=WHAT_TO_MEASURE)
 @expand_options
 def evaluate(
     model: Model,
-    run_options: Annotated[RunOptions, Only(("device", "memory", "revision", "trust_remote_code", "overwrite"))],
+    run_options: Annotated[RunOptions, Only(("device", "memory", "revision", "trust_remote_code"))],
     against: Annotated[
         str | None,
         _measured(

@@ -21,12 +21,14 @@ TEXTS = {
     "format": {"help": f"Format of the models. {'; '.join(f'{name}: {one.help}' for name, one in FOLDERS.items())}."}
 }
 
+OWN_SURVEY = {"survey": {"default_text": "survey.json in the folder of --out"}}
+
 
 @expand_options
 def sizes(
     model: Model,
     options: Annotated[Options, Without((*ONE_SIZE, "type"), texts=TEXTS)],
-    run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"))],
+    run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"), texts=OWN_SURVEY)],
     out: Annotated[
         Path,
         typer.Option(
