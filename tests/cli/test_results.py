@@ -72,7 +72,7 @@ def test_random_ids_and_sizes_need_no_tokenizer(place, run):
     result = run("eval", "model")
     assert result.code == 0
     assert "64,464" in result.out
-    assert "│ bytes      │" in result.out
+    assert "│ bytes in float32 │" in result.out
     assert "perplexity" not in result.out
     assert "tokens/s" not in result.out
 

@@ -186,7 +186,7 @@ def test_two_models_are_compared(checkpoint_folder, text):
     figures = {figure.label: figure for figure in result.figures()}
     first, second = result.models
     assert [model.name for model in result.models] == [small, dense]
-    names = "parameters, bytes in the same dtype, perplexity words.txt, bits per byte words.txt"
+    names = "parameters, bytes in float32, perplexity words.txt, bits per byte words.txt"
     assert ", ".join(figures) == f"{names}, prefill tokens/s, decoding tokens/s"
 
     assert figures["parameters"].values == [first.parameters, second.parameters]

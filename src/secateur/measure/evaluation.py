@@ -168,6 +168,7 @@ def _score(
         subject.model.source,
         parameters,
         parameters * stored_dtype.itemsize,
+        str(stored_dtype).removeprefix("torch."),
         begins_with_bos=tokenizer is not None and begins_with_bos(tokenizer),
         texts=texts,
         tasks=results,

@@ -18,7 +18,9 @@ class ModelScore:
     parameters: int
     """Number of parameters."""
     bytes: int
-    """Size of the parameters in bytes, at the dtype in which the first model is stored."""
+    """Size of the parameters in bytes if all were stored in `dtype`."""
+    dtype: str
+    """Dtype in which the first model is stored; of a quantised model, the dtype in which it is read."""
     begins_with_bos: bool
     """Whether rows begin with BOS."""
     texts: dict[str, Perplexity]
@@ -66,7 +68,7 @@ class Evaluation:
         models = self.models
         figures = [
             Figure.of("parameters", [model.parameters for model in models], "{:,}"),
-            Figure.of("bytes" + " in the same dtype" * (len(models) > 1), [model.bytes for model in models], "{:,}"),
+            Figure.of(f"bytes in {models[0].dtype}", [model.bytes for model in models], "{:,}"),
         ]
         for text in models[0].texts:
             perplexities, name = [model.texts[text].perplexity for model in models], self.name_of(text)

@@ -12,8 +12,8 @@ from secateur.report.summary import bos_note
 WITH_TEMPLATE = "answers them as a user's message in its chat template"
 AS_TEXT = "continues them as text, as it has no chat template"
 """What a model with or without a chat template does with prompts."""
-KNOWN = ("parameters", "bytes in the same dtype")
-"""Figures that are known without an evaluation."""
+KNOWN = 2
+"""Number of figures, the first ones, that are known without an evaluation: parameters and bytes."""
 
 
 def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
@@ -94,9 +94,7 @@ def _answers(score: AnswerScore, names: Sequence[str]) -> str:
 
 def measured_rows(result: Evaluation) -> list[tuple[str, ...]]:
     """Return the figures of two compared models that only an evaluation gives: label, both values, ratio."""
-    return [
-        (figure.label, *_values(figure), *_ratio(figure)) for figure in result.figures() if figure.label not in KNOWN
-    ]
+    return [(figure.label, *_values(figure), *_ratio(figure)) for figure in result.figures()[KNOWN:]]
 
 
 def _values(figure: Figure) -> list[str]:
