@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from secateur.model.structure import Block
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
-from secateur.plan.meters import byte_meter, meter_of, parameter_meter
+from secateur.plan.meters import byte_meter, cache_meter, meter_of, parameter_meter
 from secateur.plan.plan import check_near, check_reachable, plan, uniform_plans
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
 from secateur.plan.search import ATTEMPTS, CLOSE_ENOUGH, MAX_ATTEMPTS, smallest_within
@@ -45,7 +46,9 @@ def make_problem(checkpoint_folder: CheckpointFolder) -> MakeProblem:
         wanted = parse_target(target) if isinstance(target, str) else target
         if isinstance(target, str):
             how: dict[str, Any] = {"dtype": torch.float32, "device": stream.device, "watcher": Silent()}
-            meter = meter_of(wanted, stream, output_bytes=lambda: byte_meter(stream, torch.float32), **how)
+            sizes = {"output_bytes": byte_meter, "output_cache": cache_meter}
+            how |= {name: partial(meter, stream, torch.float32) for name, meter in sizes.items()}
+            meter = meter_of(wanted, stream, **how)
         rest = {"pruned_blocks": range(len(stream)), "parameters": parameters, "target": wanted, "meter": meter}
         return PlanProblem(blocks=stream.blocks, **rest | more)
 
