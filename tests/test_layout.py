@@ -30,6 +30,16 @@ def folder_of(name: str) -> str | None:
     return rest[0] if first == "secateur" and rest and (ROOT / rest[0]).is_dir() else None
 
 
+LINES, FILES_OF_SRC = 35_750, 275
+"""Size of the package. Whoever raises a number says in the commit why the package has to grow."""
+
+
+def test_the_package_grows_on_purpose_only() -> None:
+    files = list(ROOT.rglob("*.py"))
+    assert len(files) <= FILES_OF_SRC
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= LINES
+
+
 def test_no_flat_files() -> None:
     assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
 
