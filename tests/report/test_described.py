@@ -234,7 +234,7 @@ def test_the_card_of_a_retrained_folder_names_the_retraining(place, run):
     assert page.count('class="line" fill="none"') == 2
     assert re.search(r'y="145" text-anchor="middle">50</text>', page)
     teacher, after = said["perplexity"]["teacher"], said["perplexity"]["after"]
-    assert "Perplexity on held-out rows, ratio to the teacher's: from " in page
+    assert "Perplexity on held-out rows, ratio to that of the teacher: from " in page
     assert f" to {after / teacher:.3g} in 128 tokens" in page
     assert "Retraining" not in (place / "out" / "report.html").read_text()
 

@@ -107,7 +107,7 @@ def _curves(training: Mapping[str, Any]) -> Iterator[Chart]:
     means = [losses[at : at + size] for at in range(0, len(losses), size)]
     loss = [((number * size + len(part) / 2) * step, sum(part) / len(part)) for number, part in enumerate(means)]
     perplexity = [(done * step, value / (teacher or 1.0)) for done, value in training["perplexities"]]
-    what = "Perplexity on held-out rows" + ("" if teacher is None else ", ratio to the teacher's")
+    what = "Perplexity on held-out rows" + ("" if teacher is None else ", ratio to that of the teacher")
     for label, points in (("Loss of the training, nats per token", loss), (what, perplexity)):
         if points:
             yield _curve(label, points, tokens)
