@@ -161,19 +161,27 @@ def multimodal_per_layer_config(multimodal_config: dict[str, Any], language_conf
 def register() -> None:
     """Register classes so that the auto classes load folders of this format without trust_remote_code, in this process.
 
-    Dense models keep their stock classes: `architectures` in config.json decides.
+    Dense models keep their stock classes.
     """
     for config_class in (CONFIG_MAPPING[kind] for kind in FAMILIES):
         classes = _stock_classes(config_class)
         for auto, stock in classes.items():
-            ours = getattr(modeling_secateur, PREFIX + stock.__name__)
-            calls = {"from_pretrained": ours.from_pretrained, "_from_config": ours._from_config}
-            # `architectures` names the class that was saved, which may be that of another auto class.
-            named = (
-                SimpleNamespace(__name__=PREFIX + saved.__name__, __module__=ours.__module__, **calls)
-                for saved in classes.values()
-            )
-            getattr(transformers, auto).register(config_class, (stock, *named), exist_ok=True)
+            # One class, not several: transformers cannot choose among several for a config without `architectures`.
+            getattr(transformers, auto).register(config_class, _either(stock), exist_ok=True)
+
+
+def _either(stock: Any) -> Any:
+    """Return an object in the place of a stock class that makes a pruned model where the config is of one."""
+    ours = getattr(modeling_secateur, PREFIX + stock.__name__)
+
+    def from_pretrained(*given: Any, config: Any, **named: Any) -> Any:
+        return (ours if hasattr(config, SIZES) else stock).from_pretrained(*given, config=config, **named)
+
+    def from_config(config: Any, **named: Any) -> Any:
+        return (ours if hasattr(config, SIZES) else stock)._from_config(config, **named)
+
+    names = {"__name__": stock.__name__, "__module__": stock.__module__, "stock": stock}
+    return SimpleNamespace(**names, from_pretrained=from_pretrained, _from_config=from_config)
 
 
 def _stock_classes(config_class: type) -> dict[str, Any]:

@@ -381,10 +381,10 @@ def check_generation(folder: Path) -> None:
 def stock_class(classes: Any, config_class: type) -> Any:
     """Return the stock class of a config from a mapping of transformers.
 
-    `secateur.register` adds classes of this library after the stock class.
+    `secateur.register` puts an object in its place.
     """
     found = classes[config_class]
-    return found[0] if isinstance(found, tuple) else found
+    return getattr(found, "stock", found[0] if isinstance(found, tuple) else found)
 
 
 def _no_config(folder: Path) -> str:
