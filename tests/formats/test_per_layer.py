@@ -303,6 +303,10 @@ for name in ("Model", "ModelForCausalLM", "ModelForSequenceClassification", "Mod
     assert type(ours).__name__ == f"SecateurLlama{name.removeprefix('Model') or 'Model'}", type(ours)
     assert type(ours).__module__ == "secateur.model.modeling_secateur", type(ours)
     assert type(dense).__module__.startswith("transformers."), type(dense)
+    # As transformers itself makes the decoder inside a multimodal model: the config names no architecture.
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    bare = transformers.LlamaConfig(**sizes, pad_token_id=0)
+    assert type(auto.from_config(bare)) is type(dense)
 ours.save_pretrained(place)
 assert type(auto.from_pretrained(place)) is type(ours)
 from secateur import BlockStream, open_checkpoint

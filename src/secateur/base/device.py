@@ -59,7 +59,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def clock(device: torch.device) -> float:
-    """Return the time in seconds, after a device, which may run asynchronously, has finished what it was given."""
+    """Wait until a device has finished its work, and return the time in seconds."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return perf_counter()

@@ -29,8 +29,6 @@ class OptionSpec(NamedTuple):
     minimum: int | None = None
     percent: bool = False
     """Whether the command line also takes a percentage, such as 25%."""
-    may_name_file: bool = False
-    """Whether the value may be the path of a file."""
     fit_only: bool = False
     """Whether only the fit depends on the option, so that `plan` and `survey` do not have it."""
 

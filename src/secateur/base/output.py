@@ -41,7 +41,7 @@ def json_kind(what: str, fits: Callable[[Any], bool], file: str = "", files: tup
 
     Args:
         what: Name of the kind, for error messages.
-        fits: Whether the contents are those of this kind.
+        fits: Function that tells whether the contents of the JSON file are of this kind.
         file: Name of the file in a folder; empty if the output is the file.
         files: Patterns of all files in the folder.
     """

@@ -92,8 +92,8 @@ def _solve_entries(stream: BlockStream, module: PrunableModule, input_steps: boo
 def _mixture_entries(stream: BlockStream, module: PrunableModule, one: int, tokens: int, input_steps: bool) -> float:
     """Return how many float32 numbers a fit of a mixture, or its survey, holds in memory besides the solve.
 
-    These are the weights of one expert (`one` parameters) in several copies, or of all experts if they are not read one
-    by one; and the inputs, targets and outputs of all tokens, with the outputs of single experts for some of them.
+    Several copies of the weights of one expert (`one` parameters) are in memory, or of all experts if they are not read
+    one by one. So are the inputs, targets and outputs of all tokens, and for some tokens the outputs of single experts.
     """
     copies = EXPERT_COPIES if stream.reads_experts_one_by_one else (2.2 if input_steps else 1.2 + 1 / 3) * module.units
     # Outputs are looked up until the smallest number of experts is left. They exist twice while room is made for more.

@@ -81,7 +81,6 @@ class Options:
         "JSON file with the width of every block, used instead of --sparsity: the output of secateur plan, or the "
         "secateur.json of an earlier run, which also lists the heads and channels to keep.",
         default_text="none",
-        may_name_file=True,
     )
     widths: str = option(
         WIDTHS[0],
@@ -90,7 +89,6 @@ class Options:
         "model rises least; uniform: all blocks have the same widths, as the standard transformers class needs; or "
         "(not in secateur sizes) a JSON file with the fraction of units to remove from ranges of blocks, such as "
         '{"4:20": 0.2, "20:30": {"heads": 0, "channels": 0.4}}.',
-        may_name_file=True,
     )
     blocks: str | None = option(
         None,
@@ -166,7 +164,6 @@ class Options:
         ".txt file, a .jsonl file with the key text or messages, - for standard input, or a data set (wikitext2, c4, "
         "ptb, bookcorpus or name:config:column). Without any text: self (MODEL generates the text; the whole model "
         "must fit into memory) or random (random token ids).",
-        may_name_file=True,
     )
     samples: int = option(128, CALIBRATION, "Number of calibration rows, drawn from the text at random.", minimum=1)
     length: int = option(128, CALIBRATION, "Tokens in each calibration row.", minimum=2)
@@ -221,7 +218,6 @@ class Options:
         "Text that only the recovery uses, named as in --calibration. Units are then chosen on --calibration, and "
         "weights are fitted on this text.",
         default_text="the text of --calibration",
-        may_name_file=True,
         fit_only=True,
     )
     refit_samples: int | None = option(

@@ -1,7 +1,7 @@
 """Steps of a run on a sample: one block of each shape, and a small share of the rows.
 
-The usage of a whole step follows from two shares. At each share, every block takes as long as the block that stands for
-it. Between the shares and beyond them, time and memory are linear.
+The usage of a whole step follows from two shares. Each block is assumed to take as long as the measured block of its
+shape. Between the shares and beyond them, time and memory are linear.
 
 In a survey, the streams of all probes run on to the last block. A sample has few probes, so the others are added with
 the time of a forward pass.
@@ -46,7 +46,7 @@ class Usage(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """One run of a step through a block."""
+    """Run of a step through a block."""
 
     seconds: float
     probes: int
@@ -171,9 +171,10 @@ class Sample:
 
 
 def _stand_ins(blocks: Sequence[Block], plan: Plan) -> list[int]:
-    """Return for each block the index of the block that stands for it: one of the same shape, pruned or not as it is.
+    """Return for each block the index of the block that is measured in its place.
 
-    Of pruned blocks, it is the one whose size is nearest to their mean.
+    Both blocks have the same shape, and either both are pruned or neither is. Of several pruned blocks, the one whose
+    size is nearest to their mean is measured.
     """
     groups: list[list[int]] = []
     for index, block in enumerate(blocks):

@@ -1,6 +1,20 @@
 """Families in the line of GPT-2: most have a feed-forward without a gate, norms with biases, or fused projections."""
 
+from dataclasses import replace
+
 from secateur.families.entry import Family, Gguf, Stock, Vllm
+
+_GPTJ = Family(
+    blocks="transformer.h",
+    attention="attn",
+    output="out_proj",
+    ungrouped=True,
+    up="fc_in",
+    gate=None,
+    down="fc_out",
+    final_norm="transformer.ln_f",
+    stock=Stock(channels_key="n_inner", head_counts="dense", theta_key=None),
+)
 
 FAMILIES = {
     # OpenAI's GPT-2.
@@ -47,30 +61,12 @@ FAMILIES = {
         gguf=Gguf(("gptneox",), keys={"use_parallel_residual": "use_parallel_residual"}, epsilon="layer_norm_eps"),
     ),
     # EleutherAI's GPT-J. llama.cpp has no graph of it.
-    "gptj": Family(
-        blocks="transformer.h",
-        attention="attn",
-        output="out_proj",
-        ungrouped=True,
-        up="fc_in",
-        gate=None,
-        down="fc_out",
-        final_norm="transformer.ln_f",
-        stock=Stock(channels_key="n_inner", head_counts="dense", theta_key=None),
-    ),
+    "gptj": _GPTJ,
     # Salesforce's CodeGen.
-    "codegen": Family(
-        blocks="transformer.h",
-        attention="attn",
+    "codegen": replace(
+        _GPTJ,
         fused="qkv_proj",
-        output="out_proj",
-        ungrouped=True,
-        up="fc_in",
-        gate=None,
-        down="fc_out",
-        final_norm="transformer.ln_f",
         heads_locked="its fused query, key and value layer is stored in four parts, each with a quarter of the heads",
-        stock=Stock(channels_key="n_inner", head_counts="dense", theta_key=None),
     ),
     # Meta's OPT. llama.cpp has no graph of it.
     "opt": Family(

@@ -69,7 +69,7 @@ class Format(ABC):
     """Output format for one model: which widths it can hold, and how it writes them."""
 
     declaration: ClassVar[Declaration]
-    """Its entry in `secateur.base.names`."""
+    """Entry of the format in `secateur.base.names`."""
     other_kernels: ClassVar[str | None] = None
     """Engine whose kernels run the output; None for torch, which secateur uses to measure speed."""
 

@@ -171,17 +171,19 @@ def register() -> None:
 
 
 def _either(stock: Any) -> Any:
-    """Return an object in the place of a stock class that makes a pruned model where the config is of one."""
+    """Return an object for the place of a stock class; it makes a pruned model if the config has sizes of layers."""
     ours = getattr(modeling_secateur, PREFIX + stock.__name__)
 
-    def from_pretrained(*given: Any, config: Any, **named: Any) -> Any:
-        return (ours if hasattr(config, SIZES) else stock).from_pretrained(*given, config=config, **named)
+    def chosen(config: Any) -> Any:
+        return ours if hasattr(config, SIZES) else stock
 
-    def from_config(config: Any, **named: Any) -> Any:
-        return (ours if hasattr(config, SIZES) else stock)._from_config(config, **named)
-
-    names = {"__name__": stock.__name__, "__module__": stock.__module__, "stock": stock}
-    return SimpleNamespace(**names, from_pretrained=from_pretrained, _from_config=from_config)
+    return SimpleNamespace(
+        __name__=stock.__name__,
+        __module__=stock.__module__,
+        stock=stock,
+        from_pretrained=lambda *given, config, **named: chosen(config).from_pretrained(*given, config=config, **named),
+        _from_config=lambda config, **named: chosen(config)._from_config(config, **named),
+    )
 
 
 def _stock_classes(config_class: type) -> dict[str, Any]:

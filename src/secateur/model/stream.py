@@ -198,7 +198,7 @@ class BlockStream:
                     assign(layer, name, None)
 
     def _experts_as_modules(self, index: int, layer: nn.Module) -> AbstractContextManager[None]:
-        """Let a block compute with experts that are modules; those of a block on a GPU all stay in its memory."""
+        """Replace the experts of a block by modules, one for each expert. On a GPU, all of them stay in memory."""
         names = [name for name in self.blocks[index].shapes if name.endswith(self._matrices_of_experts)]
         stored = {name: self.checkpoint.expert_matrices(self._inside(index, name)) for name in names}
         budget = self.services.budget if self.device.type == "cpu" else MemoryBudget(sys.maxsize)

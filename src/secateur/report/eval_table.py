@@ -11,7 +11,7 @@ from secateur.report.summary import bos_note
 
 WITH_TEMPLATE = "answers them as a user's message in its chat template"
 AS_TEXT = "continues them as text, as it has no chat template"
-"""What a model with or without a chat template does with prompts."""
+"""Ends of a sentence about prompts, for a model without a chat template; above, for one with a chat template."""
 KNOWN = 2
 """Number of figures, the first ones, that are known without an evaluation: parameters and bytes."""
 

@@ -1,4 +1,4 @@
-"""Templates of the model card and of the pages: files beside this one that read as what they make."""
+"""The jinja2 templates of the model card and of the pages, which are files in this folder."""
 
 import re
 from html import escape

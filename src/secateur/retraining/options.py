@@ -31,7 +31,6 @@ class Training:
         "Text to train on: general, general+TEXT or TEXT, as for secateur prune. TEXT is a file, - for standard "
         "input, or a data set. A text with fewer tokens than --tokens is read several times, each time cut at other "
         "places.",
-        may_name_file=True,
     )
     length: int = option(128, CALIBRATION, "Tokens in each row.")
     seed: int = option(0, CALIBRATION, "Random seed for the rows, their order and the initial adapters.")
@@ -54,7 +53,6 @@ class Training:
         "The model whose next-token distributions are learned: a folder, a hub id or a .gguf file. With none, the "
         "model learns from the text only.",
         default_text="the model that was pruned",
-        may_name_file=True,
     )
     text_weight: float = option(
         0.5,

@@ -99,7 +99,7 @@ def save_survey(survey: Survey, path: Path) -> None:
 
 
 def is_survey(found: Any) -> bool:
-    """Return whether the contents of a JSON file are those of a survey, of any version."""
+    """Return whether a JSON file with these contents is a survey, also one of an older version."""
     return {*found} >= {"criterion", "curves", "probes"}
 
 
