@@ -36,14 +36,14 @@ from torch import Tensor
 
 from peers import PEERS, pruned_by
 from secateur import BlockStream, Options, consecutive_rows, open_checkpoint
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.tokens import encode
 from secateur.measure.answers import agreement, greedy_answers, loop_share, question_ids
 from secateur.measure.generation import end_tokens
 from secateur.measure.loading import load
 from secateur.measure.perplexity import perplexity, scoring
 from secateur.measure.tasks import open_tasks
 from secateur.measure.zero_shot import zero_shot
-from secateur.model.checkpoint import Checkpoint
-from secateur.model.tokens import encode
 from secateur.text.documents import read_documents
 from seen_kinds import SEEN
 from tables import put

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from secateur import BlockStream, Options, calibration_rows, consecutive_rows, open_checkpoint
-from secateur.commands.survey_file import split_survey_rows
+from secateur.checkpoints.expert_matrices import whole
+from secateur.checkpoints.tokens import begins_with_bos
 from secateur.criteria.choice import CRITERIA
 from secateur.criteria.registry import SCORED_KINDS, Criteria, UnitScores
 from secateur.fit.loop import refit
@@ -24,15 +25,14 @@ from secateur.fit.recovery import Method, recovery_of
 from secateur.measure import perplexity
 from secateur.measure.loading import load
 from secateur.model.axes import Width
-from secateur.model.expert_matrices import whole
 from secateur.model.rows import Rows
 from secateur.model.surgery import assign, narrow
-from secateur.model.tokens import begins_with_bos
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan, PlanProblem
+from secateur.steps.survey_file import split_survey_rows
 from secateur.survey.gradients import gradient_scores
 from secateur.survey.survey import survey
 from secateur.write.slice import slice_fitted

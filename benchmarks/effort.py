@@ -22,8 +22,8 @@ import torch
 
 from products import product_rate
 from secateur import prune
-from secateur.commands.options import EFFORTS, Effort, Options
 from secateur.measure.evaluation import evaluate
+from secateur.steps.options import EFFORTS, Effort, Options
 from tables import put
 
 

@@ -22,7 +22,7 @@ import torch
 from products import operations, product_rate
 from secateur import prune
 from secateur.base.device import fast_dtype
-from secateur.commands.options import EFFORTS, Options
+from secateur.steps.options import EFFORTS, Options
 from tables import put
 
 LINES = 10

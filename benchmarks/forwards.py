@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from scale import SHAPES, make
 from secateur import BlockStream, open_checkpoint
-from secateur.model.expert_matrices import whole
+from secateur.checkpoints.expert_matrices import whole
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.surgery import assign
 

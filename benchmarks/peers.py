@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.checkpoints.expert_matrices import BlockTensor, whole
+from secateur.checkpoints.tokens import begins_with_bos
 from secateur.criteria import flap
 from secateur.criteria.order import remaining_units, removal_order
 from secateur.criteria.registry import SCORED_KINDS, all_criteria
@@ -25,12 +27,10 @@ from secateur.measure import perplexity
 from secateur.measure.loading import load
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import Width
-from secateur.model.expert_matrices import BlockTensor, whole
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import assign, kept_inputs, narrow, output_weight, slice_block, stored_weight
-from secateur.model.tokens import begins_with_bos
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.numerics.moments import Moments

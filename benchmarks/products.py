@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.dry_run import usage_by_effort
-from secateur.commands.open_model import open_model
 from secateur.plan.plan import plan
+from secateur.steps.draw_rows import draw_rows
+from secateur.steps.dry_run import usage_by_effort
+from secateur.steps.open_model import open_model
 
 
 def product_rate(

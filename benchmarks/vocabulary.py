@@ -27,11 +27,11 @@ from basket import GROUPS
 from secateur import open_checkpoint, trim
 from secateur.base.errors import SecateurError
 from secateur.base.services import Services
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.tokens import encode
 from secateur.gguf.export import export
 from secateur.measure.loading import load
 from secateur.measure.speed import speeds
-from secateur.model.checkpoint import Checkpoint
-from secateur.model.tokens import encode
 from secateur.text.documents import read_documents
 from secateur.vocabulary.choose import bits_per_byte
 from speed import NEW, PROMPT, opened, turn

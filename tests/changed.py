@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MATRIX = "tests/commands/test_matrix.py::test_masked_equals_sliced"
+MATRIX = "tests/steps/test_matrix.py::test_masked_equals_sliced"
 TESTS_OF = {
     "src/secateur/base": [
         "tests/base",
@@ -19,6 +19,7 @@ TESTS_OF = {
     ],
     "src/secateur/families": [MATRIX],
     "src/secateur/gguf": ["tests/formats"],
+    "src/secateur/checkpoints": ["tests/checkpoints", MATRIX],
     "src/secateur/model": ["tests/model", MATRIX],
     "benchmarks": ["tests/criteria/test_flap.py"],
     "demo": ["tests/docs"],

@@ -19,13 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.base.quiet import quiet
 from secateur.base.services import Services
+from secateur.checkpoints.checkpoint import open_checkpoint
+from secateur.checkpoints.expert_matrices import whole
 from secateur.families.registry import family_of
 from secateur.fit.fitted_block import FittedBlock
 from secateur.formats.format import PrunedModel, format_class
 from secateur.model.axes import Width
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
-from secateur.model.expert_matrices import whole
 from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits, PrunableModule
@@ -204,7 +204,7 @@ SIMILAR: dict[str, Callable[[], Any]] = {
         "youtu", "pad_token_id", **(LATENT | {"q_lora_rank": None}), attention_bias=True, rope_interleave=False
     ),
 }
-"""More families, without mechanisms that `ROWS` lack; they run through tests/commands/test_matrix.py only."""
+"""More families, without mechanisms that `ROWS` lack; they run through tests/steps/test_matrix.py only."""
 
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 SHARED = {"shared_expert_intermediate_size": 28}

@@ -14,46 +14,46 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from secateur.base.errors import SecateurError
+    from secateur.checkpoints.checkpoint import open_checkpoint
     from secateur.cli.bars import Bars
-    from secateur.commands.draw_rows import draw_rows
-    from secateur.commands.fit_blocks import fit_blocks
-    from secateur.commands.open_model import open_model
-    from secateur.commands.options import Options, RunOptions
     from secateur.commands.plan import propose
-    from secateur.commands.plan_widths import plan_widths
-    from secateur.commands.prune import prune
-    from secateur.commands.prune_model import prune_model
-    from secateur.commands.survey_model import survey_model
-    from secateur.commands.write_model import write_model
     from secateur.formats.per_layer import register
     from secateur.measure import open_tasks, perplexity, speeds, zero_shot
     from secateur.measure.loading import load
-    from secateur.model.checkpoint import open_checkpoint
     from secateur.model.rows import Rows
     from secateur.model.stream import BlockStream
     from secateur.retraining.options import Training
     from secateur.retraining.retrain import retrain
+    from secateur.steps.draw_rows import draw_rows
+    from secateur.steps.fit_blocks import fit_blocks
+    from secateur.steps.open_model import open_model
+    from secateur.steps.options import Options, RunOptions
+    from secateur.steps.plan_widths import plan_widths
+    from secateur.steps.prune import prune
+    from secateur.steps.prune_model import prune_model
+    from secateur.steps.survey_model import survey_model
+    from secateur.steps.write_model import write_model
     from secateur.survey.head_distances import head_distances
     from secateur.text.calibration import cached_token_ids, calibration_rows, consecutive_rows
     from secateur.vocabulary.trim import trim
 
 _MODULES = {
-    "prune": "secateur.commands.prune",
-    "prune_model": "secateur.commands.prune_model",
-    "open_model": "secateur.commands.open_model",
-    "draw_rows": "secateur.commands.draw_rows",
-    "survey_model": "secateur.commands.survey_model",
-    "plan_widths": "secateur.commands.plan_widths",
-    "fit_blocks": "secateur.commands.fit_blocks",
-    "write_model": "secateur.commands.write_model",
+    "prune": "secateur.steps.prune",
+    "prune_model": "secateur.steps.prune_model",
+    "open_model": "secateur.steps.open_model",
+    "draw_rows": "secateur.steps.draw_rows",
+    "survey_model": "secateur.steps.survey_model",
+    "plan_widths": "secateur.steps.plan_widths",
+    "fit_blocks": "secateur.steps.fit_blocks",
+    "write_model": "secateur.steps.write_model",
     "propose": "secateur.commands.plan",
     "trim": "secateur.vocabulary.trim",
     "Bars": "secateur.cli.bars",
-    "Options": "secateur.commands.options",
-    "RunOptions": "secateur.commands.options",
+    "Options": "secateur.steps.options",
+    "RunOptions": "secateur.steps.options",
     "retrain": "secateur.retraining.retrain",
     "Training": "secateur.retraining.options",
-    "open_checkpoint": "secateur.model.checkpoint",
+    "open_checkpoint": "secateur.checkpoints.checkpoint",
     "BlockStream": "secateur.model.stream",
     "Rows": "secateur.model.rows",
     "head_distances": "secateur.survey.head_distances",

@@ -57,7 +57,7 @@ def test_every_file_of_families_and_units_is_listed():
 
 USE = """
 import sys
-from secateur.commands.options import Options
+from secateur.steps.options import Options
 import secateur.cli.app
 Options(criterion="mean-square", recovery="unbiased", format="npz")
 assert "torch" not in sys.modules

@@ -16,7 +16,8 @@ from rich.console import Console
 from models import WORDS
 from secateur import cli
 from secateur.cli import terminal
-from secateur.commands import fit_blocks, plan, prune, sizes, survey, survey_model, write_model
+from secateur.commands import plan, sizes, survey
+from secateur.steps import fit_blocks, prune, survey_model, write_model
 
 TEXT = " ".join(f"w{i * i % (WORDS - 4)}" for i in range(1500))
 SMALL = ["--calibration", "text.txt", "--samples", "4", "--length", "16"]

@@ -12,8 +12,8 @@ from command_line import SMALL, TEXT, listing, refused
 
 from conftest import CheckpointFolder
 from outputs import record_of
-from secateur.commands import prune
 from secateur.measure import subject
+from secateur.steps import prune
 
 FILES: dict[str, tuple[bytes, str]] = {
     "short.txt": (b"w1 w2", "short.txt: too short, it has 2 tokens, but 4 rows of 16 tokens need 64"),

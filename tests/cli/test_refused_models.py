@@ -93,7 +93,7 @@ def test_nan_weights_are_reported_with_block_and_module(tensor, module, place, r
 
 
 def test_an_unreadable_file_is_named(place, run, monkeypatch, no_work):
-    from secateur.model import checkpoint
+    from secateur.checkpoints import checkpoint
 
     def forbidden(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(folder / "model.safetensors"))
@@ -105,7 +105,7 @@ def test_an_unreadable_file_is_named(place, run, monkeypatch, no_work):
 def test_a_hub_without_a_network_is_reported_at_once(place, run, no_work, monkeypatch):
     import datasets
 
-    from secateur.model import hub_source
+    from secateur.checkpoints import hub_source
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
     monkeypatch.setattr(hub_source, "is_offline_mode", lambda: False)

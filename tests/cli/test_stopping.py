@@ -12,7 +12,7 @@ import torch
 from command_line import SMALL, listing, without_run_state
 
 from secateur import cli
-from secateur.commands import fit_blocks
+from secateur.steps import fit_blocks
 
 
 def interrupt() -> None:

@@ -16,10 +16,11 @@ from models import blocks_of, build
 from outputs import Opened, record_of
 from secateur import Options, RunOptions
 from secateur.base.progress import Silent
-from secateur.commands import survey, survey_model
+from secateur.commands import survey
 from secateur.commands.survey import survey_page as write_page
 from secateur.plan.problem import Plan
 from secateur.report.survey_page import page_data, render
+from secateur.steps import survey_model
 from secateur.survey.curves import ErrorCurve, Survey, load_survey
 
 FACTS = {"model": "m", "family": "llama", "parameters": 1000, "probe_tokens": 64, "line": "secateur prune m OUT"}

@@ -11,15 +11,15 @@ from torch import Tensor
 
 import peers
 from models import blocks_of, build, layers_of, logits_of, narrowed, relative, seen, selected, token_rows
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.fit_blocks import fit_blocks
-from secateur.commands.open_model import open_model
+from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit.fitted_block import FittedBlock
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.plan.problem import Plan
+from secateur.steps.draw_rows import draw_rows
+from secateur.steps.fit_blocks import fit_blocks
+from secateur.steps.open_model import open_model
 
 BIASES = ["llama", "llama biased", "gpt2", "opt", "gpt_neox"]
 

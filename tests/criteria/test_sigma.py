@@ -10,12 +10,12 @@ from torch import Tensor
 from models import build, seen, token_rows, wide
 from outputs import error_of, record_of
 from secateur import prune
+from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.criteria.order import remaining_units, removal_order
 from secateur.criteria.registry import all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.fit.loop import refit
 from secateur.fit.recovery import Method, recovery_of
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import output_weight

@@ -32,7 +32,6 @@ from paper.__main__ import main as paper_main
 from paper.__main__ import parser as paper_parser
 from secateur.base.quiet import quiet
 from secateur.cli.app import app
-from secateur.commands.options import EFFORTS, Effort, Options, RunOptions
 from secateur.families.registry import FAMILIES
 from secateur.model import axes
 from secateur.model.structure import _DESCRIBERS, axis_kinds
@@ -40,6 +39,7 @@ from secateur.plan.target import parse_target
 from secateur.retraining import options as retraining_options
 from secateur.retraining import retrain
 from secateur.retraining.options import Training
+from secateur.steps.options import EFFORTS, Effort, Options, RunOptions
 from secateur.text import documents
 from secateur.vocabulary.selection import Selection
 
@@ -51,7 +51,7 @@ HISTORY = "docs/log.md"
 """Page that names options and files that no longer exist."""
 ELSEWHERE = {
     r"pip install .+": "installs packages",
-    r"torchrun .+": "starts processes, as tests/commands/test_team.py does",
+    r"torchrun .+": "starts processes, as tests/steps/test_team.py does",
     r"vllm serve .+": "vLLM has an environment of its own, make test-vllm",
     r"llama-(server|quantize) .+": "these are llama.cpp's own programs",
     r"secateur doctor .+": "it starts a process for each engine, as tests/commands/test_doctor.py does",

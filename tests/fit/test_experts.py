@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from conftest import CheckpointFolder
 from models import MIXTURES, blocks_of, build, layers_of, seen, token_rows
+from secateur.checkpoints.checkpoint import open_checkpoint
+from secateur.checkpoints.expert_matrices import whole
 from secateur.criteria import experts
 from secateur.criteria.choice import parse_choice
 from secateur.criteria.experts import expert_order
@@ -19,8 +21,6 @@ from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.loop import refit
 from secateur.fit.output_projection import OutputFit
 from secateur.fit.recovery import Method, Recovery, recovery_of
-from secateur.model.checkpoint import open_checkpoint
-from secateur.model.expert_matrices import whole
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import assign, entries, tensors_of

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from models import build, token_rows
+from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.fit.final_norm import SCALES, _minimum, final_norm_scale
 from secateur.model.arena import Activations
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 

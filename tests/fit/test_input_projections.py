@@ -14,12 +14,12 @@ from torch.nn.functional import silu
 from transformers.activations import ACT2FN
 
 from models import ROWS, SIMILAR, token_rows
+from secateur.checkpoints.checkpoint import open_checkpoint
+from secateur.checkpoints.facts import activation_of
 from secateur.fit.input_projections import GaussNewtonStep, TangentRows, projection_outputs, tangent_factors
 from secateur.fit.loop import refit
 from secateur.fit.recovery import Method, recovery_of
 from secateur.model.arena import Arena
-from secateur.model.checkpoint import open_checkpoint
-from secateur.model.facts import activation_of
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.plan.problem import Plan

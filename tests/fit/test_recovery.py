@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import blocks_of, build, layers_of, narrowed, reading, relative, seen, token_rows, wide
+from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit import block_regression
 from secateur.fit.fitted_block import FittedBlock
@@ -18,7 +19,6 @@ from secateur.fit.loop import refit
 from secateur.fit.recoveries import Refit
 from secateur.fit.recovery import Method, Recovery, all_recoveries, recovery_of
 from secateur.fit.target import ModuleTarget
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.describe import describe
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream

@@ -9,10 +9,10 @@ from test_recovery import assert_equal_fits, least_squares, matrix, run
 
 from models import WORDS, blocks_of, build, layers_of, make_tokenizer, relative, seen, token_rows
 from outputs import error_of
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.open_model import open_model
 from secateur.model.rows import Rows
 from secateur.model.surgery import kept_inputs
+from secateur.steps.draw_rows import draw_rows
+from secateur.steps.open_model import open_model
 from secateur.text.calibration import calibration_rows
 from secateur.text.draw import CalibrationRows
 

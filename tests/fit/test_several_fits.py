@@ -8,11 +8,11 @@ from test_recovery import WIDTHS
 from torch import Tensor
 
 from models import LENGTH, build, layers_of, logits_of, narrowed, relative, token_rows
+from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.criteria.registry import SCORED_KINDS
 from secateur.fit import block_regression
 from secateur.fit.loop import refit
 from secateur.model.arena import Activations
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.plan.problem import Plan

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import CheckpointFolder
 from models import SIZES, blocks_of, layers_of, relative, seen, token_rows
 from outputs import edited_weights, error_of
-from secateur.commands.prune import prune
 from secateur.model.surgery import kept_inputs
+from secateur.steps.prune import prune
 
 IDS = token_rows(12, 20, seed=9)
 DIM = 8

@@ -38,12 +38,12 @@ from models import logits_of, relative
 from outputs import assert_error
 from secateur import open_checkpoint
 from secateur.base.quiet import quiet
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.gguf import file as gguf_file
 from secateur.gguf.export import export
 from secateur.gguf.file import dense_reading, readings
 from secateur.gguf.splits import PRE_TOKENIZERS, split_rule
 from secateur.gguf.tokenizer import vocabulary_of
-from secateur.model.checkpoint import Checkpoint
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MORE_ROWS = test_gguf.MORE_ROWS | {

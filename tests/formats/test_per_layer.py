@@ -301,7 +301,7 @@ for name in ("Model", "ModelForCausalLM", "ModelForSequenceClassification", "Mod
     auto = getattr(transformers, f"Auto{name}")
     ours, dense = (auto.from_pretrained(folder) for folder in folders)
     assert type(ours).__name__ == f"SecateurLlama{name.removeprefix('Model') or 'Model'}", type(ours)
-    assert type(ours).__module__ == "secateur.model.modeling_secateur", type(ours)
+    assert type(ours).__module__ == "secateur.checkpoints.modeling_secateur", type(ours)
     assert type(dense).__module__.startswith("transformers."), type(dense)
     # As transformers itself makes the decoder inside a multimodal model: the config names no architecture.
     sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

@@ -14,12 +14,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, token_rows, wide
 from secateur.base.quiet import quiet
+from secateur.checkpoints.config_file import stock_class
+from secateur.checkpoints.facts import head_dim, key_value_heads
 from secateur.families.registry import FAMILIES, family_of
 from secateur.formats.stock import stock_config, stock_unsupported
 from secateur.model.axes import Width
-from secateur.model.config_file import stock_class
 from secateur.model.describe import describe
-from secateur.model.facts import head_dim, key_value_heads
 from secateur.model.surgery import first_units, slice_block
 from secateur.model.units.heads import HEADS as HEAD_AXES
 from secateur.plan.widths import head_widths

@@ -17,8 +17,8 @@ from models import ROWS, SIZES, make_letters, save
 from secateur import draw_rows, open_model, prune, survey_model
 from secateur.base.progress import Silent
 from secateur.base.quiet import quiet
-from secateur.commands import family_file
 from secateur.families.registry import FAMILIES
+from secateur.steps import family_file
 from tiny_tokenizers import KINDS, save_tokenizer
 
 NEVER = 99

@@ -20,12 +20,12 @@ from transformers import AutoConfig
 from models import blocks_of, layers_of, logits_of, masked, narrowed, relative, token_rows
 from secateur import BlockStream, SecateurError, cli, open_checkpoint, prune
 from secateur.base.quiet import quiet
-from secateur.commands import write_model
+from secateur.checkpoints.expert_matrices import whole
 from secateur.fit.final_norm import scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
-from secateur.model.expert_matrices import whole
 from secateur.model.per_layer import model_class
 from secateur.model.surgery import assign
+from secateur.steps import write_model
 
 SECONDS = 10
 """Limit of CPU time for a case, in seconds; most take 0.1."""

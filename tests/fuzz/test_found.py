@@ -14,9 +14,9 @@ from mutate import FAMILY_FILES, spelled
 
 from outputs import assert_error, weights_of
 from secateur import calibration_rows, open_checkpoint, prune
-from secateur.commands.family_file import read_family
 from secateur.families.registry import FAMILIES
 from secateur.gguf.export import export
+from secateur.steps.family_file import read_family
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from models import EOS, MIXTURES, ROWS, SIMILAR, build, make_letters, make_tokenizer
 from outputs import Notes, error_of
+from secateur.checkpoints import tokens
 from secateur.measure import answers, perplexity
 from secateur.measure.answers import ANSWER_TOKENS, agreement, greedy_answers, loop_share, loops, packaged_prompts
 from secateur.measure.evaluation import evaluate
 from secateur.measure.generation import greedy_tokens, prompt_ids
-from secateur.model import tokens
 from secateur.report.eval_table import measured_rows
 from secateur.text.jsonl import render_or_join
 

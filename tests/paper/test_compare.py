@@ -23,11 +23,11 @@ from paper.recipe import FOLDER, recipe_names
 from paper.store import Store
 from secateur import SecateurError
 from secateur.cli import terminal
-from secateur.commands import draw_rows, survey_model
-from secateur.commands import open_model as open_step
-from secateur.commands.prune import prune
 from secateur.measure.evaluation import evaluate
 from secateur.retraining.retrain import retrain
+from secateur.steps import draw_rows, survey_model
+from secateur.steps import open_model as open_step
+from secateur.steps.prune import prune
 from secateur.text import calibration, draw
 
 GRID: dict[str, Any] = {

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from models import wide
 from outputs import Notes, assert_error, record_of
 from secateur import open_checkpoint, prune
-from secateur.commands import survey_model as survey_step
+from secateur.steps import survey_model as survey_step
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random"}
 

@@ -15,9 +15,9 @@ from torch.testing import assert_close
 from models import blocks_of, build, wide
 from outputs import edited_weights, error_of, record_of
 from secateur import open_checkpoint, prune
+from secateur.checkpoints.weights import InMemory
 from secateur.model.structure import Block
 from secateur.model.units.heads import HEADS
-from secateur.model.weights import InMemory
 from secateur.plan.plan_file import read_plan
 from secateur.plan.ratio_file import read_ratios
 

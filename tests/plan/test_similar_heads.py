@@ -27,15 +27,15 @@ from models import (
 )
 from outputs import error_of, record_of
 from secateur.base.quiet import quiet
-from secateur.commands import survey_model
-from secateur.commands.options import Options
-from secateur.commands.prune import prune
-from secateur.model.checkpoint import open_checkpoint
+from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import entries, width_of
 from secateur.plan.meters import parameter_meter
 from secateur.plan.problem import PlanProblem
 from secateur.plan.similar_heads import candidates, find_similar_heads, loadable, similar_plan
+from secateur.steps import survey_model
+from secateur.steps.options import Options
+from secateur.steps.prune import prune
 
 # Below 32 rows none is left out of the refit, so that the final norm stays as it is.
 SMALL: dict[str, Any] = {"samples": 30, "length": 24, "calibration": "random"}

@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from models import ROWS, token_rows
+from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.measure.loading import load
 from secateur.model.arena import Activations
-from secateur.model.checkpoint import open_checkpoint
 from secateur.retraining import loss as losses
 from secateur.retraining.loss import distribution_loss
 from secateur.retraining.student import Student

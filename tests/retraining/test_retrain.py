@@ -31,12 +31,12 @@ from secateur.base.memory import available_bytes, rss_bytes
 from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
-from secateur.commands.prune import prune
+from secateur.checkpoints import checkpoint
+from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.gguf.export import export
 from secateur.measure import loading, perplexity
 from secateur.measure.loading import load
-from secateur.model import checkpoint, pass_checkpoint
-from secateur.model.checkpoint import open_checkpoint
+from secateur.model import pass_checkpoint
 from secateur.model.stream import BlockStream
 from secateur.retraining import memory
 from secateur.retraining import retrain as steps
@@ -46,6 +46,7 @@ from secateur.retraining.retrain import retrain
 from secateur.retraining.rows import training_rows
 from secateur.retraining.schedule import LONGEST_END, PLANNED, Seconds, describe_end, tokens_in_time
 from secateur.retraining.student import Student
+from secateur.steps.prune import prune
 
 SMALL: dict[str, Any] = {
     "tokens": "1536",

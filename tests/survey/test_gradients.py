@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from models import STREAMED, VOCAB, blocks_of, build, layers_of, make_tokenizer, opened, relative, token_rows
 from outputs import record_of
 from secateur.base.progress import Silent
-from secateur.commands.prune import prune
 from secateur.criteria.llm_pruner import scored_matrices
 from secateur.criteria.registry import SCORED_KINDS, all_criteria
 from secateur.model.rows import Rows
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import entries
 from secateur.model.units.heads import KV_GROUPS
+from secateur.steps.prune import prune
 from secateur.survey.gradients import gradient_scores, gradients
 from secateur.text.calibration import calibration_rows
 

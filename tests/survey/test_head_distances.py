@@ -9,8 +9,8 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
 from models import ROWS, build, opened, token_rows
-from secateur.commands.options import LARGEST_TAU
 from secateur.model.rows import Rows
+from secateur.steps.options import LARGEST_TAU
 from secateur.survey import head_distances as module_under_test
 from secateur.survey.head_distances import head_distances, jensen_shannon
 

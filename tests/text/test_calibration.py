@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from models import BOS, BREAK, VOCAB, WORDS, make_tokenizer
 from outputs import assert_error, error_of
 from secateur import SecateurError, calibration_rows, consecutive_rows
-from secateur.model import hub_source
-from secateur.model.tokens import begins_with_bos
+from secateur.checkpoints import hub_source
+from secateur.checkpoints.tokens import begins_with_bos
 from secateur.text import data_sets
 from secateur.text.documents import read_documents
 

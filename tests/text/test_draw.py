@@ -8,7 +8,7 @@ import torch
 from models import build, token_rows
 from outputs import record_of, weights_of
 from secateur import BlockStream, SecateurError, open_checkpoint, prune
-from secateur.commands import fit_blocks
+from secateur.steps import fit_blocks
 from secateur.text import draw, resample, self_calibration
 from secateur.text.resample import resample_tokens
 

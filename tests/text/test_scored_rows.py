@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models import BOS, VOCAB, build, make_tokenizer
 from secateur import consecutive_rows, perplexity
-from secateur.model.tokens import EncodedText
+from secateur.checkpoints.tokens import EncodedText
 from tiny_tokenizers import KINDS, tokenizer_json
 
 TEXT = "The café  sells 3 kinds of tea:\n\tgreen, black — and “white” 🍵.\nÜber 50 € spent? 你好！ 한글 text  ends here"

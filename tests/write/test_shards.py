@@ -15,7 +15,7 @@ from secateur import SecateurError
 from secateur.base.errors import StoppedError
 from secateur.base.files import held
 from secateur.base.output import Output
-from secateur.model.weights import list_tensors, read_tensor
+from secateur.checkpoints.weights import list_tensors, read_tensor
 from secateur.write.shards import ShardWriter, header_bytes_for
 
 

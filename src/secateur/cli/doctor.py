@@ -9,7 +9,7 @@ from rich.table import Table
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
-from secateur.commands.options import RunOptions
+from secateur.steps.options import RunOptions
 
 
 @expand_options

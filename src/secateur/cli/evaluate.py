@@ -11,7 +11,7 @@ from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, parse_list
-from secateur.commands.options import COMPUTING, OUTPUT, RunOptions
+from secateur.steps.options import COMPUTING, OUTPUT, RunOptions
 
 _measured = partial(typer.Option, rich_help_panel=WHAT_TO_MEASURE)
 

@@ -9,7 +9,7 @@ from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import PrunedFolder
-from secateur.commands.options import Options, RunOptions
+from secateur.steps.options import Options, RunOptions
 
 
 @expand_options

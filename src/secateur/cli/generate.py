@@ -19,7 +19,7 @@ from secateur.base.options import OptionSpec, cli_name, option_specs
 from secateur.cli import terminal
 from secateur.cli.terminal import MESSAGES, OutputOptions, set_output_options
 from secateur.cli.values import WHAT_TO_MEASURE, parse_fraction
-from secateur.commands.options import RunOptions
+from secateur.steps.options import RunOptions
 
 _PANELS = ("Target", "Method", "Calibration", WHAT_TO_MEASURE, "Training", "Output", "Computing", MESSAGES)
 """Panels in the order of the help; the panel of the paper's variants follows."""

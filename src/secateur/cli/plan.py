@@ -10,7 +10,7 @@ from secateur.cli.bars import Bars
 from secateur.cli.generate import Without, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import Model
-from secateur.commands.options import OUTPUT, Options, RunOptions
+from secateur.steps.options import OUTPUT, Options, RunOptions
 
 FITTED = tuple(name for name, one in option_specs(Options).items() if one.fit_only)
 """Options that change the fitted weights only, not the plan."""

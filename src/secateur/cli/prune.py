@@ -9,7 +9,7 @@ from secateur.cli.bars import Bars
 from secateur.cli.generate import expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import Model
-from secateur.commands.options import Options, RunOptions
+from secateur.steps.options import Options, RunOptions
 
 
 @expand_options
@@ -32,9 +32,9 @@ def prune(
     """
     bars = Bars()
     with bars.loading():
-        from secateur.commands.prune import prune as run
         from secateur.report.json_values import json_value
         from secateur.report.tables import prune_table
+        from secateur.steps.prune import prune as run
 
     done = run(model, out, options, run_options, watcher=bars)
     print_result({"out": out, **json_value(done)}, *prune_table(done, out), bars.times())

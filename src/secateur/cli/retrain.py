@@ -8,8 +8,8 @@ from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import OutFolder, PrunedFolder
-from secateur.commands.options import RunOptions
 from secateur.retraining.options import Training
+from secateur.steps.options import RunOptions
 
 TEXTS = {
     "device": {"help": "Device to compute on: auto (the first CUDA GPU, otherwise the CPU), cpu or cuda."},

@@ -12,7 +12,7 @@ from secateur.cli.bars import Bars
 from secateur.cli.generate import Without, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, parse_fractions
-from secateur.commands.options import TARGET, WIDTHS, Options, RunOptions
+from secateur.steps.options import TARGET, WIDTHS, Options, RunOptions
 
 ONE_SIZE = ("sparsity", "target", "plan")
 """Options that set one size."""

@@ -11,8 +11,8 @@ from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import Model
-from secateur.commands.options import OUTPUT, SURVEYED, Options, RunOptions
 from secateur.criteria.choice import parse_choice
+from secateur.steps.options import OUTPUT, SURVEYED, Options, RunOptions
 
 NOT_SURVEYED = tuple(name for name in option_specs(Options) if name not in SURVEYED)
 """Options on which a survey does not depend."""

@@ -9,7 +9,7 @@ from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
 from secateur.cli.values import Model
-from secateur.commands.options import Options, RunOptions
+from secateur.steps.options import Options, RunOptions
 
 TEXTS = {
     "vocabulary": {"default_text": "none; must be given"},

@@ -1,1 +1,1 @@
-"""Functions of the commands, and the steps that they share."""
+"""Commands that are made of the steps of a pruning, or that tell about models and engines."""

@@ -17,15 +17,15 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.json_files import parse_json
 from secateur.base.progress import Silent, Watcher
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.tokens import encode
 from secateur.commands import doctor_probe
 from secateur.formats.folder import Folder, format_of_folder, open_folder
 from secateur.formats.per_layer import MODELING_FILE
 from secateur.gguf.architectures import choose_architecture
 from secateur.gguf.model import GgufModel
 from secateur.gguf.tokenizer import vocabulary_of
-from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import widths_of
-from secateur.model.tokens import encode
 
 PROMPT = "The capital of France is"
 NEW_TOKENS = 8

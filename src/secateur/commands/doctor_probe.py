@@ -70,9 +70,9 @@ def _peft(request: dict[str, Any]) -> dict[str, Any]:
 
 def _llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
     """Generate text with llama.cpp's library, from a .gguf file."""
+    from secateur.checkpoints.tokens import encode
     from secateur.measure.generation import greedy_tokens
     from secateur.measure.subject import LlamaCppFile
-    from secateur.model.tokens import encode
 
     file = LlamaCppFile.of(request["out"])
     tokenizer = file.tokenizer()

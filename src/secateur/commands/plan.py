@@ -8,14 +8,14 @@ from secateur.base.errors import SecateurError
 from secateur.base.output import Output, json_kind
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.open_model import OpenRun, check_survey_path, open_model
-from secateur.commands.options import Options, RunOptions
-from secateur.commands.plan_widths import plan_widths
-from secateur.commands.resume import resumable, retry_in_smaller_batches
-from secateur.commands.survey_model import survey_model
 from secateur.plan.problem import Plan
 from secateur.report.summary import Proposal
+from secateur.steps.draw_rows import draw_rows
+from secateur.steps.open_model import OpenRun, check_survey_path, open_model
+from secateur.steps.options import Options, RunOptions
+from secateur.steps.plan_widths import plan_widths
+from secateur.steps.resume import resumable, retry_in_smaller_batches
+from secateur.steps.survey_model import survey_model
 
 PLAN = json_kind(
     "a plan that secateur plan wrote", lambda found: {*found} == {"model", "fingerprint", "sparsity", "cost", "blocks"}

@@ -13,19 +13,19 @@ from secateur.base.hashes import hash_rows
 from secateur.base.output import Output, json_kind
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.services import Services
-from secateur.commands.draw_rows import draw_rows, resample_rows
-from secateur.commands.fit_blocks import fit_blocks
-from secateur.commands.open_model import OpenRun, open_model
-from secateur.commands.options import Options, RunOptions
-from secateur.commands.plan_widths import plan_widths
-from secateur.commands.result import summarize
-from secateur.commands.resume import check_rows, resumable, retry_in_smaller_batches
-from secateur.commands.survey_file import check_survey_file
-from secateur.commands.survey_model import survey_model
-from secateur.commands.write_model import write_model
 from secateur.measure.evaluation import evaluate, scored_rows
 from secateur.report.plots import plot_sizes
 from secateur.report.summary import ModelSize
+from secateur.steps.draw_rows import draw_rows, resample_rows
+from secateur.steps.fit_blocks import fit_blocks
+from secateur.steps.open_model import OpenRun, open_model
+from secateur.steps.options import Options, RunOptions
+from secateur.steps.plan_widths import plan_widths
+from secateur.steps.result import summarize
+from secateur.steps.resume import check_rows, resumable, retry_in_smaller_batches
+from secateur.steps.survey_file import check_survey_file
+from secateur.steps.survey_model import survey_model
+from secateur.steps.write_model import write_model
 from secateur.survey.curves import is_survey
 from secateur.text.calibration import check_calibration
 from secateur.text.draw import CalibrationRows

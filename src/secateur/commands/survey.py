@@ -11,18 +11,18 @@ from secateur.base.options import changed_options, cli_name
 from secateur.base.output import Output, json_kind
 from secateur.base.progress import Watcher
 from secateur.base.services import Services
-from secateur.commands.draw_rows import draw_rows
-from secateur.commands.open_model import OpenRun, open_model
-from secateur.commands.options import SURVEYED, Options, RunOptions
-from secateur.commands.resume import resumable, retry_in_smaller_batches
-from secateur.commands.survey_file import split_survey_rows
-from secateur.commands.survey_model import survey_model
 from secateur.plan.meters import active_meter, byte_meter, cache_meter
 from secateur.plan.plan import check_reachable
 from secateur.plan.plan import plan as solve
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.report.summary import SurveySummary
 from secateur.report.survey_page import Distances, page_data, render
+from secateur.steps.draw_rows import draw_rows
+from secateur.steps.open_model import OpenRun, open_model
+from secateur.steps.options import SURVEYED, Options, RunOptions
+from secateur.steps.resume import resumable, retry_in_smaller_batches
+from secateur.steps.survey_file import split_survey_rows
+from secateur.steps.survey_model import survey_model
 from secateur.survey.curves import Survey, is_survey, save_survey
 from secateur.survey.head_distances import head_distances
 from secateur.text.draw import CalibrationRows

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.base.device import fast_dtype
 from secateur.base.errors import SecateurError
+from secateur.checkpoints.facts import activation_of
 from secateur.criteria.registry import Criterion
 from secateur.criteria.statistics import module_seed
 from secateur.fit.block_state import BlockState
@@ -23,7 +24,6 @@ from secateur.fit.output_projection import OutputFit
 from secateur.fit.regression import AddRows, ModuleMoments, Regression
 from secateur.fit.target import ModuleTarget
 from secateur.model.arena import Activations
-from secateur.model.facts import activation_of
 from secateur.model.rows import Batch
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import kept_inputs

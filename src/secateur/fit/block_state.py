@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices
 from secateur.fit.dense_block import DenseBlock, residuals
 from secateur.fit.recovery import Method
-from secateur.model.arena import Activations, Arena
-from secateur.model.expert_matrices import BlockTensor, ChangedMatrices, ExpertMatrices
+from secateur.model.arena import Activations, Arena, FileRows
 from secateur.model.rows import Batch, Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
@@ -118,7 +118,7 @@ class BlockState:
             self.tensors[name] = rounded.float()
             assign(self.layer, name, self.tensors[name])
 
-    def changeable(self, name: str) -> ChangedMatrices:
+    def changeable(self, name: str) -> "ChangedMatrices":
         """Return the matrices of all experts as the block computes with them, in which single ones can be set."""
         if name not in self.changed:
             old, device = tensors_of(self.layer)[name], self.stream.device
@@ -137,3 +137,26 @@ class BlockState:
 def _record_input(seen: dict[str, Tensor], name: str) -> Callable[[Tensor, Tensor], None]:
     """Return a hook that records a layer's input."""
     return lambda x, _: seen.update({name: x})
+
+
+class ChangedMatrices(ExpertMatrices):
+    """Matrices some of which have new values, in memory or in a file; old values are rounded as new ones are."""
+
+    def __init__(self, old: ExpertMatrices, values: Tensor | FileRows):
+        """Start with the old values.
+
+        Args:
+            old: The old matrices.
+            values: Room for the new values of all experts.
+        """
+        super().__init__(old.shape, values.dtype, old.read)
+        self._values, self._changed = values, set[int]()
+
+    def read(self, expert: int) -> Tensor:
+        """Return the matrix of one expert."""
+        return self._values[expert] if expert in self._changed else self._read(expert).to(self.dtype)
+
+    def write(self, expert: int, matrix: Tensor) -> None:
+        """Set the matrix of one expert."""
+        self._values[expert : expert + 1] = matrix[None].to(self.dtype)
+        self._changed.add(expert)

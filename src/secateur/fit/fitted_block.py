@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from secateur.model.expert_matrices import BlockTensor, matrix_by_matrix
+from secateur.checkpoints.expert_matrices import BlockTensor, matrix_by_matrix
 from secateur.model.mixture import Mixture
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits

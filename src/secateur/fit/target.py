@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateur.checkpoints.facts import multiplier_of
 from secateur.fit.block_state import BlockState
 from secateur.fit.output_projection import ROUNDING
 from secateur.model.arena import Activations
-from secateur.model.facts import multiplier_of
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.stream import FilledModule

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 from secateur.base.errors import SecateurError
 from secateur.base.names import FORMATS
 from secateur.base.quiet import first_line
+from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from secateur.checkpoints.config_file import TEXT
+from secateur.checkpoints.expert_matrices import whole
 from secateur.families.registry import FAMILIES, twin_of
 from secateur.formats.format import Format, Loading, PrunedModel, format_class
 from secateur.formats.opened import check_written, network_of, planned_misfit
 from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
-from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.config_file import TEXT
-from secateur.model.expert_matrices import whole
 from secateur.model.structure import Block, KeptUnits
 from secateur.model.surgery import first_units, width_of
 from secateur.model.units.channels import CHANNELS

@@ -16,8 +16,8 @@ from secateur.base.names import FORMATS, Declaration, find
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import PARTIAL_OUTPUT
+from secateur.checkpoints.expert_matrices import BlockTensor
 from secateur.model.axes import Width
-from secateur.model.expert_matrices import BlockTensor
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.stream import BlockStream
 from secateur.plan.meters import Meter, byte_meter, cache_meter

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.base.names import FORMATS
+from secateur.checkpoints.facts import head_dim
 from secateur.formats.folder import Biases, Folder
 from secateur.formats.per_layer import (
     MODELING_FILE,
@@ -12,7 +13,6 @@ from secateur.formats.per_layer import (
     per_layer_unsupported,
 )
 from secateur.model.axes import Width
-from secateur.model.facts import head_dim
 from secateur.plan.problem import Plan
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.model.checkpoint import Checkpoint, open_checkpoint
-from secateur.model.config_file import TEXT, config_of, stock_class
+from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from secateur.checkpoints.config_file import TEXT, config_of, stock_class
+from secateur.checkpoints.weights import TensorInfo
 from secateur.model.per_layer import empty_decoder, model_class
 from secateur.model.stream import BlockStream
 from secateur.model.structure import KeptUnits
 from secateur.model.surgery import slice_block
-from secateur.model.weights import TensorInfo
 
 
 def check_written(folder: Path, out: Path, advice: str) -> None:

@@ -20,13 +20,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from secateur.checkpoints import modeling_secateur
+from secateur.checkpoints.config_file import BIASES, GROUPS, PER_GROUP, TEXT, stock_class
+from secateur.checkpoints.modeling_secateur import IMAGES, PREFIX, SIZES, WIDTHS, overrides
 from secateur.families.registry import FAMILIES, family_of
 from secateur.formats.stock import stock_config
-from secateur.model import modeling_secateur
 from secateur.model.axes import FEED_FORWARD, Width, axis_kinds, config_keys, model_width
-from secateur.model.config_file import TEXT, stock_class
-from secateur.model.layer_sizes import BIASES, GROUPS, PER_GROUP, Keys, StoredNames, model_sizes, numbers
-from secateur.model.modeling_secateur import IMAGES, PREFIX, SIZES, WIDTHS, overrides
+from secateur.model.layer_sizes import Keys, StoredNames, model_sizes, numbers
 from secateur.model.per_layer import ALLOW, layer_keys
 from secateur.model.structure import Block
 from secateur.model.units.heads import KV_GROUPS

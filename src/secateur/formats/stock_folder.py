@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.base.names import FORMATS
+from secateur.checkpoints.facts import head_dim
 from secateur.formats.folder import Biases, Folder
 from secateur.formats.stock import stock_config, stock_unsupported
 from secateur.model.axes import Width, alike, model_width
-from secateur.model.facts import head_dim
 from secateur.plan.problem import Plan
 
 

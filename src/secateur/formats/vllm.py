@@ -8,9 +8,9 @@ an attention with that layer's number of heads.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from secateur.checkpoints.facts import head_dim
 from secateur.families.registry import family_of
 from secateur.model.axes import Width
-from secateur.model.facts import head_dim
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.model.units.heads import HEADS, KV_GROUPS
 

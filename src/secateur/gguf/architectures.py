@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from secateur.base.errors import SecateurError
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.gguf.architecture import (
     SCALINGS,
     Architecture,
@@ -28,7 +29,6 @@ from secateur.gguf.architecture import (
 from secateur.gguf.model import QKV, GgufModel
 from secateur.gguf.requirements import unmet
 from secateur.model.axes import Width, alike
-from secateur.model.checkpoint import Checkpoint
 
 OUTPUT_LAYERS = frozenset({"attn_output", "ffn_down"})
 """Output projections, by llama.cpp's names; a recovery may add biases to them."""

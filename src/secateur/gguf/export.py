@@ -14,6 +14,7 @@ from secateur.base.json_files import parse_json
 from secateur.base.names import FORMATS
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.formats.folder import open_folder
 from secateur.gguf.architecture import Architecture
 from secateur.gguf.architectures import choose_architecture
@@ -24,7 +25,6 @@ from secateur.gguf.tokenizer import Vocabulary, vocabulary_of
 from secateur.gguf.types import check_type
 from secateur.gguf.write import check_tensors, context_length, write_gguf
 from secateur.model.axes import alike
-from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import empty_decoder, widths_of
 from secateur.write.record import original_model
 

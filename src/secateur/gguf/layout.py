@@ -14,9 +14,9 @@ import gguf
 import torch
 from torch import Tensor
 
+from secateur.checkpoints.facts import head_dim
 from secateur.families.registry import family_of, gguf_of
 from secateur.gguf.architecture import Architecture
-from secateur.model.facts import head_dim
 
 _SPELLINGS = {
     "correction_bias": "correction.bias",

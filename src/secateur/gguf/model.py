@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from secateur.base.errors import SecateurError
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.facts import head_dim, positions_of
 from secateur.families.entry import Experts, Family, Gguf
 from secateur.families.registry import family_of, gguf_of
 from secateur.gguf.positions import pattern_of, rope_kind, rope_of, window_rope_of
 from secateur.gguf.types import Storage, storage_of
 from secateur.model.axes import Width, model_width
-from secateur.model.checkpoint import Checkpoint
-from secateur.model.facts import head_dim, positions_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.model.units.heads import HEADS, KV_GROUPS

@@ -20,8 +20,8 @@ from tokenizers.normalizers import Prepend, Replace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from secateur.base.errors import SecateurError
+from secateur.checkpoints.tokens import begins_with_bos, encode
 from secateur.gguf.splits import split_name, split_rule, steps_of
-from secateur.model.tokens import begins_with_bos, encode
 
 _SPECIAL = {
     "bos": "bos_token_id",

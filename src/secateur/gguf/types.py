@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.gguf.llama_cpp import LLAMA_TYPES, check_quantises, quantised_rows
-from secateur.model.checkpoint import Checkpoint
 from secateur.write.record import original_model
 
 AS_INPUT = "as-input"

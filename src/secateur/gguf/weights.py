@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from secateur.base.errors import SecateurError
+from secateur.checkpoints.config_file import empty_model
+from secateur.checkpoints.weights import INDEX
 from secateur.families.entry import Experts, Family
 from secateur.families.registry import family_of
 from secateur.gguf.architectures import ARCHITECTURES
 from secateur.gguf.config import read_config
 from secateur.gguf.file import GgufFile
 from secateur.gguf.layout import Split, changes_of, gguf_name, split_of
-from secateur.model.config_file import empty_model
-from secateur.model.weights import INDEX
 
 Read = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
 """Function of a dtype that yields the tensors in which a checkpoint stores one parameter, with their stored names."""

@@ -26,9 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line
+from secateur.checkpoints.facts import positions_of
 from secateur.measure.generation import check_logits, end_tokens, greedy_tokens, prompt_ids
 from secateur.measure.perplexity import device_of, rows_per_forward, scoring
-from secateur.model.facts import positions_of
 
 FILE = Path(__file__).with_name("prompts.txt")
 """Prompts, with an empty line between two of them."""

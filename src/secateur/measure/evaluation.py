@@ -11,6 +11,8 @@ from secateur.base.errors import SecateurError
 from secateur.base.memory import parse_memory
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.words import DTYPES
+from secateur.checkpoints.facts import positions_of
+from secateur.checkpoints.tokens import begins_with_bos
 from secateur.measure.answers import AnswerTest
 from secateur.measure.figures import Evaluation, ModelScore, short
 from secateur.measure.generation import check_prompts, generate
@@ -19,8 +21,6 @@ from secateur.measure.speed import speeds
 from secateur.measure.subject import Model, Subject, open_subject
 from secateur.measure.tasks import OpenTask, open_tasks
 from secateur.measure.zero_shot import zero_shot
-from secateur.model.facts import positions_of
-from secateur.model.tokens import begins_with_bos
 from secateur.text import calibration
 from secateur.text.calibration import ScoredRows, check_calibration
 from secateur.text.sources import RANDOM

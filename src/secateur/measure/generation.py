@@ -9,9 +9,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
+from secateur.checkpoints.facts import positions_of
+from secateur.checkpoints.tokens import encode, encode_start, rendered
 from secateur.measure.perplexity import check_ids, device_of, scoring
-from secateur.model.facts import positions_of
-from secateur.model.tokens import encode, encode_start, rendered
 
 MAX_NEW_TOKENS = 80
 

@@ -11,7 +11,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.memory import parse_memory, rss_bytes
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
-from secateur.model.checkpoint import Checkpoint
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.model.per_layer import model_class
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
-from secateur.model.facts import positions_of
+from secateur.checkpoints.facts import positions_of
 
 _FORWARD_LOGITS = 1 << 28
 """Largest number of logits that one forward pass may return, in the model's dtype; batches are chosen accordingly."""

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from secateur.base.device import clock
 from secateur.base.errors import SecateurError
+from secateur.checkpoints.facts import positions_of
 from secateur.measure.perplexity import scoring
-from secateur.model.facts import positions_of
 
 
 @dataclass(frozen=True)

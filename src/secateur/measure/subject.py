@@ -17,12 +17,12 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import quiet
+from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.gguf.file import metadata_of
 from secateur.gguf.llama_cpp import library
 from secateur.gguf.tokenizer import read_tokenizer
 from secateur.measure.llama_cpp import LlamaCppModel
 from secateur.measure.loading import load
-from secateur.model.checkpoint import open_checkpoint
 
 _CONSTANTS = ("rope_freqs.", "rope_factors_")
 """Beginnings of the names of tensors that are not parameters."""

@@ -15,7 +15,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
-from secateur.model.hub_source import out_of_reach
+from secateur.checkpoints.hub_source import out_of_reach
 
 _FILES = {"arrow", "csv", "json", "parquet", "text"}
 """Values of `dataset_path` in task files that mean local files."""

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
+from secateur.checkpoints.facts import positions_of
 from secateur.measure.perplexity import device_of, scoring
 from secateur.measure.tasks import OpenTask, silence
-from secateur.model.facts import positions_of
 
 _QUANTILE = 1.959964
 """Quantile of the normal distribution for a 95 % interval."""

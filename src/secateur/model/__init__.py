@@ -1,1 +1,1 @@
-"""A checkpoint on disk, what its blocks consist of, and how to run one of them."""
+"""What the blocks of a model consist of, and how to run one of them."""

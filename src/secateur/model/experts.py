@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from secateur.base.memory import MemoryBudget, release_freed_memory
+from secateur.checkpoints.expert_matrices import ExpertMatrices, KeptMatrices
 from secateur.model.axes import Axis
-from secateur.model.expert_matrices import ExpertMatrices, KeptMatrices
 from secateur.model.hooks import LayerReached, watched
 from secateur.model.structure import PrunableModule, Slab, input_projection, output_projection
 from secateur.model.units.channels import CHANNELS

@@ -8,6 +8,7 @@ data, to the layers of a written folder and, through `surgery.narrow`, to a bloc
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
+from secateur.checkpoints.config_file import BIASES, GROUPS, PER_GROUP, QUERY_HEADS
 from secateur.model.axes import Width, axis_kinds
 from secateur.model.structure import Block, PrunableModule
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
@@ -15,12 +16,6 @@ from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 Axes = list[dict[str, int] | None]
 """Sizes of a tensor's dimensions: keys whose numbers, each times a factor, add up to the length; None for a fixed
 length."""
-
-QUERY_HEADS, GROUPS, PER_GROUP = "num_attention_heads", "num_key_value_heads", "num_key_value_groups"
-"""Config keys of the number of query heads, of key/value heads, and of query heads per key/value head."""
-
-BIASES = ("attention_output_bias", "feed_forward_output_bias")
-"""Keys for a bias of the output projection that the stock class does not have."""
 
 Keys = dict[tuple[str, ...], str]
 """Config keys of numbers of units, by the nested axes along which the units lie."""

@@ -19,8 +19,8 @@ from secateur.base.json_files import damaged_state, read_hashed, write_hashed
 from secateur.base.processes import Processes
 from secateur.base.run_folder import saving_state
 from secateur.base.services import Services
+from secateur.checkpoints.weights import read_into
 from secateur.model.arena import PIECE, Activations, FileRows, memory_of
-from secateur.model.weights import read_into
 
 
 def write_activations(file: Path | None, streams: Sequence[Activations], processes: Processes) -> str:

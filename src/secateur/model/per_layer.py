@@ -14,14 +14,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
+from secateur.checkpoints import modeling_secateur
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.config_file import config_of, empty_model, stock_class
+from secateur.checkpoints.modeling_secateur import PREFIX, overrides, positive
 from secateur.families.registry import family_of
-from secateur.model import modeling_secateur
 from secateur.model.axes import Width, axis_kinds, config_keys
-from secateur.model.checkpoint import Checkpoint
-from secateur.model.config_file import config_of, empty_model, stock_class
 from secateur.model.describe import describe
 from secateur.model.layer_sizes import Keys
-from secateur.model.modeling_secateur import PREFIX, overrides, positive
 from secateur.model.structure import Block
 
 ALLOW = "allow_global_per_layer_attribute_access"

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
+from secateur.checkpoints.checkpoint import Checkpoint, described
+from secateur.checkpoints.config_file import BIASES, PER_GROUP, TEXT, prepared_config
+from secateur.checkpoints.modeling_secateur import PREFIX, SIZES, WIDTHS
 from secateur.model.axes import Axis, Width
-from secateur.model.checkpoint import Checkpoint, described
-from secateur.model.config_file import TEXT, prepared_config
 from secateur.model.describe import describe
-from secateur.model.layer_sizes import BIASES, PER_GROUP
-from secateur.model.modeling_secateur import PREFIX, SIZES, WIDTHS
 from secateur.model.per_layer import ALLOW, is_per_layer, layer_keys, layer_width, stock_blocks
 from secateur.model.structure import Block, PrunableModule, Slab
 from secateur.model.surgery import entries, first_units_of

@@ -25,11 +25,12 @@ from secateur.base.memory import MemoryBudget
 from secateur.base.processes import Processes
 from secateur.base.quiet import first_line
 from secateur.base.services import Services
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.expert_matrices import BlockTensor
+from secateur.checkpoints.weights import read_ahead
 from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION
-from secateur.model.checkpoint import Checkpoint
-from secateur.model.expert_matrices import BlockTensor
 from secateur.model.experts import experts_as_modules
 from secateur.model.hooks import LayerReached, Recorder, replayed, watched, zeroed
 from secateur.model.per_layer import empty_decoder
@@ -38,7 +39,6 @@ from secateur.model.side_inputs import SideInputs
 from secateur.model.stock_model import describe_blocks
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import assign
-from secateur.model.weights import read_ahead
 
 MIXED = 4
 """Factor on the tokens of a batch in mixtures whose matrices are converted to float32 expert by expert: with ordinary

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from secateur.checkpoints.config_file import BIASES
+from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices, select_in_each
+from secateur.checkpoints.modeling_secateur import resize
 from secateur.model.axes import Width
-from secateur.model.expert_matrices import BlockTensor, ExpertMatrices, select_in_each
-from secateur.model.layer_sizes import BIASES, layer_sizes, numbers
-from secateur.model.modeling_secateur import resize
+from secateur.model.layer_sizes import layer_sizes, numbers
 from secateur.model.structure import Block, KeptUnits, PrunableModule, Slab
 from secateur.model.units.experts import EXPERT_CHANNELS
 

@@ -39,8 +39,8 @@ from secateur.base.hashes import hash_json
 from secateur.base.json_files import parse_json
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
+from secateur.checkpoints.facts import positions_of
 from secateur.model.axes import Axis, Width
-from secateur.model.facts import positions_of
 from secateur.model.stream import BlockStream
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import cut_down

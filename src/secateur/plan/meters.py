@@ -13,9 +13,9 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.base.words import format_count
+from secateur.checkpoints.facts import latent_width
 from secateur.families.registry import family_of
 from secateur.model.axes import Width
-from secateur.model.facts import latent_width
 from secateur.model.stream import BlockStream
 from secateur.model.units.heads import KV_GROUPS
 from secateur.plan.latency import Timer, latency_table

@@ -10,7 +10,7 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.files import write_atomically
 from secateur.base.quiet import first_line, quiet
-from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.per_layer import empty_decoder
 from secateur.report.card import BASE_CARD, CARD, PAGE, card
 from secateur.report.model_page import model_page

@@ -12,8 +12,8 @@ from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError
 from secateur.base.memory import parse_memory, rss_bytes
 from secateur.base.words import format_count
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.families.registry import experts_of, family_of
-from secateur.model.checkpoint import Checkpoint
 from secateur.model.units.experts import experts_per_token
 from secateur.retraining.adapters import entries_trained
 from secateur.retraining.loss import LOGITS_AT_ONCE

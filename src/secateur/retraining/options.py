@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from secateur.base.errors import SecateurError
 from secateur.base.options import check_types, option
 from secateur.base.words import parse_count
-from secateur.commands.options import CALIBRATION
+from secateur.steps.options import CALIBRATION
 from secateur.text.sources import GENERAL, RANDOM, SELF
 
 TRAINING = "Training"

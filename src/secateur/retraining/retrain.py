@@ -33,12 +33,10 @@ from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher
 from secateur.base.run_folder import CHOICE, run_folder_path
 from secateur.base.services import Services
-from secateur.commands.open_model import note_leftovers
-from secateur.commands.resume import check_row_hashes, library_versions, with_run_folder
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.formats.folder import open_folder
 from secateur.measure import loading
 from secateur.model.arena import Arena
-from secateur.model.checkpoint import Checkpoint
 from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.report.folder import check_record
@@ -52,6 +50,8 @@ from secateur.retraining.targets import TextTargets, targets_of, teacher_bytes, 
 from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import CHECKPOINT_BYTES, train
 from secateur.retraining.write import Curve, TrainedWeights, write_retrained
+from secateur.steps.open_model import note_leftovers
+from secateur.steps.resume import check_row_hashes, library_versions, with_run_folder
 from secateur.text.calibration import cached_token_ids
 from secateur.write.record import read_record
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.base.progress import busy_reading
 from secateur.base.services import Services
-from secateur.model.checkpoint import Checkpoint
-from secateur.model.tokens import begins_with_bos
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.tokens import begins_with_bos
 from secateur.retraining.options import Training
 from secateur.text.calibration import Portion, cached_token_ids, calibration_rows, text_ids
 from secateur.text.sources import GENERAL, text_added_to_general

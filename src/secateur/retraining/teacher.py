@@ -9,7 +9,7 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.files import existing_path
 from secateur.base.progress import Watcher
-from secateur.model.checkpoint import Checkpoint, open_checkpoint
+from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from secateur.report.folder import fingerprint_of
 from secateur.retraining.options import NO_TEACHER
 from secateur.vocabulary.cut import cut_as_before

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.output import Output
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.expert_matrices import whole
 from secateur.formats.per_layer import MODELING_FILE
-from secateur.model.checkpoint import Checkpoint
-from secateur.model.expert_matrices import whole
 from secateur.model.per_layer import is_per_layer
 from secateur.report.folder import readme_and_report
 from secateur.retraining.adapters import adapters_of, trained_parameters

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.base.errors import SecateurError
-from secateur.model.tokens import EncodedText, begins_with_bos, encode
+from secateur.checkpoints.tokens import EncodedText, begins_with_bos, encode
 from secateur.text.data_sets import MAX_CHARACTERS, Split
 from secateur.text.documents import is_file, read_documents
 from secateur.text.general import general_ids, general_rows, spread

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.quiet import first_line
-from secateur.model.hub_source import out_of_reach
+from secateur.checkpoints.hub_source import out_of_reach
 
 Split = Literal["calibration", "evaluation"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.model.tokens import encode
+from secateur.checkpoints.tokens import encode
 from secateur.text.jsonl import render_or_join
 from secateur.text.windows import checked_ids, windows
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
-from secateur.model.tokens import ExcessError, begins_with_bos, rendered
+from secateur.checkpoints.tokens import ExcessError, begins_with_bos, rendered
 
 
 def jsonl_documents(text: str, source: str, tokenizer: Any) -> Iterator[str]:

@@ -18,9 +18,9 @@ from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import first_line, quiet
-from secateur.model.checkpoint import Checkpoint
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.tokens import begins_with_bos
 from secateur.model.per_layer import model_class
-from secateur.model.tokens import begins_with_bos
 from secateur.text.calibration import check_calibration
 from secateur.text.sources import SELF
 

@@ -10,7 +10,7 @@ from secateur.base.device import fast_dtype
 from secateur.base.errors import SecateurError
 from secateur.base.services import Services
 from secateur.base.words import format_count
-from secateur.model.checkpoint import Checkpoint
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.survey.loss import mean_loss

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from secateur.base.cache import cached_folder
 from secateur.base.hashes import hash_json
-from secateur.model.checkpoint import Checkpoint, described
-from secateur.model.config_file import empty_model, load_config, read_config
+from secateur.checkpoints.checkpoint import Checkpoint, described
+from secateur.checkpoints.config_file import empty_model, load_config, read_config
+from secateur.checkpoints.weights import SelectedRows
 from secateur.model.per_layer import decoder_class, empty_decoder
-from secateur.model.weights import SelectedRows
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.side_files import CONFIG, write_side_files
 from secateur.vocabulary.token_ids import SIZE_KEYS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
-from secateur.model.checkpoint import Checkpoint
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.write.record import MAP_FILE
 
 

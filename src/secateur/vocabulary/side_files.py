@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.model.checkpoint import Checkpoint
-from secateur.model.config_file import TEXT
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.config_file import TEXT
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.token_ids import (
     SIZE_KEYS,

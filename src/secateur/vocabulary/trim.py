@@ -11,9 +11,9 @@ from secateur.base.options import command_line
 from secateur.base.output import Output
 from secateur.base.progress import Silent, Watcher, busy_reading
 from secateur.base.services import Services
+from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from secateur.formats.folder import format_of_folder
 from secateur.formats.opened import check_written
-from secateur.model.checkpoint import Checkpoint, open_checkpoint
 from secateur.model.per_layer import empty_decoder
 from secateur.report.card import CARD
 from secateur.report.folder import check_record, read_text, readme_and_report

@@ -8,7 +8,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from secateur.base.errors import SecateurError
 from secateur.base.progress import Watcher
 from secateur.base.quiet import first_line
-from secateur.model.hub_source import looks_like_id
+from secateur.checkpoints.hub_source import looks_like_id
 
 
 def check_upload(repo: str) -> None:

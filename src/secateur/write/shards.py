@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from secateur.base.json_files import damaged_state
-from secateur.model.expert_matrices import BlockTensor
-from secateur.model.weights import DTYPES, INDEX, SINGLE
+from secateur.checkpoints.expert_matrices import BlockTensor
+from secateur.checkpoints.weights import DTYPES, INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
 """Default limit on the bytes of a shard."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
+from secateur.checkpoints.expert_matrices import BlockTensor, matrix_by_matrix
 from secateur.fit.fitted_block import FittedBlock
-from secateur.model.expert_matrices import BlockTensor, matrix_by_matrix
 from secateur.model.stream import BlockStream
 from secateur.model.surgery import slice_block
 

@@ -52,7 +52,7 @@ def head_axes(groups: int, heads: int, locked: bool = False) -> tuple[Axis, Axis
 @describes(ATTENTION, rank=9)
 def attention(config: Any, family: Family, layer: Any) -> PrunableModule:
     """Describe an attention with keys and values per head or per KV group."""
-    from secateur.model.facts import head_dim, key_value_heads
+    from secateur.checkpoints.facts import head_dim, key_value_heads
 
     heads, groups, dim = config.num_attention_heads, key_value_heads(config), head_dim(config)
     path, after = family.attention, family.norm_after_attention
@@ -73,7 +73,7 @@ def attention(config: Any, family: Family, layer: Any) -> PrunableModule:
 
 def _locked(config: Any, family: Family, layer: Any, why: str) -> PrunableModule:
     """Describe an attention that keeps all of its heads or none."""
-    from secateur.model.facts import key_value_heads
+    from secateur.checkpoints.facts import key_value_heads
 
     heads, groups, path = config.num_attention_heads, key_value_heads(config), family.attention
     output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)

@@ -1,0 +1,1 @@
+"""Sources of weights: folders, hub ids, quantised folders and models in memory, each with its config."""

@@ -1,0 +1,1 @@
+"""The steps of a pruning, and what each hands on to the next."""
