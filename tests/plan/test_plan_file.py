@@ -208,5 +208,5 @@ def test_models_with_different_weights_have_different_fingerprints(tmp_path, che
             tensors[name][row] += 1e-3
         assert open_checkpoint(tmp_path / "copy").fingerprint not in found
         found.add(open_checkpoint(tmp_path / "copy").fingerprint)
-    samples = InMemory.of(torch.tensor([0, 1, 2, 3, 4], dtype=torch.uint8)).samples(2)
+    samples = InMemory((5,), torch.uint8, values=torch.arange(5, dtype=torch.uint8)).samples(2)
     assert list(samples) == [b"\x00\x01", b"\x01\x02", b"\x03\x04"], "start, middle and end"

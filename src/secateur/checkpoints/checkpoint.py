@@ -473,8 +473,7 @@ def _upright(name: str, info: TensorInfo, hidden: int) -> TensorInfo:
     place = 2 if name.endswith(".mlp.experts.gate_up_proj") else 1 if name.endswith(".mlp.experts.down_proj") else None
     if place is None or len(info.shape) != 3 or info.shape[place] == hidden:
         return info
-    experts, inputs, outputs = info.shape
-    return Transposed(info.file, (experts, outputs, inputs), info.dtype, info.offset, info)
+    return Transposed.of(info)
 
 
 def common_dtype(source: str, tensors: dict[str, TensorInfo]) -> torch.dtype:

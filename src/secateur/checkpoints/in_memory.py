@@ -7,7 +7,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.checkpoints.checkpoint import Checkpoint, common_dtype, described
 from secateur.checkpoints.config_file import load_config, read_config
-from secateur.checkpoints.weights import InMemory
+from secateur.checkpoints.weights import InMemory, TensorInfo
 
 
 def checkpoint_in_memory(model: Any, tokenizer: Any, folder: Path) -> Checkpoint:
@@ -31,14 +31,18 @@ def checkpoint_in_memory(model: Any, tokenizer: Any, folder: Path) -> Checkpoint
             tokenizer.save_pretrained(folder)
     source, raw = model.config.name_or_path or type(model).__name__, read_config(folder)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    tensors = {name: InMemory.of(value) for name, value in model.state_dict().items() if name not in tied}
+    tensors: dict[str, TensorInfo] = {
+        name: InMemory(tuple(value.shape), value.dtype, values=value)
+        for name, value in model.state_dict().items()
+        if name not in tied
+    }
     checkpoint = Checkpoint(
         source=source,
         path=folder,
         side_folder=folder,
         **described(raw, load_config(folder, raw, trust_remote_code=False)),
-        dtype=common_dtype(source, dict(tensors)),
-        tensors=dict(tensors),
+        dtype=common_dtype(source, tensors),
+        tensors=tensors,
     )
     checkpoint.leave_out_prediction_heads()
     return checkpoint

@@ -9,7 +9,6 @@ The entry `quantization_config` of config.json names the method. The parts of a 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.checkpoints.weights import TensorInfo, read_tensor
+from secateur.checkpoints.weights import Computed, TensorInfo
 
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense")
@@ -33,43 +32,24 @@ _ENTRIES = 1 << 24
 """Number of entries that are converted to float32 at a time."""
 
 
-@dataclass(frozen=True)
-class Packed(TensorInfo):
-    """Quantised weight; `file` and `offset` locate its main part."""
-
-    stored: dict[str, TensorInfo]
-    """Stored tensors of all its parts, by the argument of `unpack` that they become; the main part first."""
-    unpack: Callable[..., Tensor]
-    """Function that returns the dequantised weight, from the parts."""
-
-    @property
-    def parts(self) -> tuple[TensorInfo, ...]:
-        """Stored tensors that must be read."""
-        return tuple(self.stored.values())
-
-    def read(self) -> Tensor:
-        """Return the dequantised weight in CPU memory."""
-        return self.unpack(**{part: read_tensor(info) for part, info in self.stored.items()})
-
-    def read_entry(self, index: int) -> Tensor:
-        """Return the dequantised values at one index of the first axis."""
-        count = self.shape[0]
-        parts = {
-            # A part that is the same for all experts has another length.
-            part: info.read_entry(index)[None] if info.shape[:1] == (count,) else read_tensor(info)
-            for part, info in self.stored.items()
-        }
-        return self.unpack(**parts)[0]
-
-
 class _Weight(NamedTuple):
     """Quantised weight, with the names of its parts."""
 
     name: str
     shape: tuple[int, ...]
     parts: dict[str, str]
-    """Stored names of the parts, by the argument of `unpack` that they become; the main part first."""
+    """Names of the parts, by the argument of `unpack` that they become; some need not be stored."""
     unpack: Callable[..., Tensor]
+    """Function that returns the dequantised weight, from the parts."""
+
+    def reader(self, tensors: dict[str, TensorInfo]) -> Computed:
+        """Return the weight as a tensor that is dequantised when it is read."""
+        stored = {part: tensors[name] for part, name in self.parts.items() if name in tensors}
+
+        def compute(*values: Tensor) -> Tensor:
+            return self.unpack(**dict(zip(stored, values, strict=True)))
+
+        return Computed(self.shape, torch.bfloat16, sources=tuple(stored.values()), compute=compute)
 
 
 def quantisation(raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -113,8 +93,7 @@ def dequantised(tensors: dict[str, TensorInfo], settings: dict[str, Any], folder
             wrong = f"lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
             raise SecateurError(f"{folder}: the quantised weight {name} {wrong}; download it again") from error
         if found is not None:
-            parts = {part: tensors[stored] for part, stored in found.parts.items()}
-            weights[found.name] = Packed(info.file, found.shape, torch.bfloat16, info.offset, parts, found.unpack)
+            weights[found.name] = found.reader(tensors)
             used.update(found.parts.values())
     others = {name: info for name, info in tensors.items() if name not in used and not name.endswith(_ACTIVATIONS)}
     return weights | others
@@ -141,13 +120,8 @@ def _weight(name: str, info: TensorInfo, tensors: dict[str, TensorInfo], setting
     block = next(filter(None, block_shapes), None)
     scale = f"{name}_scale_inv" if f"{name}_scale_inv" in tensors else f"{name}_scale"
     _check_scales(info.shape, tensors[scale].shape, block)
-    parts = {"weight": name, "scale": scale} | _optional({"zero_point": f"{name}_zero_point"}, tensors)
+    parts = {"weight": name, "scale": scale, "zero_point": f"{name}_zero_point"}
     return _Weight(name, info.shape, parts, partial(_scaled, block=block))
-
-
-def _optional(parts: dict[str, str], tensors: dict[str, TensorInfo]) -> dict[str, str]:
-    """Return the parts that are stored."""
-    return {part: stored for part, stored in parts.items() if stored in tensors}
 
 
 def _four_bit_floats(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> _Weight:
@@ -171,14 +145,14 @@ def _unpacked_floats(blocks: Tensor, scales: Tensor) -> Tensor:
 def _packed_integers(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> _Weight:
     """Return the weight whose main part holds several integers in each 32 bits."""
     weight = name.removesuffix("_packed")
-    shape = tuple(read_tensor(tensors[f"{weight}_shape"]).tolist())
+    shape = tuple(tensors[f"{weight}_shape"].read().tolist())
     bits = next((bits for bits in (2, 4, 8) if info.shape == (shape[0], -(-shape[-1] * bits // 32))), None)
     if bits is None or len(shape) != 2:
         raise ValueError(f"is {list(info.shape)} for {list(shape)}, and only 2, 4 and 8 bits can be read")
     _check_scales(shape, tensors[f"{weight}_scale"].shape, None)
-    parts = {"words": name, "scale": f"{weight}_scale"}
-    parts |= _optional({"zero_point": f"{weight}_zero_point", "group": f"{weight}_g_idx"}, tensors)
-    return _Weight(weight, shape, parts | {"shape": f"{weight}_shape"}, partial(_unpacked_integers, bits=bits))
+    leaves = {"scale": "scale", "zero_point": "zero_point", "group": "g_idx", "shape": "shape"}
+    parts = {"words": name} | {part: f"{weight}_{leaf}" for part, leaf in leaves.items()}
+    return _Weight(weight, shape, parts, partial(_unpacked_integers, bits=bits))
 
 
 def _unpacked_integers(

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices, whole
-from secateur.checkpoints.weights import TensorInfo, read_ahead
+from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices
+from secateur.checkpoints.weights import OneByOne, TensorInfo
 from secateur.families.entry import Experts
 from secateur.families.registry import FAMILIES, experts_of
 
@@ -102,46 +101,21 @@ class Stored:
         index = re.search(r"\.(\d+)\.", name)
         numbers = overrides(self.config, int(index[1])) if index else {}
         count = numbers.get(self._experts.number) or getattr(self.config, self._experts.number)
-        return self._matrices_of_experts(name, count)
-
-    def _matrices_of_experts(self, name: str, count: int) -> tuple[str, ...]:
-        """Return the names of the matrices of the first experts if they are stored one by one; empty if one is
-        missing."""
         owner, _, leaf = name.rpartition(".")
-        parts = dict(self._experts.stored).get(leaf, ()) if self._experts else ()
+        parts = dict(self._experts.stored).get(leaf, ())
         names = [self.resolve(f"{owner}.{e}.{part}.weight") for e in range(count) for part in parts]
         return () if None in names else tuple(map(str, names))
 
-    def read_parameter(self, name: str) -> Tensor:
-        """Return a transformers parameter as stored, put together from its pieces.
+    def parameter(self, name: str) -> TensorInfo:
+        """Return a transformers parameter as it is stored, put together from its pieces when it is read.
 
         Raises:
-            SecateurError: The parameter is missing.
+            SecateurError: The parameter or a piece of it is missing.
         """
-        pieces = self._existing_pieces(name)
-        return self.read(pieces[0]) if len(pieces) == 1 else whole(self.expert_matrices(name))
-
-    def _existing_pieces(self, name: str) -> tuple[str, ...]:
-        """Return the stored names of the pieces of a transformers parameter; see `pieces`.
-
-        Raises:
-            SecateurError: A piece is missing.
-        """
-        if not (pieces := self.pieces(name)):
+        infos = [self.tensors[piece] for piece in self.pieces(name)]
+        if not infos:
             raise SecateurError(f"{self.source}: tensor {name} is missing")
-        return pieces
-
-    def parameter_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the tensor that `read_parameter` returns."""
-        return self._shape_of(name, self.pieces(name))
-
-    def _shape_of(self, name: str, pieces: tuple[str, ...]) -> tuple[int, ...]:
-        """Return the shape of a parameter that is stored in these pieces."""
-        shapes = [self.tensors[piece].shape for piece in pieces]
-        if len(pieces) == 1:
-            return shapes[0]
-        per_expert = self.matrices_per_expert(name)
-        return (len(pieces) // per_expert, sum(shape[0] for shape in shapes[:per_expert]), shapes[0][1])
+        return infos[0] if len(infos) == 1 else OneByOne.of(infos, self.matrices_per_expert(name))
 
     def expert_matrices(self, name: str) -> ExpertMatrices:
         """Return the matrices of all experts that a transformers parameter holds, each read when it is used.
@@ -149,21 +123,8 @@ class Stored:
         Raises:
             SecateurError: The parameter is missing.
         """
-        pieces = self._existing_pieces(name)
-        stored = [self.tensors[piece] for piece in pieces]
-        shape, dtype = self._shape_of(name, pieces), stored[0].dtype
-        if len(pieces) == 1:
-            return ExpertMatrices(shape, dtype, stored[0].read_entry)
-        each = self.matrices_per_expert(name)
-
-        def read(expert: int) -> Tensor:
-            following = (expert + 1) % shape[0] * each
-            # The system reads the next expert from disk meanwhile.
-            read_ahead(part for info in stored[following : following + each] for part in info.parts)
-            tensors = [info.read() for info in stored[expert * each : (expert + 1) * each]]
-            return tensors[0] if each == 1 else torch.cat(tensors)
-
-        return ExpertMatrices(shape, dtype, read)
+        info = self.parameter(name)
+        return ExpertMatrices(info.shape, info.dtype, info.read_entry)
 
     def split(self, name: str, tensor: BlockTensor) -> Iterator[tuple[str, BlockTensor]]:
         """Yield a parameter's values with their stored names, for the experts that are left."""

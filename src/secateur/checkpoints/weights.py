@@ -6,11 +6,11 @@ Nothing is unpickled: a folder with only pytorch_model.bin is refused.
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
 from secateur.base.words import first_few
-from secateur.checkpoints.expert_matrices import BlockTensor
+from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices, whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -55,12 +55,12 @@ _HEADER_LIMIT = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape, dtype and file position of a stored tensor."""
+    """Shape and dtype of a tensor, and its place in a file; subclasses are tensors that are stored in other ways."""
 
-    file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
-    offset: int
+    file: Path = Path()
+    offset: int = 0
     """Offset in the file, in bytes."""
 
     @property
@@ -70,29 +70,42 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        """Number of bytes in the file."""
+        """Number of bytes of the values."""
         return self.entries * self.dtype.itemsize
 
     @property
     def parts(self) -> "tuple[TensorInfo, ...]":
-        """Stored tensors that make up the tensor: itself."""
+        """Tensors in files that must be read for this tensor: itself."""
         return (self,)
 
+    def rows(self, first: int, stop: int) -> "TensorInfo":
+        """Return the part of a tensor in a file from one index of the first axis to another."""
+        size = self.bytes // max(1, self.shape[0])
+        return TensorInfo((stop - first, *self.shape[1:]), self.dtype, self.file, self.offset + first * size)
+
     def read(self) -> Tensor:
-        """Return the values; see `read_tensor`."""
-        return read_tensor(self)
+        """Return the values in CPU memory.
+
+        Raises:
+            SecateurError: The file has become shorter since it was opened.
+        """
+        data = torch.empty(self.bytes, dtype=torch.uint8)
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.offset)
+            if not read_into(stream, data.numpy().data):
+                raise SecateurError(f"{self.file}: ended early; it has changed since it was opened")
+        return data.view(self.dtype).view(self.shape)
 
     def read_entry(self, index: int) -> Tensor:
-        """Return the values at one index of the first axis."""
-        shape, size = self.shape[1:], self.bytes // max(1, self.shape[0])
-        return read_tensor(TensorInfo(self.file, shape, self.dtype, self.offset + index * size))
+        """Return the values at one index of the first axis: the matrix of one expert."""
+        return self.rows(index, index + 1).read()[0]
 
     def as_stored(self, tensor: BlockTensor) -> BlockTensor:
         """Return new values for the tensor in its stored form."""
         return tensor
 
     def samples(self, size: int) -> Iterator[Sample]:
-        """Yield up to `size` bytes at the start, middle and end of each stored tensor that must be read."""
+        """Yield up to `size` bytes at the start, middle and end of each tensor that must be read."""
         for part in self.parts:
             with part.file.open("rb") as file:
                 for place in range(3):
@@ -100,20 +113,15 @@ class TensorInfo:
                     yield file.read(min(size, part.bytes))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InMemory(TensorInfo):
     """Tensor of a model in memory, on any device."""
 
     values: Tensor
 
-    @classmethod
-    def of(cls, values: Tensor) -> "InMemory":
-        """Return a tensor of a model."""
-        return cls(Path(), tuple(values.shape), values.dtype, 0, values)
-
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """Stored tensors that must be read: none."""
+        """Tensors in files that must be read: none."""
         return ()
 
     def read(self) -> Tensor:
@@ -133,80 +141,98 @@ class InMemory(TensorInfo):
             yield flat[start : start + count].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-@dataclass(frozen=True)
-class Transposed(TensorInfo):
-    """Matrices (expert x outputs x inputs) that are stored transposed."""
+@dataclass(frozen=True, kw_only=True)
+class Computed(TensorInfo):
+    """Tensor that is computed from stored tensors when it is read, such as a dequantised weight."""
 
-    stored: TensorInfo
-    """Tensor as it is stored."""
+    sources: tuple[TensorInfo, ...]
+    compute: Callable[..., Tensor]
+    """Function of the values of `sources`. It also takes some of the experts, with a source that is the same for all
+    experts unchanged."""
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """Stored tensors that must be read."""
-        return self.stored.parts
+        """Tensors in files that must be read."""
+        return tuple(part for source in self.sources for part in source.parts)
 
     def read(self) -> Tensor:
-        """Return the values."""
-        return self.stored.read().transpose(1, 2).contiguous()
+        """Return the values in CPU memory."""
+        return self.compute(*(source.read() for source in self.sources))
 
     def read_entry(self, index: int) -> Tensor:
-        """Return the matrix of one expert."""
-        return self.stored.read_entry(index).T.contiguous()
+        """Return the values at one index of the first axis: the matrix of one expert."""
+        values = (
+            source.read_entry(index)[None] if source.shape[:1] == self.shape[:1] else source.read()
+            for source in self.sources
+        )
+        return self.compute(*values)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneByOne(TensorInfo):
+    """Matrices of all experts (expert x outputs x inputs) that are stored one by one."""
+
+    sources: tuple[TensorInfo, ...]
+    """Matrices of the first expert, then those of the second."""
+    each: int
+    """Number of matrices of one expert; their outputs are joined."""
+
+    @classmethod
+    def of(cls, sources: Sequence[TensorInfo], each: int) -> "OneByOne":
+        """Return the matrices of all experts."""
+        shape = (len(sources) // each, sum(source.shape[0] for source in sources[:each]), sources[0].shape[1])
+        return cls(shape, sources[0].dtype, sources=tuple(sources), each=each)
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """Tensors in files that must be read."""
+        return tuple(part for source in self.sources for part in source.parts)
+
+    def read(self) -> Tensor:
+        """Return the values in CPU memory."""
+        return whole(ExpertMatrices(self.shape, self.dtype, self.read_entry))
+
+    def read_entry(self, index: int) -> Tensor:
+        """Return the matrix of one expert; the system reads the next expert from disk meanwhile."""
+        read_ahead(self._matrices((index + 1) % self.shape[0]))
+        matrices = [info.read() for info in self._matrices(index)]
+        return matrices[0] if self.each == 1 else torch.cat(matrices)
+
+    def _matrices(self, expert: int) -> tuple[TensorInfo, ...]:
+        return self.sources[expert * self.each : (expert + 1) * self.each]
+
+
+class Transposed(Computed):
+    """Matrices (expert x outputs x inputs) that are stored transposed."""
+
+    @classmethod
+    def of(cls, stored: TensorInfo) -> "Transposed":
+        """Return the matrices of a tensor in which inputs come first."""
+        experts, inputs, outputs = stored.shape
+        shape = (experts, outputs, inputs)
+        return cls(shape, stored.dtype, sources=(stored,), compute=lambda values: values.mT.contiguous())
 
     def as_stored(self, tensor: BlockTensor) -> BlockTensor:
         """Return the transposed matrices."""
-        return tensor.transpose(1, 2).contiguous() if isinstance(tensor, Tensor) else tensor.transposed()
+        return tensor.mT.contiguous() if isinstance(tensor, Tensor) else tensor.transposed()
 
 
-@dataclass(frozen=True)
-class SelectedRows(TensorInfo):
-    """Some rows of a stored tensor: of an embedding, the tokens of a smaller vocabulary."""
+def selected_rows(stored: TensorInfo, runs: Sequence[tuple[int, int]]) -> TensorInfo:
+    """Return some rows of a stored tensor: of an embedding, the tokens of a smaller vocabulary.
 
-    stored: TensorInfo
-    """Tensor as it is stored."""
-    runs: tuple[tuple[int, int], ...]
-    """First row of each run of consecutive rows, and the row after its last, in order."""
+    Args:
+        stored: The tensor (rows x ...). If it is in a file, no other rows are read.
+        runs: First row of each run of consecutive rows, and the row after its last, in order.
+    """
+    shape = (sum(stop - first for first, stop in runs), *stored.shape[1:])
+    if stored.parts == (stored,):
+        parts = tuple(stored.rows(first, stop) for first, stop in runs)
+        return Computed(shape, stored.dtype, sources=parts, compute=lambda *values: torch.cat(values))
 
-    @classmethod
-    def of(cls, stored: TensorInfo, runs: tuple[tuple[int, int], ...]) -> "SelectedRows":
-        """Return some rows of a stored tensor.
+    def compute(whole: Tensor) -> Tensor:
+        return torch.cat([whole[first:stop] for first, stop in runs])
 
-        Args:
-            stored: The tensor (rows x ...).
-            runs: First row of each run of consecutive rows, and the row after its last, in order.
-        """
-        rows = sum(stop - first for first, stop in runs)
-        return cls(stored.file, (rows, *stored.shape[1:]), stored.dtype, stored.offset, stored, runs)
-
-    @property
-    def parts(self) -> tuple[TensorInfo, ...]:
-        """Stored tensors that must be read."""
-        return self.stored.parts
-
-    def read(self) -> Tensor:
-        """Return the values of the rows; of a tensor that is stored as it is, only these rows are read from the file.
-
-        Raises:
-            SecateurError: The file has become shorter since it was opened.
-        """
-        if self.stored.parts != (self.stored,):
-            whole = self.stored.read()
-            return torch.cat([whole[first:stop] for first, stop in self.runs])
-        row_bytes = self.bytes // max(1, self.shape[0])
-        data = torch.empty(self.bytes, dtype=torch.uint8)
-        view = data.numpy().data
-        with self.file.open("rb", buffering=0) as stream:
-            for first, stop in self.runs:
-                stream.seek(self.offset + first * row_bytes)
-                if not read_into(stream, view[: (stop - first) * row_bytes]):
-                    raise ended_early(self.file)
-                view = view[(stop - first) * row_bytes :]
-        return data.view(self.dtype).view(self.shape)
-
-    def read_entry(self, index: int) -> Tensor:
-        """Return the values of one row."""
-        rows = chain.from_iterable(range(first, stop) for first, stop in self.runs)
-        return self.stored.read_entry(next(islice(rows, index, None)))
+    return Computed(shape, stored.dtype, sources=(stored,), compute=compute)
 
 
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -275,7 +301,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
             if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
                 raise ValueError(f"{name}: a size is not a whole number")
-            info = TensorInfo(file, shape, DTYPES[entry["dtype"]], 8 + length + begin)
+            info = TensorInfo(shape, DTYPES[entry["dtype"]], file, 8 + length + begin)
             if end - begin != info.bytes or begin != last:
                 raise ValueError(name)
             tensors[name], last = info, end
@@ -290,25 +316,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """Return one tensor in CPU memory.
-
-    Raises:
-        SecateurError: The file has become shorter since it was opened.
-    """
-    data = torch.empty(info.bytes, dtype=torch.uint8)
-    with info.file.open("rb", buffering=0) as stream:
-        stream.seek(info.offset)
-        if not read_into(stream, data.numpy().data):
-            raise ended_early(info.file)
-    return data.view(info.dtype).view(info.shape)
-
-
-def ended_early(file: Path) -> SecateurError:
-    """Return the error for a file that has become shorter since it was opened."""
-    return SecateurError(f"{file}: ended early; it has changed since it was opened")
-
-
 def read_into(stream: FileIO, view: memoryview) -> bool:
     """Fill memory from a file, and return whether the file had enough bytes."""
     # One read returns at most 2 GiB on Linux.
@@ -321,9 +328,9 @@ def read_ahead(infos: Iterable[TensorInfo]) -> None:
     """Ask the operating system to read tensors from disk in the background, if it supports this."""
     if not hasattr(os, "posix_fadvise"):
         return
-    for info in infos:
-        with suppress(OSError), info.file.open("rb") as stream:
-            os.posix_fadvise(stream.fileno(), info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
+    for part in chain.from_iterable(info.parts for info in infos):
+        with suppress(OSError), part.file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), part.offset, part.bytes, os.POSIX_FADV_WILLNEED)
 
 
 def has_weights(folder: Path) -> bool:

@@ -130,8 +130,8 @@ def expert_tensors(model: GgufModel, index: int) -> tuple[Tensors, frozenset[str
         name = f"{model.family.blocks}.{index}.{model.family.mixture}{layout.experts}.{leaf}"
         if not (stored := checkpoint.pieces(name)):
             raise SecateurError(f"{checkpoint.source}: block {index} has no {name}; restore it")
-        shape = model.shapes.get(name) or checkpoint.parameter_shape(name)
-        matrices = LazyTensor(shape, partial(checkpoint.read_parameter, name))
+        shape = model.shapes.get(name) or checkpoint.parameter(name).shape
+        matrices = LazyTensor(shape, checkpoint.parameter(name).read)
         kinds = {"weight": matrices.then(partial(torch.transpose, dim0=1, dim1=2)) if layout.inputs_first else matrices}
         pieces += stored
         if layout.alternating:

@@ -172,7 +172,7 @@ class BlockStream:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as stored, by its name in the model."""
-        return self.checkpoint.read_parameter(name)
+        return self.checkpoint.parameter(name).read()
 
     def _read_block(self, index: int, name: str) -> Tensor:
         return self.read(self._inside(index, name))
@@ -208,8 +208,7 @@ class BlockStream:
         """Ask the system to read a block, if it exists, from disk in the background."""
         shapes = self.blocks[index].shapes if index < len(self) else ()
         names = [name for name in shapes if not name.endswith(self._matrices_of_experts)]
-        stored = [self.checkpoint.tensors[piece] for name in names for piece in self.stored_names(index, name)]
-        read_ahead(part for info in stored for part in info.parts)
+        read_ahead(self.checkpoint.parameter(self._inside(index, name)) for name in names)
 
     @contextmanager
     def fast_products(self) -> Iterator[None]:

@@ -95,12 +95,12 @@ class TrainedWeights:
 
     def _merged(self, name: str) -> Tensor:
         """Return a stored matrix with its adapter added, rounded to the stored dtype."""
-        weight, adapter = self._checkpoint.read_parameter(name), self._adapters[name]
+        weight, adapter = self._checkpoint.parameter(name).read(), self._adapters[name]
         delta = adapter.get_delta_weight("default").detach().to("cpu", torch.float32)
         return (weight.float() + delta.view(weight.shape)).to(weight.dtype)
 
     def _dtype(self, name: str) -> torch.dtype:
-        return self._checkpoint.tensors[self._checkpoint.pieces(name)[0]].dtype
+        return self._checkpoint.parameter(name).dtype
 
 
 def write_retrained(

@@ -14,7 +14,7 @@ from secateur.base.cache import cached_folder
 from secateur.base.hashes import hash_json
 from secateur.checkpoints.checkpoint import Checkpoint, described
 from secateur.checkpoints.config_file import empty_model, load_config, read_config
-from secateur.checkpoints.weights import SelectedRows
+from secateur.checkpoints.weights import selected_rows
 from secateur.model.per_layer import decoder_class, empty_decoder
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.side_files import CONFIG, write_side_files
@@ -42,7 +42,7 @@ def cut_vocabulary(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: Kep
     folder = _side_folder(checkpoint, tokenizer, kept)
     config = load_config(folder, raw := read_config(folder), trust_remote_code=checkpoint.trust_remote_code)
     tensors = {
-        name: SelectedRows.of(info, _below(runs, info.shape[0])) if name in per_token else info
+        name: selected_rows(info, _below(runs, info.shape[0])) if name in per_token else info
         for name, info in checkpoint.tensors.items()
     }
     cut = replace(
