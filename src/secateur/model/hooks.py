@@ -6,8 +6,8 @@ Each change ends with its context manager.
 Shapes: b rows of a batch, t positions, d residual width.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -59,10 +59,9 @@ def watched(module: nn.Module, function: Callable[[Tensor, Tensor], None], *, st
         handle.remove()
 
 
-@contextmanager
 def replayed(
     layer: nn.Module, module: PrunableModule, hidden_btd: Tensor, value: Tensor | None, provides_keys: bool
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let a module return a stored output.
 
     Args:
@@ -91,20 +90,21 @@ def replayed(
     changes = {module.path: forward} if module.path else {module.output_layer: flat}
     if not module.path and module.input_projections:
         changes[module.input_layer] = narrow
-    for path, function in changes.items():
-        layer.get_submodule(path).__dict__["forward"] = function
-    try:
-        yield
-    finally:
-        for path in changes:
-            del layer.get_submodule(path).__dict__["forward"]
+    return _computing({layer.get_submodule(path): function for path, function in changes.items()})
+
+
+def zeroed(module: nn.Module, like: Tensor) -> AbstractContextManager[None]:
+    """Let a module return zeros of the shape of `like`."""
+    return _computing({module: lambda *_: torch.zeros_like(like)})
 
 
 @contextmanager
-def zeroed(module: nn.Module, like: Tensor) -> Iterator[None]:
-    """Let a module return zeros of the shape of `like`."""
-    module.__dict__["forward"] = lambda *_: torch.zeros_like(like)
+def _computing(functions: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules compute other functions."""
+    for module, function in functions.items():
+        module.__dict__["forward"] = function
     try:
         yield
     finally:
-        del module.__dict__["forward"]
+        for module in functions:
+            del module.__dict__["forward"]

@@ -38,10 +38,12 @@ class SideInputs:
     def __init__(self, config: Any, family: Family, layers: Sequence[nn.Module], width: int):
         self.width = width
         """Residual width d."""
-        self._own = bool(family.per_layer_input and getattr(config, family.per_layer_input, None))
+        self.has_token_inputs = bool(getattr(config, family.per_layer_input or "", None))
+        """Whether each block has a second input that depends on the token alone."""
         self._kinds: list[str | None] = [None] * len(layers)
         """Layer type whose keys and values a block shares, for each block; None if a block does not share."""
-        self._stores: set[int] = set()
+        self.stores: set[int] = set()
+        """Indices of the blocks to whose keys and values later blocks attend."""
         self._shared: dict[str, Shared] = {}
         end = width + 1
         for index, layer in enumerate(layers if family.kv_sharing else ()):
@@ -52,26 +54,10 @@ class SideInputs:
                 middle, last = end + sharing.entries, end + 2 * sharing.entries
                 self._shared[sharing.layer_type] = Shared(slice(end, middle), slice(middle, last), sharing.head_dim)
                 end = last
-                self._stores.add(index)
-        self.columns = end if self._own or self._shared else width
+                self.stores.add(index)
+        self.columns = end if self.has_token_inputs or self._shared else width
         """Number of columns c of the stream between blocks."""
         self._inputs: list[Activations] = []
-        self.token_entries = self._own * len(layers) * int(getattr(config, family.per_layer_input or "", None) or 0)
-        """Number of entries per token of the second inputs of all blocks."""
-
-    @property
-    def has_token_inputs(self) -> bool:
-        """Whether each block has a second input that depends on the token alone."""
-        return self._own
-
-    @property
-    def shares_keys(self) -> bool:
-        """Whether some blocks attend to keys and values of other blocks."""
-        return bool(self._stores)
-
-    def stores(self, index: int) -> bool:
-        """Return whether later blocks attend to the keys and values of this block."""
-        return index in self._stores
 
     def prepare(self, rows: Rows, arena: Arena) -> None:
         """Prepare to store the second inputs for rows; `record` fills the store."""
@@ -87,7 +73,7 @@ class SideInputs:
         """
         if self.columns == self.width:
             return hidden_btd
-        if self._own:
+        if self.has_token_inputs:
             if not self._inputs:
                 sizes = [args[0].shape[-1] for args in arguments]
                 self._inputs = [self._arena.empty(self._rows, size) for size in sizes]
@@ -101,7 +87,7 @@ class SideInputs:
         self, index: int, group: int, hidden_btc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a block's arguments for a batch, from the arguments that the model prepared for one row."""
-        if self._own:
+        if self.has_token_inputs:
             rows = hidden_btc[:, 0, self.width].long()
             start, stop = int(rows.min()), int(rows.max()) + 1
             own = self._inputs[index].parts[group][start:stop].to(hidden_btc.device)
@@ -110,7 +96,7 @@ class SideInputs:
             shared = {
                 kind: (self._heads(hidden_btc[..., at.keys], at.size), self._heads(hidden_btc[..., at.values], at.size))
                 for kind, at in self._shared.items()
-                if kind == self._kinds[index] and index not in self._stores
+                if kind == self._kinds[index] and index not in self.stores
             }
             kwargs = kwargs | {"shared_kv_states": shared}
         return args, kwargs
@@ -120,7 +106,7 @@ class SideInputs:
         if self.columns == self.width:
             return after_btd
         rest = hidden_btc[..., self.width :]
-        if self.stores(index):
+        if index in self.stores:
             kind = str(self._kinds[index])
             at, found = self._shared[kind], kwargs["shared_kv_states"][kind]
             pieces = [value.transpose(1, 2).flatten(2) for value in found]

@@ -126,14 +126,13 @@ class BlockStream:
 
         Matrices of experts are read when they are used.
         """
-        names = [name for name in self.blocks[index].shapes if name not in without]
-        return {name: self._stored(index, name) for name in names}
-
-    def _stored(self, index: int, name: str) -> BlockTensor:
-        """Return a block's tensor as stored; matrices of experts are read when they are used."""
-        if name.endswith(self._matrices_of_experts):
-            return self.checkpoint.expert_matrices(self._inside(index, name))
-        return self._read_block(index, name)
+        return {
+            name: self.checkpoint.expert_matrices(self._inside(index, name))
+            if name.endswith(self._matrices_of_experts)
+            else self._read_block(index, name)
+            for name in self.blocks[index].shapes
+            if name not in without
+        }
 
     def stored_names(self, index: int, name: str) -> tuple[str, ...]:
         """Return the checkpoint's names of a block's tensor: one name, or the names of its pieces."""
@@ -182,14 +181,21 @@ class BlockStream:
         """Load the weights of one block onto the device, and release them on exit. The next block is read ahead
         meanwhile. Experts are modules, whose matrices are read when they run and stay until the memory is full."""
         layer, shapes = self.layers.get_submodule(str(index)), self.blocks[index].shapes
-        own = [name for name in shapes if not name.endswith(self._matrices_of_experts)]
-        with self._experts_as_modules(index, layer):
+        own = self._names_beside_experts(index)
+        matrices = {
+            name: self.checkpoint.expert_matrices(self._inside(index, name)) for name in shapes if name not in own
+        }
+        # On a GPU, all matrices stay in memory.
+        budget = self.services.budget if self.device.type == "cpu" else MemoryBudget(sys.maxsize)
+        with experts_as_modules(layer, matrices, self.device, budget):
             try:
                 for name in own:
                     # Copied in the stored dtype, because float32 would be twice as many bytes.
                     assign(layer, name, to_device(self._read_block(index, name), self.device).float())
                 layer.to(self.device)
-                self._read_ahead(index + 1)
+                if index + 1 < len(self):
+                    names = self._names_beside_experts(index + 1)
+                    read_ahead(self.checkpoint.parameter(self._inside(index + 1, name)) for name in names)
                 yield layer
             finally:
                 for name in own:
@@ -197,27 +203,17 @@ class BlockStream:
                 for name in set(dict(layer.named_parameters())) - shapes.keys():
                     assign(layer, name, None)
 
-    def _experts_as_modules(self, index: int, layer: nn.Module) -> AbstractContextManager[None]:
-        """Replace the experts of a block by modules, one for each expert. On a GPU, all of them stay in memory."""
-        names = [name for name in self.blocks[index].shapes if name.endswith(self._matrices_of_experts)]
-        stored = {name: self.checkpoint.expert_matrices(self._inside(index, name)) for name in names}
-        budget = self.services.budget if self.device.type == "cpu" else MemoryBudget(sys.maxsize)
-        return experts_as_modules(layer, stored, self.device, budget)
+    def _names_beside_experts(self, index: int) -> list[str]:
+        """Return the names of a block's tensors without those that hold the matrices of all experts."""
+        return [name for name in self.blocks[index].shapes if not name.endswith(self._matrices_of_experts)]
 
-    def _read_ahead(self, index: int) -> None:
-        """Ask the system to read a block, if it exists, from disk in the background."""
-        shapes = self.blocks[index].shapes if index < len(self) else ()
-        names = [name for name in shapes if not name.endswith(self._matrices_of_experts)]
-        read_ahead(self.checkpoint.parameter(self._inside(index, name)) for name in names)
-
-    @contextmanager
-    def fast_products(self) -> Iterator[None]:
+    def fast_products(self) -> AbstractContextManager[None]:
         """Compute matrix products of a bfloat16 checkpoint's blocks in bfloat16 if this device is faster with it.
 
         Activations between modules stay float32, and norms compute in float32.
         """
-        with self.multiplying_in(self.fast_products_dtype):
-            yield
+        is_bfloat16 = self.checkpoint.dtype == torch.bfloat16
+        return self.multiplying_in(fast_dtype(self.device) if is_bfloat16 else torch.float32)
 
     @contextmanager
     def multiplying_in(self, dtype: torch.dtype) -> Iterator[None]:
@@ -227,11 +223,6 @@ class BlockStream:
             yield
         finally:
             self.products_dtype = before
-
-    @property
-    def fast_products_dtype(self) -> torch.dtype:
-        """Dtype of matrix products inside `fast_products`."""
-        return fast_dtype(self.device) if self.checkpoint.dtype == torch.bfloat16 else torch.float32
 
     def layer_products(self) -> AbstractContextManager[Any]:
         """Compute the matrix products of layers in the dtype that `fast_products` sets."""
@@ -254,11 +245,7 @@ class BlockStream:
 
     def local_spans(self, rows: Rows) -> list[slice]:
         """Return the range of rows in each group that `local_rows` returns."""
-        return self.spans_of(rows, self.processes.rank)
-
-    def spans_of(self, rows: Rows, rank: int) -> list[slice]:
-        """Return the range of rows in each group that `local_rows` returns in another process."""
-        return replace(rows, batch_tokens=self.batch_tokens).spans(rank, self.processes.size)
+        return replace(rows, batch_tokens=self.batch_tokens).spans(self.processes.rank, self.processes.size)
 
     def embed(self, rows: Rows, arena: Arena) -> Activations:
         """Return the input of the first block for rows of tokens.
@@ -266,9 +253,8 @@ class BlockStream:
         The arguments that the model passes to each block are recorded for each group of rows; `run` uses them.
         """
         base = self.model.get_submodule(self.family.base)
-        recorders = self._recorders()
         result = arena.empty(rows, self.columns)
-        with self._outside_blocks(base, recorders):
+        with self._outside_blocks(base) as recorders:
             self._calls = []
             self.side_inputs.prepare(rows, arena)
             for group in rows.groups:
@@ -292,17 +278,13 @@ class BlockStream:
         """Return the residual stream without additional columns (b x t x d)."""
         return hidden_btc[..., : self.width]
 
-    def _recorders(self) -> list[Recorder]:
-        return [Recorder(layer, self.family.returns_tuple) for layer in self.layers.children()]
-
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Yield a function from the stream after the last block (k x c) to logits (k x v).
 
         It is the model's own final norm and output layer, run as k texts of one token.
         """
-        recorders = self._recorders()
-        with self._outside_blocks(self.model, recorders):
+        with self._outside_blocks(self.model) as recorders:
 
             def logits(hidden_kc: Tensor) -> Tensor:
                 recorders[-1].replacement = self.residual(hidden_kc.to(self.device))[:, None]
@@ -331,8 +313,9 @@ class BlockStream:
         return self.replaced({f"{path}.{name}": value.data[tokens] for name, value in layer.named_parameters()})
 
     @contextmanager
-    def _outside_blocks(self, part: nn.Module, recorders: list[Recorder]) -> Iterator[None]:
-        """Load the weights of a part of the model outside its blocks, with recorders in place of the blocks."""
+    def _outside_blocks(self, part: nn.Module) -> Iterator[list[Recorder]]:
+        """Load the weights of a part of the model outside its blocks, and yield recorders in place of the blocks."""
+        recorders = [Recorder(layer, self.family.returns_tuple) for layer in self.layers.children()]
         parent_name, _, child = self.family.blocks.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         inside = {f"{self.family.blocks}.{name}" for name, _ in self.layers.named_parameters()}
@@ -350,7 +333,7 @@ class BlockStream:
                     value = self.read(name).to(self.device, torch.float32)
                 assign(self.model, name, value)
             part.to(self.device)
-            yield
+            yield recorders
         finally:
             setattr(parent, child, self.layers)
             for name in outside:
@@ -386,7 +369,7 @@ class BlockStream:
             kwargs = self.family.arguments_for_rows(kwargs, len(hidden_btd))
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
-                provides_keys = module.role == ATTENTION and self.side_inputs.stores(index)
+                provides_keys = module.role == ATTENTION and index in self.side_inputs.stores
                 stack.enter_context(replayed(layer, module, hidden_btd, value, provides_keys))
             if modules_only:
                 for path in self._other_layers(index):

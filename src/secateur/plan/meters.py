@@ -108,7 +108,7 @@ def _unsupported_quantity(stream: BlockStream, target: Target) -> str | None:
     is_time = target.quantity in SPEEDUPS
     reasons = [
         (
-            is_time and stream.side_inputs.shares_keys,
+            is_time and bool(stream.side_inputs.stores),
             "some blocks attend to keys and values of other blocks, so that one block cannot be measured alone; use "
             "params, bytes or kv",
         ),
