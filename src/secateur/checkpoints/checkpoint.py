@@ -153,21 +153,7 @@ class Checkpoint(Stored):
 
     def buffers_of(self, network: nn.Module) -> frozenset[str]:
         """Return the stored names of a model's buffers, such as the biases of a router. They are no parameters."""
-        return self._stored_names(name for name, _ in network.named_buffers())
-
-    def kept_dtypes_of(self, network: Any) -> frozenset[str]:
-        """Return the stored names of tensors that keep their own dtype, whatever the dtype of the model.
-
-        These are all buffers, and parameters that transformers keeps in float32, such as the weights of a router.
-        """
-        parts = network._keep_in_fp32_modules_strict or ()
-        names = (name for name, _ in network.named_parameters() if any(part in name for part in parts))
-        return self.buffers_of(network) | self._stored_names(names)
-
-    def _stored_names(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the stored names of tensors, without tensors that are stored in several pieces."""
-        stored = (self.resolve(name) for name in names)
-        return frozenset(name for name in stored if name is not None)
+        return frozenset(filter(None, (self.resolve(name) for name, _ in network.named_buffers())))
 
     @property
     def whole_config(self) -> dict[str, Any]:

@@ -164,6 +164,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     """
     file, kind = folder / "config.json", raw["model_type"]
     _check_readable(file, raw, trust_remote_code)
+    own_classes = {} if kind in CONFIG_MAPPING else raw["auto_map"]
     config = _config_object(folder, own_code=kind not in CONFIG_MAPPING)
     inner = getattr(config, TEXT, None)
     # transformers keeps a config that the class does not have as the dictionary that it is.
@@ -177,14 +178,9 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         raise SecateurError(f"{file}: {kind} is an encoder-decoder model; use a decoder-only model")
     if tower := next((key for key in TOWER_CONFIGS if raw.get(key)), None):
         _check_multimodal(file, raw, config, tower)
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _own_classes(raw):
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_classes:
         raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only model")
     return config
-
-
-def _own_classes(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the classes in the checkpoint's own code, by auto class, if transformers does not know the model_type."""
-    return {} if raw["model_type"] in CONFIG_MAPPING else raw.get("auto_map") or {}
 
 
 def _check_readable(file: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:

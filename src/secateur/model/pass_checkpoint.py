@@ -150,19 +150,16 @@ class PassCheckpoint:
         if self.folder is None:
             write_activations(None, streams, processes)
             return
-        self._write(self.folder, done, streams)
+        file = _file(self.folder, done)
+        with saving_state(self.folder, file):
+            self.folder.mkdir(exist_ok=True)
+            values = {name: save() for name, save in self._savers.items()}
+            hashed = write_activations(file, streams, processes)
+            # The state replaces the previous one once it is complete on disk.
+            write_hashed(self.folder / STATE, {"done": done, "values": values, "activations": hashed})
+            _file(self.folder, self.done).unlink(missing_ok=True)
         self.done, self._since = done, perf_counter()
         self._cost = self._since - start
-
-    def _write(self, folder: Path, done: int, streams: Sequence[Activations]) -> None:
-        """Write a state. It replaces the previous state once it is complete on disk."""
-        file = _file(folder, done)
-        with saving_state(folder, file):
-            folder.mkdir(exist_ok=True)
-            values = {name: save() for name, save in self._savers.items()}
-            hashed = write_activations(file, streams, self._services.processes)
-            write_hashed(folder / STATE, {"done": done, "values": values, "activations": hashed})
-            _file(folder, self.done).unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         if self.folder is not None and (self.folder / STATE).exists():

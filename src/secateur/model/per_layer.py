@@ -6,7 +6,7 @@ are used, and no code of a folder runs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -30,7 +30,7 @@ ALLOW = "allow_global_per_layer_attribute_access"
 
 def is_per_layer(config: Any, multimodal_config: Mapping[str, Any] | None = None) -> bool:
     """Return whether a config object comes from a folder of the format `hf`; see `model_class` for the arguments."""
-    return bool(_own_classes(_architectures(config, multimodal_config)))
+    return bool(_own_classes(config, multimodal_config))
 
 
 def model_class(config: Any, multimodal_config: Mapping[str, Any] | None = None) -> Any:
@@ -40,7 +40,7 @@ def model_class(config: Any, multimodal_config: Mapping[str, Any] | None = None)
     `multimodal_config` holds the contents of a multimodal model's config.json. No code of the folder runs, and no class
     is registered.
     """
-    if ours := _own_classes(_architectures(config, multimodal_config)):
+    if ours := _own_classes(config, multimodal_config):
         try:
             return getattr(modeling_secateur, ours[0])
         except (AttributeError, TypeError) as error:
@@ -50,18 +50,14 @@ def model_class(config: Any, multimodal_config: Mapping[str, Any] | None = None)
 
 def decoder_class(config: Any, multimodal_config: Mapping[str, Any] | None) -> Any:
     """Return the class of the language model alone, also inside a multimodal model."""
-    if multimodal_config is None or not _own_classes(multimodal_config.get("architectures")):
+    if multimodal_config is None or not is_per_layer(config, multimodal_config):
         return model_class(config)
     return getattr(modeling_secateur, PREFIX + stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)).__name__)
 
 
-def _architectures(config: Any, multimodal_config: Mapping[str, Any] | None) -> Sequence[str] | None:
-    """Return the names of the classes that a config says to open the model with."""
-    return config.architectures if multimodal_config is None else multimodal_config.get("architectures")
-
-
-def _own_classes(names: Sequence[str] | None) -> list[str]:
-    """Return the names in a config's `architectures` that belong to the modeling file."""
+def _own_classes(config: Any, multimodal_config: Mapping[str, Any] | None) -> list[str]:
+    """Return the names of classes of the modeling file with which a config says to open the model."""
+    names = config.architectures if multimodal_config is None else multimodal_config.get("architectures")
     return [name for name in names or () if name.startswith(PREFIX)]
 
 

@@ -26,27 +26,14 @@ REMOVED = "an earlier pruning removed the whole module"
 """Reason why nothing can be removed from a module without units."""
 
 
-def narrowed_block(block: Block, width: Width, shapes: Mapping[str, tuple[int, ...]]) -> Block:
-    """Return the description of a block that has the first units of a stock block.
+def _narrowed_module(module: PrunableModule, width: Width, shapes: Mapping[str, tuple[int, ...]]) -> PrunableModule:
+    """Return the description of a module that has the first units of a stock block's module.
 
     Args:
-        block: The stock block.
+        module: The stock block's module.
         width: Number of units along each axis.
-        shapes: Shapes of the tensors that the narrower block has.
-
-    Raises:
-        ValueError: A tensor has another shape than the width gives it; the message names the tensor.
+        shapes: Shapes of the narrower block's tensors.
     """
-    for module in block.modules:
-        for name, shape in block.shapes_at(width, module.kind).items():
-            if shapes.get(name) != shape:
-                raise ValueError(f"{name} is {list(shapes.get(name, ()))}, but its numbers make it {list(shape)}")
-    attention, feed_forward = (_narrowed_module(module, width, shapes) for module in block.modules)
-    return Block(attention, feed_forward, dict(shapes), block.buffers & shapes.keys())
-
-
-def _narrowed_module(module: PrunableModule, width: Width, shapes: Mapping[str, tuple[int, ...]]) -> PrunableModule:
-    """Return the description of one module of a narrower block."""
     bias = module.bias_name if module.bias_name in shapes else None
     if not module.units_at(width):
         return _removed_module(module, bias)
@@ -54,7 +41,11 @@ def _narrowed_module(module: PrunableModule, width: Width, shapes: Mapping[str, 
     outer, *nested = module.output_projection.along
     return replace(
         module,
-        axes=tuple(_narrowed_axis(axis, width[axis.name]) for axis in module.axes),
+        # Whether widths are rounded depends on the number of units in the stock block.
+        axes=tuple(
+            replace(axis, units=width[axis.name], rounds_from=0 if axis.units >= axis.rounds_from else axis.rounds_from)
+            for axis in module.axes
+        ),
         input_projections=tuple(slabs[slab] for slab in module.input_projections),
         output_projection=slabs[module.output_projection],
         shared=tuple(slabs[slab] for slab in module.shared),
@@ -74,11 +65,6 @@ def _removed_module(module: PrunableModule, bias: str | None) -> PrunableModule:
         locked=REMOVED,
         fixed=True,
     )
-
-
-def _narrowed_axis(axis: Axis, units: int) -> Axis:
-    """Return an axis with fewer units; whether they are rounded depends on the number in the stock block."""
-    return replace(axis, units=units, rounds_from=0 if axis.units >= axis.rounds_from else axis.rounds_from)
 
 
 def _narrowed_slab(slab: Slab, module: PrunableModule, width: Width) -> Slab:
@@ -168,10 +154,13 @@ def _own_block(checkpoint: Checkpoint, stock: StockModel, index: int, layer: nn.
     config, block = checkpoint.config, stock.blocks[index]
     width = layer_width(config, index, block.width, layer_keys(config))
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-    try:
-        return narrowed_block(block, width, shapes)
-    except ValueError as error:
-        raise SecateurError(
-            f"{checkpoint.source}: {SIZES} in config.json does not fit layer {index}: {error}; restore the file, or "
-            "prune again"
-        ) from error
+    for module in block.modules:
+        for name, shape in block.shapes_at(width, module.kind).items():
+            if shapes.get(name) != shape:
+                raise SecateurError(
+                    f"{checkpoint.source}: {SIZES} in config.json does not fit layer {index}: {name} is "
+                    f"{list(shapes.get(name, ()))}, but its numbers make it {list(shape)}; restore the file, or prune "
+                    "again"
+                )
+    attention, feed_forward = (_narrowed_module(module, width, shapes) for module in block.modules)
+    return Block(attention, feed_forward, shapes, block.buffers & shapes.keys())

@@ -90,15 +90,15 @@ class BlockStream:
         stream.services = replace(self.services, **services)
         return stream
 
-    @property
-    def stored_buffers(self) -> frozenset[str]:
-        """Stored names of the model's buffers."""
-        return self.checkpoint.buffers_of(self.model)
-
     @cached_property
     def kept_dtypes(self) -> frozenset[str]:
-        """Stored names of tensors that keep their own dtype; see `Checkpoint.kept_dtypes_of`."""
-        return self.checkpoint.kept_dtypes_of(self.model)
+        """Stored names of tensors that keep their own dtype, whatever the dtype of the model.
+
+        These are all buffers, and parameters that transformers keeps in float32, such as the weights of a router.
+        """
+        parts = self.model._keep_in_fp32_modules_strict or ()
+        names = [name for name, _ in self.model.named_parameters() if any(part in name for part in parts)]
+        return self.checkpoint.buffers_of(self.model) | set(filter(None, map(self.checkpoint.resolve, names)))
 
     def keeps_dtype(self, index: int, name: str) -> bool:
         """Return whether a tensor of a block keeps its own dtype."""

@@ -133,7 +133,7 @@ def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
         biases: Whether recovery adds a bias to each output projection of a pruned block that has none. An output
             projection that a norm follows never gets a bias.
     """
-    buffers = stream.stored_buffers
+    buffers = stream.checkpoint.buffers_of(stream.model)
     stored = sum(info.entries for name, info in stream.checkpoint.weights.items() if name not in buffers)
     prunable = sum(block.module_parameters(block.width, kind) for block in stream.blocks for kind in block.kinds)
     return Meter(
