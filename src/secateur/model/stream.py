@@ -33,10 +33,9 @@ from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION
 from secateur.model.experts import experts_as_modules
 from secateur.model.hooks import LayerReached, Recorder, replayed, watched, zeroed
-from secateur.model.per_layer import empty_decoder
+from secateur.model.per_layer import describe_blocks, empty_decoder
 from secateur.model.rows import Rows
 from secateur.model.side_inputs import SideInputs
-from secateur.model.stock_model import describe_blocks
 from secateur.model.structure import PrunableModule
 from secateur.model.surgery import assign
 
