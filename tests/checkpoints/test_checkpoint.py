@@ -117,7 +117,7 @@ def test_names_without_the_base_prefix_and_of_older_versions(tmp_path, model_typ
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.resolve(name) == name.removeprefix(prefix)
     assert torch.equal(checkpoint.read(checkpoint.resolve(name)), parameters[name])
-    assert checkpoint.ignorable == bare.keys() - {key.removeprefix(prefix) for key in stored}
+    assert checkpoint.tensors.keys() - checkpoint.weights == bare.keys() - {key.removeprefix(prefix) for key in stored}
     assert checkpoint.bytes == sum(value.nbytes for value in stored.values())
     assert checkpoint.dtype == torch.bfloat16
     checkpoint.check_shapes(meta_model(checkpoint))

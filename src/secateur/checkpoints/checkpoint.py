@@ -108,15 +108,10 @@ class Checkpoint(Stored):
         self.tensors = {name: info for name, info in self.tensors.items() if name not in names}
         self.left_out += tuple(names)
 
-    @cached_property
-    def ignorable(self) -> frozenset[str]:
-        """Stored buffers that every model computes itself; they are not written."""
-        return frozenset(name for name in self.tensors if _BUFFERS.search(name))
-
     @property
     def weights(self) -> dict[str, TensorInfo]:
-        """Stored tensors without the buffers that every model computes itself."""
-        return {name: info for name, info in self.tensors.items() if name not in self.ignorable}
+        """Stored tensors without the buffers that every model computes itself; these are not written."""
+        return {name: info for name, info in self.tensors.items() if not _BUFFERS.search(name)}
 
     @property
     def original(self) -> "Checkpoint":
