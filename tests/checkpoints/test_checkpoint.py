@@ -273,12 +273,6 @@ def test_hub_downloads_one_set_of_safetensors(hub):
     hub.files += ["pytorch_model.bin", "onnx/model.onnx", "onnx/config.json", "README.md", "x.gguf"]
     assert open_checkpoint("owner/name").path == hub.folder
     assert sorted(hub.wanted) == ["config.json", "merges.txt", WEIGHTS, "tokenizer.json"]
-    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    hub.files = ["config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", *shards]
-    _write_index(hub.folder, {"a": shards[0], "b": shards[1]})
-    hub_source.hub_folder("owner/name", None)
-    assert set(shards) < set(hub.wanted)
-    assert "model.safetensors.index.json" in hub.wanted
 
 
 def test_hub_downloads_shards_of_any_name_and_the_files_that_accompany_weights(hub):
@@ -287,13 +281,10 @@ def test_hub_downloads_shards_of_any_name_and_the_files_that_accompany_weights(h
     shards = ["model.safetensors-00001-of-00002.safetensors", "model.safetensors-00002-of-00002.safetensors"]
     beside = ["LICENSE", "NOTICE", "USE_POLICY.md", "tokenizer.model.v3", "additional_chat_templates/tool.jinja"]
     hub.files = ["config.json", "model.safetensors.index.json", *shards, *beside, "README.md", "other.safetensors"]
-    _write_index(hub.folder, {"a": shards[0], "b": shards[1], "c": shards[1]})
+    weight_map = {"a": shards[0], "b": shards[1], "c": shards[1]}
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     hub_source.hub_folder("owner/name", None)
     assert sorted(hub.wanted) == sorted(["config.json", "model.safetensors.index.json", *shards, *beside])
-
-
-def _write_index(folder: Path, weight_map: dict[str, str]) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(

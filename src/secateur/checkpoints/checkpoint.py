@@ -4,7 +4,8 @@ a time."""
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -170,7 +171,7 @@ class Checkpoint(Stored):
         folder = self.side_folder
         config = load_config(folder, read_config(folder), trust_remote_code=self.trust_remote_code)
         options |= {"config": config, "dtype": dtype}
-        try:
+        with self.model_errors():
             if not self.quantised and self.uncut is None:
                 return auto.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **options)
             if self.quantised:
@@ -178,15 +179,17 @@ class Checkpoint(Stored):
             values = {name: self.read(name).to(dtype) for name in self.weights}
             own = stock_class(auto._model_mapping, type(config)) if hasattr(auto, "_model_mapping") else auto
             return own.from_pretrained(None, state_dict=values, **options)
+
+    @contextmanager
+    def model_errors(self) -> Iterator[None]:
+        """Raise errors of transformers' classes about an impossible config.json as `SecateurError`."""
+        try:
+            yield
         except (SecateurError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise self.no_model_error(error) from error
-
-    def no_model_error(self, error: Exception) -> SecateurError:
-        """Return the error for a config.json from which transformers cannot build a model."""
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        return SecateurError(f"{self.source}: transformers cannot make a model of config.json ({reason})")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise SecateurError(f"{self.source}: transformers cannot make a model of config.json ({reason})") from error
 
     @property
     def max_positions(self) -> int | None:
@@ -233,10 +236,8 @@ class Checkpoint(Stored):
         Raises:
             SecateurError: The class cannot build the model.
         """
-        try:
+        with self.model_errors():
             return empty_model(auto, self.config)
-        except Exception as error:
-            raise self.no_model_error(error) from error
 
     def check_shapes(self, model: nn.Module) -> None:
         """Check that the stored tensors are the tensors of the model that the config describes.

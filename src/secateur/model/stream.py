@@ -259,7 +259,7 @@ class BlockStream:
             for group in rows.groups:
                 # The arguments that the model prepares for one row broadcast over batches of any size.
                 one = group[:1] if len(group) else group.new_zeros(1, group.shape[1])
-                with self._config_errors():
+                with self.checkpoint.model_errors():
                     base(one.to(self.device), use_cache=False)
                 self._calls.append([recorder.call for recorder in recorders])
             for at in rows.batches():
@@ -288,7 +288,7 @@ class BlockStream:
             def logits(hidden_kc: Tensor) -> Tensor:
                 recorders[-1].replacement = self.residual(hidden_kc.to(self.device))[:, None]
                 ids = torch.zeros(len(hidden_kc), 1, dtype=torch.long, device=self.device)
-                with self._config_errors():
+                with self.checkpoint.model_errors():
                     return self.model(ids, use_cache=False).logits[:, 0]
 
             yield logits
@@ -387,19 +387,9 @@ class BlockStream:
             except Exception:
                 stack.close()
                 # If the block fails without our hooks too, the config is at fault and this raises SecateurError.
-                with self._config_errors():
+                with self.checkpoint.model_errors():
                     layer(hidden_btd, *args, **kwargs)
                 raise
-
-    @contextmanager
-    def _config_errors(self) -> Iterator[None]:
-        """Raise errors of transformers' classes about an impossible config as `SecateurError`."""
-        try:
-            yield
-        except (SecateurError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise self.checkpoint.no_model_error(error) from error
 
     def _other_layers(self, index: int) -> Iterator[str]:
         """Yield the layers that add to the residual stream but belong to neither of the block's two modules."""
