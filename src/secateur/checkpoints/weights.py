@@ -168,25 +168,21 @@ class Computed(TensorInfo):
         return self.compute(*values)[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class OneByOne(TensorInfo):
-    """Matrices of all experts (expert x outputs x inputs) that are stored one by one."""
+class OneByOne(Computed):
+    """Matrices of all experts (expert x outputs x inputs) that are stored one by one, those of the first expert first.
 
-    sources: tuple[TensorInfo, ...]
-    """Matrices of the first expert, then those of the second."""
-    each: int
-    """Number of matrices of one expert; their outputs are joined."""
+    An expert may have several matrices, whose outputs are joined.
+    """
 
     @classmethod
     def of(cls, sources: Sequence[TensorInfo], each: int) -> "OneByOne":
-        """Return the matrices of all experts."""
+        """Return the matrices of all experts, each of which has `each` of the stored matrices."""
         shape = (len(sources) // each, sum(source.shape[0] for source in sources[:each]), sources[0].shape[1])
-        return cls(shape, sources[0].dtype, sources=tuple(sources), each=each)
 
-    @property
-    def parts(self) -> tuple[TensorInfo, ...]:
-        """Tensors in files that must be read."""
-        return tuple(part for source in self.sources for part in source.parts)
+        def joined(*matrices: Tensor) -> Tensor:
+            return matrices[0] if each == 1 else torch.cat(matrices)
+
+        return cls(shape, sources[0].dtype, sources=tuple(sources), compute=joined)
 
     def read(self) -> Tensor:
         """Return the values in CPU memory."""
@@ -195,11 +191,11 @@ class OneByOne(TensorInfo):
     def read_entry(self, index: int) -> Tensor:
         """Return the matrix of one expert; the system reads the next expert from disk meanwhile."""
         read_ahead(self._matrices((index + 1) % self.shape[0]))
-        matrices = [info.read() for info in self._matrices(index)]
-        return matrices[0] if self.each == 1 else torch.cat(matrices)
+        return self.compute(*(source.read() for source in self._matrices(index)))
 
     def _matrices(self, expert: int) -> tuple[TensorInfo, ...]:
-        return self.sources[expert * self.each : (expert + 1) * self.each]
+        each = len(self.sources) // self.shape[0]
+        return self.sources[expert * each : (expert + 1) * each]
 
 
 class Transposed(Computed):

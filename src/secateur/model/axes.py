@@ -135,16 +135,14 @@ class Axis:
         Args:
             multiple: The value of `--round`, which rounded axes follow.
         """
-        return self._stepped(self.stride(multiple))
+        return self.all_numbers(self.stride(multiple))
 
     def all_numbers(self, multiple: int = 1) -> list[int]:
         """Return the numbers as `numbers` does, without the limit of `LEVELS`."""
-        return self._stepped(math.lcm(multiple, self.multiple))
-
-    def _stepped(self, step: int) -> list[int]:
         if self.locked:
             return [self.units]
         if self.rounded:
+            step = math.lcm(multiple, self.multiple)
             return [self.units, *range((self.units - 1) // step * step, 0, -step)]
         return list(range(self.units, self.min_units - 1, -self.step))
 
