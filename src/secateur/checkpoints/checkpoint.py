@@ -252,7 +252,7 @@ class Checkpoint(Stored):
         Raises:
             SecateurError: Tensors other than tied ones are missing, or tensors have another shape.
         """
-        tied = _tied(model)
+        tied = tied_weights(model)
         missing, wrong, unused = self._compared(model)
         if missing:
             raise self.missing_weights_error(missing)
@@ -289,7 +289,7 @@ class Checkpoint(Stored):
         For a multimodal model the third list is empty, because the towers are not part of `model`.
         """
         missing, wrong, used = list[str](), list[str](), set[str]()
-        tied = _tied(model)
+        tied = tied_weights(model)
         for name, tensor in model.state_dict().items():
             pieces = self.pieces(name)
             if not pieces and name not in tied:
@@ -439,7 +439,7 @@ def _locate(source: str, revision: str | None, dtype: torch.dtype) -> Path:
     return hub_folder(source, revision)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def tied_weights(model: nn.Module) -> dict[str, str]:
     """Return the names of tied parameters, each with the name of the parameter whose values it has."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
-from secateur.checkpoints.checkpoint import Checkpoint, common_dtype, described
+from secateur.checkpoints.checkpoint import Checkpoint, common_dtype, described, tied_weights
 from secateur.checkpoints.config_file import load_config, read_config
 from secateur.checkpoints.weights import InMemory, TensorInfo
 
@@ -30,7 +30,7 @@ def checkpoint_in_memory(model: Any, tokenizer: Any, folder: Path) -> Checkpoint
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     source, raw = model.config.name_or_path or type(model).__name__, read_config(folder)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_weights(model)
     tensors: dict[str, TensorInfo] = {
         name: InMemory(tuple(value.shape), value.dtype, values=value)
         for name, value in model.state_dict().items()
@@ -66,7 +66,7 @@ def check_in_memory(model: Any) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         raise SecateurError(f"{name} is quantised; load it without quantization_config")
     parameters = model.state_dict(keep_vars=True)
-    for key, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for key, source in tied_weights(model).items():
         if parameters.get(key) is not parameters.get(source):
             raise SecateurError(
                 f"{name}: {key} is another tensor than {source}, but the config ties them; set "

@@ -25,7 +25,7 @@ from secateur.base.memory import MemoryBudget
 from secateur.base.processes import Processes
 from secateur.base.quiet import first_line
 from secateur.base.services import Services
-from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.checkpoint import Checkpoint, tied_weights
 from secateur.checkpoints.expert_matrices import BlockTensor
 from secateur.checkpoints.weights import read_ahead
 from secateur.families.registry import family_of
@@ -321,7 +321,7 @@ class BlockStream:
         prefix = "" if part is self.model else self.family.base
         names = [name for name, _ in part.named_parameters(prefix=prefix, remove_duplicate=False)]
         outside = [name for name in names if name not in inside]
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tied = tied_weights(self.model)
         setattr(parent, child, nn.ModuleList(recorders))
         try:
             # Tied tensors come last, so that they can share the memory of the tensors to which they are tied.
