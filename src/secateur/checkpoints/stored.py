@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices
+from secateur.checkpoints.modeling_secateur import overrides
 from secateur.checkpoints.weights import OneByOne, TensorInfo
 from secateur.families.entry import Experts
 from secateur.families.registry import FAMILIES, experts_of
@@ -96,8 +97,6 @@ class Stored:
             return (found,)
         if not self._experts:
             return ()
-        from secateur.checkpoints.modeling_secateur import overrides  # which takes a second
-
         index = re.search(r"\.(\d+)\.", name)
         numbers = overrides(self.config, int(index[1])) if index else {}
         count = numbers.get(self._experts.number) or getattr(self.config, self._experts.number)

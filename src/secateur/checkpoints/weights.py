@@ -169,9 +169,9 @@ class Computed(TensorInfo):
 
 
 class OneByOne(Computed):
-    """Matrices of all experts (expert x outputs x inputs) that are stored one by one, those of the first expert first.
+    """Matrices of all experts (expert x outputs x inputs), each of which has stored tensors of its own.
 
-    An expert may have several matrices, whose outputs are joined.
+    The tensors of the first expert come first. The outputs of several tensors of an expert are joined.
     """
 
     @classmethod
