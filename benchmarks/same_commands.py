@@ -130,6 +130,18 @@ TWO_STEPS = {
         f"prune dense/llama out --effort quick {RANDOM}",
         "eval out --against dense/llama --perplexity files/held.txt --tokens 320 --length 16 --report --json out.json",
     ),
+    "vocabulary of scripts": (
+        *(f"trim dense/tokens-{kind} {kind} --vocabulary latin+greek" for kind in ("gemma", "llama3", "unigram")),
+        f"prune dense/tokens-qwen out --vocabulary cyrillic --effort quick {RANDOM}",
+        "trim dense/tokens-qwen wrong --vocabulary klingon",
+    ),
+    "vocabulary of a text": (
+        f"prune dense/tokens-gemma out --vocabulary 60% --calibration files/latin.txt --effort quick {ROWS}",
+        "trim out again --vocabulary text:5 --calibration files/latin.txt --length 16",
+        "retrain out healed --calibration files/latin.txt --tokens 512 --length 16 --batch 4 --rank 2",
+        "trim dense/tokens-qwen qwen --vocabulary text --calibration files/latin.txt --length 16",
+        "trim dense/tokens-unigram unigram --vocabulary 200 --calibration files/latin.txt --length 16",
+    ),
     "chats": (f"prune dense/chat out --calibration files/chats.jsonl --effort quick {ROWS}",),
     "families": ("families",),
     "family file": (f"prune dense/biogpt out --family files/biogpt.yaml --recovery none {RANDOM}",),
@@ -226,16 +238,17 @@ def prepare(folder: Path, text: Path | None) -> None:
     (files / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chats))
     (files / "ratios.json").write_text('{"0:1": 0.2, "1:3": {"heads": 0, "channels": 0.4}}')
     (files / "biogpt.yaml").write_text(BIOGPT)
-    _save_models(dense)
+    _save_models(dense, files / "latin.txt")
 
 
-def _save_models(dense: Path) -> None:
-    """Save each row of the tests with a byte-level tokenizer, which a GGUF file can hold too."""
+def _save_models(dense: Path, latin: Path) -> None:
+    """Save each row of the tests with a byte-level tokenizer, which a GGUF file can hold too, and models to trim."""
     sys.path[:0] = [str(TESTS), str(TESTS / "formats")]
     import test_multimodal
     from transformers import AutoConfig
 
     import models
+    import tiny_tokenizers
 
     models.SIMILAR["biogpt"] = lambda: AutoConfig.for_model("biogpt", **models.SIZES)
     rows = {folder_of(row): row for row in (*LINEAGES, *MIXTURES, "biogpt")} | {"dense/chat": "llama"}
@@ -249,3 +262,8 @@ def _save_models(dense: Path) -> None:
     for row in MULTIMODAL:
         if not (saved := dense / f"image-{row.replace(' ', '-')}").exists():
             test_multimodal.save(row, saved)
+    latin.write_text(" ".join(tiny_tokenizers.SENTENCES["latin"]) * 60, encoding="utf-8")
+    models.SIMILAR["tokens"] = lambda: AutoConfig.for_model("llama", **(models.SIZES | {"vocab_size": 1024}))
+    for kind in ("gemma", "llama3", "qwen", "unigram"):
+        if not (saved := dense / f"tokens-{kind}").exists():
+            tiny_tokenizers.save_tokenizer(kind, models.save("tokens", saved))
