@@ -41,7 +41,7 @@ from secateur.retraining import retrain
 from secateur.retraining.options import Training
 from secateur.steps.options import EFFORTS, Effort, Options, RunOptions
 from secateur.text import documents
-from secateur.vocabulary.selection import Selection
+from secateur.vocabulary.selection import select
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
@@ -192,7 +192,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(one.callback, "__signature__", taken.replace(parameters=parameters))
     monkeypatch.setitem(EFFORTS, "normal", Effort(fits=1, input_steps=1))
     # Otherwise the few tokens of the small model would all be kept.
-    monkeypatch.setattr(Selection.__init__, "__defaults__", (frozenset(), 1))
+    monkeypatch.setitem(select.__kwdefaults__, "multiple", 1)
     folder = tmp_path_factory.mktemp("recipes")
     for file in recipe.FOLDER.glob("*.yaml"):
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))

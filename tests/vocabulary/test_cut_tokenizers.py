@@ -1,5 +1,6 @@
 """A cut tokenizer splits texts of the kept scripts into the same tokens, and can still read any other text."""
 
+import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,10 @@ from tokenizers import Tokenizer
 
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.scripts import characters_of, parse_scripts
-from secateur.vocabulary.selection import Selection
-from secateur.vocabulary.side_files import cut_files
+from secateur.vocabulary.selection import select
+from secateur.vocabulary.side_files import cut_contents
 from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
+from secateur.vocabulary.wanted import Wanted
 from tiny_tokenizers import KINDS, SENTENCES, save_tokenizer
 
 LOSSY = ("characters", "unigram")
@@ -34,14 +36,17 @@ def full(kind: str) -> Tokenizer:
 
 
 def cut(kind: str, kept: KeptTokens) -> Tokenizer:
-    return Tokenizer.from_str(cut_files(stored(kind), kept)["tokenizer.json"])
+    return Tokenizer.from_str(json.dumps(cut_contents(stored(kind), kept)))
+
+
+def selected(kind: str, wanted: Wanted, counts: Counter[int], multiple: int) -> KeptTokens:
+    return select(stored(kind), stored(kind).size, wanted, counts, multiple=multiple)
 
 
 @cache
 def by_scripts(kind: str, scripts: str) -> tuple[KeptTokens, Tokenizer]:
-    tokenizer = stored(kind)
-    kept = Selection(tokenizer, tokenizer.size, multiple=8).by_scripts(parse_scripts(scripts))
-    assert len(kept.ids) < tokenizer.size
+    kept = selected(kind, Wanted(scripts=scripts), Counter(), 8)
+    assert len(kept.ids) < stored(kind).size
     return kept, cut(kind, kept)
 
 
@@ -99,25 +104,24 @@ def counts_of(kind: str, name: str) -> Counter[int]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["latin", "han"])
 def test_the_counted_text_has_the_same_tokens(kind, name):
-    selection = Selection(stored(kind), stored(kind).size, multiple=1)
-    kept = selection.by_text(counts_of(kind, name))
+    counts = counts_of(kind, name)
+    kept = selected(kind, Wanted(least=1), counts, 1)
     small = cut(kind, kept)
     for text in SENTENCES[name]:
         check_same(kind, kept, small, text)
     for text in SENTENCES["cyrillic"]:
         check_readable(kind, small, text)
-    sizes = [len(selection.by_text(counts_of(kind, name), at_least).ids) for at_least in (1, 2, 4)]
+    sizes = [len(selected(kind, Wanted(least=least), counts, 1).ids) for least in (1, 2, 4)]
     assert stored(kind).size > sizes[0] == len(kept.ids)
     assert name == "han" or sizes[0] > sizes[1] > sizes[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_number_of_tokens_is_kept_exactly(kind):
-    tokenizer, counts = stored(kind), counts_of(kind, "latin")
-    selection = Selection(tokenizer, tokenizer.size, multiple=16)
-    exact = set(Selection(tokenizer, tokenizer.size, multiple=1).by_scripts(("Latn",)).ids)
-    for size in range(tokenizer.size // 16 * 16 - 16, 600, -80):
-        kept = selection.by_number(size - 3, counts)
+    counts = counts_of(kind, "latin")
+    exact = set(selected(kind, Wanted(scripts="latin"), counts, 1).ids)
+    for size in range(stored(kind).size // 16 * 16 - 16, 600, -80):
+        kept = selected(kind, Wanted(number=size - 3), counts, 16)
         assert len(kept.ids) == size
         small = cut(kind, kept)
         check_readable(kind, small, "".join(SENTENCES["latin"] + SENTENCES["han"]))

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from outputs import assert_error, edit_json
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.models import Bpe
-from secateur.vocabulary.selection import Selection
-from secateur.vocabulary.side_files import write_cut
-from secateur.vocabulary.token_ids import fixed_range, named_ids, renumber_ids, resize_vocabulary
+from secateur.vocabulary.selection import select
+from secateur.vocabulary.side_files import write_tokenizer
+from secateur.vocabulary.token_ids import change_ids, fixed_ids, ids_in, resize_vocabulary
 from secateur.vocabulary.tokenizer import StoredTokenizer, read_tokenizer
+from secateur.vocabulary.wanted import Wanted
 from tiny_tokenizers import KINDS, SENTENCES, save_tokenizer
 
 
@@ -25,7 +26,8 @@ def edit(folder: Path, **changes: Any) -> Path:
 
 
 def latin(tokenizer: StoredTokenizer, **options: Any) -> KeptTokens:
-    return Selection(tokenizer, **{"rows": tokenizer.size, "multiple": 1} | options).by_scripts(("Latn",))
+    usual = {"rows": tokenizer.size, "wanted": Wanted(scripts="latin"), "counts": {}, "multiple": 1}
+    return select(tokenizer, **usual | options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,7 +56,7 @@ def opened(kind: str, folder: Path) -> StoredTokenizer:
 def cut_latin(stored: StoredTokenizer, folder: Path, **options: Any) -> tuple[KeptTokens, Tokenizer]:
     """Write the tokenizer with the tokens of Latin text, and open it."""
     kept = latin(stored, **options)
-    write_cut(stored, kept, folder)
+    write_tokenizer(stored, kept, folder)
     return kept, Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -161,7 +163,7 @@ def test_the_number_of_tokens_is_a_multiple(tmp_path):
     # A token that needs others may not fit into the room that rounding leaves; training orders tokens at random.
     others = sorted(set(range(stored.size)) - set(exact.ids), reverse=True)
     alone = next(token for token in others if not stored.model.parts(token))
-    assert alone in Selection(stored, stored.size, multiple=64).by_scripts(("Latn",), {alone: 5}).ids
+    assert alone in latin(stored, multiple=64, counts={alone: 5}).ids
 
 
 def test_tokens_are_made_from_the_parts_that_bpe_joins():
@@ -179,12 +181,12 @@ def test_tokens_are_made_from_the_parts_that_bpe_joins():
 def test_requests_that_cannot_be_met(tmp_path):
     stored = opened("gpt2", tmp_path)
     said = r"100 tokens are too few: .* alone are 2\d\d"
-    assert_error(said, Selection(stored, stored.size).by_number, 100, {}, ("Latn",))
+    assert_error(said, latin, stored, wanted=Wanted(number=100))
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     model["vocab"]["zzz"] = 5000
     stored = read_tokenizer(edit(tmp_path, model=model, added_tokens=[], post_processor=None))
     assert_error("a config names the token id 4000, which is no token", latin, stored, must_keep=frozenset({4000}))
-    assert_error("has a token with the id 5,000, but the model has 901 tokens", Selection, stored, 901)
+    assert_error("has a token with the id 5,000, but the model has 901 tokens", latin, stored, rows=901)
     (tmp_path / "tokenizer.json").unlink()
     assert_error(r"no tokenizer\.json, .*save_pretrained", read_tokenizer, tmp_path)
 
@@ -247,8 +249,6 @@ CONFIG: dict[str, Any] = {
     "suppress_tokens": [2, 3],
     "begin_suppress_tokens": [34],
     "bad_words_ids": [[1, 2], [3]],
-    "forced_decoder_ids": [[1, 5], [2, None]],
-    "sequence_bias": [[[5, 8], 2], [[13], -1.5]],
 }
 RENUMBERED: dict[str, Any] = {
     **CONFIG,
@@ -261,20 +261,18 @@ RENUMBERED: dict[str, Any] = {
     "suppress_tokens": [1, 2],
     "begin_suppress_tokens": [7],
     "bad_words_ids": [[0, 1], [2]],
-    "forced_decoder_ids": [[1, 3], [2, None]],
-    "sequence_bias": [[[3, 4], 2], [[5], -1.5]],
 }
 
 
 def test_ids_in_configs_are_renumbered():
-    assert named_ids(CONFIG, 40) == {1, 2, 3, 5, 8, 13, 21, 34}
-    assert renumber_ids(CONFIG, 40, KEPT) == RENUMBERED
-    assert_error("is not a list of pairs", renumber_ids, {"sequence_bias": [[1]]}, 40, KEPT)
+    assert ids_in(CONFIG, 40) == {-1, 1, 2, 3, 5, 8, 13, 21, 34, 40}
+    assert change_ids(CONFIG, 40, lambda token: KEPT.new_ids.get(token, token)) == RENUMBERED
 
 
 def test_tokens_whose_ids_code_computes_are_found():
-    assert fixed_range({"vision_config": {"vocab_offset": 20}}) == "vision_config.vocab_offset"
-    assert fixed_range({"lang_to_id": None, **CONFIG}) is None
+    assert fixed_ids({"vision_config": {"vocab_offset": 20}}) == "vision_config.vocab_offset"
+    assert fixed_ids({"sequence_bias": [[[5, 8], 2]]}) == "sequence_bias"
+    assert fixed_ids({"lang_to_id": None, "forced_decoder_ids": None, **CONFIG}) is None
 
 
 def test_numbers_of_tokens_in_configs():

@@ -223,8 +223,8 @@ def test_trim_refuses_what_it_cannot_do(model, latin, tmp_path, monkeypatch):
     assert_error(said, trim, latin[0], tmp_path / "out", vocabulary="latin")
     said = "counts the tokens of the calibration text, but --calibration is random"
     assert_error(said, prune, model, tmp_path / "out", Options(vocabulary="text", calibration="random"))
-    biased = changed_model(model, tmp_path / "biased", sequence_bias={"a": 1})
-    assert_error(r"^config\.json: .* is not a list of pairs", trim, biased, tmp_path / "out", vocabulary="latin")
+    biased = changed_model(model, tmp_path / "biased", sequence_bias=[[[5], 1.0]])
+    assert_error(r"cannot be cut: config\.json has sequence_bias", trim, biased, tmp_path / "out", vocabulary="latin")
     shutil.copytree(latin[0], tmp_path / "cut")
     for ids, said in {"[3, 1]": "not a map of token ids.*ascending", "[1, 3]": "has 2 token ids, but the mo"}.items():
         (tmp_path / "cut" / MAP_FILE).write_text(f'{{"original_ids": {ids}}}', encoding="utf-8")

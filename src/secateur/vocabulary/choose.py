@@ -17,12 +17,10 @@ from secateur.survey.loss import mean_loss
 from secateur.text.calibration import Portion, check_calibration, rows_of_text, text_ids
 from secateur.text.sources import RANDOM, SELF
 from secateur.vocabulary.cut import cut_vocabulary
-from secateur.vocabulary.kept import KeptTokens
-from secateur.vocabulary.scripts import parse_scripts
-from secateur.vocabulary.selection import Selection
+from secateur.vocabulary.selection import select
 from secateur.vocabulary.side_files import ids_in_configs
 from secateur.vocabulary.tokenizer import read_tokenizer
-from secateur.vocabulary.wanted import Wanted, parse_vocabulary
+from secateur.vocabulary.wanted import parse_vocabulary
 
 COUNTED = 0.9
 """Share of the calibration text whose tokens are counted; the rest shows what the choice of tokens costs."""
@@ -84,9 +82,9 @@ def with_vocabulary(
         return checkpoint, None
     with watcher.busy("Cutting the vocabulary"), services.processes.first_rank_first():
         tokenizer = read_tokenizer(checkpoint.side_folder)
-        selection = Selection(tokenizer, rows, ids_in_configs(checkpoint))
+        must_keep = ids_in_configs(checkpoint)
         counts, held_out = ({}, "") if wanted.scripts else _read_text(checkpoint, vocabulary, calibration, length)
-        kept = _choose(selection, wanted, counts)
+        kept = select(tokenizer, rows, wanted, counts, must_keep)
         cut = checkpoint if len(kept.ids) == rows else cut_vocabulary(checkpoint, tokenizer, kept)
     if not tokenizer.keeps_all_text:
         watcher.note("Characters without a token become the unknown token, because this tokenizer has no bytes")
@@ -102,24 +100,6 @@ def with_vocabulary(
     chosen = KeptVocabulary(vocabulary, (rows, len(kept.ids)), cut.cut_entries, bits)
     watcher.note(chosen.describe())
     return cut, chosen
-
-
-def _choose(selection: Selection, wanted: Wanted, counts: dict[int, int]) -> KeptTokens:
-    """Return the tokens to keep.
-
-    Args:
-        selection: The tokens to choose from.
-        wanted: Which of them to keep.
-        counts: Occurrences of each token in the calibration text; empty if the choice does not depend on a text.
-
-    Raises:
-        SecateurError: There is no such script, or the tokens that must be kept are more than the number.
-    """
-    if wanted.scripts:
-        return selection.by_scripts(parse_scripts(wanted.scripts, selection.tokenizer.scripts()))
-    if wanted.least:
-        return selection.by_text(counts, wanted.least)
-    return selection.by_number(wanted.number or round(wanted.share * selection.rows), counts)
 
 
 def _read_text(checkpoint: Checkpoint, vocabulary: str, calibration: str, length: int) -> tuple[dict[int, int], str]:

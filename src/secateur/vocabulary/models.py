@@ -12,7 +12,6 @@ score of an unknown character is the smallest score of all tokens minus a consta
 is kept.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,30 +22,16 @@ from secateur.base.errors import SecateurError
 
 
 @dataclass(frozen=True)
-class TokenModel(ABC):
+class TokenModel:
     """The section `model` of a tokenizer.json."""
 
     stored: dict[str, Any]
     spellings: dict[int, str]
     """Tokens of the model by id; added tokens are here only if the model contains them too."""
 
-    @classmethod
-    @abstractmethod
-    def read(cls, stored: dict[str, Any]) -> "TokenModel":
-        """Return a model from its section of tokenizer.json.
-
-        Raises:
-            SecateurError: The model has a feature that makes cutting impossible.
-            ValueError, KeyError, TypeError: The section has another structure.
-        """
-
-    @abstractmethod
-    def fixed(self) -> set[int]:
-        """Return the ids of tokens without which the model would not work, or would treat kept texts differently."""
-
-    @abstractmethod
     def parts(self, token: int) -> tuple[int, ...]:
         """Return the ids of the two tokens from which a token is made, or nothing if it is not made from others."""
+        return ()
 
     def parts_first(self, tokens: Iterable[int], done: set[int]) -> Iterator[int]:
         """Yield tokens in order, each after the tokens that it is made from.
@@ -67,44 +52,39 @@ class TokenModel(ABC):
                     done.add(last)
                     yield last
 
-    @abstractmethod
-    def cut(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
-        """Return the section `model` with the kept tokens only.
-
-        Args:
-            new_ids: New ids of the kept tokens, by old id.
-        """
-
-
-_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-
 
 @dataclass(frozen=True)
 class Bpe(TokenModel):
     """BPE over bytes or characters."""
 
-    ids: dict[str, int]
     merges: list[tuple[str, str]]
 
     @classmethod
     def read(cls, stored: dict[str, Any]) -> "Bpe":
-        """Return a BPE model from its section of tokenizer.json; errors as in the base class."""
-        for key in _AFFIXES:
+        """Return a BPE model from its section of tokenizer.json.
+
+        Raises:
+            SecateurError: The model has a feature that makes cutting impossible.
+            ValueError, KeyError, TypeError: The section has another structure.
+        """
+        for key in ("continuing_subword_prefix", "end_of_word_suffix"):
             if stored.get(key):
                 raise SecateurError(f"{key} is {stored[key]!r}, and merges with affixes cannot be cut")
-        ids: dict[str, int] = stored["vocab"]
-        return cls(stored, {token: spelling for spelling, token in ids.items()}, ids, list(_pairs(stored["merges"])))
+        # Older files spell a merge as `left right`, newer ones as a list.
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in stored["merges"]]
+        spellings = {token: spelling for spelling, token in stored["vocab"].items()}
+        return cls(stored, spellings, [(left, right) for left, right in merges])
 
     def fixed(self) -> set[int]:
         """Return the ids of the unknown token, and of all longer tokens that cannot result from a text.
 
         Such tokens are control tokens, like `<pad>`. With `ignore_merges` a whole word can be any token.
         """
-        unknown = {token for spelling, token in self.ids.items() if spelling == self.stored.get("unk_token")}
+        unknown = {token for spelling, token in self._ids.items() if spelling == self.stored.get("unk_token")}
         if self.stored.get("ignore_merges"):
             return unknown
         made = {left + right for left, right in self.merges}
-        return unknown | {token for spelling, token in self.ids.items() if len(spelling) > 1 and spelling not in made}
+        return unknown | {token for spelling, token in self._ids.items() if len(spelling) > 1 and spelling not in made}
 
     def parts(self, token: int) -> tuple[int, ...]:
         """Return the two tokens that the last merge joins when BPE makes a token.
@@ -112,22 +92,26 @@ class Bpe(TokenModel):
         A token is made in the same way wherever it occurs in a text: no merge crossed its ends, so the merges inside it
         were chosen in the same order as if it stood alone.
         """
-        symbols = list(self.spellings.get(token, ""))
-        ranks = [self._ranks.get(pair, self._never) for pair in pairwise(symbols)]
+        symbols, never = list(self.spellings.get(token, "")), len(self.merges)
+        ranks = [self._ranks.get(pair, never) for pair in pairwise(symbols)]
         while len(ranks) > 1:
             earliest = min(ranks)
-            if earliest == self._never:
+            if earliest == never:
                 return ()
             place = ranks.index(earliest)
             symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
             del ranks[place]
             for pair in range(max(place - 1, 0), min(place + 1, len(ranks))):
-                ranks[pair] = self._ranks.get((symbols[pair], symbols[pair + 1]), self._never)
-        return tuple(self.ids[symbol] for symbol in symbols) if ranks and ranks[0] != self._never else ()
+                ranks[pair] = self._ranks.get((symbols[pair], symbols[pair + 1]), never)
+        return tuple(self._ids[symbol] for symbol in symbols) if ranks and ranks[0] != never else ()
 
     def cut(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
-        """Return the section `model` with the kept tokens, and the merges among them."""
-        vocab = {spelling: new_ids[token] for spelling, token in self.ids.items() if token in new_ids}
+        """Return the section `model` with the kept tokens, and the merges among them.
+
+        Args:
+            new_ids: New ids of the kept tokens, by old id.
+        """
+        vocab = {spelling: new_ids[token] for spelling, token in self._ids.items() if token in new_ids}
         merges = [
             stored
             for stored, (left, right) in zip(self.stored["merges"], self.merges, strict=True)
@@ -135,53 +119,37 @@ class Bpe(TokenModel):
         ]
         return {**self.stored, "vocab": vocab, "merges": merges}
 
+    @property
+    def _ids(self) -> dict[str, int]:
+        ids: dict[str, int] = self.stored["vocab"]
+        return ids
+
     @cached_property
     def _ranks(self) -> dict[tuple[str, str], int]:
         """Place in the list of merges, by pair."""
         return {pair: rank for rank, pair in enumerate(self.merges)}
 
-    @cached_property
-    def _never(self) -> int:
-        """Rank of a pair that is never merged."""
-        return len(self.merges)
-
-
-def _pairs(merges: list[Any]) -> Iterator[tuple[str, str]]:
-    """Yield merges, which older files spell as `left right`, and newer ones as a list."""
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield left, right
-
 
 @dataclass(frozen=True)
 class Unigram(TokenModel):
-    """Unigram over characters, as SentencePiece trains it."""
+    """Unigram over characters, as SentencePiece trains it; a token is not made from others."""
 
     scores: list[float]
 
     @classmethod
     def read(cls, stored: dict[str, Any]) -> "Unigram":
-        """Return a Unigram model from its section of tokenizer.json; errors as in the base class."""
+        """Return a Unigram model from its section of tokenizer.json; errors as for BPE."""
         spellings, scores = zip(*stored["vocab"], strict=True)
         return cls(stored, dict(enumerate(spellings)), list(scores))
 
     def fixed(self) -> set[int]:
         """Return the ids of the unknown token, of control tokens, whose score is 0, and of the worst token."""
-        control = {token for token, score in enumerate(self.scores) if score == 0}
-        unknown = set() if self._unknown is None else {self._unknown}
-        return control | unknown | {self.scores.index(min(self.scores))}
-
-    def parts(self, token: int) -> tuple[int, ...]:
-        """Return nothing: a token of Unigram is not made from others."""
-        return ()
+        unknown = self.stored.get("unk_id")
+        control = {token for token, score in enumerate(self.scores) if score == 0 or token == unknown}
+        return control | {self.scores.index(min(self.scores))}
 
     def cut(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
-        """Return the section `model` with the kept tokens and their scores."""
+        """Return the section `model` with the kept tokens and their scores; argument as for BPE."""
         vocab = [entry for token, entry in enumerate(self.stored["vocab"]) if token in new_ids]
-        unknown = None if self._unknown is None else new_ids[self._unknown]
-        return {**self.stored, "vocab": vocab, "unk_id": unknown}
-
-    @property
-    def _unknown(self) -> int | None:
-        """Id of the token for unknown characters."""
-        return self.stored.get("unk_id")
+        unknown = self.stored.get("unk_id")
+        return {**self.stored, "vocab": vocab, "unk_id": None if unknown is None else new_ids[unknown]}

@@ -1,24 +1,36 @@
-"""The tokenizer of a checkpoint, read from tokenizer.json and other JSON files."""
+"""The tokenizer of a checkpoint, read from tokenizer.json and other JSON files.
 
-from collections.abc import Iterable, Iterator
+Byte-level BPE cuts the UTF-8 bytes of a text anywhere, so a token can begin or end inside a character. In
+tokenizer.json each byte is spelled as one printable character (GPT-2's table). All other vocabularies cut between
+characters; some have tokens such as `<0x41>` for the bytes of characters that they do not contain.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
-from secateur.vocabulary.alphabets import Alphabet, Bytes, Characters
 from secateur.vocabulary.kept import KeptTokens
-from secateur.vocabulary.models import Bpe, TokenModel, Unigram
-from secateur.vocabulary.scripts import main_scripts, steps_of, with_normalised
-from secateur.vocabulary.token_ids import inserted_ids
+from secateur.vocabulary.models import Bpe, Unigram
+from secateur.vocabulary.scripts import main_scripts
+from secateur.vocabulary.token_ids import ids_in
 
 NAME = "tokenizer.json"
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Files that name special and added tokens too."""
-_MODELS: dict[str, type[TokenModel]] = {"BPE": Bpe, "Unigram": Unigram}
+INSERTING = ("padding", "post_processor")
+"""Sections of tokenizer.json with the ids of tokens that it inserts."""
+_MODELS: dict[str, type[Bpe | Unigram]] = {"BPE": Bpe, "Unigram": Unigram}
 
 
 @dataclass(frozen=True)
@@ -30,10 +42,11 @@ class StoredTokenizer:
     """Contents of tokenizer.json."""
     side_files: dict[str, Any]
     """Contents of the other JSON files by name."""
-    model: TokenModel
-    alphabet: Alphabet
+    model: Bpe | Unigram
     added: dict[str, int]
     """Ids of special and added tokens, which are found in a text before the model splits the rest."""
+    normaliser: Normalizer | None = None
+    """Normaliser that changes a text before the model splits it."""
 
     @property
     def size(self) -> int:
@@ -41,9 +54,52 @@ class StoredTokenizer:
         return max([*self.model.spellings, *self.added.values()]) + 1
 
     @property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are strings of bytes."""
+        return '"ByteLevel"' in json.dumps([self.contents.get(step) for step in ("pre_tokenizer", "normalizer")])
+
+    @property
     def keeps_all_text(self) -> bool:
         """Whether characters without a token fall back to bytes; if not, they become the unknown token."""
-        return self.alphabet.keeps_all(self.model)
+        falls_back = bool(self.model.stored.get("byte_fallback")) and len(self.bytes_alone()) == 256
+        return self.is_byte_level or falls_back
+
+    @cached_property
+    def codes(self) -> dict[int, bytes]:
+        """UTF-8 bytes of each token of the model; tokens whose spelling has a character that spells no byte are left
+        out."""
+        spellings = self.model.spellings
+        if not self.is_byte_level:
+            return {token: spelling.encode() for token, spelling in spellings.items()}
+        table = byte_characters()
+        fits = {token: spelling for token, spelling in spellings.items() if table.keys() >= set(spelling)}
+        return {token: bytes(table[character] for character in spelling) for token, spelling in fits.items()}
+
+    def bytes_alone(self) -> set[int]:
+        """Return the ids of the tokens that are a single byte."""
+        if self.is_byte_level:
+            return {token for token, code in self.codes.items() if len(code) == 1}
+        return {token for token, spelling in self.model.spellings.items() if re.fullmatch("<0x[0-9A-F]{2}>", spelling)}
+
+    def occurring(self, characters: frozenset[str]) -> set[int]:
+        """Return the ids of the tokens that occur in some text of these characters.
+
+        Such a token has whole characters only, and at its ends maybe a part of one.
+        """
+        encoded = [character.encode() for character in characters]
+        parts = {code[start:stop] for code in encoded for start in range(4) for stop in range(start, 5)}
+        ends = {code[start:] for code in encoded for start in range(1, 5)}
+
+        def occurs(code: bytes) -> bool:
+            first = len(code) - len(code.lstrip(_CONTINUATION))
+            try:
+                text, length = codecs.utf_8_decode(code[first:], "strict", False)
+            except UnicodeDecodeError:
+                return False
+            begins_well = code[:first] in (ends if first < len(code) else parts)
+            return begins_well and code[first + length :] in parts and characters.issuperset(text)
+
+        return {token for token, code in self.codes.items() if occurs(code)}
 
     def keeping(self, ids: Iterable[int], rows: int) -> KeptTokens:
         """Return the tokens with these ids, and the added tokens whose ids are beyond the rows of the embedding."""
@@ -53,11 +109,34 @@ class StoredTokenizer:
         """Return the ids of special and added tokens, and of other tokens that the files name or insert."""
         names = {name for contents in self.side_files.values() for name in _token_names(contents)}
         named = {token for token, spelling in self.model.spellings.items() if spelling in names}
-        return named | {*self.added.values()} | inserted_ids(self.contents)
+        return named | {*self.added.values()} | ids_in({key: self.contents.get(key) for key in INSERTING}, self.size)
 
-    def scripts(self) -> tuple[str, ...]:
-        """Return the codes of the scripts of all tokens, the most frequent first."""
-        return main_scripts(((self.alphabet.text_of(text), 1) for text in self.model.spellings.values()), share=0)
+    def text_of(self, token: int) -> str:
+        """Return the text of a token of the model; nothing for others, and for one that begins or ends inside a
+        character."""
+        try:
+            return self.codes.get(token, b"").decode()
+        except UnicodeDecodeError:
+            return ""
+
+    def scripts(self, counts: Mapping[int, int], share: float = 0.01) -> tuple[str, ...]:
+        """Return the codes of the main scripts of a text with these occurrences of tokens; see `main_scripts`."""
+        return main_scripts(((self.text_of(token), count) for token, count in counts.items()), share)
+
+
+_CONTINUATION = bytes(range(0x80, 0xC0))
+"""Bytes of a character after its first one."""
+
+
+def byte_characters() -> dict[str, int]:
+    """Return GPT-2's table: the character that spells each byte, with the byte.
+
+    Printable Latin-1 characters spell themselves. Each other byte is spelled by a character after Latin-1, in order.
+    """
+    alphabet = sorted(ByteLevel.alphabet())
+    themselves = {character: ord(character) for character in alphabet if ord(character) < 256}
+    others = sorted(set(range(256)) - set(themselves.values()))
+    return themselves | dict(zip(alphabet[len(themselves) :], others, strict=True))
 
 
 def read_tokenizer(folder: Path) -> StoredTokenizer:
@@ -75,26 +154,18 @@ def read_tokenizer(folder: Path) -> StoredTokenizer:
     contents = read_json_object(path)
     side_files = {name: read_json_object(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
     try:
-        tokenizer = _tokenizer(folder, contents, side_files)
+        model = _model(contents["model"])
+        added = {token["content"]: token["id"] for token in contents.get("added_tokens") or ()} | _listed(side_files)
+        _check_added(model, added)
         # The library finds what is not read here.
-        Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_file(str(path))
+        tokenizer = StoredTokenizer(folder, contents, side_files, model, added, backend.normalizer)
         _check_entries(tokenizer)
         return tokenizer
     except SecateurError as error:
         raise SecateurError(f"{path}: {error}") from error
     except Exception as error:  # the tokenizers library raises errors of no other class
         raise SecateurError(f"{path}: not a valid tokenizer ({error!r}); download it again") from error
-
-
-def _tokenizer(folder: Path, contents: dict[str, Any], side_files: dict[str, Any]) -> StoredTokenizer:
-    """Return a tokenizer from the contents of its files; errors as in `read_tokenizer`, without the path."""
-    model = _model(contents["model"])
-    steps = [*steps_of(contents.get("pre_tokenizer")), *steps_of(contents.get("normalizer"))]
-    alphabet = Bytes() if any(step["type"] == "ByteLevel" for step in steps) else Characters()
-    added = {token["content"]: token["id"] for token in contents.get("added_tokens") or ()}
-    added |= _listed(side_files)
-    _check_added(model, added)
-    return StoredTokenizer(folder, contents, side_files, model, alphabet, added)
 
 
 def _check_entries(tokenizer: StoredTokenizer) -> None:
@@ -113,10 +184,9 @@ def _check_entries(tokenizer: StoredTokenizer) -> None:
     tokenizer.model.fixed()
     if unknown := tokenizer.named() - {*tokenizer.model.spellings, *tokenizer.added.values()}:
         raise SecateurError(f"the post-processor or the padding inserts the id {min(unknown)}, which no token has")
-    with_normalised(frozenset("a"), tokenizer.contents)
 
 
-def _model(stored: dict[str, Any]) -> TokenModel:
+def _model(stored: dict[str, Any]) -> Bpe | Unigram:
     """Return the model of a tokenizer; old files do not state its type."""
     kind = stored.get("type", "BPE" if "merges" in stored else "WordPiece")
     if kind not in _MODELS:
@@ -124,7 +194,7 @@ def _model(stored: dict[str, Any]) -> TokenModel:
     return _MODELS[kind].read(stored)
 
 
-def _check_added(model: TokenModel, added: dict[str, int]) -> None:
+def _check_added(model: Bpe | Unigram, added: dict[str, int]) -> None:
     """Check that added tokens have the ids that the tokenizers library gives them.
 
     Raises:
