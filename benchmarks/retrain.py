@@ -23,24 +23,21 @@ from torch.profiler import ProfilerActivity, profile
 from secateur.base.device import fast_dtype
 from secateur.formats.folder import open_folder
 from secateur.measure.loading import load
+from secateur.model.arena import Activations
 from secateur.retraining.adapters import adapted_layers
 from secateur.retraining.student import Student
+from secateur.retraining.targets import Targets
 from tables import put
 
 LIKELIEST = 64
 
 
-class RandomTargets:
-    """Targets of random tokens, in the shape of the teacher's."""
-
-    def __init__(self, batch: int, length: int, vocabulary: int):
-        self.ids = torch.randint(vocabulary, (batch, length, LIKELIEST))
-        # Half of the probability is left for other tokens.
-        self.log_p = torch.randn(batch, length, LIKELIEST).log_softmax(-1) - torch.tensor(2.0).log()
-
-    def of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the targets of rows."""
-        return self.ids[rows], self.log_p[rows]
+def random_targets(rows: torch.Tensor, vocabulary: int) -> Targets:
+    """Return targets of random tokens, in the shape of the teacher's."""
+    ids = torch.randint(vocabulary, (*rows.shape, LIKELIEST))
+    # Half of the probability is left for other tokens.
+    log_p = torch.randn(ids.shape).log_softmax(-1) - torch.tensor(2.0).log()
+    return Targets(rows, 0.0, (Activations([ids]), Activations([log_p])))
 
 
 def cpu_seconds(run: Callable[[], object], repeats: int = 3) -> float:
@@ -101,7 +98,7 @@ def main() -> None:
         own = adapter_seconds(network, rank, given.batch * given.length, products)
         student = Student(network, rank=rank, products=products)
         student.rows = torch.randint(checkpoint.config.vocab_size, (given.batch, given.length))
-        student.targets = RandomTargets(given.batch, given.length, checkpoint.config.vocab_size)
+        student.targets = random_targets(student.rows, checkpoint.config.vocab_size)
         optimizer = torch.optim.AdamW(student.trained().values(), lr=1e-6, fused=True)
 
         def step(student: Student = student, optimizer: torch.optim.Optimizer = optimizer) -> None:

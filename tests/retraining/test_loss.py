@@ -14,7 +14,7 @@ from secateur.model.arena import Activations
 from secateur.retraining import loss as losses
 from secateur.retraining.loss import distribution_loss
 from secateur.retraining.student import Student
-from secateur.retraining.targets import MixedTargets, TeacherTargets, TextTargets
+from secateur.retraining.targets import Targets
 
 TOKENS, WIDTH, VOCABULARY = 12, 8, 30
 
@@ -65,8 +65,8 @@ def test_mixed_targets_add_the_next_token_to_the_teachers_distribution(kept):
     full = (3 * torch.randn(2, TOKENS, VOCABULARY, generator=generator)).log_softmax(-1)
     rows = torch.randint(VOCABULARY, (2, TOKENS), generator=generator)
     log_p, ids = full.topk(kept)
-    teacher = TeacherTargets(Activations([ids.int()]), Activations([log_p]), 0.0)
-    found_ids, found_log_p = MixedTargets(teacher, TextTargets(rows), 0.3).of(torch.tensor([1, 0]))
+    teacher = Activations([ids.int()]), Activations([log_p])
+    found_ids, found_log_p = Targets(rows, 0.3, teacher).of(torch.tensor([1, 0]))
     found = torch.zeros(2, TOKENS, VOCABULARY).scatter_(-1, found_ids, found_log_p.exp())
     dense = full[[1, 0]].exp()
     top = torch.zeros_like(dense).scatter_(-1, ids[[1, 0]], log_p[[1, 0]].exp())
@@ -87,7 +87,7 @@ def test_the_loss_of_rows_is_that_of_the_models_own_logits(checkpoint_folder, na
     """In every family, with the gradient of every trained weight, whether or not blocks are computed again."""
     ids = token_rows(3)
     one, other = (student(checkpoint_folder(name), rank=0) for _ in range(2))
-    one.rows, one.targets = ids, TextTargets(ids)
+    one.rows, one.targets = ids, Targets(ids)
     if recompute:
         one.recompute()
     found = one(torch.arange(len(ids)))["loss"]

@@ -536,7 +536,7 @@ def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypat
     train("whole", tokens="512")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
-        message = r"the training needs 0\.81 GB of disk space for its state and the model, but 0\.10 GB are free; free"
+        message = r"needs 82\d\.\d\d MB of disk space, but 100\.00 MB are free; free some space or choose another path"
         assert_error(message, train, "out", teacher=None, tokens="1M")
     monkeypatch.setattr(pass_checkpoint, "SPENT", float("inf"))
     save, saved = torch.save, list[Any]()

@@ -8,7 +8,6 @@ teacher, which runs block by block from disk before the training starts.
 import importlib.util
 import os
 import random
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,7 +45,7 @@ from secateur.retraining.options import Training
 from secateur.retraining.rows import TrainingRows, random_rows, tokens_for_one_pass, training_rows
 from secateur.retraining.schedule import describe_end, measure_seconds, tokens_in_time
 from secateur.retraining.student import Student
-from secateur.retraining.targets import TextTargets, targets_of, teacher_bytes, teacher_targets
+from secateur.retraining.targets import Targets, teacher_bytes, teacher_targets
 from secateur.retraining.teacher import open_teacher
 from secateur.retraining.train import CHECKPOINT_BYTES, train
 from secateur.retraining.write import Curve, TrainedWeights, write_retrained
@@ -150,11 +149,14 @@ def retrain(
         state_bytes = 2 * CHECKPOINT_BYTES * trained
         if dense is not None:
             state_bytes = teacher_bytes(dense, tokens, plan.spare_bytes, least=state_bytes)
-        _check_disk(target.path, checkpoint.bytes + state_bytes)
+        # Part of the state may be there already.
+        state = run_folder_path(target.path)
+        replace(target, expected_bytes=checkpoint.bytes + state_bytes, resume_path=state).check()
         rows = _draw(checkpoint, training, tokens, services)
         arena = stack.enter_context(Arena(services.budget, run_folder_path(target.path)))
-        targets = None if dense is None else teacher_targets(dense, rows, arena)
-        student.rows, student.targets = rows.train, targets_of(rows.train, targets, training.text_weight)
+        student.rows, student.targets = rows.train, Targets(rows.train)
+        if dense is not None:
+            student.targets = teacher_targets(dense, rows, training.text_weight, arena)
         history = train(
             student,
             training,
@@ -165,8 +167,7 @@ def retrain(
             device=where,
         )
         weights = TrainedWeights(checkpoint, student, plan.rank)
-        teacher_loss = None if targets is None else targets.held_out_loss
-        curve = Curve.of(history, student.perplexity(rows.held_out), teacher_loss)
+        curve = Curve.of(history, student.perplexity(rows.held_out), student.targets.held_out_loss)
         if services.processes.is_first:
             command = command_line("retrain", checkpoint.source, changed_options(training))
             write_retrained(checkpoint, target, weights, _record_of(training, curve, rows), command)
@@ -239,21 +240,6 @@ def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: 
     return checkpoint, target
 
 
-def _check_disk(out: Path, needed: int) -> None:
-    """Check that there is room for the new folder and for the state of the run, part of which may be there already.
-
-    Raises:
-        SecateurError: The disk is too small.
-    """
-    present = sum(file.stat().st_size for file in run_folder_path(out).rglob("*") if file.is_file())
-    free = shutil.disk_usage(out.parent).free + present
-    if free < needed:
-        raise SecateurError(
-            f"{out}: the training needs {needed / 1e9:,.2f} GB of disk space for its state and the model, but "
-            f"{free / 1e9:,.2f} GB are free; free some space or choose another path"
-        )
-
-
 def _plan_memory(
     checkpoint: Checkpoint, training: Training, device: torch.device, services: Services, memory: str | None
 ) -> tuple[MemoryPlan, int]:
@@ -312,7 +298,7 @@ def _token_count(
     def plan_tokens(seconds: float) -> int:
         deadline = started + seconds
         student.rows = random_rows(checkpoint, training)
-        student.targets = TextTargets(student.rows)
+        student.targets = Targets(student.rows)
         with services.watcher.busy("Measuring the time of a step"):
             measured = measure_seconds(training, student, teacher, plan.micro_batch, services.processes)
         tokens = tokens_in_time(training, measured, deadline)

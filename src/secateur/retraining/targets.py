@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,83 +41,46 @@ STEP, FILE = "teacher", "targets"
 
 
 Parts = tuple[Activations, Activations]
-"""Target tokens, and logarithms of their probabilities."""
+"""The teacher's likeliest tokens at every position (int32), and logarithms of their probabilities (float16)."""
 
 
-class Targets(Protocol):
-    """Target distributions of rows."""
-
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the target tokens of rows (row numbers), and the logarithms of their probabilities (rows x t x k)."""
-
-
-class TextTargets(NamedTuple):
-    """The next token of the text, with probability 1; the last position of a row has none."""
+@dataclass(frozen=True)
+class Targets:
+    """Target distributions of rows: mixtures of the teacher's distribution and the next token of the text."""
 
     rows: Tensor
     """Token ids (rows x t)."""
-
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the next tokens (rows x t - 1 x 1) and zeros."""
-        ids = self.rows[rows][:, 1:, None]
-        return ids, torch.zeros(ids.shape)
-
-
-@dataclass(frozen=True)
-class TeacherTargets:
-    """The teacher's likeliest tokens at every position, with the logarithms of their probabilities."""
-
-    ids: Activations
-    """Tokens, int32 (rows x t x k)."""
-    log_p: Activations
-    """Logarithms of their probabilities, float16 (rows x t x k)."""
-    held_out_loss: float
+    text_weight: float = 1.0
+    """Probability of the next token in the mixture; the teacher's distribution has the rest."""
+    teacher: Parts | None = None
+    """Likeliest tokens of the teacher (each rows x t x k); None to learn the text alone."""
+    held_out_loss: float | None = None
     """The teacher's loss on held-out rows, in nats per token."""
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the target tokens of rows (row numbers), and the logarithms of their probabilities (rows x t x k)."""
-        ids, log_p = (torch.stack([part.parts[0][int(row)] for row in rows]) for part in (self.ids, self.log_p))
-        return ids.long(), log_p.float()
+        """Return the target tokens of rows (row numbers), and the logarithms of their probabilities (rows x t x k).
 
-
-@dataclass(frozen=True)
-class MixedTargets:
-    """Mixture of the teacher's distribution and the next token of the text.
-
-    The last position of a row has no next token, so it keeps the teacher's distribution.
-    """
-
-    teacher: TeacherTargets
-    text: TextTargets
-    weight: float
-    """Probability of the next token in the mixture, between 0 and 1; the teacher's distribution has the rest."""
-
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the target tokens of rows (row numbers), and the logarithms of their probabilities (rows x t x k)."""
-        ids, log_p = self.teacher.of(rows)
-        following = self.text.of(rows)[0]
-        inner, inner_log_p = ids[:, :-1], log_p[:, :-1]
-        inner_log_p += math.log1p(-self.weight)
-        same = inner == following
-        # A next token that is not among the teacher's likeliest takes the place of the last of them.
-        place = torch.where(same.any(-1), same.int().argmax(-1), inner_log_p.argmin(-1))[..., None]
-        own = torch.where(same.any(-1, keepdim=True), inner_log_p.gather(-1, place), -math.inf)
-        inner.scatter_(-1, place, following)
-        inner_log_p.scatter_(-1, place, own.logaddexp(torch.full_like(own, math.log(self.weight))))
+        The last position of a row has no next token: it keeps the teacher's distribution, or is left out.
+        """
+        following = self.rows[rows][:, 1:, None]
+        if self.teacher is None:
+            return following, torch.zeros(following.shape)
+        likeliest, logarithms = (torch.stack([part.parts[0][int(row)] for row in rows]) for part in self.teacher)
+        ids, log_p = likeliest.long(), logarithms.float()
+        if self.text_weight:
+            _mix(ids[:, :-1], log_p[:, :-1], following, self.text_weight)
         return ids, log_p
 
 
-def targets_of(rows: Tensor, teacher: TeacherTargets | None, text_weight: float) -> Targets:
-    """Return the targets of a training.
-
-    Args:
-        rows: Token ids of all rows (rows x t).
-        teacher: The teacher's targets; None to learn the text alone.
-        text_weight: Share of the text in the mixture with the teacher's distributions, from 0 to below 1.
-    """
-    if teacher is None:
-        return TextTargets(rows)
-    return MixedTargets(teacher, TextTargets(rows), text_weight) if text_weight else teacher
+def _mix(ids: Tensor, log_p: Tensor, following: Tensor, weight: float) -> None:
+    """Give the next tokens (rows x t x 1) a probability in the teacher's distributions (rows x t x k), in place."""
+    log_p += math.log1p(-weight)
+    same = ids == following
+    # A next token that is not among the teacher's likeliest takes the place of the last of them.
+    place = torch.where(same.any(-1), same.int().argmax(-1), log_p.argmin(-1))[..., None]
+    own = torch.where(same.any(-1, keepdim=True), log_p.gather(-1, place), -math.inf)
+    ids.scatter_(-1, place, following)
+    log_p.scatter_(-1, place, own.logaddexp(torch.full_like(own, math.log(weight))))
 
 
 def teacher_bytes(teacher: BlockStream, tokens: int, memory: int, *, least: int) -> int:
@@ -136,12 +99,13 @@ def teacher_bytes(teacher: BlockStream, tokens: int, memory: int, *, least: int)
     return targets + max(while_teacher_runs, while_training)
 
 
-def teacher_targets(teacher: BlockStream, rows: TrainingRows, arena: Arena) -> TeacherTargets:
-    """Return the teacher's targets for all rows: from the run folder, or computed by all processes together.
+def teacher_targets(teacher: BlockStream, rows: TrainingRows, text_weight: float, arena: Arena) -> Targets:
+    """Return targets with the teacher's distributions: from the run folder, or computed by all processes together.
 
     Args:
         teacher: The dense model, on its device.
         rows: The rows of the training.
+        text_weight: Share of the text in the mixture with the teacher's distributions, from 0 to below 1.
         arena: Room for the targets, which must stay open as long as they are used.
 
     Raises:
@@ -155,7 +119,7 @@ def teacher_targets(teacher: BlockStream, rows: TrainingRows, arena: Arena) -> T
     if file is not None:
         read_activations(file, parts, Processes(), result["hash"])
     _send(parts, services.processes)
-    return TeacherTargets(*parts, result["held_out_loss"])
+    return Targets(rows.train, text_weight, parts, result["held_out_loss"])
 
 
 def _compute(teacher: BlockStream, rows: TrainingRows, file: Path | None) -> dict[str, Any]:

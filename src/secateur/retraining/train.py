@@ -1,7 +1,7 @@
 """Training loop of transformers (Trainer), with checkpoints in a folder from which a stopped training resumes."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -99,8 +99,8 @@ def train(
         )
         # The Trainer would spread a batch over all GPUs of the machine.
         arguments._n_gpu = min(1, arguments.n_gpu)
-        callbacks = [_Progress(bar), _Measurement(student, held_out, every), _Saving(services.processes)]
-        trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=callbacks)
+        watch = _Watch(student, held_out, every, bar, services.processes)
+        trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=[watch])
         # This callback prints the loss of every step.
         trainer.remove_callback(PrinterCallback)
         with nullcontext() if services.processes.is_single else connection_errors(), saving_state(folder):
@@ -109,19 +109,42 @@ def train(
     return list(trainer.state.log_history)
 
 
-class _Measurement(TrainerCallback):
-    """Callback that measures perplexity on held-out rows, before the first step and then in equal distances."""
+class _Watch(TrainerCallback):
+    """Callback that advances the progress bar, measures perplexity, asks for checkpoints, and stops a divergence.
 
-    def __init__(self, student: Student, held_out: Tensor, every: int):
+    Perplexity on held-out rows is measured before the first step and then in equal distances. A checkpoint is written
+    after the first and the last step, and in between as often as is cheap.
+    """
+
+    def __init__(self, student: Student, held_out: Tensor, every: int, bar: Iterator[int], processes: Processes):
         self._student, self._held_out, self._every = student, held_out, every
+        self._bar, self._processes = bar, processes
+        self._asked = self._since = self._cost = 0.0
 
     def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         if state.global_step == 0:
             self._measure(state)
+        self._since = perf_counter()
 
-    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        next(self._bar, None)
+
+    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+        is_last = state.global_step == state.max_steps
+        if state.global_step % self._every == 0 and not is_last:
             self._measure(state)
+        self._asked = perf_counter()
+        is_cheap = self._asked - self._since >= self._cost / pass_checkpoint.SPENT
+        control.should_save = self._processes.broadcast(lambda: is_cheap or is_last)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self._since = perf_counter()
+        self._cost = self._since - self._asked
+
+    def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, Any] | None = None, **___: Any) -> None:
+        loss = float((logs or {}).get("loss", 0.0))
+        if not abs(loss) < float("inf"):
+            raise SecateurError(f"the loss of step {state.global_step} is {loss}; use a smaller --learning-rate")
 
     def _measure(self, state: Any) -> None:
         try:
@@ -133,41 +156,6 @@ class _Measurement(TrainerCallback):
                 f"the perplexity after step {state.global_step} is not finite; use a smaller --learning-rate"
             ) from error
         state.log_history.append({"step": state.global_step, "held_out": value})
-
-
-class _Saving(TrainerCallback):
-    """Callback that asks for a checkpoint after the first and the last step, and in between as often as is cheap."""
-
-    def __init__(self, processes: Processes):
-        self._processes, self._asked, self._since, self._cost = processes, 0.0, 0.0, 0.0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._since = perf_counter()
-
-    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-        self._asked = perf_counter()
-        is_cheap = self._asked - self._since >= self._cost / pass_checkpoint.SPENT
-        is_last = state.global_step == state.max_steps
-        control.should_save = self._processes.broadcast(lambda: is_cheap or is_last)
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self._since = perf_counter()
-        self._cost = self._since - self._asked
-
-
-class _Progress(TrainerCallback):
-    """Callback that advances a progress bar with the Trainer's steps, and stops a training that diverges."""
-
-    def __init__(self, bar: Generator[int, None, None]):
-        self._bar = bar
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        next(self._bar, None)
-
-    def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, Any] | None = None, **___: Any) -> None:
-        loss = float((logs or {}).get("loss", 0.0))
-        if not abs(loss) < float("inf"):
-            raise SecateurError(f"the loss of step {state.global_step} is {loss}; use a smaller --learning-rate")
 
 
 def _remove_incomplete(folder: Path) -> None:
