@@ -75,7 +75,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     declared = get_origin(types[0]) or types[0]
     accepted, description = ACCEPTED[declared]
     if declared is tuple and isinstance(value, str):
-        return split_names(value)
+        return tuple(part.strip() for part in value.split(","))
     if declared is str and isinstance(value, Path):
         return str(value)
     items = value if isinstance(value, tuple | list) else ()
@@ -109,11 +109,6 @@ def given_or_made(kind: type[T], given: T | None, settings: Mapping[str, Any], e
     if given is not None and settings:
         raise TypeError(f"{next(iter(settings))} is given together with {kind.__name__}; set it in that object")
     return given or kind(**settings)
-
-
-def split_names(text: str) -> tuple[str, ...]:
-    """Return the names in a text that separates them by commas."""
-    return tuple(part.strip() for part in text.split(","))
 
 
 def changed_options(options: Any, names: Iterable[str] | None = None) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from secateur.base.errors import SecateurError, StoppedError
-from secateur.base.files import held, hidden_sibling, is_held, real_path, remove, replace_atomically
+from secateur.base.files import held, hidden_sibling, is_held, leftovers, real_path, remove, replace_atomically
 from secateur.base.json_files import parse_json
 from secateur.base.model_files import MODEL_FILES
 from secateur.base.words import first_few
@@ -113,7 +112,8 @@ class Output:
 
     def _remove_leftovers(self) -> None:
         """Remove what killed runs have left, unless a run is writing the same output now."""
-        left = list(self.path.parent.glob(f".{glob.escape(self.path.name)}.partial-*"))
+        # Not a whole folder, of which this run may be making a GGUF file.
+        left = [path for path in leftovers(self.path) if ".partial-" in path.name]
         if not any(map(is_held, left)):
             for path in left:
                 remove(path)

@@ -66,8 +66,7 @@ class StoredTokenizer:
 
     @cached_property
     def codes(self) -> dict[int, bytes]:
-        """UTF-8 bytes of each token of the model; tokens whose spelling has a character that spells no byte are left
-        out."""
+        """UTF-8 bytes of each token of the model, except for tokens with a character that spells no byte."""
         spellings = self.model.spellings
         if not self.is_byte_level:
             return {token: spelling.encode() for token, spelling in spellings.items()}
@@ -112,8 +111,7 @@ class StoredTokenizer:
         return named | {*self.added.values()} | ids_in({key: self.contents.get(key) for key in INSERTING}, self.size)
 
     def text_of(self, token: int) -> str:
-        """Return the text of a token of the model; nothing for others, and for one that begins or ends inside a
-        character."""
+        """Return the text of a token of the model; nothing for others, or if it has a part of a character."""
         try:
             return self.codes.get(token, b"").decode()
         except UnicodeDecodeError:
