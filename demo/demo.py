@@ -90,10 +90,10 @@ def prune_and_measure() -> None:
 
 
 def heal() -> None:
-    """Train the pruned model for a few minutes, and measure it again."""
-    heading("5. Train the pruned model for five minutes")
+    """Train the pruned model on a few tokens, and measure it again."""
+    heading("5. Train the pruned model on 64k tokens")
     console.print("The model learns from a text and from the model before pruning.")
-    secateur(f"retrain {PRUNED} {HEALED} --time 5m --overwrite")
+    secateur(f"retrain {PRUNED} {HEALED} --tokens 64k --overwrite")
     secateur(f"eval {HEALED} --against {MODEL} --perplexity {HELD_OUT} --tokens 2048 --no-answers --report")
 
 

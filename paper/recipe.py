@@ -178,8 +178,6 @@ def _runs_of_row(recipe: Recipe, model: str | None, label: str) -> Iterator[Run]
             _check_names(Training, recipe.retrain[label], place)
             text = {name: getattr(options, name) for name in ("calibration", "length", "seed")}
             training = _made(Training, text | recipe.retrain[label], place)
-            if training.time is not None:
-                raise SecateurError(f"{place}.time: is another training on every machine; give tokens")
         yield Run(label, axes, options, training)
 
 

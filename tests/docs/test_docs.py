@@ -36,8 +36,6 @@ from secateur.families.registry import FAMILIES
 from secateur.model import axes
 from secateur.model.structure import _DESCRIBERS, axis_kinds
 from secateur.plan.target import parse_target
-from secateur.retraining import options as retraining_options
-from secateur.retraining import retrain
 from secateur.retraining.options import Training
 from secateur.steps.options import EFFORTS, Effort, Options, RunOptions
 from secateur.text import documents
@@ -173,12 +171,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make default sizes and recipes small."""
-    monkeypatch.setattr(retraining_options, "DEFAULT_TOKENS", str(SMALL["tokens"]))
-    monkeypatch.setattr(retrain, "tokens_in_time", lambda *_, **__: SMALL["tokens"])
     for owner in (Options, RunOptions, Training):
         names = inspect.signature(owner).parameters
-        # --tokens of retrain has a default in words, which --time replaces.
-        sizes = {name: size for name, size in SMALL.items() if owner is not Training or name != "tokens"}
+        sizes = SMALL | {"tokens": str(SMALL["tokens"])} if owner is Training else SMALL
         defaults = tuple(sizes.get(name, parameter.default) for name, parameter in names.items())
         monkeypatch.setattr(owner.__init__, "__defaults__", defaults)
         for name in set(names) & set(sizes):

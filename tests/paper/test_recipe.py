@@ -99,7 +99,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"retrain": {"c": {}}}, "retrain.c: no such run; there are a, b"),
     ({"retrain": {"a": {"rnk": 4}}}, "retrain.a.rnk: no such option; there are calibration, length, seed, tokens"),
     ({"runs": {"c": {"calibration": "self"}}, "retrain": {"c": {}}}, "retrain.c: calibration is 'self', but"),
-    ({"retrain": {"a": {"time": "1h"}}}, "retrain.a.time: is another training on every machine; give tokens"),
     ({"tau": 0.2}, "tau: only a recipe of the kind graph has it; to prune with it, set it in a run"),
     ({"kind": "graph", "runs": {}, "grid": {}}, "tau is None; a recipe of the kind graph needs one above 0"),
     ({"kind": "graph", "tau": 0.2}, "a recipe of the kind graph prunes nothing; leave out runs, grid and retrain"),

@@ -6,12 +6,9 @@ import random
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +41,6 @@ from secateur.retraining.adapters import adapted_layers
 from secateur.retraining.options import ADAPTERS, Training
 from secateur.retraining.retrain import retrain
 from secateur.retraining.rows import training_rows
-from secateur.retraining.schedule import LONGEST_END, PLANNED, Seconds, describe_end, tokens_in_time
 from secateur.retraining.student import Student
 from secateur.steps.prune import prune
 
@@ -337,48 +333,6 @@ def test_a_text_with_too_few_tokens_is_used_several_times(checkpoint_folder, tex
         assert "has 270 tokens, of which 5% are held out; rows of 16 tokens need 320" in message
 
 
-TIMED: dict[str, Any] = {"tokens": None, "teacher": None}
-
-
-def test_time_decides_the_number_of_tokens(train, text, monkeypatch):
-    """A run that was stopped goes on with the number that was planned."""
-    text.write_text(f"{text.read_text()} {text.read_text()}")
-    message = error_of(train, "out", **TIMED, time="0.01s")
-    assert re.search(r"time is 0\.01s, of which [\d.]+ s are over, and a training of one step takes [\d.]+ s", message)
-    monkeypatch.setattr(steps, "tokens_in_time", lambda *_, **__: 1536)
-    with pytest.raises(KeyboardInterrupt):
-        train("out", watcher=Interrupting(), **TIMED, time="1m")
-    monkeypatch.undo()
-    assert train("out", watcher=(watcher := Notes()), **TIMED, time="1m").tokens == 1536
-    assert "Training on 1,536 tokens, as many as fit into 1m" in watcher.said
-    assert not any("ends by" in note for note in watcher.said)
-
-
-def test_a_time_counts_from_the_start(train, monkeypatch):
-    """The start may lie before the call, and the end is said beforehand."""
-    watcher, began, given = Notes(), time.time() - 30, list[Any]()
-    monkeypatch.setattr(steps, "tokens_in_time", lambda *arguments: given.extend(arguments) or 64)
-    train("out", watcher=watcher, started=began, **TIMED, time="1h")
-    training, seconds, deadline = given
-    assert deadline == began + 3600
-    assert all(part > 0 for part in seconds)
-    assert watcher.said[1].endswith(f"{datetime.fromtimestamp(deadline).astimezone():%H:%M:%S}")
-    assert watcher.said[2] == "Training on 64 tokens, as many as fit into 1h"
-    assert re.fullmatch(r"This command ends by \d{4}-\d\d-\d\d [\d:]+", describe_end(time.time() + 48 * 3600))
-    planned = partial(tokens_in_time, training, Seconds(step=1.0, measurement=0.0, rest=0.0))
-    assert planned(time.time() + 100.5) == 64 * int((100 - LONGEST_END) * PLANNED)
-    assert_error(r"time is 1h, of which 3,\d+\.\d s are over, and .* takes 1\.0 s", planned, time.time() + 1)
-
-
-def test_a_time_is_enough_for_one_pass_at_most(train, monkeypatch):
-    """A long time would otherwise fill a model with a short text."""
-    monkeypatch.setattr(steps, "tokens_in_time", lambda *_: 10**15)
-    assert train("out", watcher=(watcher := Notes()), **TIMED, time="1h").tokens == int(0.95 * 900) // 64 * 64
-    assert re.match("Training on 832 tokens: the whole text once, in less than 1h. To use", *watcher.said[2:])
-    monkeypatch.setattr(steps, "tokens_for_one_pass", lambda *_: 10**15)
-    assert "their ids need 8,000,000.00 GB, but" in error_of(train, "other", **TIMED, time="1h")
-
-
 def test_damaged_targets_are_noticed(tmp_path, train):
     with pytest.raises(KeyboardInterrupt):
         train("out", watcher=Interrupting(), teacher=None)
@@ -394,8 +348,6 @@ def test_settings_beside_a_training_are_refused(llama, tmp_path):
     with pytest.raises(TypeError, match="is not an object of Training; give options by name, such as seed=1"):
         retrain(llama, tmp_path / "out", {"tokens": "512"})
     assert Training(tokens=512, batch=4) == Training(tokens="512", batch=4)
-    # A step may take more tokens than are trained by default.
-    assert Training(time="2h", batch=64, length=4096).token_count == 64 * 4096
 
 
 def test_memory_decides_how_a_step_is_run(checkpoint_folder, tmp_path, train, monkeypatch):
@@ -561,12 +513,8 @@ def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypat
     [
         ({"tokens": "some"}, "tokens is 'some'; write a number such as 131072, 128k or 1M"),
         ({"tokens": "63"}, "tokens is 63, but one step takes 4 rows of 16 tokens; use at least 64 tokens"),
-        ({"tokens": "64", "time": "1m"}, "both --tokens and --time are given; leave one of them out"),
-        ({"tokens": None, "time": "soon"}, "time is 'soon'; write a time such as 90s, 30m or 2h"),
-        ({"tokens": None, "time": 30}, "time is '30'; write a time such as 90s, 30m or 2h"),
         ({"text_weight": 0.1}, "text weight is given together with --teacher none, with which the text has all of it"),
         ({"rank": "8"}, "rank is '8'; it must be a whole number"),
-        ({"tokens": None, "time": "99999999999d"}, "time is '99999999999d'; use at most 10,000d, or --tokens"),
         ({"tokens": "100b", "batch": 10**9}, r"needs at least [\d,]+\.\d+ GB, but .* GB are allowed; raise --memory"),
         ({"rank": 100_000}, r"rank is 100000, but no matrix has more than \d+; use a smaller one, or 0"),
         ({"batch": -1}, "batch is -1; it must be at least 1"),

@@ -2,8 +2,6 @@
 
 from typing import Annotated
 
-from psutil import Process
-
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
@@ -33,7 +31,7 @@ def retrain(
     The model learns from a text, and from the next-token distributions of the model before pruning (the teacher).
     If another tool pruned DIR, --teacher is needed. --rank needs secateur\\[lora].
 
-    Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-healed --time 30m
+    Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-healed --tokens 256k
     """
     bars = Bars()
     with bars.loading():
@@ -48,8 +46,6 @@ def retrain(
         overwrite=run_options.overwrite,
         restart=run_options.restart,
         watcher=bars,
-        # The time of --time counts from here, so that the imports are part of it.
-        started=Process().create_time(),
     )
     before, after = done.perplexity
     teacher = "" if done.curve.teacher is None else f" (teacher: {done.curve.teacher:.3f})"

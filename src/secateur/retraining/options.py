@@ -1,6 +1,5 @@
 """Options of `retrain`, with their defaults; mistakes are found before anything slow starts."""
 
-import re
 from dataclasses import dataclass
 
 from secateur.base.errors import SecateurError
@@ -15,10 +14,7 @@ NO_TEACHER = "none"
 ADAPTERS = 16
 """Rank of the adapters that are trained where all weights do not fit into memory."""
 DEFAULT_TOKENS = "128k"
-"""Number of tokens to train on, where neither `--tokens` nor `--time` is given."""
-LONGEST = 10_000 * 86400
-"""Most seconds of a training."""
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+"""Number of tokens to train on."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +30,10 @@ class Training:
     )
     length: int = option(128, CALIBRATION, "Tokens in each row.")
     seed: int = option(0, CALIBRATION, "Random seed for the rows, their order and the initial adapters.")
-    tokens: str | None = option(
-        None,
+    tokens: str = option(
+        DEFAULT_TOKENS,
         TRAINING,
         "Number of tokens to train on, such as 128k or 1M (k is 1,024 and M is 1,024 k).",
-        default_text=DEFAULT_TOKENS,
-    )
-    time: str | None = option(
-        None,
-        TRAINING,
-        "Time for the whole command, such as 30m or 2h, used instead of --tokens. The number of tokens is chosen from "
-        "the speed of the first steps on this machine. Each token of the text is used about once at most.",
-        default_text="none",
     )
     teacher: str | None = option(
         None,
@@ -75,9 +63,8 @@ class Training:
     )
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "time"):
-            if type(value := getattr(self, name)) is int:
-                object.__setattr__(self, name, str(value))
+        if type(self.tokens) is int:
+            object.__setattr__(self, "tokens", str(self.tokens))
         check_types(self)
         for name, least in (("batch", 1), ("rank", 0)):
             if (value := getattr(self, name)) is not None and value < least:
@@ -97,10 +84,6 @@ class Training:
             raise SecateurError("calibration is 'random', but random token ids teach nothing; name a text or data set")
         if self.calibration == SELF:
             raise SecateurError("calibration is 'self', but retraining needs text; name a text or data set")
-        if self.tokens is not None and self.time is not None:
-            raise SecateurError("both --tokens and --time are given; leave one of them out")
-        if self.time is not None:
-            parse_time(self.time)
         # Imported here, so that `secateur retrain --help` does not wait for torch.
         from secateur.text.calibration import check_calibration
 
@@ -109,16 +92,11 @@ class Training:
 
     @property
     def token_count(self) -> int:
-        """Number of tokens that `--tokens` asks for; with `--time`, a number to begin with, at least one step."""
-        default = parse_tokens(DEFAULT_TOKENS)
-        if self.time is not None:
-            return max(default, self.batch * self.length)
-        return default if self.tokens is None else parse_tokens(self.tokens)
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds that `--time` allows; None where the number of tokens is given."""
-        return None if self.time is None else parse_time(self.time)
+        """Number of tokens that `--tokens` asks for."""
+        count = parse_count(self.tokens)
+        if count is None:
+            raise SecateurError(f"tokens is '{self.tokens}'; write a number such as 131072, 128k or 1M")
+        return count
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -143,44 +121,3 @@ class Training:
                 f"{self.batch * self.length:,} tokens, or a smaller --batch"
             )
         return steps
-
-
-def parse_tokens(text: str) -> int:
-    """Return a number of tokens.
-
-    Args:
-        text: A whole number, or a number with k (1,024), M (1,024 k) or B (1,024 M).
-
-    Raises:
-        SecateurError: The text is neither.
-
-    Example:
-        >>> parse_tokens("128k")
-        131072
-    """
-    count = parse_count(text)
-    if count is None:
-        raise SecateurError(f"tokens is '{text}'; write a number such as 131072, 128k or 1M")
-    return count
-
-
-def parse_time(text: str) -> float:
-    """Return a time in seconds.
-
-    Args:
-        text: A number with s, m, h or d (seconds, minutes, hours or days).
-
-    Raises:
-        SecateurError: The text is not one.
-
-    Example:
-        >>> parse_time("1.5h")
-        5400.0
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([smhd])", text.strip().lower())
-    if match is None or not float(match[1]):
-        raise SecateurError(f"time is '{text}'; write a time such as 90s, 30m or 2h")
-    seconds = float(match[1]) * _SECONDS[match[2]]
-    if seconds > LONGEST:
-        raise SecateurError(f"time is '{text}'; use at most {LONGEST // _SECONDS['d']:,}d, or --tokens")
-    return seconds

@@ -8,11 +8,9 @@ teacher, which runs block by block from disk before the training starts.
 import importlib.util
 import os
 import random
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +38,9 @@ from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.report.folder import check_record
 from secateur.retraining.adapters import adapted_layers, entries_trained, largest_rank
-from secateur.retraining.memory import TOKEN_BYTES, MemoryPlan, plan_memory
+from secateur.retraining.memory import MemoryPlan, plan_memory
 from secateur.retraining.options import Training
-from secateur.retraining.rows import TrainingRows, random_rows, tokens_for_one_pass, training_rows
-from secateur.retraining.schedule import describe_end, measure_seconds, tokens_in_time
+from secateur.retraining.rows import TrainingRows, training_rows
 from secateur.retraining.student import Student
 from secateur.retraining.targets import Targets, teacher_bytes, teacher_targets
 from secateur.retraining.teacher import open_teacher
@@ -102,7 +99,6 @@ def retrain(
     overwrite: bool = False,
     restart: bool = False,
     watcher: Watcher | None = None,
-    started: float | None = None,
     **settings: Any,
 ) -> Retrained:
     """Train a folder that `prune` wrote, and write the result in the same format.
@@ -119,13 +115,11 @@ def retrain(
         overwrite: Whether to replace a model folder at `out`.
         restart: Whether to discard the state of an earlier, stopped training.
         watcher: Receives progress.
-        started: `time.time()` from which the time of the training counts; now by default.
 
     Raises:
-        SecateurError: The folder holds no model, the teacher cannot be found or has other sizes, the text, the time
-            or the memory is too small, the training diverges, or the output cannot be written.
+        SecateurError: The folder holds no model, the teacher cannot be found or has other sizes, the text or
+            the memory is too small, the training diverges, or the output cannot be written.
     """
-    started = time.time() if started is None else started
     training, services = given_or_made(Training, training, settings, "seed=1"), Services.join(watcher)
     check_retraining(device, training.rank)
     where = pick_device(device)
@@ -145,7 +139,7 @@ def retrain(
         services = replace(services, budget=MemoryBudget(plan.spare_bytes))
         student = _load(checkpoint, where, plan, services.watcher)
         dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
-        tokens = _token_count(checkpoint, student, dense, training, plan, services, started)
+        tokens = training.token_count
         state_bytes = 2 * CHECKPOINT_BYTES * trained
         if dense is not None:
             state_bytes = teacher_bytes(dense, tokens, plan.spare_bytes, least=state_bytes)
@@ -274,53 +268,6 @@ def _load(checkpoint: Checkpoint, device: torch.device, plan: MemoryPlan, watche
     if plan.recompute:
         student.recompute()
     return student
-
-
-def _token_count(
-    checkpoint: Checkpoint,
-    student: Student,
-    teacher: BlockStream | None,
-    training: Training,
-    plan: MemoryPlan,
-    services: Services,
-    started: float,
-) -> int:
-    """Return the number of tokens to train on: as many as are asked for, or as there is time for.
-
-    With a time, there are at most as many as in the text: a model that reads a text several times may get worse at
-    other texts (docs/results.md).
-
-    Raises:
-        SecateurError: The time is too short for one step, the text cannot be read, or the token ids do not fit into
-            memory.
-    """
-
-    def plan_tokens(seconds: float) -> int:
-        deadline = started + seconds
-        student.rows = random_rows(checkpoint, training)
-        student.targets = Targets(student.rows)
-        with services.watcher.busy("Measuring the time of a step"):
-            measured = measure_seconds(training, student, teacher, plan.micro_batch, services.processes)
-        tokens = tokens_in_time(training, measured, deadline)
-        services.watcher.note(describe_end(deadline))
-        return min(tokens, once)
-
-    if training.seconds is None:
-        return training.token_count
-    once = tokens_for_one_pass(checkpoint, training, services)
-    tokens: int = services.saved_result("tokens", partial(plan_tokens, training.seconds))
-    services.watcher.note(
-        f"Training on {tokens:,} tokens: the whole text once, in less than {training.time}. To use all of the time, "
-        "name a longer text with --calibration"
-        if tokens == once
-        else f"Training on {tokens:,} tokens, as many as fit into {training.time}"
-    )
-    if TOKEN_BYTES * tokens > plan.spare_bytes:
-        raise SecateurError(
-            f"time is {training.time}, in which {tokens:,} tokens can be trained on; their ids need "
-            f"{TOKEN_BYTES * tokens / 1e9:,.2f} GB, but {plan.spare_bytes / 1e9:,.2f} GB are left; use a shorter --time"
-        )
-    return tokens
 
 
 def _draw(checkpoint: Checkpoint, training: Training, tokens: int, services: Services) -> TrainingRows:

@@ -53,17 +53,6 @@ def training_rows(checkpoint: Checkpoint, training: Training, tokens: int, servi
     return TrainingRows(rows["train"], rows["held_out"], float(rows["passes"]))
 
 
-def tokens_for_one_pass(checkpoint: Checkpoint, training: Training, services: Services) -> int:
-    """Return the number of tokens of as many steps as the text is long enough for, and at least of one step.
-
-    Raises:
-        SecateurError: The text cannot be read.
-    """
-    text, _ = services.processes.broadcast(lambda: _tokens_of_text(checkpoint, training))
-    step = training.batch * training.length
-    return max(1, int(TRAINED_SHARE * text) // step) * step
-
-
 def _tokens_of_text(checkpoint: Checkpoint, training: Training) -> tuple[int, int]:
     """Return the number of tokens of the text, with those that are held out, and of its shortest source.
 
@@ -101,9 +90,3 @@ def _read(checkpoint: Checkpoint, training: Training, count: int) -> tuple[Tenso
                 "a smaller --length"
             )
         return draw(count, Portion(0.0, TRAINED_SHARE)), draw(HELD_OUT, Portion(TRAINED_SHARE, 1.0)), text
-
-
-def random_rows(checkpoint: Checkpoint, training: Training) -> Tensor:
-    """Return rows of random token ids for one step, with which its time is measured (batch x length)."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(checkpoint.config.vocab_size, (training.batch, training.length), generator=generator)
