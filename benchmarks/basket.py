@@ -42,8 +42,7 @@ from secateur.measure.answers import agreement, greedy_answers, loop_share, ques
 from secateur.measure.generation import end_tokens
 from secateur.measure.loading import load
 from secateur.measure.perplexity import perplexity, scoring
-from secateur.measure.tasks import open_tasks
-from secateur.measure.zero_shot import zero_shot
+from secateur.measure.tasks import open_tasks, zero_shot
 from secateur.text.documents import read_documents
 from seen_kinds import SEEN
 from tables import put

@@ -21,7 +21,7 @@ from basket import Basket, token_scores
 from secateur import open_checkpoint
 from secateur.measure.loading import load
 from secateur.measure.perplexity import scoring
-from secateur.text.jsonl import render_or_join
+from secateur.text.documents import render_or_join
 
 
 def inside_messages(tokenizer: Any, path: str, rows: Tensor) -> Tensor:

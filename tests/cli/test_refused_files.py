@@ -12,7 +12,7 @@ from command_line import SMALL, TEXT, listing, refused
 
 from conftest import CheckpointFolder
 from outputs import record_of
-from secateur.measure import subject
+from secateur.measure import evaluation
 from secateur.steps import prune
 
 FILES: dict[str, tuple[bytes, str]] = {
@@ -32,7 +32,7 @@ def test_an_unusable_text_is_refused_before_any_work(name, place, run, no_work, 
     os.mkfifo("pipe")
     if data is not None:
         Path(name).write_bytes(data)
-    monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
     before = listing(place)
     refused(run("prune", "model", "out", *SMALL, "--calibration", name), message)
     refused(

@@ -17,7 +17,7 @@ from outputs import error_of
 from secateur import Options, RunOptions
 from secateur.base.options import cli_name, option_specs
 from secateur.fit.recovery import recovery_of
-from secateur.measure import subject
+from secateur.measure import evaluation
 from secateur.retraining.options import Training
 
 OPTIONS: list[tuple[str, str]] = [
@@ -114,7 +114,7 @@ CASES = [*((f"prune model out {' '.join(SMALL)} {options}", message) for options
 
 @pytest.mark.parametrize(("arguments", "message"), CASES, ids=[row[0] for row in (*OPTIONS, *ARGUMENTS)])
 def test_wrong_arguments_are_refused_before_any_work(arguments, message, place, run, no_work, monkeypatch):
-    monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
     (place / "full").mkdir()
     (place / "full" / "thesis.tex").write_text("years of work")
     before = listing(place)

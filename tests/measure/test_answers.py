@@ -22,7 +22,7 @@ from secateur.measure.answers import ANSWER_TOKENS, agreement, greedy_answers, l
 from secateur.measure.evaluation import evaluate
 from secateur.measure.generation import greedy_tokens, prompt_ids
 from secateur.report.eval_table import measured_rows
-from secateur.text.jsonl import render_or_join
+from secateur.text.documents import render_or_join
 
 VOCAB = 128
 PROMPTS = [[7, 9, 4], [5], [20, 21, 22, 23, 24, 25, 26]]

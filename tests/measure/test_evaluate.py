@@ -25,7 +25,7 @@ from transformers import (
 from models import make_letters
 from outputs import Notes, edited_weights, error_of
 from secateur import prune
-from secateur.measure import perplexity, speeds, subject
+from secateur.measure import evaluation, perplexity, speeds
 from secateur.measure.evaluation import evaluate
 
 VOCAB = 128
@@ -221,14 +221,14 @@ def test_a_model_that_does_not_fit_is_read_as_it_runs(checkpoint_folder, text, t
         prune(folder, tmp_path / "pruned", calibration="random", samples=4, length=16, effort="quick")
         folder = tmp_path / "pruned"
     how: dict[str, Any] = {"texts": [text], "length": 12, "device": "cpu", "dtype": dtype}
-    devices, load = list[str](), subject.load
+    devices, load = list[str](), evaluation.load
 
     def noted(*given: Any, **named: Any) -> Any:
         network = load(*given, **named)
         devices.extend({parameter.device.type for parameter in network.parameters()})
         return network
 
-    monkeypatch.setattr(subject, "load", noted)
+    monkeypatch.setattr(evaluation, "load", noted)
     narrow, roomy = (evaluate(str(folder), **how, memory=memory).models[0] for memory in ("1B", "100GB"))
     assert devices == ["meta", "cpu"]
     assert narrow == roomy

@@ -12,11 +12,12 @@ from models import relative, token_rows
 from outputs import error_of
 from secateur import SecateurError, prune
 from secateur.gguf.export import export
-from secateur.measure import speeds, subject
+from secateur.measure import loading, speeds
 from secateur.measure.answers import agreement
 from secateur.measure.evaluation import evaluate
 from secateur.measure.generation import greedy_tokens
-from secateur.measure.subject import LlamaCppFile, open_subject
+from secateur.measure.llama_cpp import LlamaCppFile, LlamaCppModel
+from secateur.measure.loading import load, open_to_measure
 from secateur.report.eval_table import eval_table
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
@@ -44,16 +45,15 @@ def test_both_have_the_same_figures(pair, tmp_path):
     file, folder = result.models
     assert file.texts[texts[0]].nll == pytest.approx(folder.texts[texts[0]].nll, abs=1e-3)
     assert file.texts[texts[0]].bytes == folder.texts[texts[0]].bytes
-    if "gemma4" not in str(open_subject(str(pair.folder)).model.config.model_type):
+    if "gemma4" not in str(open_to_measure(str(pair.folder)).config.model_type):
         assert file.parameters == folder.parameters
     assert any("f32 on cpu" in line for line in eval_table(result)[1])
 
 
 def test_logits_are_those_of_transformers(pair):
-    folder, file = (open_subject(str(one)) for one in pair)
     ids = token_rows(3, 12)
-    network = file.load()
-    expected = folder.load(torch.float32, torch.device("cpu"))(input_ids=ids).logits.detach()
+    dense, network = (load(open_to_measure(str(one)), torch.float32, torch.device("cpu")) for one in pair)
+    expected = dense(input_ids=ids).logits.detach()
     assert relative(network(input_ids=ids).logits, expected) < 5e-3
     # After other rows, which stay in the context, the result is the same.
     assert relative(network(input_ids=ids.flip(1)).logits, expected) > 0.1
@@ -75,14 +75,14 @@ class Counting:
 
 
 def test_every_run_of_a_speed_measurement_begins_with_the_whole_prompt(pair):
-    network = open_subject(str(pair.file)).load()
+    network = LlamaCppModel(LlamaCppFile(str(pair.file)))
     network._library = counting = Counting(network)
     speeds([network], prompt=12, new=2, repeats=2)
     assert counting.counts == [12, 1, 1] * 3
 
 
 def test_a_batch_of_texts_equals_the_texts_one_by_one(pair):
-    network = LlamaCppFile.of(str(pair.file)).load()
+    network = LlamaCppModel(LlamaCppFile(str(pair.file)))
     batch = greedy_tokens(network, PROMPTS, ends=[], new_tokens=8)
     alone = [greedy_tokens(network, [prompt], ends=[], new_tokens=8)[0] for prompt in PROMPTS]
     assert batch == alone
@@ -99,11 +99,11 @@ def test_a_broken_file_and_a_missing_library_are_one_line(pair, monkeypatch, tmp
 
     for size, message in ((-8192, r"llama\.cpp does not load|truncated or broken"), (100, "truncated or broken GGUF")):
         (tmp_path / "broken.gguf").write_bytes(pair.file.read_bytes()[:size])
-        assert re.search(message, error_of(lambda: open_subject(str(tmp_path / "broken.gguf")).load()))
-    monkeypatch.setattr(subject, "library", missing)
-    assert "; llama.cpp may be able to run it, but it is not installed" in error_of(open_subject, str(pair.file))
+        assert re.search(message, error_of(lambda: LlamaCppModel(open_to_measure(str(tmp_path / "broken.gguf")))))
+    monkeypatch.setattr(loading, "library", missing)
+    assert "; llama.cpp may be able to run it, but it is not installed" in error_of(open_to_measure, str(pair.file))
 
 
 def test_other_files_are_run_by_transformers(tmp_path, letters_folder):
     file = export(letters_folder("llama"), tmp_path / "dense.gguf", type="f32").path
-    assert not isinstance(open_subject(str(file)).model, LlamaCppFile)
+    assert not isinstance(open_to_measure(str(file)), LlamaCppFile)

@@ -14,9 +14,9 @@ from command_line import refused
 
 from models import BOS, POSITIONS, ROWS, build, make_tokenizer
 from outputs import error_of
-from secateur.measure import Accuracy, accuracy_ratio, open_tasks, subject, tasks, zero_shot
+from secateur.measure import Accuracy, accuracy_ratio, evaluation, open_tasks, tasks, zero_shot
 from secateur.measure.evaluation import evaluate
-from secateur.measure.zero_shot import AccuracyRatio
+from secateur.measure.tasks import AccuracyRatio
 from secateur.report.eval_table import eval_table
 
 PAIRS = [
@@ -266,6 +266,6 @@ def test_the_command_writes_tasks_and_refuses_typos_in_one_line(checkpoint_folde
     assert "Zero-shot: mine 6 items, other 6 items; ± one standard error." in found.out
     (model,) = json.loads(out.read_text())["models"]
     assert [(task["name"], len(task["acc"]["outcomes"])) for task in model["tasks"]] == [("mine", 6), ("other", 6)]
-    monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load", lambda *_: pytest.fail("a model was loaded"))
     refused(run(*command, "--tasks", "mine,gone"), "task gone cannot be loaded: ")
     refused(run(*command, "--tasks", "mine", "--limit", "-1"), "Invalid value for '--limit'")

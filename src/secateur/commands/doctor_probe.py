@@ -72,12 +72,12 @@ def _llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
     """Generate text with llama.cpp's library, from a .gguf file."""
     from secateur.checkpoints.tokens import encode
     from secateur.measure.generation import greedy_tokens
-    from secateur.measure.subject import LlamaCppFile
+    from secateur.measure.llama_cpp import LlamaCppFile, LlamaCppModel
 
-    file = LlamaCppFile.of(request["out"])
+    file = LlamaCppFile(request["out"])
     tokenizer = file.tokenizer()
     prompt = encode(tokenizer, request["prompt"], special=True)
-    (tokens,) = greedy_tokens(file.load(), [prompt], ends=[], new_tokens=request["new"])
+    (tokens,) = greedy_tokens(LlamaCppModel(file), [prompt], ends=[], new_tokens=request["new"])
     return {"message": f"generates: {' '.join(tokenizer.decode([*prompt, *tokens]).split())[-80:]}"}
 
 

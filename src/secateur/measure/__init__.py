@@ -2,7 +2,6 @@
 
 from secateur.measure.perplexity import perplexity
 from secateur.measure.speed import speeds
-from secateur.measure.tasks import open_tasks
-from secateur.measure.zero_shot import Accuracy, accuracy_ratio, zero_shot
+from secateur.measure.tasks import Accuracy, accuracy_ratio, open_tasks, zero_shot
 
 __all__ = ["Accuracy", "accuracy_ratio", "open_tasks", "perplexity", "speeds", "zero_shot"]

@@ -15,14 +15,14 @@ from secateur.checkpoints.facts import positions_of
 from secateur.checkpoints.tokens import begins_with_bos
 from secateur.measure.answers import AnswerTest
 from secateur.measure.figures import Evaluation, ModelScore, short
-from secateur.measure.generation import check_prompts, generate
+from secateur.measure.generation import generate
+from secateur.measure.loading import Model, load, open_to_measure
 from secateur.measure.perplexity import perplexity
 from secateur.measure.speed import speeds
-from secateur.measure.subject import Model, Subject, open_subject
-from secateur.measure.tasks import OpenTask, open_tasks
-from secateur.measure.zero_shot import zero_shot
+from secateur.measure.tasks import OpenTask, open_tasks, zero_shot
 from secateur.text import calibration
 from secateur.text.calibration import ScoredRows, check_calibration
+from secateur.text.documents import has_chat_template
 from secateur.text.sources import RANDOM
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 32
@@ -32,7 +32,7 @@ PROMPT_TOKENS, NEW_TOKENS = 512, 32
 class _Opened(NamedTuple):
     """A model that is opened but not loaded, with the rows to score it on."""
 
-    subject: Subject
+    model: Model
     tokenizer: Any
     rows: dict[str, ScoredRows]
     """Rows by source of text."""
@@ -89,23 +89,22 @@ def evaluate(
         raise SecateurError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
     where = pick_device(device)
     parse_memory(memory)
-    check_prompts(prompts)
+    if any(not prompt.strip() for prompt in prompts):
+        raise SecateurError("a prompt is empty; give some words for the models to continue")
     for text in texts:
         if text == RANDOM:
             raise SecateurError("random token ids cannot be scored; name a text file or a data set")
         check_calibration(text, length=length)
-    subjects = []
+    models = []
     for name in (model,) if against is None else (model, against):
         with busy_reading(watcher, "Opening", name):
-            subjects.append(
-                open_subject(name, revision=revision if name == model else None, trust_remote_code=trust_remote_code)
-            )
+            named = revision if name == model else None
+            models.append(open_to_measure(name, revision=named, trust_remote_code=trust_remote_code))
     # All texts and tasks are read before a model is loaded, so that mistakes are found first.
     opened_tasks = open_tasks(tasks, limit=limit, task_path=task_path, watcher=watcher)
     needs_tokenizer = bool(texts or opened_tasks or prompts)
     opened = [
-        _open(one, needs_tokenizer or (answers and one.model.has_tokenizer), texts, length, tokens, watcher)
-        for one in subjects
+        _open(one, needs_tokenizer or (answers and one.has_tokenizer), texts, length, tokens, watcher) for one in models
     ]
     if any(not torch.equal(opened[0].rows[text].ids, opened[-1].rows[text].ids) for text in texts):
         watcher.note(
@@ -117,9 +116,9 @@ def evaluate(
     networks: list[Any] = []
     # The second model comes first, as its answers run through the other one.
     for one in reversed(opened):
-        with watcher.busy(f"Loading {one.subject.model.source}"):
-            network = one.subject.load(getattr(torch, dtype), where, memory=memory, whole=speed, watcher=watcher)
-        scores.insert(0, _score(one, network, opened_tasks, test, prompts, subjects[0].model.dtype, watcher))
+        with watcher.busy(f"Loading {one.model.source}"):
+            network = load(one.model, getattr(torch, dtype), where, memory=memory, whole=speed, watcher=watcher)
+        scores.insert(0, _score(one, network, opened_tasks, test, prompts, models[0].dtype, watcher))
         # Both models stay in memory only if they are run in turns.
         networks[:0] = [network] if speed else []
         del network
@@ -130,19 +129,14 @@ def evaluate(
 
 
 def _open(
-    subject: Subject,
-    needs_tokenizer: bool,
-    texts: Sequence[str],
-    length: int,
-    tokens: int | None,
-    watcher: Watcher,
+    model: Model, needs_tokenizer: bool, texts: Sequence[str], length: int, tokens: int | None, watcher: Watcher
 ) -> _Opened:
     """Read the tokenizer and the texts of a model."""
-    tokenizer, rows = subject.model.tokenizer() if needs_tokenizer else None, {}
+    tokenizer, rows = model.tokenizer() if needs_tokenizer else None, {}
     for text in texts:
         with busy_reading(watcher, "Reading", text):
-            rows[text] = scored_rows(subject.model, tokenizer, text, length, tokens)
-    return _Opened(subject, tokenizer, rows)
+            rows[text] = scored_rows(model, tokenizer, text, length, tokens)
+    return _Opened(model, tokenizer, rows)
 
 
 def _score(
@@ -155,8 +149,8 @@ def _score(
     watcher: Watcher,
 ) -> ModelScore:
     """Measure all figures of a model but its speed."""
-    subject, tokenizer, rows = opened
-    name = short(subject.model.source)
+    model, tokenizer, rows = opened
+    name = short(model.source)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     texts = {
         text: perplexity(network, scored.ids, text_bytes=scored.bytes, watcher=watcher, what=f"{name} on {short(text)}")
@@ -165,7 +159,7 @@ def _score(
     results = zero_shot(network, tokenizer, tasks, watcher=watcher, what=f"{name} on")
     tracked = watcher.track(prompts, f"{name} writes") if prompts else ()
     return ModelScore(
-        subject.model.source,
+        model.source,
         parameters,
         parameters * stored_dtype.itemsize,
         str(stored_dtype).removeprefix("torch."),
@@ -173,7 +167,7 @@ def _score(
         texts=texts,
         tasks=results,
         answers=None if test is None else test.score(network, tokenizer, name),
-        chat_template=bool(getattr(tokenizer, "chat_template", None)),
+        chat_template=has_chat_template(tokenizer),
         written={prompt: generate(network, tokenizer, prompt) for prompt in tracked},
     )
 

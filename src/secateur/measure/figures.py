@@ -7,7 +7,7 @@ from secateur.base.files import local_path
 from secateur.measure.answers import AnswerScore
 from secateur.measure.perplexity import Perplexity
 from secateur.measure.speed import Speed
-from secateur.measure.zero_shot import AccuracyRatio, TaskResult, accuracy_ratio
+from secateur.measure.tasks import Accuracy, AccuracyRatio, TaskResult, accuracy_ratio
 
 
 @dataclass
@@ -92,17 +92,21 @@ class Evaluation:
         return figures
 
     def _accuracies(self) -> list[Figure]:
-        figures = []
-        for results in zip(*(model.tasks for model in self.models), strict=True):
-            for metric in results[0].accuracies():
-                accuracies = [result.accuracies()[metric] for result in results]
-                label = f"{results[0].name} {metric}"
-                found = accuracy_ratio(*accuracies) if len(accuracies) == 2 else None
-                ratio, interval = (found.ratio, found.interval) if found else (None, None)
-                errors = tuple(accuracy.standard_error for accuracy in accuracies)
-                values = [accuracy.value for accuracy in accuracies]
-                figures.append(Figure(label, values, ratio, "{:.3f}", errors, interval))
+        figures, ratios = [], self.accuracy_ratios()
+        for label, accuracies in self._by_task().items():
+            ratio, interval = (found.ratio, found.interval) if (found := ratios.get(label)) else (None, None)
+            errors = tuple(accuracy.standard_error for accuracy in accuracies)
+            values = [accuracy.value for accuracy in accuracies]
+            figures.append(Figure(label, values, ratio, "{:.3f}", errors, interval))
         return figures
+
+    def _by_task(self) -> dict[str, list[Accuracy]]:
+        """Return the accuracy of each model, by task and metric."""
+        return {
+            f"{results[0].name} {metric}": [result.accuracies()[metric] for result in results]
+            for results in zip(*(model.tasks for model in self.models), strict=True)
+            for metric in results[0].accuracies()
+        }
 
     def _speeds(self) -> list[Figure]:
         speeds = [model.speed for model in self.models if model.speed is not None]
@@ -118,11 +122,7 @@ class Evaluation:
         """Return the first model's accuracies over the second's, by task and metric; empty for one model."""
         if len(self.models) < 2:
             return {}
-        ratios = {
-            f"{first.name} {metric}": accuracy_ratio(accuracy, second.accuracies()[metric])
-            for first, second in zip(self.models[0].tasks, self.models[1].tasks, strict=True)
-            for metric, accuracy in first.accuracies().items()
-        }
+        ratios = {label: accuracy_ratio(*accuracies) for label, accuracies in self._by_task().items()}
         return {label: ratio for label, ratio in ratios.items() if ratio is not None}
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Text that a model generates after prompts: always the likeliest token (greedy)."""
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -12,14 +13,9 @@ from secateur.base.quiet import quiet
 from secateur.checkpoints.facts import positions_of
 from secateur.checkpoints.tokens import encode, encode_start, rendered
 from secateur.measure.perplexity import check_ids, device_of, scoring
+from secateur.text.documents import has_chat_template
 
 MAX_NEW_TOKENS = 80
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise `SecateurError` if a prompt is empty."""
-    if any(not prompt.strip() for prompt in prompts):
-        raise SecateurError("a prompt is empty; give some words for the models to continue")
 
 
 def generate(network: Any, tokenizer: Any, prompt: str) -> str:
@@ -47,7 +43,7 @@ def prompt_ids(tokenizer: Any, prompt: str, without_template: str | None = None)
     Raises:
         SecateurError: The chat template or the tokenizer refuses the prompt.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(tokenizer):
         return [int(token) for token in encode_start(tokenizer, without_template or prompt)]
     messages = [{"role": "user", "content": prompt}]
     return encode(tokenizer, rendered(tokenizer, messages, add_generation_prompt=True))
@@ -114,7 +110,8 @@ def greedy_tokens(
             )
     finally:
         network.generation_config = before
-    return [_until(ends, row) for row in tokens[:, longest:].tolist()]
+    # The tokens before the first one that ends a text.
+    return [list(takewhile(lambda token: token not in ends, row)) for row in tokens[:, longest:].tolist()]
 
 
 class _EachStep(LogitsProcessor):
@@ -135,8 +132,3 @@ def check_logits(largest: torch.Tensor) -> None:
     """Raise `SecateurError` where the largest logit of some token is not finite."""
     if not bool(largest.isfinite().all()):
         raise SecateurError("the model's logits are not finite: its weights are damaged, or its dtype overflows")
-
-
-def _until(ends: Sequence[int], tokens: list[int]) -> list[int]:
-    """Return the tokens before the first one that ends a text."""
-    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]

@@ -1,4 +1,5 @@
-"""Models loaded through transformers to be scored."""
+"""Models to measure: opened, and loaded. transformers runs them, or llama.cpp runs a GGUF file that transformers cannot
+read."""
 
 import shutil
 import tempfile
@@ -9,14 +10,38 @@ import torch
 
 from secateur.base.errors import SecateurError
 from secateur.base.memory import parse_memory, rss_bytes
-from secateur.base.progress import Watcher
+from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import quiet
-from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from secateur.gguf.llama_cpp import library
+from secateur.measure.llama_cpp import LlamaCppFile, LlamaCppModel
 from secateur.model.per_layer import model_class
+
+Model = Checkpoint | LlamaCppFile
+
+
+def open_to_measure(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Model:
+    """Open a model to measure it.
+
+    Raises:
+        SecateurError: As `open_checkpoint`, unless the model is a GGUF file and llama.cpp's library is installed.
+    """
+    try:
+        return open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+    except SecateurError as error:
+        try:
+            file = LlamaCppFile(model)
+        except Exception:  # The reader maps the file into memory, and fails in many ways on a broken one.
+            raise error from None
+        try:
+            library()
+        except SecateurError as missing:
+            raise SecateurError(f"{error}; llama.cpp may be able to run it, but {missing}") from error
+        return file
 
 
 def load(
-    checkpoint: Checkpoint,
+    model: Model,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -24,12 +49,12 @@ def load(
     whole: bool = False,
     watcher: Watcher | None = None,
 ) -> Any:
-    """Load a model through transformers.
+    """Load a model to score it.
 
     If the model takes more memory than the process may use, its layers stay on disk and are read at every forward.
 
     Args:
-        checkpoint: The model.
+        model: The model. A file that llama.cpp runs is loaded as it is, whatever the other arguments say.
         dtype: Dtype to compute in.
         device: Device to compute on.
         memory: Limit on the memory of the process; see `parse_memory`.
@@ -39,26 +64,27 @@ def load(
     Raises:
         SecateurError: Weights are missing or of another shape, which transformers would replace by random ones.
     """
-    size = checkpoint.entries * dtype.itemsize
+    watcher = watcher or Silent()
+    if isinstance(model, LlamaCppFile):
+        watcher.note(f"{model.source} runs in llama.cpp on the CPU, because transformers cannot read it")
+        return LlamaCppModel(model)
+    size = model.entries * dtype.itemsize
     offloads = not whole and device.type == "cpu" and size > parse_memory(memory) - rss_bytes()
     options: dict[str, Any] = {}
     if offloads:
-        if checkpoint.quantised:
+        if model.quantised:
             raise SecateurError(
-                f"{checkpoint.source}: its dequantised weights take {size / 1e9:,.2f} GB of memory, but --memory "
+                f"{model.source}: its dequantised weights take {size / 1e9:,.2f} GB of memory, but --memory "
                 "leaves less; raise --memory, or evaluate the pruned model"
             )
-        if watcher is not None:
-            watcher.note(
-                f"{checkpoint.source} is read from disk as it runs, since it would take {size / 1e9:,.2f} GB of memory"
-            )
+        watcher.note(f"{model.source} is read from disk as it runs, since it would take {size / 1e9:,.2f} GB of memory")
         # The folder takes weights whose stored form differs from the model's.
         options = {"device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(prefix="secateur-")}
     with quiet():
-        auto = model_class(checkpoint.config, checkpoint.multimodal_config)
+        auto = model_class(model.config, model.multimodal_config)
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        network, info = checkpoint.load(auto, dtype, **options)
-    _check_complete(checkpoint, info)
+        network, info = model.load(auto, dtype, **options)
+    _check_complete(model, info)
     if offloads:
         weakref.finalize(network, shutil.rmtree, options["offload_folder"], ignore_errors=True)
         return network.eval()

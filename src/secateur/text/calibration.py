@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from secateur.base.errors import SecateurError
 from secateur.checkpoints.tokens import EncodedText, begins_with_bos, encode
 from secateur.text.data_sets import MAX_CHARACTERS, Split
 from secateur.text.documents import is_file, read_documents
-from secateur.text.general import general_ids, general_rows, spread
+from secateur.text.general import general_documents, general_rows, spread
 from secateur.text.sources import GENERAL, RANDOM, STDIN, text_added_to_general
 from secateur.text.windows import checked_ids, windows
 
@@ -27,7 +27,7 @@ _CHARACTERS_PER_TOKEN = 16
 """Number of characters read for each token that evaluation needs; this is enough in every script."""
 _MIN_CHARACTERS = 1_000_000
 """Smallest number of characters read for evaluation, for texts with unusual words."""
-_cache: ContextVar[dict[Any, Any] | None] = ContextVar("_cache", default=None)
+_cache: ContextVar[dict[Any, dict[str, Tensor]] | None] = ContextVar("_cache", default=None)
 """Token ids of sources that were read inside `cached_token_ids`."""
 
 
@@ -147,12 +147,10 @@ def calibration_rows(
             allowed = _plain_ids(tokenizer, vocab_size)
             return allowed[torch.randint(len(allowed), (count, body), generator=generator)]
         required = _require(tokenizer, source)
-        if source == GENERAL:
-            ids_of_kinds = {kind: portion.of(ids) for kind, ids in _general_ids(required, vocab_size).items()}
-            if to_train:
-                return windows(torch.cat([*ids_of_kinds.values()]), count, body, generator)
-            return general_rows(ids_of_kinds, samples=count, body=body, generator=generator)
-        ids = portion.of(_text_ids(required, source, split, MAX_CHARACTERS, vocab_size))
+        kinds = {kind: portion.of(ids) for kind, ids in _ids_of_kinds(required, source, split, vocab_size).items()}
+        if source == GENERAL and not to_train:
+            return general_rows(kinds, samples=count, body=body, generator=generator)
+        ids = torch.cat([*kinds.values()])
         _check_enough(source, ids, 1 if to_train else count, length, len(bos), option)
         return windows(ids, count, body, generator)
 
@@ -207,8 +205,9 @@ def consecutive_rows(
         raise SecateurError(f"tokens is {tokens}, which does not fill one row of length {length}: use more")
     bos = _bos(tokenizer, vocab_size)
     enough = MAX_CHARACTERS if tokens is None else max(_CHARACTERS_PER_TOKEN * tokens, _MIN_CHARACTERS)
-    text = _text(_require(tokenizer, source), source, split, min(MAX_CHARACTERS, enough))
-    encoded = EncodedText.of(tokenizer, text)
+    tokenizer = _require(tokenizer, source)
+    documents = read_documents(source, tokenizer, split=split, characters=min(MAX_CHARACTERS, enough))
+    encoded = EncodedText.of(tokenizer, _JOIN.join(documents))
     ids = checked_ids(encoded.ids, vocab_size)
     _check_enough(source, ids, 1, length, len(bos), SAMPLES)
     return _rows_of(encoded, ids, bos, length, None if tokens is None else tokens // length)
@@ -255,13 +254,8 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int) -
         source: A source as in `calibration_rows`.
         vocab_size: Number of rows of the model's embedding; every id is below it.
     """
-    parts: list[Tensor] = []
-    for part in [GENERAL, text] if (text := text_added_to_general(source)) else [source]:
-        if part == GENERAL:
-            parts += _general_ids(tokenizer, vocab_size).values()
-        else:
-            parts.append(_text_ids(tokenizer, part, "calibration", MAX_CHARACTERS, vocab_size))
-    return parts
+    parts = [GENERAL, text] if (text := text_added_to_general(source)) else [source]
+    return [ids for part in parts for ids in _ids_of_kinds(tokenizer, part, "calibration", vocab_size).values()]
 
 
 @contextmanager
@@ -275,29 +269,16 @@ def cached_token_ids() -> Iterator[None]:
         _cache.reset(token)
 
 
-def _text_ids(
-    tokenizer: PreTrainedTokenizerBase, source: str, split: Split, characters: int, vocab_size: int
-) -> Tensor:
-    """Return all documents of a source as one sequence of ids, int64 (tokens)."""
+def _ids_of_kinds(tokenizer: PreTrainedTokenizerBase, source: str, split: Split, vocab_size: int) -> dict[str, Tensor]:
+    """Return all ids of each kind of text in a source, int64 (tokens); only `general` has several kinds."""
     cache = {} if (current := _cache.get()) is None else current
-    key = (tokenizer.name_or_path, source, split, characters, vocab_size)
+    key = (tokenizer.name_or_path, source, split, vocab_size)
     if key not in cache:
-        cache[key] = checked_ids(encode(tokenizer, _text(tokenizer, source, split, characters)), vocab_size)
-    return cast("Tensor", cache[key])
-
-
-def _general_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Tensor]:
-    """Return the ids of each kind of the general text (tokens)."""
-    cache = {} if (current := _cache.get()) is None else current
-    key = (tokenizer.name_or_path, GENERAL, vocab_size)
-    if key not in cache:
-        cache[key] = general_ids(tokenizer, vocab_size)
-    return cast("dict[str, Tensor]", cache[key])
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, source: str, split: Split, characters: int) -> str:
-    """Return all documents of a source as one text."""
-    return _JOIN.join(read_documents(source, tokenizer, split=split, characters=characters))
+        is_general = source == GENERAL
+        kinds = general_documents(tokenizer) if is_general else {source: read_documents(source, tokenizer, split=split)}
+        texts = {kind: _JOIN.join(documents) for kind, documents in kinds.items()}
+        cache[key] = {kind: checked_ids(encode(tokenizer, text), vocab_size) for kind, text in texts.items()}
+    return cache[key]
 
 
 def _require(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:

@@ -1,7 +1,7 @@
 """Calibration rows of a run: which source each row comes from, and which step uses it."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from secateur.base.memory import available_bytes
 from secateur.base.progress import busy_reading
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.text.calibration import SampleOption, calibration_rows
+from secateur.text.calibration import SAMPLES, SampleOption, calibration_rows
 from secateur.text.self_calibration import self_rows
 from secateur.text.sources import RANDOM, SELF
 
@@ -142,12 +142,7 @@ def draw(
         SecateurError: A source cannot be read or is too short, or the model cannot generate text.
     """
     _check_memory(request)
-
-    def rows(source: str, count: int, option: SampleOption) -> Tensor:
-        if source == SELF and not dry:
-            return _generated(stream, tokenizer, request, count, option)
-        return _read(stream, tokenizer, request, source, count, option)
-
+    rows = partial(_rows, stream, tokenizer, request, dry=dry)
     refit = request.refit_samples or 0
     chosen, shared = request.samples + request.held_out, refit if request.refit_source == request.source else 0
     option = SampleOption("refit-samples", chosen) if shared else SampleOption("samples", request.held_out)
@@ -155,7 +150,7 @@ def draw(
     selection, held_out, separate = drawn.split([request.samples, request.held_out, shared])
     if refit > shared:
         separate = rows(request.refit_source, refit, SampleOption(request.refit_option))
-    random = rows(RANDOM, request.samples, SampleOption()) if request.random_ids else None
+    random = rows(RANDOM, request.samples, SAMPLES) if request.random_ids else None
     return CalibrationRows(
         request,
         selection,
@@ -166,41 +161,35 @@ def draw(
     )
 
 
-def _generated(stream: BlockStream, tokenizer: Any, request: RowRequest, count: int, option: SampleOption) -> Tensor:
-    """Return rows that the model generates, on one process for all."""
+def _rows(
+    stream: BlockStream,
+    tokenizer: Any,
+    request: RowRequest,
+    source: str,
+    count: int,
+    option: SampleOption,
+    *,
+    dry: bool,
+) -> Tensor:
+    """Return rows of one source, which one process reads, draws or lets the model generate for all processes."""
     services, checkpoint = stream.services, stream.checkpoint
+    size: dict[str, Any] = {"samples": count, "length": request.length, "seed": request.seed}
 
     def generate() -> list[Any]:
-        size = {"samples": count, "length": request.length, "seed": request.seed}
         rows = self_rows(checkpoint, tokenizer, **size, device=stream.device, watcher=services.watcher)
         return list(rows.tolist())
 
-    name = f"written-{option.name}"
-    return torch.tensor(services.saved_result(name, lambda: stream.processes.broadcast(generate)))
-
-
-def _read(
-    stream: BlockStream, tokenizer: Any, request: RowRequest, source: str, count: int, option: SampleOption
-) -> Tensor:
-    """Return rows that are read or drawn, by one process for all."""
-    services, checkpoint = stream.services, stream.checkpoint
-    if source == SELF:
-        size = f"{checkpoint.bytes / 1e9:,.2f} GB"
-        services.watcher.note(f"The whole model ({size}) is loaded first, because it generates the calibration text")
-
     def read() -> list[Any]:
-        rows = calibration_rows(
-            tokenizer,
-            RANDOM if source == SELF else source,
-            samples=count,
-            length=request.length,
-            seed=request.seed,
-            vocab_size=checkpoint.config.vocab_size,
-            max_positions=checkpoint.max_positions,
-            option=option,
-        )
-        return list(rows.tolist())
+        limits = {"vocab_size": checkpoint.config.vocab_size, "max_positions": checkpoint.max_positions}
+        readable = RANDOM if source == SELF else source
+        return list(calibration_rows(tokenizer, readable, **size, **limits, option=option).tolist())
 
+    if source == SELF and not dry:
+        name = f"written-{option.name}"
+        return torch.tensor(services.saved_result(name, lambda: stream.processes.broadcast(generate)))
+    if source == SELF:
+        held = f"{checkpoint.bytes / 1e9:,.2f} GB"
+        services.watcher.note(f"The whole model ({held}) is loaded first, because it generates the calibration text")
     with busy_reading(services.watcher, "Reading", source):
         return torch.tensor(stream.processes.broadcast(read))
 

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.tokens import encode
-from secateur.text.jsonl import render_or_join
-from secateur.text.windows import checked_ids, windows
+from secateur.text.documents import render_or_join
+from secateur.text.windows import windows
 
 REPEATED, REPEATED_IDS = "repeated", "repeated ids"
 TEXT_SHARES = {"encyclopaedia": 20, "spaced": 20, "code": 20, "chat": 20, "mathematics": 16}
@@ -29,22 +28,16 @@ FILE = Path(__file__).with_name("general.jsonl.xz")
 """Documents, one JSON object a line: `kind`, and `text` or `messages`."""
 
 
-def general_ids(tokenizer: Any, vocab_size: int) -> dict[str, Tensor]:
-    """Return the token ids of all documents of each kind of text, int64 (tokens).
-
-    Args:
-        tokenizer: The model's tokenizer.
-        vocab_size: Number of rows of the model's embedding.
-    """
-    texts = {kind: "\n\n".join(_documents(kind, tokenizer)) for kind in TEXT_SHARES}
-    return {kind: checked_ids(encode(tokenizer, text), vocab_size) for kind, text in texts.items()}
+def general_documents(tokenizer: Any) -> dict[str, list[str]]:
+    """Return the documents of each kind of text; the tokenizer's chat template renders conversations."""
+    return {kind: _documents(kind, tokenizer) for kind in TEXT_SHARES}
 
 
 def general_rows(ids: dict[str, Tensor], *, samples: int, body: int, generator: torch.Generator) -> Tensor:
     """Draw rows of all kinds, spread evenly: every stretch of rows holds about the same mixture.
 
     Args:
-        ids: Token ids of each kind of text, from `general_ids`.
+        ids: Token ids of each kind of text (tokens).
         samples: Number of rows.
         body: Tokens in a row.
         generator: Source of randomness.
