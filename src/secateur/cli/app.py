@@ -26,7 +26,7 @@ from secateur.cli.retrain import retrain
 from secateur.cli.sizes import sizes
 from secateur.cli.streams import protect_streams
 from secateur.cli.survey import survey
-from secateur.cli.terminal import EXIT_INTERRUPTED, IS_WORKER, exit_interrupted
+from secateur.cli.terminal import EXIT_INTERRUPTED, IS_WORKER
 from secateur.cli.trim import trim
 
 app = typer.Typer(
@@ -95,13 +95,14 @@ def main() -> None:
         command_path = getattr(getattr(error, "ctx", None), "command_path", "secateur")
         _fail(f"{error.format_message().rstrip('.')}; see {command_path} --help")  # type: ignore[attr-defined]
     except OSError as error:
-        if (message := _os_error_message(error)) is None:
+        if error.filename is None:
             raise
-        _fail(message)
+        advice = "free some space and run again" if is_disk_full(error) else "check the path and its permissions"
+        _fail(f"{error.filename}: {error.strerror}; {advice}")
     except (typer.Abort, KeyboardInterrupt):
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
-        exit_interrupted("no partial output is left")
+        terminal.log.print("interrupted: no partial output is left")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -115,21 +116,6 @@ def _interrupt_on_signals() -> None:
     # Under `nohup`, SIGHUP is ignored and stays so.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, interrupt)
-
-
-def _os_error_message(error: OSError) -> str | None:
-    """Return the line for an operating-system error, or None if the user cannot do anything about it."""
-    disk_full = is_disk_full(error)
-    if error.filename is not None:
-        advice = "free some space and run again" if disk_full else "check the path and its permissions"
-        return f"{error.filename}: {error.strerror}; {advice}"
-    return str(terminal.output_full_error()) if disk_full and _raised_by_printing(error) else None
-
-
-def _raised_by_printing(error: OSError) -> bool:
-    """Return whether the error is from standard output, such as while a library prints the help."""
-    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return bool(frame.f_globals["__name__"] == protect_streams.__module__)
 
 
 def _fail(message: str) -> NoReturn:

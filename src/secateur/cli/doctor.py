@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, expand_options
@@ -28,12 +27,10 @@ def doctor(
     bars = Bars()
     with bars.loading():
         from secateur.commands.doctor import check_engines
+        from secateur.report.tables import make_table
 
     engines = check_engines(out, trust_remote_code=run_options.trust_remote_code, watcher=bars)
-    table = Table(title="Engines", title_justify="left", show_lines=True)
-    for name in ("engine", "version", "runs", "result"):
-        table.add_column(name)
     marks = {True: "yes", False: "no", None: ""}
-    for engine in engines:
-        table.add_row(engine.name, engine.version or "", marks[engine.runs], engine.message)
+    rows = [(engine.name, engine.version or "", marks[engine.runs], engine.message) for engine in engines]
+    table = make_table("Engines", ("engine", "version", "runs", "result"), rows, texts=range(4), lines=True)
     print_result(engines, table, [f"{engine.name}: {engine.command}" for engine in engines if engine.runs is not False])

@@ -1,10 +1,16 @@
 """`secateur families`: list the model families that can be pruned."""
 
-from rich.table import Table
-
 from secateur.cli.bars import Bars
 from secateur.cli.generate import expand_options
 from secateur.cli.terminal import print_result
+
+COLUMNS = (
+    "model_type",
+    "heads can be removed",
+    "feed-forward units",
+    "number of heads in --format stock",
+    "GGUF architecture",
+)
 
 
 @expand_options
@@ -15,17 +21,8 @@ def families() -> None:
     """
     with Bars().loading():
         from secateur.commands.families import list_families
+        from secateur.report.tables import make_table
 
-    table = Table(title="Families", title_justify="left")
-    for name in (
-        "model_type",
-        "heads can be removed",
-        "feed-forward units",
-        "number of heads in --format stock",
-        "GGUF architecture",
-    ):
-        table.add_column(name)
     found = list_families()
-    for row in found:
-        table.add_row(*row)
+    table = make_table("Families", COLUMNS, found, texts=range(len(COLUMNS)))
     print_result(found, table, [f"{len(found)} families. --format hf stores every pruned model of these families."])

@@ -32,9 +32,12 @@ def prune(
     """
     bars = Bars()
     with bars.loading():
-        from secateur.report.json_values import json_value
         from secateur.report.tables import prune_table
         from secateur.steps.prune import prune as run
 
     done = run(model, out, options, run_options, watcher=bars)
-    print_result({"out": out, **json_value(done)}, *prune_table(done, out), bars.times())
+    print_result(
+        {"out": out, **vars(done)},
+        *prune_table(done, out),
+        bars.times(),
+    )

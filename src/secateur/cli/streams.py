@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
+from secateur.base.errors import SecateurError
+from secateur.base.files import is_disk_full
+
 SUBSTITUTES = {"█": "#", "·": ".", "±": "+-", "→": "->", **dict(zip("▁▂▃▄▅▆▇", "1234567", strict=True))}
 """ASCII text for the characters of our tables, for streams whose encoding lacks them."""
 
 
 class LossyStream:
-    """A text stream that drops text which cannot be written, instead of raising an error."""
+    """A text stream that drops text which nobody reads, and, if it is standard error, text which cannot be written."""
 
-    def __init__(self, stream: TextIO, dropped: type[OSError]):
-        self._stream, self._dropped = stream, dropped
+    def __init__(self, stream: TextIO, *, is_output: bool):
+        self._stream, self._is_output = stream, is_output
 
     def write(self, text: str) -> int:
         """Write the text if possible; return its length in any case."""
@@ -33,10 +36,16 @@ class LossyStream:
     def _dropping(self) -> Iterator[None]:
         try:
             yield
-        except self._dropped as error:
-            if isinstance(error, BrokenPipeError):
-                # Nobody reads the rest, which Python would write once more at exit.
+        except OSError as error:
+            is_full, is_unread = self._is_output and is_disk_full(error), isinstance(error, BrokenPipeError)
+            if is_full or is_unread:
+                # Python would write the rest once more at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if is_full:
+                message = "standard output: the device is full; free some space or print elsewhere"
+                raise SecateurError(message) from error
+            if self._is_output and not is_unread:
+                raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -73,6 +82,6 @@ def protect_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     elif sys.stderr is sys.__stderr__:
-        sys.stderr = cast(TextIO, LossyStream(cast(TextIO, sys.stderr), OSError))
+        sys.stderr = cast(TextIO, LossyStream(cast(TextIO, sys.stderr), is_output=False))
     if sys.stdout is not None and sys.stdout is sys.__stdout__:
-        sys.stdout = cast(TextIO, LossyStream(cast(TextIO, sys.stdout), BrokenPipeError))
+        sys.stdout = cast(TextIO, LossyStream(cast(TextIO, sys.stdout), is_output=True))

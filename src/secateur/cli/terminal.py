@@ -2,31 +2,27 @@
 
 import json
 import logging
+import math
 import os
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from secateur import __version__
 from secateur.base.errors import SecateurError
-from secateur.base.files import is_disk_full, real_path
+from secateur.base.files import real_path
 from secateur.base.options import option
 from secateur.base.output import REPORT, REPORT_KEY, Output
-from secateur.report.json_values import json_value
 
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 MESSAGES = "Messages"
 """Panel of the options that every command has."""
-
-LONG_WORD = 20
-"""Number of characters from which on a word of a table, such as a path, may be broken."""
 
 IS_WORKER = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 """Whether this is one of several processes, but not rank 0: it prints errors only."""
@@ -88,14 +84,11 @@ def print_result(result: Any, table: Table | None, lines: list[str], times: str 
         table: Printed first.
         lines: Printed below the table.
         times: Durations of the steps, printed last.
-
-    Raises:
-        SecateurError: Standard output is full.
     """
     if IS_WORKER:
         return
     if output_options.json is not None:
-        value = json_value(result)
+        value = _json_value(result)
         found = {REPORT_KEY: f"secateur {__version__}", **(value if isinstance(value, dict) else {"results": value})}
         text = json.dumps(found, indent=2)
         if output_options.json_printed:
@@ -104,37 +97,27 @@ def print_result(result: Any, table: Table | None, lines: list[str], times: str 
             with _report as partial:
                 partial.write_text(f"{text}\n")
     console = Console(highlight=False, markup=False)
-    try:
-        if table is not None:
-            _keep_figures_whole(table)
-            console.print(table, crop=False)
-        for line in [*lines, f"Time: {times}."] if times else lines:
-            console.print(line, soft_wrap=True)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise output_full_error("; the output files are complete") from error
+    if table is not None:
+        console.print(table, crop=False)
+    for line in [*lines, f"Time: {times}."] if times else lines:
+        console.print(line, soft_wrap=True)
 
 
-def _keep_figures_whole(table: Table) -> None:
-    """Make columns as wide as their figures and short words, whatever the width of the terminal; the rest is folded."""
-    for column in table.columns:
-        column.overflow = "fold"
-        cells = [str(cell) for cell in column.cells]
-        words = cells if column.justify == "right" else [word[:LONG_WORD] for cell in cells for word in cell.split()]
-        column.min_width = max(map(len, words), default=0)
+def _json_value(value: Any) -> Any:
+    """Return a value as JSON can hold it.
 
-
-def output_full_error(detail: str = "") -> SecateurError:
-    """Return the error for a full device behind standard output.
-
-    Text that is still buffered is discarded, as writing it at exit would fail once more.
+    Data classes and named tuples become dictionaries, paths become text, and numbers that are not finite become None.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return SecateurError(f"standard output: the device is full{detail}; free some space or print elsewhere")
-
-
-def exit_interrupted(state: str) -> NoReturn:
-    """Exit after an interrupt, with one line on what is left on disk."""
-    log.print(f"interrupted: {state}")
-    sys.exit(EXIT_INTERRUPTED)
+    if hasattr(value, "as_dict"):
+        return _json_value(value.as_dict())
+    if hasattr(value, "_asdict"):
+        return _json_value(value._asdict())
+    if is_dataclass(value):
+        return {field.name: _json_value(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

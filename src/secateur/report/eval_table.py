@@ -8,6 +8,7 @@ from secateur.measure.answers import ANSWER_TOKENS, LOOP, AnswerScore
 from secateur.measure.figures import Evaluation, Figure, ModelScore, short
 from secateur.measure.speed import Speed
 from secateur.report.summary import bos_note
+from secateur.report.tables import make_table
 
 WITH_TEMPLATE = "answers them as a user's message in its chat template"
 AS_TEXT = "continues them as text, as it has no chat template"
@@ -19,12 +20,7 @@ KNOWN = 2
 def eval_table(result: Evaluation) -> tuple[Table, list[str]]:
     """Return the table of an evaluation, and lines about the measurements to print below it."""
     names = _names(result)
-    table = Table(title="Evaluation", title_justify="left")
-    table.add_column("")
-    for name in (*names, "ratio")[: 3 if len(names) == 2 else 1]:
-        table.add_column(name, justify="right", overflow="fold")
-    for figure in result.figures():
-        table.add_row(figure.label, *_values(figure), *_ratio(figure))
+    table = make_table("Evaluation", ["", *names, "ratio"][: 4 if len(names) == 2 else 2], _rows(result))
     lines = measurement_notes(result, names)
     for prompt in result.models[0].written:
         texts = (f"{name}: {model.written[prompt]}" for name, model in zip(names, result.models, strict=True))
@@ -94,7 +90,12 @@ def _answers(score: AnswerScore, names: Sequence[str]) -> str:
 
 def measured_rows(result: Evaluation) -> list[tuple[str, ...]]:
     """Return the figures of two compared models that only an evaluation gives: label, both values, ratio."""
-    return [(figure.label, *_values(figure), *_ratio(figure)) for figure in result.figures()[KNOWN:]]
+    return _rows(result)[KNOWN:]
+
+
+def _rows(result: Evaluation) -> list[tuple[str, ...]]:
+    """Return a row of each figure: its label, the value of each model, and the ratio of two models."""
+    return [(figure.label, *_values(figure), *_ratio(figure)) for figure in result.figures()]
 
 
 def _values(figure: Figure) -> list[str]:

@@ -1,6 +1,6 @@
 """Statements about a pruned model, made from its record (secateur.json), that card and page share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from secateur.base.words import format_count, joined
 from secateur.fit.recovery import all_recoveries
 from secateur.formats.format import format_class
 from secateur.model.axes import Width, totals
-from secateur.report.summary import estimated_loss, pruned_part
+from secateur.report.summary import before_and_after, estimated_loss, pruned_part
 from secateur.write.record import tokens_kept
 
 
@@ -81,17 +81,14 @@ def _chain(record: Mapping[str, Any]) -> list[str]:
 
 def _sizes(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Return rows of a table of sizes: label, value before pruning, value after pruning, ratio."""
-    forms = {
+    forms: dict[str, tuple[str, Callable[[int], str]]] = {
         "parameters": ("parameters", format_count),
         "bytes": ("weights, stored alike", lambda value: f"{value / 1e6:,.1f} MB"),
         "cache_bytes": ("KV cache per token", "{:,} B".format),
         "vocabulary": ("tokens of the vocabulary", "{:,}".format),
     }
-    rows = []
-    for key, (before, after) in record["sizes"].items():
-        label, form = forms[key]
-        rows.append((label, form(before), form(after), f"{after / before:.3f}" if before else ""))
-    return rows
+    labelled = ((*forms[key], tuple(pair)) for key, pair in record["sizes"].items())
+    return [before_and_after(label, pair, form) for label, form, pair in labelled]
 
 
 def _last_step(record: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Results of each command, which tables, pages and JSON show."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from secateur.model.axes import Width, alike, model_width, present
 from secateur.plan.problem import Plan
@@ -170,6 +170,15 @@ class Trimmed:
     """Bits per byte of calibration text whose tokens were not counted; None where the choice ignores the text."""
     loading: str
     """Line that says how to load the folder."""
+
+
+T = TypeVar("T", bound=float)
+
+
+def before_and_after(label: str, pair: tuple[T, T], form: Callable[[T], str]) -> tuple[str, str, str, str]:
+    """Return a row of a table: label, value before and value after a step in some form, and their ratio."""
+    before, after = pair
+    return label, form(before), form(after), f"{after / before:.3f}" if before else ""
 
 
 def pruned_part(blocks: str | None) -> str:

@@ -1,7 +1,7 @@
-"""Tables of the commands prune, plan, survey and sizes for the terminal, each with lines to print below it."""
+"""Tables of the commands for the terminal, each with lines to print below it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -16,6 +16,7 @@ from secateur.report.summary import (
     Summary,
     SurveySummary,
     Trimmed,
+    before_and_after,
     bos_note,
     each_keeps,
     estimated_loss,
@@ -23,24 +24,61 @@ from secateur.report.summary import (
 )
 
 BARS = " ▁▂▃▄▅▆▇█"
+BEFORE_AFTER = ("", "before", "after", "ratio")
+LONG_WORD = 20
+"""Number of characters from which on a word of a table, such as a path, may be broken."""
+
+
+def make_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    texts: Collection[int] = (0,),
+    lines: bool = False,
+) -> Table:
+    """Return a table whose figures and short words are never broken, whatever the width of the terminal.
+
+    Args:
+        title: Title above the table.
+        columns: Headings.
+        rows: Cells of each row.
+        texts: Places of the columns that hold text; the others hold figures.
+        lines: Whether a line is drawn between two rows.
+    """
+    rows = list(rows)
+    table = Table(title=title, title_justify="left", show_lines=lines)
+    for number, name in enumerate(columns):
+        cells = [row[number] for row in rows]
+        words = cells if number not in texts else [word[:LONG_WORD] for cell in cells for word in cell.split()]
+        table.add_column(
+            name,
+            justify="left" if number in texts else "right",
+            overflow="fold",
+            min_width=max(map(len, words), default=0),
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.2f} MB"
 
 
 def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
     """Return a table of sizes before and after pruning, and lines about the run."""
-    table = Table(title="Expected" if summary.is_dry_run else "Pruned", title_justify="left")
-    for name in ("", "before", "after", "ratio"):
-        table.add_column(name, justify="right" if name else "left")
     dense, pruned = list(summary.dense), summary.pruned_widths()
     left = totals(pruned)
     figures: list[tuple[str, tuple[int, int], Callable[[int], str]]] = [
         ("parameters", summary.parameters, format_count),
-        ("weights, stored alike", summary.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
+        ("weights, stored alike", summary.bytes, _megabytes),
         ("KV cache per token", summary.cache_bytes, "{:,} B".format),
         *([] if summary.vocabulary is None else [("vocabulary", summary.vocabulary, "{:,}".format)]),
         *((label, (before, left[label]), "{:,}".format) for label, before in totals(dense).items()),
     ]
-    for label, (before, after), form in figures:
-        table.add_row(label, form(before), form(after), f"{after / before:.3f}" if before else "")
+    title = "Expected" if summary.is_dry_run else "Pruned"
+    table = make_table(title, BEFORE_AFTER, [before_and_after(*figure) for figure in figures])
     lines = [f"{_removed(summary.sparsity, summary.blocks)}; {_widths(summary)}."]
     lines += [] if summary.uniform else profile(dense, pruned)
     lines += [f"Note: {summary.note}."] if summary.note else []
@@ -49,18 +87,14 @@ def prune_table(summary: Summary, out: Path) -> tuple[Table, list[str]]:
 
 def trim_table(done: Trimmed, out: Path) -> tuple[Table, list[str]]:
     """Return a table of sizes before and after tokens were cut, and lines about the new folder."""
-    table = Table(title="Trimmed", title_justify="left")
-    for name in ("", "before", "after", "ratio"):
-        table.add_column(name, justify="right" if name else "left")
-    figures: list[tuple[str, tuple[float, float], Callable[[float], str]]] = [
-        ("vocabulary", done.tokens, "{:,}".format),
-        ("parameters", done.parameters, format_count),
-        ("weights on disk", done.bytes, lambda value: f"{value / 1e6:,.2f} MB"),
+    rows = [
+        before_and_after("vocabulary", done.tokens, "{:,}".format),
+        before_and_after("parameters", done.parameters, format_count),
+        before_and_after("weights on disk", done.bytes, _megabytes),
     ]
-    figures += [] if done.bits_per_byte is None else [("bits per byte", done.bits_per_byte, "{:.4f}".format)]
-    for label, (before, after), form in figures:
-        table.add_row(label, form(before), form(after), f"{after / before:.3f}")
-    return table, [f"Written to {out}", done.loading]
+    if done.bits_per_byte is not None:
+        rows.append(before_and_after("bits per byte", done.bits_per_byte, "{:.4f}".format))
+    return make_table("Trimmed", BEFORE_AFTER, rows), [f"Written to {out}", done.loading]
 
 
 def _expectation(summary: Summary, out: Path) -> list[str]:
@@ -113,20 +147,20 @@ def plan_table(proposal: Proposal, out: Path | None) -> tuple[Table, list[str]]:
     """Return a table of a plan, one row for each block, and lines about the whole plan."""
     plan = proposal.plan
     axes = [axis_kinds()[name] for name in dict.fromkeys(name for width in proposal.dense for name in width)]
-    table = Table(title="Plan", title_justify="left")
+    kept = f"kept:\n{', '.join(dict.fromkeys(kind.role for kind in axes))}"
     # Names of axes take two lines, so that bars fit next to them.
-    for name in ("block", *(fill(kind.label, 14) for kind in axes)):
-        table.add_column(name, justify="right")
-    table.add_column(f"kept:\n{', '.join(dict.fromkeys(kind.role for kind in axes))}")
+    columns = ["block", *(fill(kind.label, 14) for kind in axes), kept]
+    rows = []
     for index, (dense, width) in enumerate(zip(proposal.dense, proposal.pruned_widths(), strict=True)):
         cells = [f"{width[kind.name]:,}/{dense[kind.name]:,}" if kind.name in dense else "" for kind in axes]
-        table.add_row(str(index), *cells, " ".join(_bar(share, 12) for share in shares(width, dense).values()))
+        rows.append((str(index), *cells, " ".join(_bar(share, 12) for share in shares(width, dense).values())))
     before, after = map(format_count, proposal.parameters)
     lines = [f"{_removed(plan.sparsity, proposal.blocks)}; the whole model has {after} of {before} parameters."]
     if plan.cost is not None:
         lines.append(estimated_loss(plan.cost))
     lines += [f"Note: {plan.note}."] if plan.note else []
-    return table, lines + ([] if out is None else [f"Written to {out}; prune with --plan {out}"])
+    lines += [] if out is None else [f"Written to {out}; prune with --plan {out}"]
+    return make_table("Plan", columns, rows, texts=[len(axes) + 1]), lines
 
 
 def _bar(share: float, length: int) -> str:
@@ -136,18 +170,15 @@ def _bar(share: float, length: int) -> str:
 
 def survey_table(result: SurveySummary, out: Path) -> tuple[Table, list[str]]:
     """Return a table of plans, one row for each sparsity, and lines about the files of the survey."""
-    table = Table(title="Plans by sparsity", title_justify="left")
     units = totals(result.dense)
-    for name in ("sparsity", "parameters", *units, "estimated loss increase (nats per token)"):
-        table.add_column(name, justify="right")
     rows = []
     for share, plan in result.plans.items():
         widths = [plan.widths.get(index, width) for index, width in enumerate(result.dense)]
         kept = [f"{after:,}/{units[label]:,}" for label, after in totals(widths).items()]
         rows.append((f"{plan.sparsity:.1%}", format_count(result.parameters[share]), *kept, f"{plan.cost or 0.0:.3f}"))
+    columns = ("sparsity", "parameters", *units, "estimated loss increase (nats per token)")
     # A small model may have one plan for several sparsities.
-    for row in dict.fromkeys(rows):
-        table.add_row(*row)
+    table = make_table("Plans by sparsity", columns, dict.fromkeys(rows), texts=())
     page = out / "survey.html"
     return table, [
         f"Open {page} in a browser to choose a size; it needs no network. The survey itself is {out / 'survey.json'}",
@@ -164,15 +195,13 @@ def sizes_table(sizes: Sequence[ModelSize], out: Path, length: int) -> tuple[Tab
         length: Tokens in each row that was scored.
     """
     dense = sizes[0]
-    table = Table(title="Sizes", title_justify="left")
-    table.add_column("model", overflow="fold")
-    for name in ("sparsity", "parameters", "MB", *(Path(text).name for text in dense.perplexity)):
-        table.add_column(name, justify="right")
+    rows = []
     for size in sizes:
         ratios = [f"{value:.2f} ({value / dense.perplexity[text]:.2f}x)" for text, value in size.perplexity.items()]
         figures = (f"{size.sparsity:.1%}", format_count(size.parameters), f"{size.bytes / 1e6:,.1f}")
-        table.add_row(size.folder, *figures, *ratios)
+        rows.append((size.folder, *figures, *ratios))
+    columns = ("model", "sparsity", "parameters", "MB", *(Path(text).name for text in dense.perplexity))
     files = "sizes.json and sizes.png are" if dense.perplexity else "sizes.json is"
     advice = "" if dense.perplexity else "; with --perplexity TEXT there is a plot as well"
     scored = [f"Perplexity: of rows of {length} tokens, each scored on its own."] if dense.perplexity else []
-    return table, [*scored, f"{files} in {out}{advice}"]
+    return make_table("Sizes", columns, rows), [*scored, f"{files} in {out}{advice}"]
