@@ -89,7 +89,6 @@ ARGUMENTS = [
     ("survey model --out full", "full: exists and is not empty; choose another name or add --over"),
     ("survey model --out full --overwrite", "full: not overwritten, because it contains other files (thesis.tex); "),
     ("sizes model --out sizes --sparsities .1,x", "--sparsities is '.1,x'; write fractions separated by commas, for"),
-    ("sizes model --out sizes --sparsities .1,.2,.1", "--sparsities is '.1,.2,.1', which contains a number twice;"),
     ("prune model out --calibration random --length 32 --samples 100000000000", "samples is 100,000,000,000"),
     ("prune model out --sparsity 1/4", "--sparsity is '1/4'; write a fraction such as 0.25 or 25%"),
     ("sizes model --out sizes --sparsities .25,.25000001", "sparsity-0.25: two sizes would have the same name; leave"),

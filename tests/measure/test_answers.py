@@ -21,7 +21,7 @@ from secateur.measure import answers, perplexity
 from secateur.measure.answers import ANSWER_TOKENS, agreement, greedy_answers, loop_share, loops, packaged_prompts
 from secateur.measure.evaluation import evaluate
 from secateur.measure.generation import greedy_tokens, prompt_ids
-from secateur.report.eval_table import measured_rows
+from secateur.report.tables import measured_rows
 from secateur.text.documents import render_or_join
 
 VOCAB = 128

@@ -18,7 +18,7 @@ from secateur.measure.evaluation import evaluate
 from secateur.measure.generation import greedy_tokens
 from secateur.measure.llama_cpp import LlamaCppFile, LlamaCppModel
 from secateur.measure.loading import load, open_to_measure
-from secateur.report.eval_table import eval_table
+from secateur.report.tables import eval_table
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
 WIDTHS = {"llama": "adaptive", "gemma4_text small": "adaptive", "olmo2": "uniform"}

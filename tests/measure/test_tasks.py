@@ -17,7 +17,7 @@ from outputs import error_of
 from secateur.measure import Accuracy, accuracy_ratio, evaluation, open_tasks, tasks, zero_shot
 from secateur.measure.evaluation import evaluate
 from secateur.measure.tasks import AccuracyRatio
-from secateur.report.eval_table import eval_table
+from secateur.report.tables import eval_table
 
 PAIRS = [
     ("w1 w2 w3", " w4 w5"),

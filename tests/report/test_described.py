@@ -19,9 +19,9 @@ from secateur import draw_rows, open_model, prune
 from secateur.measure.answers import AnswerScore
 from secateur.measure.figures import Evaluation, ModelScore
 from secateur.report.card import card
-from secateur.report.eval_table import measurement_notes
 from secateur.report.model_page import CURVE_WIDTH, model_page
 from secateur.report.summary import each_keeps
+from secateur.report.tables import measurement_notes
 
 UNITS = ("heads", "kv_groups", "channels")
 NASTY = '<script>window.broken = 1</script> "quoted" `code` | [link](x) é'

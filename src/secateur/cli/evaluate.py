@@ -8,9 +8,8 @@ import typer
 
 from secateur.base.errors import SecateurError
 from secateur.cli.bars import Bars
-from secateur.cli.generate import Only, expand_options
+from secateur.cli.generate import WHAT_TO_MEASURE, Model, Only, ScoredTokens, expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, parse_list
 from secateur.steps.options import COMPUTING, OUTPUT, RunOptions
 
 _measured = partial(typer.Option, rich_help_panel=WHAT_TO_MEASURE)
@@ -102,8 +101,8 @@ def evaluate(
     bars = Bars()
     with bars.loading():
         from secateur.measure.evaluation import evaluate as run
-        from secateur.report.eval_table import eval_table, measured_rows, measurement_notes
         from secateur.report.folder import add_measurements, check_base, check_record
+        from secateur.report.tables import eval_table, measured_rows, measurement_notes
 
     if report:
         if against is None:
@@ -116,7 +115,7 @@ def evaluate(
         texts=perplexity or [],
         length=length,
         tokens=tokens or None,
-        tasks=list(parse_list(tasks)),
+        tasks=[name for part in tasks.split(",") if (name := part.strip())],
         limit=limit or None,
         task_path=task_path,
         speed=speed,

@@ -2,54 +2,71 @@
 
 A command is a plain function with dataclasses as parameters: `Options`, `RunOptions` or any other whose fields are
 declared by `secateur.base.options.option`. On the command line, each field is an option; the function gets an object of
-the dataclass. `Only(...)` and `Without(...)` in the annotation of a parameter select some of the fields.
+the dataclass. `Only(...)` in the annotation of a parameter selects some of the fields.
 """
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.base.options import OptionSpec, cli_name, option_specs
 from secateur.cli import terminal
 from secateur.cli.terminal import MESSAGES, OutputOptions, set_output_options
-from secateur.cli.values import WHAT_TO_MEASURE, parse_fraction
 from secateur.steps.options import RunOptions
 
+WHAT_TO_MEASURE = "What to measure"
+"""Panel of the options that select measurements."""
 _PANELS = ("Target", "Method", "Calibration", WHAT_TO_MEASURE, "Training", "Output", "Computing", MESSAGES)
 """Panels in the order of the help; the panel of the paper's variants follows."""
 JSON_ONLY = {"overwrite": {"help": "Replace the file of --json, if secateur wrote it."}}
 """Help of `--overwrite` in commands without another output."""
 
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="The model: a folder in Hugging Face format, a hub id (owner/name) or a .gguf file.",
+        show_default=False,
+    ),
+]
+PrunedFolder = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="The folder of a pruned, trimmed or retrained model.", show_default=False),
+]
+ScoredTokens = Annotated[
+    int,
+    typer.Option(
+        help="Number of tokens to score, from the start of each text; 0 for all.",
+        min=0,
+        rich_help_panel=WHAT_TO_MEASURE,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Only:
     """Selection of the fields that a command has as options."""
 
-    names: tuple[str, ...]
-    check: Callable[[dict[str, Any]], None] = lambda _: None
-    """Check of the values that only this command makes, before the dataclass makes its own."""
-    ignored: tuple[str, ...] = ()
+    names: Collection[str]
+    ignored: Collection[str] = ()
     """Fields that the command accepts and ignores, so that options can be copied from another command."""
     texts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Entries of a field's `OptionSpec` that differ in this command, such as `help`, by name of the field."""
-
-    def selects(self, name: str) -> bool:
-        """Return whether a field becomes an option."""
-        return name in self.names
+    check: Callable[[dict[str, Any]], None] = lambda _: None
+    """Check of the values that only this command makes, before the dataclass makes its own."""
 
 
-class Without(Only):
-    """Selection of the fields that a command does not have as options."""
-
-    def selects(self, name: str) -> bool:
-        """Return whether a field becomes an option."""
-        return name not in self.names
+def other_options(owner: type, *names: str) -> list[str]:
+    """Return the names of all options of a dataclass but some."""
+    return [name for name in option_specs(owner) if name not in names]
 
 
 @dataclass(frozen=True)
@@ -57,11 +74,11 @@ class _Group:
     """Dataclass of options behind one parameter of a command."""
 
     owner: type
-    selection: Only = field(default_factory=lambda: Without(()))
+    selection: Only
 
     @property
     def specs(self) -> dict[str, OptionSpec]:
-        selected = {name: spec for name, spec in option_specs(self.owner).items() if self.selection.selects(name)}
+        selected = {name: spec for name, spec in option_specs(self.owner).items() if name in self.selection.names}
         return {name: spec._replace(**self.selection.texts.get(name, {})) for name, spec in selected.items()}
 
     def parameters(self) -> list[tuple[str, inspect.Parameter]]:
@@ -89,7 +106,7 @@ def expand_options(function: Callable[..., None]) -> Callable[..., None]:
     """Return a function for typer in which each dataclass parameter is replaced by its options, sorted by panel."""
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     groups = {parameter.name: group for parameter in parameters if (group := _group(parameter.annotation))}
-    output, of_json = _Group(OutputOptions), list[_Group]()
+    output, of_json = _Group(OutputOptions, Only(other_options(OutputOptions))), list[_Group]()
     if not any("overwrite" in group.specs for group in groups.values()):
         of_json = [_Group(RunOptions, Only(("overwrite",), texts=JSON_ONLY))]
     options = [entry for group in (*groups.values(), output, *of_json) for entry in group.parameters()]
@@ -128,7 +145,7 @@ def _group(annotation: Any) -> _Group | None:
     owner, *notes = get_args(annotation) or (annotation,)
     if not (is_dataclass(owner) and isinstance(owner, type)):
         return None
-    return _Group(owner, *(note for note in notes if isinstance(note, Only)))
+    return _Group(owner, *(notes or [Only(other_options(owner))]))
 
 
 def _parameter(owner: type, name: str, spec: OptionSpec, hint: Any, hidden: bool) -> inspect.Parameter:
@@ -149,9 +166,20 @@ def _parameter(owner: type, name: str, spec: OptionSpec, hint: Any, hidden: bool
 def _fraction_parser(flag: str) -> Callable[[str], float]:
     # Not functools.partial: older typers need a function with a name.
     def parse(text: str) -> float:
-        return parse_fraction(flag, text)
+        try:
+            return fraction(text)
+        except ValueError:
+            raise SecateurError(f"{flag} is '{text}'; write a fraction such as 0.25 or 25%") from None
 
     return parse
+
+
+def fraction(text: str) -> float:
+    """Return a fraction that is written as 0.25 or as 25%; raise `ValueError` if the text is neither."""
+    number, sign, rest = text.strip().partition("%")
+    if rest:
+        raise ValueError
+    return float(number) / 100 if sign else float(number)
 
 
 def _default(owner: type, name: str) -> Any:

@@ -7,9 +7,8 @@ import typer
 
 from secateur.base.options import option_specs
 from secateur.cli.bars import Bars
-from secateur.cli.generate import Without, expand_options
+from secateur.cli.generate import Model, Only, expand_options, other_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import Model
 from secateur.steps.options import OUTPUT, Options, RunOptions
 
 FITTED = tuple(name for name, one in option_specs(Options).items() if one.fit_only)
@@ -21,8 +20,8 @@ WRITTEN = ("dry_run", "push_to_hub")
 @expand_options
 def plan(
     model: Model,
-    options: Annotated[Options, Without(FITTED, ignored=FITTED)],
-    run_options: Annotated[RunOptions, Without(WRITTEN, ignored=WRITTEN)],
+    options: Annotated[Options, Only(other_options(Options, *FITTED), FITTED)],
+    run_options: Annotated[RunOptions, Only(other_options(RunOptions, *WRITTEN), WRITTEN)],
     out: Annotated[
         Path | None,
         typer.Option(

@@ -1,11 +1,13 @@
 """`secateur retrain`: train a pruned folder further."""
 
+from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from secateur.cli.bars import Bars
-from secateur.cli.generate import Only, expand_options
+from secateur.cli.generate import Only, PrunedFolder, expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import OutFolder, PrunedFolder
 from secateur.retraining.options import Training
 from secateur.steps.options import RunOptions
 
@@ -22,7 +24,7 @@ TEXTS = {
 @expand_options
 def retrain(
     folder: PrunedFolder,
-    out: OutFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
     training: Training,
     run_options: Annotated[RunOptions, Only(("device", "memory", "overwrite", "restart"), texts=TEXTS)],
 ) -> None:

@@ -9,9 +9,8 @@ import typer
 from secateur.base.errors import SecateurError
 from secateur.base.names import FORMATS
 from secateur.cli.bars import Bars
-from secateur.cli.generate import Without, expand_options
+from secateur.cli.generate import WHAT_TO_MEASURE, Model, Only, ScoredTokens, expand_options, fraction, other_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import WHAT_TO_MEASURE, Model, ScoredTokens, parse_fractions
 from secateur.steps.options import TARGET, WIDTHS, Options, RunOptions
 
 ONE_SIZE = ("sparsity", "target", "plan")
@@ -27,8 +26,8 @@ OWN_SURVEY = {"survey": {"default_text": "survey.json in the folder of --out"}}
 @expand_options
 def sizes(
     model: Model,
-    options: Annotated[Options, Without((*ONE_SIZE, "type"), texts=TEXTS)],
-    run_options: Annotated[RunOptions, Without(("dry_run", "push_to_hub"), texts=OWN_SURVEY)],
+    options: Annotated[Options, Only(other_options(Options, *ONE_SIZE, "type"), texts=TEXTS)],
+    run_options: Annotated[RunOptions, Only(other_options(RunOptions, "dry_run", "push_to_hub"), texts=OWN_SURVEY)],
     out: Annotated[
         Path,
         typer.Option(
@@ -57,12 +56,16 @@ def sizes(
 
     Example: secateur sizes ./SmolLM2-135M --out sizes --sparsities .1,.25,.5 --calibration a.txt --perplexity b.txt
     """
-    fractions = parse_fractions("--sparsities", sparsities)
+    try:
+        fractions = sorted(fraction(part) for part in sparsities.split(","))
+    except ValueError:
+        example = "write fractions separated by commas, for example .1,.25,.5"
+        raise SecateurError(f"--sparsities is '{sparsities}'; {example}") from None
     if options.widths not in WIDTHS:
         raise SecateurError(f"widths is '{options.widths}'; for several sizes it must be one of {', '.join(WIDTHS)}")
     if options.output_format.suffix is not None:
         raise SecateurError("sizes writes folders: use --format hf, then run secateur export on each")
-    each = [replace(options, sparsity=fraction) for fraction in fractions]
+    each = [replace(options, sparsity=one) for one in fractions]
     bars = Bars()
     with bars.loading():
         from secateur.commands.sizes import sizes as run

@@ -6,16 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from secateur.base.errors import SecateurError
-from secateur.base.options import option_specs
 from secateur.cli.bars import Bars
-from secateur.cli.generate import Only, expand_options
+from secateur.cli.generate import Model, Only, expand_options, other_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import Model
 from secateur.criteria.choice import parse_choice
 from secateur.steps.options import OUTPUT, SURVEYED, Options, RunOptions
-
-NOT_SURVEYED = tuple(name for name in option_specs(Options) if name not in SURVEYED)
-"""Options on which a survey does not depend."""
 
 
 def _refuse_similarity(values: dict[str, Any]) -> None:
@@ -30,7 +25,7 @@ def _refuse_similarity(values: dict[str, Any]) -> None:
 @expand_options
 def survey(
     model: Model,
-    options: Annotated[Options, Only(SURVEYED, _refuse_similarity, NOT_SURVEYED)],
+    options: Annotated[Options, Only(SURVEYED, other_options(Options, *SURVEYED), check=_refuse_similarity)],
     run_options: Annotated[
         RunOptions, Only(("device", "memory", "revision", "family", "trust_remote_code", "overwrite", "restart"))
     ],

@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from secateur.cli.bars import Bars
-from secateur.cli.generate import Only, expand_options
+from secateur.cli.generate import Model, Only, expand_options
 from secateur.cli.terminal import print_result
-from secateur.cli.values import Model
 from secateur.steps.options import Options, RunOptions
 
 TEXTS = {

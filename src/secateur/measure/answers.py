@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -59,10 +59,9 @@ class AnswerScore:
     the two models' tokenizers differ."""
 
 
-@cache
-def packaged_prompts() -> tuple[str, ...]:
+def packaged_prompts() -> list[str]:
     """Return the prompts of the package."""
-    return tuple(FILE.read_text(encoding="utf-8").strip().split("\n\n"))
+    return FILE.read_text(encoding="utf-8").strip().split("\n\n")
 
 
 def question_ids(tokenizer: Any, prompt: str) -> list[int]:
