@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from secateur.model.surgery import assign, kept_inputs, output_weight, stored_we
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS
 from secateur.numerics.moments import Moments
+from secateur.survey import gram_estimator
 from secateur.survey.curves import ErrorCurve, Probe, Survey, load_survey, save_survey
 from secateur.survey.probes import DRAWN_TOKENS, LIKELY_TOKENS, POSITION_STRIDE, divergences, sampled_tokens
 from secateur.survey.survey import survey
@@ -40,7 +40,6 @@ CASES: list[tuple[str, str]] = [
     ("gemma2", "channels"),
     ("gpt_neox", "heads"),
 ]
-SHARES = (0.25, 0.6)
 INDEX = 1
 """Index of the block that is tested."""
 
@@ -148,27 +147,25 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder, name):
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_partial_probe_is_the_refitted_model(checkpoint_folder, monkeypatch, name, kind):
-    monkeypatch.setattr(sys.modules["secateur.survey.curve_estimator"], "PROBED_SHARES", SHARES)
+    # At this share, the refit of every model shows.
+    monkeypatch.setattr(gram_estimator, "PROBED_SHARE", 0.6)
     found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
     plain = Plain(name, kind)
     axis = plain.module.cut_axes[-1].name
-    curve, units = curve_of(found, kind, axis), plain.module.axis(axis).units
-    counts = [gone for gone in dict.fromkeys(round(units * share) for share in SHARES) if 0 < gone < units]
-    probes = [p for p in found.probes if (p.block, p.kind, p.removes_module) == (INDEX, kind, False)]
-    assert len(probes) == len(counts) > 0
-    for gone, probe in zip(counts, probes, strict=True):
-        assert probe.error == pytest.approx(curve.errors[gone] - curve.errors[0], rel=1e-6)
-        kept = plain.kept(axis, gone)
-        entries = kept_inputs(plain.module, kept)
-        weight = torch.zeros_like(plain.old)
-        weight[entries] = plain.refitted(entries)
-        changed = copy.deepcopy(dense(name))
-        stored = stored_weight(plain.module, (weight / plain.gain).float())
-        assign(layers_of(changed)[INDEX], plain.module.output_projection.name, stored)
-        keep = whole_block(name) | {kind: kept}
-        wanted = divergence(name, {INDEX: keep}, changed)
-        assert probe.divergence == pytest.approx(wanted, rel=3e-3, abs=1e-6)
-        assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.01 * wanted, "the refit does not show"
+    curve, gone = curve_of(found, kind, axis), round(0.6 * plain.module.axis(axis).units)
+    (probe,) = [p for p in found.probes if (p.block, p.kind, p.removes_module) == (INDEX, kind, False)]
+    assert probe.error == pytest.approx(curve.errors[gone] - curve.errors[0], rel=1e-6)
+    kept = plain.kept(axis, gone)
+    entries = kept_inputs(plain.module, kept)
+    weight = torch.zeros_like(plain.old)
+    weight[entries] = plain.refitted(entries)
+    changed = copy.deepcopy(dense(name))
+    stored = stored_weight(plain.module, (weight / plain.gain).float())
+    assign(layers_of(changed)[INDEX], plain.module.output_projection.name, stored)
+    keep = whole_block(name) | {kind: kept}
+    wanted = divergence(name, {INDEX: keep}, changed)
+    assert probe.divergence == pytest.approx(wanted, rel=3e-3, abs=1e-6)
+    assert abs(divergence(name, {INDEX: keep}) - wanted) > 0.01 * wanted, "the refit does not show"
 
 
 def test_a_broken_last_norm_is_an_error(checkpoint_folder, tmp_path):

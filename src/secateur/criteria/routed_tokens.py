@@ -58,6 +58,10 @@ class RoutedTokens:
         """Return the weighted squared error of an output for some tokens (m)."""
         return (self.target_nd[tokens] - output_md).square().sum(1) * self.weight_n[tokens]
 
+    def summed_energy(self, y_nd: Tensor) -> float:
+        """Return the weighted sum over all tokens of ||y_n||^2."""
+        return float((y_nd.square().sum(1) * self.weight_n).sum(dtype=torch.float64))
+
     def rerouted_output(self, tokens: Tensor, before: Routes, output_md: Tensor, after: Routes) -> Tensor:
         """Return the output for some tokens with new routes (m x d), from their output with the routes before.
 

@@ -21,7 +21,7 @@ MIN_RIDGE = 1e-4
 
 def share_left_by_refit(
     routed: RoutedTokens,
-    scale_n: Tensor,
+    scale_n1: Tensor,
     unit: Callable[[Tensor], Tensor],
     experts: Tensor,
     channels: Mapping[int, Tensor] | None,
@@ -31,9 +31,9 @@ def share_left_by_refit(
 
     Args:
         routed: Tokens at the mixture, with their targets and weights.
-        scale_n: Factor of each token's error.
+        scale_n1: Factor of each token's error.
         unit: Function that converts weights and biases of output projections to the units of errors, without
-            `scale_n`.
+            `scale_n1`.
         experts: Indices of the kept experts.
         channels: Kept channels by expert; None if all experts keep all channels. The shared expert may be missing.
         ridge: Ridge of the refit.
@@ -45,15 +45,11 @@ def share_left_by_refit(
     def projection_inputs(expert: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of an expert (m), and the inputs of its output projection times gate and scale (m x f)."""
         tokens, rows_mf = mixture.gated_input(expert, routed.x_nd, routes)
-        return tokens, rows_mf * scale_n[tokens][:, None]
+        return tokens, rows_mf * scale_n1[tokens]
 
     def keep_channels(expert: int, values: Tensor, axis: int) -> Tensor:
         """Return the part of a tensor that belongs to the kept channels of an expert."""
         return values if channels is None or expert not in channels else values.index_select(axis, channels[expert])
-
-    def error() -> float:
-        """Return the squared error summed over all tokens."""
-        return float((residual_nd.square().sum(1) * routed.weight_n).sum(dtype=torch.float64))
 
     for expert in parts:
         tokens, rows_mf = projection_inputs(expert)
@@ -63,18 +59,17 @@ def share_left_by_refit(
             # The targets do not contain the output of the dense shared expert.
             output_md -= rows_mf @ weight_fd
         elif (bias := mixture[expert].bias) is not None:
-            output_md += (routes.of(expert)[1] * scale_n[tokens])[:, None] * unit(bias)
+            output_md += routes.of(expert)[1][:, None] * scale_n1[tokens] * unit(bias)
         residual_nd.index_add_(0, tokens, -output_md)
-    before = error()
+    before = routed.summed_energy(residual_nd)
     for expert in parts:
         tokens, rows_mf = projection_inputs(expert)
-        width, rows_ms = rows_mf.shape[1], keep_channels(expert, rows_mf, 1)
-        root_m1 = routed.weight_n[tokens].sqrt()[:, None]
+        root_m1, rows_ms = routed.weight_n[tokens].sqrt()[:, None], keep_channels(expert, rows_mf, 1)
         if len(tokens):
-            penalty = ridge * (1 + width / len(tokens))
+            penalty = ridge * (1 + rows_mf.shape[1] / len(tokens))
             residuals = leave_one_out_residuals(rows_ms * root_m1, residual_nd[tokens] * root_m1, penalty)
             residual_nd[tokens] = residuals / root_m1
-    return min(error() / before, 1.0) if before else 1.0
+    return min(routed.summed_energy(residual_nd) / before, 1.0) if before else 1.0
 
 
 def leave_one_out_residuals(x_ms: Tensor, r_md: Tensor, ridge: float) -> Tensor:

@@ -19,13 +19,12 @@ from torch import Tensor
 from secateur.criteria.experts import MAX_TOKENS, expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.criteria.statistics import module_seed
-from secateur.model.axes import Axis
 from secateur.model.kinds import KINDS
 from secateur.model.mixture import Mixture
 from secateur.model.rows import Batch
 from secateur.model.stream import FilledModule
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
-from secateur.survey.curve_estimator import PROBED_SHARES, CurveEstimator, ModuleActivations
+from secateur.survey.curve_estimator import PROBED_SHARE, CurveEstimator
 from secateur.survey.curves import ErrorCurve
 from secateur.survey.expert_refit import share_left_by_refit
 from secateur.survey.probes import Cut
@@ -55,95 +54,58 @@ class MixtureEstimator(CurveEstimator):
         self._samples = [torch.empty(0, 2 * stream.width + 2, device=stream.device)]
         """Inputs, outputs, error scales and weights of sampled tokens (m x d + d + 1 + 1), by batch."""
 
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        """Experts, and channels of all experts if channels may be removed."""
-        return tuple(axis for axis in self.module.axes if axis.name == EXPERTS or axis.kind in self._kinds)
-
-    def add(
-        self, activations: ModuleActivations, inverse_rms_bt1: Tensor | None, norms_n1: Tensor, batch: Batch
-    ) -> None:
+    def add(self, inverse_rms_bt1: Tensor | None, norms_n1: Tensor, batch: Batch) -> None:
         """Add evenly spaced tokens of a batch to the sample, whatever other batches this process has."""
-        width, scale_n = self.stream.width, norms_n1[:, 0].reciprocal()
-        scale_n = scale_n if inverse_rms_bt1 is None else scale_n * inverse_rms_bt1.reshape(-1)
-        x_md, z_md, scale_m1 = (
-            values[:: self._stride]
-            for values in (
-                activations.module_input.reshape(-1, width),
-                activations.output.reshape(-1, width),
-                scale_n[:, None],
-            )
-        )
-        weight_m1 = torch.full_like(scale_m1, batch.choice_weight or batch.weight)
-        self._samples.append(torch.cat([x_md, z_md, scale_m1, weight_m1], 1))
+        scale_n1 = norms_n1.reciprocal()
+        scale_n1 = scale_n1 if inverse_rms_bt1 is None else scale_n1 * inverse_rms_bt1.reshape(-1, 1)
+        weight_n1 = torch.full_like(scale_n1, batch.choice_weight or batch.weight)
+        parts = (self.module_input.flatten(0, -2), self.output.flatten(0, -2), scale_n1, weight_n1)
+        self._samples.append(torch.cat([part[:: self._stride] for part in parts], 1))
 
-    def probe_inputs(self, activations: ModuleActivations) -> Tensor:
-        """Return the inputs of the mixture."""
-        return activations.module_input
+    def measure(self, ridge: float, seed: int) -> tuple[list[ErrorCurve], list[Cut]]:
+        """Return the errors of unchanged weights, and cuts to half of the experts and to none.
 
-    def reduce(self, ridge: float, seed: int) -> bool:
-        """Gather the sample; one process measures."""
-        width, processes = self.stream.width, self.stream.processes
-        self.owner = processes.assign_owner(MAX_TOKENS * width * self.module.units * self.module.units_inside)
-        x_nd, z_nd, scale_n1, weight_n1 = processes.gather(torch.cat(self._samples)).split([width, width, 1, 1], 1)
+        There is a curve of experts, and one of the channels of all experts if channels may be removed.
+        """
+        width, module, processes = self.stream.width, self.module, self.stream.processes
+        self.owner = processes.assign_owner(MAX_TOKENS * width * module.units * module.units_inside)
+        # The sample is larger than the module itself, so that it is not kept.
+        sample, self._samples = torch.cat(self._samples), []
+        x_nd, z_nd, scale_n1, weight_n1 = processes.gather(sample).split([width, width, 1, 1], 1)
         if processes.rank != self.owner:
-            return False
-        self._scale_n, weight_n, self._ridge = scale_n1[:, 0], weight_n1[:, 0], ridge
-        self._seed = module_seed(seed, self.index, self.module.role)
-        output_nd = self._error_units(z_nd, torch.arange(len(z_nd), device=z_nd.device))
-        self._count = float(weight_n.sum(dtype=torch.float64))
-        self._energy = float((output_nd.square().sum(1) * weight_n).sum(dtype=torch.float64)) / self._count
-        self._routed = RoutedTokens(self._mixture, x_nd, output_nd, weight_n, self._error_units)
-        return True
+            return [], []
 
-    def _error_units(self, y_md: Tensor, tokens_m: Tensor) -> Tensor:
-        """Return outputs of some tokens in the units of errors, which are relative to the residual stream."""
-        return self.norm.scale(y_md) * self._scale_n[tokens_m][:, None]
+        def to_error_units(y_md: Tensor, tokens_m: Tensor) -> Tensor:
+            """Return outputs of some tokens in the units of errors, which are relative to the residual stream."""
+            return self.norm.scale(y_md) * scale_n1[tokens_m]
 
-    def curve(self, axis: Axis) -> tuple[ErrorCurve, list[Cut]]:
-        """Return the errors of unchanged weights, with the share of them that is left after the refit."""
-        return self._expert_curve() if axis.name == EXPERTS else (self._channel_curve(), [])
+        def share_left(experts: Tensor, channels: Mapping[int, Tensor] | None) -> float:
+            """Return the share of a cut's error that is left after the refit; see `share_left_by_refit`."""
+            return share_left_by_refit(routed, scale_n1, self.norm.scale, experts, channels, ridge)
 
-    def _expert_curve(self) -> tuple[ErrorCurve, list[Cut]]:
-        """Return the error curve of whole experts, and the cuts to probe."""
-        module, experts = self.module, self._mixture.all_routed
+        output_nd = to_error_units(z_nd, torch.arange(len(z_nd), device=z_nd.device))
+        routed = RoutedTokens(self._mixture, x_nd, output_nd, weight_n1[:, 0], to_error_units)
+        count, experts = float(weight_n1.sum(dtype=torch.float64)), self._mixture.all_routed
+        energy = routed.summed_energy(output_nd) / count
         # If experts may not be removed, the curve has the dense mixture alone.
         stop = module.min_units if module.kind in self._kinds else module.units
-        removal = expert_order(self._order, self._routed, stop, self._seed)
-        errors = tuple(error / self._count for error in removal.errors)
-        cuts, share = list[Cut](), 1.0
-        for part in PROBED_SHARES:
-            if number := round(len(removal.order) * part) // module.groups * module.groups:
-                removed = torch.tensor(removal.order[:number], device=experts.device)
-                kept = experts[torch.isin(experts, removed, invert=True)]
-                cuts.append(self._cut(errors[number] - errors[0], kept))
-                share = self._share_left(kept, None)
-        return ErrorCurve(self.index, module.kind, EXPERTS, errors, self._energy, removal.order, share), cuts
-
-    def _channel_curve(self) -> ErrorCurve:
-        """Return the error curve of channels, of which every expert loses equally many."""
-        sums, orders = channel_errors(self._routed)
-        kept = {expert: order[len(order) // 2 :] for expert, order in orders.items()}
-        share = self._share_left(self._mixture.all_routed, kept)
-        errors = tuple(error / self._count for error in sums)
-        return ErrorCurve(self.index, self.module.kind, EXPERT_CHANNELS, errors, self._energy, left_after_refit=share)
-
-    def _share_left(self, experts: Tensor, channels: Mapping[int, Tensor] | None) -> float:
-        """Return the share of a cut's error that is left after the refit; see `share_left_by_refit`."""
-        return share_left_by_refit(self._routed, self._scale_n, self.norm.scale, experts, channels, self._ridge)
+        order, sums = expert_order(self._order, routed, stop, module_seed(seed, self.index, module.role))
+        errors, cuts, share = tuple(each / count for each in sums), [self._cut(energy, experts[:0])], 1.0
+        if number := round(len(order) * PROBED_SHARE) // module.groups * module.groups:
+            kept = experts[torch.isin(experts, torch.tensor(order[:number], device=experts.device), invert=True)]
+            cuts.insert(0, self._cut(errors[number] - errors[0], kept))
+            share = share_left(kept, None)
+        curves = [ErrorCurve(self.index, module.kind, EXPERTS, errors, energy, order, share)]
+        if module.axis(EXPERT_CHANNELS).kind in self._kinds:
+            sums, orders = channel_errors(routed)
+            share = share_left(experts, {expert: every[len(every) // 2 :] for expert, every in orders.items()})
+            errors = tuple(each / count for each in sums)
+            curves.append(ErrorCurve(self.index, module.kind, EXPERT_CHANNELS, errors, energy, left_after_refit=share))
+        return curves, cuts
 
     def _cut(self, error: float, experts: Tensor) -> Cut:
         """Return a cut that keeps some experts, with unchanged weights."""
-        return Cut(self.index, self.module, error, experts, self._scale_n.new_empty(0, 0))
-
-    def removal_cut(self) -> Cut:
-        """Return the cut that keeps no expert."""
-        return self._cut(self._energy, self._mixture.all_routed[:0])
-
-    def release(self) -> None:
-        """Free the sample."""
-        self._samples.clear()
-        self.__dict__.pop("_routed", None)
+        return Cut(self.index, self.module, error, experts, experts.new_empty(0, 0, dtype=torch.float32))
 
     def output_at(self, cut: Cut, inputs: Tensor) -> Tensor:
         """Return the output of the mixture with the kept experts only."""
@@ -180,5 +142,5 @@ def channel_errors(routed: RoutedTokens) -> tuple[tuple[float, ...], dict[int, T
             channels = order[start * len(order) // size : stop * len(order) // size]
             removed_md += rows_mf[:, channels] @ weight_fd[channels]
             changes[place].index_add_(0, tokens, routed.to_error_units(removed_md, tokens))
-    sums = [float((change.square().sum(1) * routed.weight_n).sum(dtype=torch.float64)) for change in changes]
+    sums = map(routed.summed_energy, changes)
     return tuple(np.interp(np.arange(size), counts, [0.0, *sums]).tolist()), orders

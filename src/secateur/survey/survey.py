@@ -22,7 +22,6 @@ from secateur.model.kinds import KINDS
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream, FilledModule
-from secateur.survey.collector import Collector
 from secateur.survey.curve_estimator import CurveEstimator
 from secateur.survey.curves import ErrorCurve, Survey
 from secateur.survey.gram_estimator import GramEstimator
@@ -76,18 +75,17 @@ def survey(
                     continue
                 modules = [module for module in stream.blocks[index].modules if module.is_prunable(kinds)]
                 filled = [FilledModule(stream, index, layer, module) for module in modules]
-                collectors = [Collector(_estimator(module, criteria, calibration, kinds)) for module in filled]
+                estimators = [_estimator(module, criteria, calibration, kinds) for module in filled]
                 before = None if probes is None else hidden.parts[probe_group][:].clone()
-                _run_block(stream, index, layer, rows, hidden, collectors)
-                for collector in collectors:
-                    collector.measure(ridge, seed)
+                _run_block(stream, index, layer, rows, hidden, estimators)
+                found = [estimator.measure(ridge, seed) for estimator in estimators]
                 # All modules are measured before the owner ranks broadcast results, so that no process waits.
-                for collector in collectors:
-                    measured, cuts = collector.results()
+                for estimator, own in zip(estimators, found, strict=True):
+                    measured, cuts = estimator.broadcast(*own)
                     curves += measured
                     if probes is not None and before is not None:
                         for cut in cuts:
-                            probes.begin(layer, before, collector.output_at(cut), cut)
+                            probes.begin(layer, before, estimator.probed_output(cut), cut)
         finished = () if probes is None else tuple(probes.finish(hidden.parts[probe_group][:]))
     return Survey(criteria.choice.text, ridge, calibration.tokens, tuple(curves), finished)
 
@@ -98,15 +96,15 @@ def _run_block(
     layer: nn.Module,
     rows: Rows,
     hidden: Activations,
-    collectors: Sequence[Collector],
+    estimators: Sequence[CurveEstimator],
 ) -> None:
-    """Run a block on all rows, replace `hidden` by its output, and pass its activations to the collectors."""
+    """Run a block on all rows, replace `hidden` by its output, and pass its activations to the estimators."""
+    watch = {path: record for estimator in estimators for path, record in estimator.watches().items()}
     for batch in rows.batches():
-        watch = {path: record for collector in collectors for path, record in collector.watches().items()}
         hidden[batch] = after = stream.run_through(index, layer, hidden[batch], batch.group, watch=watch)
         with stream.rounded_sums():
-            for collector in collectors:
-                collector.update(stream.residual(after), batch)
+            for estimator in estimators:
+                estimator.update(stream.residual(after), batch)
 
 
 def _estimator(filled: FilledModule, criteria: Criteria, rows: Rows, kinds: tuple[str, ...]) -> CurveEstimator:
