@@ -69,23 +69,20 @@ def parse_choice(text: str) -> Choice:
     """
     parts = [part.strip() for part in text.split(",")]
     experts = [part.removeprefix("experts=") for part in parts if part.startswith("experts=")]
-    others = ",".join(part for part in parts if not part.startswith("experts="))
-    if text in EXPERTS and text not in CRITERIA:
-        return Choice(DEFAULT, DEFAULT, False, text, text)
+    others = text
     if experts:
         if len(experts) > 1 or experts[0] not in EXPERTS:
             raise SecateurError(f"criterion is '{text}'; the criterion of experts must be one of {', '.join(EXPERTS)}")
-        if others in EXPERTS and others not in CRITERIA:
+        others = ",".join(part for part in parts if not part.startswith("experts=")) or DEFAULT
+    elif text in EXPERTS:
+        experts = [text]
+    if others in EXPERTS and others not in CRITERIA:
+        if experts != [text]:
             raise SecateurError(f"criterion is '{text}'; {others} and {experts[0]} are both for experts; name one")
-        return replace(parse_choice(others or DEFAULT), experts=experts[0], text=text)
-    return _parse_pair(text) if "=" in text else _parse_single(text)
-
-
-def _parse_single(text: str) -> Choice:
-    """Read one criterion for all kinds of units."""
-    heads = _parse_heads(text, text)
-    channels = None if heads.only_compares_heads else heads.heads
-    return Choice(heads.heads, channels, heads.compares_heads, text if text in EXPERTS else EXPERTS[0], text)
+        others = DEFAULT
+    found = _parse_pair(others) if "=" in others else _parse_heads(others, others)
+    channels = found.channels if "=" in others or found.only_compares_heads else found.heads
+    return replace(found, channels=channels, experts=(experts or EXPERTS)[0], text=text)
 
 
 def _parse_pair(text: str) -> Choice:
@@ -103,7 +100,7 @@ def _parse_pair(text: str) -> Choice:
         raise SecateurError(
             f"criterion is '{text}'; {SIMILARITY} alone removes no channels: write heads={SIMILARITY}+X,channels=Y"
         )
-    return replace(heads, channels=parts["channels"], text=text)
+    return replace(heads, channels=parts["channels"])
 
 
 def _parse_heads(name: str, text: str) -> Choice:
