@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from secateur.model.axes import Width
 from secateur.model.structure import PrunableModule
-from secateur.plan.knapsack import select_near, select_options
+from secateur.plan.knapsack import select_near, select_options, total
 from secateur.plan.problem import PlanProblem
 from secateur.plan.widths import head_widths
 from secateur.survey.width_costs import WidthCosts
@@ -64,10 +64,10 @@ def adaptive_widths(problem: PlanProblem, costs: WidthCosts) -> dict[int, Width]
     best = select_options(option_costs, sizes, max(budget, min(smallest, budget + problem.slack)))
     if best is None:
         return None
-    if problem.slack and best.size < budget - problem.slack:
+    if problem.slack and total(sizes, best) < budget - problem.slack:
         # Widths are coarse, or units cost nothing: the cheapest plan that removes enough removes too much.
         best = select_near(option_costs, sizes, budget, problem.slack)
-    for each, option in zip(options, best.options, strict=True):
+    for each, option in zip(options, best, strict=True):
         widths[each.block] |= {axis.name: each.widths[option][axis.name] for axis in each.module.axes}
     return widths
 
