@@ -8,7 +8,7 @@ Shapes: b rows, h query heads, t positions, n attention rows, k keys, d head siz
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,63 +76,47 @@ def head_distances(
     rows = stream.local_rows(rows)
     result: dict[int, Tensor] = {}
     any_free = any(not block.attention.locked for block in stream.blocks)
-    with stream.arena() as arena, _implementation(stream.model.config) as use:
-        # The eager function needs explicit masks, which transformers omits for other attention functions.
-        use("eager")
+    config = stream.model.config
+    with stream.arena() as arena, _watched_attention(config) as parts:
         hidden = stream.embed(rows, arena)
         for index in watcher.track(range(blocks.stop), "Compare heads"):
             attention = stream.blocks[index].attention
             if attention.fixed and not any_free:
                 raise SecateurError(f"heads cannot be compared, because {attention.locked}")
-            compared = index in blocks and not attention.fixed
+            compared, heads = index in blocks and not attention.fixed, attention.units
+            sums = [torch.zeros(0, heads, heads, dtype=torch.float64, device=stream.device)]
             with stream.filled(index) as layer:
-                heads = attention.units
-                sums = [torch.zeros(0, heads, heads, dtype=torch.float64, device=stream.device)]
+                module = layer.get_submodule(attention.path or "")
+                if compared and _eager_function(module) is None:
+                    name = type(module).__name__
+                    raise SecateurError(f"the attention of {name} cannot be observed; use another criterion")
                 for batch in rows.batches():
-                    if not compared or not batch.weight:
-                        use("eager")
-                        hidden[batch] = stream.run_through(index, layer, hidden[batch], batch.group)
-                        continue
-                    with _record_distances(layer, attention.path) as parts:
-                        use(ATTENTION_NAME)
-                        hidden[batch] = stream.run_through(index, layer, hidden[batch], batch.group)
-                    sums.append(batch.weight * torch.stack(parts).sum(0, keepdim=True))
+                    config._attn_implementation = ATTENTION_NAME if compared and batch.weight else "eager"
+                    hidden[batch] = stream.run_through(index, layer, hidden[batch], batch.group)
+                    if compared and batch.weight:
+                        sums.append(batch.weight * torch.stack(parts).sum(0, keepdim=True))
+                        parts.clear()
             if compared:
                 result[index] = (stream.processes.gather(torch.cat(sums)).sum(0) / tokens).cpu()
     return result
 
 
 @contextmanager
-def _implementation(config: Any) -> Iterator[Callable[[str], None]]:
-    """Yield a function that sets the attention function of a config; restore the old one on exit."""
-    before = config._attn_implementation
+def _watched_attention(config: Any) -> Iterator[list[Tensor]]:
+    """Let a model compute attention by the eager function, and register `ATTENTION_NAME`, which also records distances.
 
-    def use(name: str) -> None:
-        config._attn_implementation = name
-
-    try:
-        yield use
-    finally:
-        use(before)
-
-
-@contextmanager
-def _record_distances(layer: nn.Module, path: str | None) -> Iterator[list[Tensor]]:
-    """Record the distances between the heads of a block's attention while the block runs.
+    The eager function needs explicit masks, which transformers omits for other attention functions.
 
     Yields:
-        List to which each run of the attention appends distances (h x h), one tensor for each chunk of query positions.
-        Keys after the last position of a chunk are masked for all its positions, so they are left out.
+        List to which the function appends the distances between heads (h x h), one tensor for each chunk of query
+        positions. Keys after the last position of a chunk are masked for all its positions, so they are left out.
     """
     parts: list[Tensor] = []
-    module = layer.get_submodule(path or "")
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
-        raise SecateurError(f"the attention of {type(module).__name__} cannot be observed; use another criterion")
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
+        eager = _eager_function(module)
         rows, heads, length, _ = query.shape
         step = max(1, CHUNK // (rows * heads * length))
         outputs = []
@@ -146,8 +130,15 @@ def _record_distances(layer: nn.Module, path: str | None) -> Iterator[list[Tenso
             parts.append(jensen_shannon(probabilities.transpose(0, 1).flatten(1, 2)))
         return torch.cat(outputs, 1), None
 
+    before, config._attn_implementation = config._attn_implementation, "eager"
     ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME] = attend
     try:
         yield parts
     finally:
+        config._attn_implementation = before
         del ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME]
+
+
+def _eager_function(module: nn.Module) -> Any:
+    """Return the eager attention function in the file of an attention's class; None if the file has none."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
