@@ -30,7 +30,6 @@ from secateur.plan.latency import LatencyTable, grid, latency_table
 from secateur.plan.meters import Meter, budget_of, byte_meter, cache_meter, latency_meter, meter_of, parameter_meter
 from secateur.plan.target import parse_target
 
-CPU = torch.device("cpu")
 MORE_ROWS = {
     "llama 64": _config("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
     "qwen3 tied": _config("qwen3", **tiny.GROUPED, head_dim=16, tie_word_embeddings=True),
@@ -40,6 +39,13 @@ MORE_ROWS = {
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(latency, "MEASURED_SECONDS", 0.0)
+
+
+@pytest.fixture
+def _counted(monkeypatch):
+    """Count operations instead of seconds."""
+    monkeypatch.setattr(latency, "stopwatch", lambda _: operations)
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +176,6 @@ def operations(case: latency.Case) -> float:
     return float(counter.get_total_flops())
 
 
-def fails(case: latency.Case) -> float:
-    raise AssertionError("measured again")
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -181,10 +183,11 @@ def fails(case: latency.Case) -> float:
         *((name, "prefill") for name in ("llama", "opt", "gemma3_text", "phi3 wide")),
     ],
 )
+@pytest.mark.usefixtures("_counted")
 def test_latency_agrees_with_the_whole_model(tmp_path, opened, name, kind):
     """Operations are counted over the whole model, dense and cut to widths of the grid."""
     stream = opened(name)
-    meter = latency_meter(stream, kind, CPU, torch.float32, Silent(), operations)
+    meter = latency_meter(stream, kind, torch.float32, Silent())
     full = stream.blocks[0].width
     partly = full | {CHANNELS: 0}
     if not stream.blocks[0].attention.locked:
@@ -211,26 +214,26 @@ def test_latency_of_a_module_narrower_along_two_axes():
     assert table.module_seconds([CHANNELS], wide(4, 3, 4)) == 2
 
 
-def table_of(stream: BlockStream, timer: Any = None, *, kind: str = "decode", block: int = 0, dtype: Any = None) -> Any:
-    """Return the latency table of a block, from operations unless another timer is given."""
-    return latency_table(stream, block, kind, CPU, dtype or torch.float32, Silent(), timer or operations)
+@pytest.mark.usefixtures("_counted")
+def test_latency_tables_are_cached(opened, monkeypatch, calls_of):
+    measured, stream = calls_of(latency, "_measure"), opened("llama")
 
+    def table(kind: str = "decode", block: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+        return latency_table(stream, block, kind, dtype, Silent())
 
-def test_latency_tables_are_cached(opened, monkeypatch):
-    stream = opened("llama")
-    first = table_of(stream)
-    assert table_of(stream, fails, block=2) == first
-    for changes in ({"kind": "prefill"}, {"dtype": torch.bfloat16}):
-        with pytest.raises(AssertionError, match="measured again"):
-            table_of(stream, fails, **changes)
-    other = table_of(stream, kind="prefill")
-    assert table_of(stream, fails, kind="prefill") == other
+    first = table()
+    assert table(block=2) == first
+    assert len(measured) == 1
+    other = table("prefill")
+    assert table("prefill") == other
+    table(dtype=torch.bfloat16)
+    assert len(measured) == 3
     prompt = tiny.POSITIONS - 1
     assert other.lines[CHANNELS][-1][1] == prompt * first.lines[CHANNELS][-1][1]
     assert other.model_overhead == first.model_overhead, "logits are asked for of one token"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    with pytest.raises(AssertionError, match="measured again"):
-        table_of(stream, fails)
+    table()
+    assert len(measured) == 4
 
 
 def a_meter(dense: float, form: Callable[[float], str] = "{:g} things".format) -> Meter:
@@ -246,20 +249,19 @@ def test_the_budget_of_a_target(target, budget):
     assert_error(message, budget_of, parse_target("params=100M"), a_meter(100e6))
 
 
-def test_each_target_has_its_meter(opened, monkeypatch):
-    monkeypatch.setattr(latency, "MAX_SECONDS", 0.0)
+def test_each_target_has_its_meter(opened):
     stream = opened("llama")
-    how: Any = {"dtype": torch.bfloat16, "device": CPU, "watcher": Silent()}
-    sizes = {"output_bytes": byte_meter, "output_cache": cache_meter}
-    how |= {name: partial(meter, stream, torch.bfloat16) for name, meter in sizes.items()}
+    sizes = {"bytes": byte_meter, "kv": cache_meter}
+    of_output = {name: partial(meter, stream, torch.bfloat16) for name, meter in sizes.items()}
+    how: Any = (of_output, torch.bfloat16, Silent())
     parameters = parameter_meter(stream).dense
     wanted = {"params": parameters, "bytes": 2 * parameters, "kv": cache_meter(stream, torch.bfloat16).dense}
-    assert {name: meter_of(parse_target(f"{name}=80%"), stream, **how).dense for name in wanted} == wanted
-    meter = meter_of(parse_target("decode=2x"), stream, **how)
+    assert {name: meter_of(parse_target(f"{name}=80%"), stream, *how).dense for name in wanted} == wanted
+    meter = meter_of(parse_target("decode=2x"), stream, *how)
     assert meter.format_value(0.0123) == "12.3 ms"
     assert meter.dense > 0
     said = "attend to keys and values of other blocks"
-    assert_error(said, meter_of, parse_target("decode=2x"), opened("gemma4_text small"), **how)
+    assert_error(said, meter_of, parse_target("decode=2x"), opened("gemma4_text small"), *how)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma4_text", "gemma4_text small", "deepseek_v2"])

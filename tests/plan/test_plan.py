@@ -45,10 +45,9 @@ def make_problem(checkpoint_folder: CheckpointFolder) -> MakeProblem:
         parameters = meter = parameter_meter(stream)
         wanted = parse_target(target) if isinstance(target, str) else target
         if isinstance(target, str):
-            how: dict[str, Any] = {"dtype": torch.float32, "device": stream.device, "watcher": Silent()}
-            sizes = {"output_bytes": byte_meter, "output_cache": cache_meter}
-            how |= {name: partial(meter, stream, torch.float32) for name, meter in sizes.items()}
-            meter = meter_of(wanted, stream, **how)
+            sizes = {"bytes": byte_meter, "kv": cache_meter}
+            of_output = {name: partial(meter, stream, torch.float32) for name, meter in sizes.items()}
+            meter = meter_of(wanted, stream, of_output, torch.float32, Silent())
         rest = {"pruned_blocks": range(len(stream)), "parameters": parameters, "target": wanted, "meter": meter}
         return PlanProblem(blocks=stream.blocks, **rest | more)
 

@@ -18,16 +18,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from time import perf_counter
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import transformers
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
@@ -50,12 +49,8 @@ PROMPT_TOKENS = 512
 positions."""
 GRID_POINTS = 10
 """Number of widths to time along an axis of channels, including zero; along other axes up to two more."""
-MAX_SECONDS = 5.0
-"""Time limit for the measurement of one table, in seconds, after every case has been run once."""
-MIN_ROUNDS = 5
-"""Smallest number of rounds after which the measurement may end."""
-MAX_RELATIVE_ERROR = 0.01
-"""Standard error of a median, relative to the median, at which the measurement ends."""
+MEASURED_SECONDS = 5.0
+"""Time of the measurement of one table, in seconds, after every case has been run once."""
 _FLUSH_BYTES = 2**28
 """Number of bytes whose reading evicts all earlier data from any processor's caches."""
 _VERSION = 2
@@ -69,15 +64,8 @@ Timer = Callable[[Case], float]
 """Function that returns the seconds of one run of a case."""
 
 
-def _check_ascending(line: Line) -> Line:
-    """Return a line unchanged; raise `ValueError` if it does not rise from zero."""
-    if line[0] != (0, 0.0) or any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(line)):
-        raise ValueError("it does not rise from zero")
-    return line
-
-
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Line = Annotated[tuple[tuple[int, Seconds], ...], Field(min_length=2), AfterValidator(_check_ascending)]
+Line = Annotated[tuple[tuple[int, Seconds], ...], Field(min_length=2)]
 """Pairs of a number of units and seconds, both ascending from zero to the values of the dense module."""
 
 
@@ -99,18 +87,16 @@ class LatencyTable:
         dense = self.lines[axes[0]][-1][1]
         # Each axis was measured alone. For a module that is narrower along two axes, the speedups of both are
         # multiplied.
-        shares = [_interpolate(self.lines[axis], width[axis]) / dense if dense else 0.0 for axis in axes]
-        return dense * math.prod(shares)
+        seconds = [float(np.interp(width[axis], *zip(*self.lines[axis], strict=True))) for axis in axes]
+        return dense * math.prod(each / dense if dense else 0.0 for each in seconds)
 
 
 def latency_table(
     stream: BlockStream,
     index: int,
     kind: Literal["prefill", "decode"],
-    device: torch.device,
     dtype: torch.dtype,
     watcher: Watcher,
-    timer: Timer | None = None,
 ) -> LatencyTable:
     """Return the table for blocks with the shapes of one block, from the cache on disk or by a measurement.
 
@@ -119,12 +105,10 @@ def latency_table(
         index: Index of the block.
         kind: `prefill` for a prompt of `PROMPT_TOKENS` tokens; `decode` for one token with `PROMPT_TOKENS` tokens in
             the cache.
-        device: Device on which to measure.
         dtype: Dtype of weights and activations.
         watcher: Display of progress.
-        timer: Replacement for the clock, for tests; its results share the cache with the clock's.
     """
-    facts = _cache_key(stream, index, kind, device, dtype)
+    facts = _cache_key(stream, index, kind, dtype)
     file = cache_folder() / "latency" / f"{hash_json(facts)}.json"
     with suppress(OSError, ValueError):
         stored = parse_json(file.read_text(encoding="utf-8"))
@@ -132,7 +116,7 @@ def latency_table(
         if stored.get("facts") == facts:
             return cached
     with watcher.busy(f"Measuring how fast this machine runs a block ({kind})"):
-        table = _measure(stream, index, kind, device, dtype, timer or stopwatch(device))
+        table = _measure(stream, index, kind, dtype)
     # If the folder is not writable, the next run measures again.
     with suppress(OSError, SecateurError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,23 +139,18 @@ def stopwatch(device: torch.device) -> Timer:
 
 
 def medians(cases: Sequence[Case], timer: Timer) -> list[float]:
-    """Return the median seconds of each case.
-
-    The measurement runs rounds over all cases until every median is precise enough or the time limit is reached.
-    """
+    """Return the median seconds of each case, from rounds over all cases."""
     samples: list[list[float]] = [[] for _ in cases]
     for case in cases:
         # The first run of a shape also prepares kernels, so it is not measured.
         timer(case)
     start, order, generator = perf_counter(), list(range(len(cases))), random.Random(0)
-    while True:
+    while not samples[0] or perf_counter() - start < MEASURED_SECONDS:
         # A run is slower right after a large run, so the order changes from round to round.
         generator.shuffle(order)
         for at in order:
             samples[at].append(timer(cases[at]))
-        middles = [median(seconds) for seconds in samples]
-        if perf_counter() - start > MAX_SECONDS or (len(samples[0]) >= MIN_ROUNDS and _precise(samples, middles)):
-            return middles
+    return [median(seconds) for seconds in samples]
 
 
 def grid(full: int, points: int) -> list[int]:
@@ -185,32 +164,11 @@ def grid(full: int, points: int) -> list[int]:
     return sorted({0, full, *(count for count in inner if 0 < count < full)})
 
 
-def _interpolate(line: Line, units: int) -> float:
-    """Return the seconds at a number of units, by linear interpolation."""
-    return float(np.interp(units, [count for count, _ in line], [seconds for _, seconds in line]))
-
-
-def _precise(samples: Sequence[Sequence[float]], middles: Sequence[float]) -> bool:
-    """Return whether every median is precise enough.
-
-    Standard errors are estimated from the quartiles, which outliers do not affect. For runs shorter than the typical
-    one, the error is compared with the typical median, because a module's time is a difference of two runs.
-    """
-    typical = median(middles)
-    quarters = (quantiles(seconds, n=4) for seconds in samples)
-    errors = [0.93 * (upper - lower) / len(samples[0]) ** 0.5 for lower, _, upper in quarters]
-    return all(
-        error <= MAX_RELATIVE_ERROR * max(middle, typical) for error, middle in zip(errors, middles, strict=True)
-    )
-
-
 @torch.inference_mode()
-def _measure(
-    stream: BlockStream, index: int, kind: str, device: torch.device, dtype: torch.dtype, timer: Timer
-) -> LatencyTable:
+def _measure(stream: BlockStream, index: int, kind: str, dtype: torch.dtype) -> LatencyTable:
     """Measure the table for blocks with the shapes of one block."""
-    block = stream.blocks[index]
-    model = _one_layer_model(stream, index, device, dtype)
+    device, block = stream.device, stream.blocks[index]
+    model = _one_layer_model(stream, index, dtype)
     layer, stock = model.get_submodule(stream.family.blocks)[0], stream.stock.blocks[index]
     cut_down(layer, stock, block.width, [name for name in block.shapes if name not in stock.shapes])
     length = _prompt_length(model.config)
@@ -234,7 +192,7 @@ def _measure(
         weights = sum(parameter.numel() for parameter in stream.model.parameters()) * dtype.itemsize
         other_weights = torch.ones(min(_FLUSH_BYTES, weights) // 4, dtype=torch.float32)
         cases = {width: _with_cold_weights(case, small, other_weights) for width, case in cases.items()}
-    seconds = dict(zip(cases, medians(list(cases.values()), timer), strict=True))
+    seconds = dict(zip(cases, medians(list(cases.values()), stopwatch(device)), strict=True))
     # Every line of a module ends at the dense module, whose time must be at least that of all narrower ones.
     for module in block.modules_left:
         module_widths = [width for axis in module.axes for width in lines[axis.name].values()]
@@ -273,9 +231,9 @@ def _line_widths(module: PrunableModule, axis: Axis, empty: Width) -> dict[int, 
     return {0: empty} | {number: empty | dense | {axis.name: number} for number in grid(axis.units, points)[1:]}
 
 
-def _one_layer_model(stream: BlockStream, index: int, device: torch.device, dtype: torch.dtype) -> Any:
+def _one_layer_model(stream: BlockStream, index: int, dtype: torch.dtype) -> Any:
     """Return a model with one layer of the kind of a block, with random weights."""
-    config = copy.deepcopy(stream.stock.config)
+    config, device = copy.deepcopy(stream.stock.config), stream.device
     config.num_hidden_layers = 1
     if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[index : index + 1]
@@ -339,14 +297,14 @@ def _case(model: Any, kind: str, prompt: Callable[[Cache], Run], token: Callable
     return ready
 
 
-def _cache_key(stream: BlockStream, index: int, kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _cache_key(stream: BlockStream, index: int, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return all settings on which a table depends, as JSON types."""
     config, block = stream.checkpoint.config, stream.blocks[index]
     inside, layer_types = f"{stream.family.blocks}.", getattr(config, "layer_types", None)
     return {
         "version": _VERSION,
         "kind": kind,
-        "device": _device_name(device),
+        "device": _device_name(stream.device),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,

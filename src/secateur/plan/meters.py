@@ -18,7 +18,7 @@ from secateur.families.registry import family_of
 from secateur.model.axes import Width
 from secateur.model.stream import BlockStream
 from secateur.model.units.heads import KV_GROUPS
-from secateur.plan.latency import Timer, latency_table
+from secateur.plan.latency import latency_table
 from secateur.plan.target import SPEEDUPS, Target
 
 
@@ -66,11 +66,8 @@ class Meter:
 def meter_of(
     target: Target,
     stream: BlockStream,
-    *,
-    output_bytes: Callable[[], Meter],
-    output_cache: Callable[[], Meter],
+    of_output: Mapping[str, Callable[[], Meter]],
     dtype: torch.dtype,
-    device: torch.device,
     watcher: Watcher,
     biases: bool = False,
 ) -> Meter:
@@ -79,50 +76,32 @@ def meter_of(
     Args:
         target: Any target but `ppl`: perplexity is not a sum over modules.
         stream: The open model.
-        output_bytes: Function that returns the meter of bytes in the output format.
-        output_cache: Function that returns the meter of the KV cache of the output.
+        of_output: Functions that return the meters of `bytes` and of `kv` in the output format.
         dtype: Dtype in which the pruned model will run.
-        device: Device on which time is measured.
         watcher: Display of progress while time is measured.
         biases: Whether recovery adds biases; see `parameter_meter`.
 
     Raises:
         SecateurError: The quantity cannot be measured for this model.
     """
-    meters: dict[str, Callable[[], Meter]] = {
-        "params": lambda: parameter_meter(stream, biases),
-        "active": lambda: active_meter(stream, biases),
-        "bytes": output_bytes,
-        "kv": output_cache,
-        "prefill": lambda: latency_meter(stream, "prefill", device, dtype, watcher),
-        "decode": lambda: latency_meter(stream, "decode", device, dtype, watcher),
-    }
-    if (reason := _unsupported_quantity(stream, target)) is not None:
-        raise SecateurError(f"target {target}: {reason}")
-    return meters[target.quantity]()
+    if target.quantity in ("prefill", "decode"):
+        if (reason := _untimed_reason(stream)) is not None:
+            raise SecateurError(f"target {target}: {reason}; use params, bytes or kv")
+        return latency_meter(stream, target.quantity, dtype, watcher)
+    counts = {"params": parameter_meter, "active": active_meter}
+    name = target.quantity
+    return counts[name](stream, biases) if name in counts else of_output[name]()
 
 
-def _unsupported_quantity(stream: BlockStream, target: Target) -> str | None:
-    """Return why the quantity of a target cannot be measured for a model, and what to use instead; None if it can."""
-    modules = [module for block in stream.blocks for module in block.modules]
-    is_time = target.quantity in SPEEDUPS
-    reasons = [
-        (
-            is_time and bool(stream.side_inputs.stores),
-            "some blocks attend to keys and values of other blocks, so that one block cannot be measured alone; use "
-            "params, bytes or kv",
-        ),
-        (
-            is_time and any(module.experts_per_token for module in modules),
-            "the time of experts depends on the tokens that are routed to them and is not measured; use params, bytes "
-            "or kv",
-        ),
-        (
-            is_time and any(KV_GROUPS not in block.width for block in stream.blocks),
-            "the time of token mixers, such as linear attention, is not measured; use params, bytes or kv",
-        ),
-    ]
-    return next((reason for holds, reason in reasons if holds), None)
+def _untimed_reason(stream: BlockStream) -> str | None:
+    """Return why the time of a model's blocks cannot be measured one by one; None if it can."""
+    if stream.side_inputs.stores:
+        return "some blocks attend to keys and values of other blocks, so that one block cannot be measured alone"
+    if any(module.experts_per_token for block in stream.blocks for module in block.modules):
+        return "the time of experts depends on the tokens that are routed to them and is not measured"
+    if any(KV_GROUPS not in block.width for block in stream.blocks):
+        return "the time of token mixers, such as linear attention, is not measured"
+    return None
 
 
 def parameter_meter(stream: BlockStream, biases: bool = False) -> Meter:
@@ -219,10 +198,8 @@ def cache_meter(stream: BlockStream, dtype: torch.dtype) -> Meter:
 def latency_meter(
     stream: BlockStream,
     kind: Literal["prefill", "decode"],
-    device: torch.device,
     dtype: torch.dtype,
     watcher: Watcher,
-    timer: Timer | None = None,
 ) -> Meter:
     """Return the meter of seconds on this machine, measured module by module.
 
@@ -231,15 +208,13 @@ def latency_meter(
     Args:
         stream: The open model.
         kind: `prefill` for a prompt of 512 tokens; `decode` for one token with 512 tokens in the cache.
-        device: Device on which the pruned model will run.
         dtype: Dtype in which the pruned model will run.
         watcher: Display of progress.
-        timer: Replacement for the clock, for tests.
     """
     # Blocks with the same shapes share one table, which is measured on the first of them.
     shapes = [block.shapes for block in stream.blocks]
     first = [shapes.index(shape) for shape in shapes]
-    tables = {index: latency_table(stream, index, kind, device, dtype, watcher, timer) for index in sorted(set(first))}
+    tables = {index: latency_table(stream, index, kind, dtype, watcher) for index in sorted(set(first))}
     of_block = [tables[index] for index in first]
     return Meter(
         dense_widths(stream),

@@ -79,16 +79,8 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
             watcher.note(
                 f"The speed-up is measured with torch on this machine; {format.other_kernels} may gain more or less"
             )
-        meter = meter_of(
-            target,
-            stream,
-            output_bytes=format.byte_meter,
-            output_cache=format.cache_meter,
-            dtype=dtype,
-            device=stream.device,
-            watcher=watcher,
-            biases=options.adds_biases,
-        )
+        of_output = {"bytes": format.byte_meter, "kv": format.cache_meter}
+        meter = meter_of(target, stream, of_output, dtype, watcher, options.adds_biases)
         problem = replace(problem, meter=meter)
     return CheckedRequest(problem, None, format, _needs_survey(problem, options))
 
