@@ -237,7 +237,7 @@ def part_heads(folder: Path) -> None:
 )
 def test_every_recipe_runs(name, row, paper, grid, run, checkpoint_folder, monkeypatch):
     # A tiny model has few widths, so that it may miss the paper's sparsities by more.
-    monkeypatch.setattr("secateur.plan.plan.LARGEST_MISS", 1.0)
+    monkeypatch.setattr("secateur.plan.reach.LARGEST_MISS", 1.0)
     folder = {"LLaMA-7B": "llama-7b", "GPT-2": "gpt2"}[paper]
     shutil.copytree(checkpoint_folder(row), grid / folder)
     if name == "table3":

@@ -25,10 +25,12 @@ from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.meters import byte_meter, cache_meter, meter_of, parameter_meter
-from secateur.plan.plan import check_near, check_reachable, plan, uniform_plans
+from secateur.plan.plan import plan
 from secateur.plan.problem import TOLERANCE, Plan, PlanProblem
+from secateur.plan.reach import check_near, check_reachable
 from secateur.plan.search import ATTEMPTS, CLOSE_ENOUGH, MAX_ATTEMPTS, smallest_within
 from secateur.plan.target import parse_target
+from secateur.plan.uniform import uniform_plans
 from secateur.plan.widths import default_multiple, head_widths, module_widths
 from secateur.survey.curves import ErrorCurve, Probe, Survey
 from secateur.survey.width_costs import WidthCosts

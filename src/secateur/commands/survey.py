@@ -12,9 +12,9 @@ from secateur.base.output import Output, json_kind
 from secateur.base.progress import Watcher
 from secateur.base.services import Services
 from secateur.plan.meters import active_meter, byte_meter, cache_meter
-from secateur.plan.plan import check_reachable
 from secateur.plan.plan import plan as solve
 from secateur.plan.problem import Plan, PlanProblem
+from secateur.plan.reach import check_reachable
 from secateur.report.summary import SurveySummary
 from secateur.report.survey_page import Distances, page_data, render
 from secateur.steps.draw_rows import draw_rows

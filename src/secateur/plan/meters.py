@@ -249,47 +249,6 @@ def budget_of(target: Target, meter: Meter) -> float:
     return budget
 
 
-def unreachable_error(target: Target, meter: Meter, smallest: float) -> SecateurError:
-    """Return the error for a target that no plan reaches; its message names the nearest target that a plan reaches.
-
-    Args:
-        target: The target.
-        meter: Meter of the target's quantity.
-        smallest: Size of the model with the narrowest widths, in the meter's unit.
-    """
-    dense = meter.original
-    nearest = _nearest_target(target, dense, smallest)
-    if nearest is None:
-        return SecateurError(
-            f"target {target}: the modules that may be pruned do not change this quantity; allow more in --modules or "
-            "--blocks"
-        )
-    return SecateurError(
-        f"target {target} is out of reach: the smallest possible value is {meter.format_value(smallest)}, the dense "
-        f"model has {meter.format_value(dense)}; request {nearest}, or allow more in --modules or --blocks"
-    )
-
-
-def _nearest_target(target: Target, dense: float, smallest: float) -> Target | None:
-    """Return the nearest target that a plan reaches, with few digits; None if no plan is smaller than the dense model.
-
-    Args:
-        target: The target that no plan reaches.
-        dense: Size of the dense model.
-        smallest: Size of the model with the narrowest widths.
-    """
-    if target.quantity in SPEEDUPS:
-        speedup = math.floor(100 * dense / smallest) / 100
-        return Target(target.quantity, speedup, True) if speedup > 1 else None
-    if target.relative:
-        share = max(1, math.ceil(1000 * smallest / dense)) / 1000
-        return Target(target.quantity, share, True) if share < 1 else None
-    step = 10.0 ** (math.floor(math.log10(smallest)) - 2) if smallest > 0 else 1.0
-    rounded = max(1.0, math.ceil(smallest / step) * step)
-    value = rounded if rounded < dense else math.ceil(smallest)
-    return Target(target.quantity, value, False) if value < dense else None
-
-
 def dense_widths(stream: BlockStream) -> tuple[Width, ...]:
     """Return the dense width of every block."""
     return tuple(block.width for block in stream.blocks)

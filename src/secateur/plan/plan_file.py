@@ -1,7 +1,8 @@
 """Reader of plan files: a width or the exact units to keep for each block, as `secateur plan` writes them."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
 from secateur.model.axes import Width, axis_kinds
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, KeptUnits
+from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.model.surgery import width_of
-from secateur.plan.unit_lists import read_units
 
 KEYS = ("block", "width", *dict.fromkeys(kind.unit for kind in axis_kinds().values()), "modules")
 """Keys of a block's entry. `secateur prune` writes `modules`, which is ignored here."""
@@ -40,7 +40,7 @@ def read_plan(path: Path, blocks: Sequence[Block], fingerprint: str) -> tuple[di
         if entry.keys().isdisjoint(KINDS):
             widths[index] = _possible_width(where, block, entry.get("width"))
         else:
-            units[index] = read_units(where, block, entry)
+            units[index] = _read_units(where, block, entry)
             widths[index] = width_of(block, units[index])
             if "width" in entry and _read_width(where, block, entry["width"]) != widths[index]:
                 raise SecateurError(
@@ -132,6 +132,97 @@ def _possible_width(where: str, block: Block, raw: Any) -> Width:
                 f"{where}: the width is narrower along {' and '.join(narrower)}; keep all units along one of them"
             )
     return width
+
+
+def _read_units(where: str, block: Block, entry: Mapping[str, Any]) -> KeptUnits:
+    """Return the units to keep of a block.
+
+    Args:
+        where: File and block, for error messages.
+        block: The block.
+        entry: Lists of indices by kind of units. A module keeps all units if its kind is not in the entry.
+
+    Raises:
+        SecateurError: The block has no units of a kind or with an index in the entry, or cannot work with the
+            selection.
+    """
+    for kind in KINDS:
+        if kind in entry and kind not in [axis.kind for axis in block.axes]:
+            raise SecateurError(f"{where} has no {kind}; list its {' and '.join(block.removable_kinds)}")
+    kept: dict[str, tuple[int, ...]] = {}
+    for module in block.modules:
+        kept[module.kind] = tuple(range(module.units))
+        if module.kind in entry:
+            kept[module.kind] = _read_module_units(f"{where}, {module.kind}", module, entry[module.kind])
+        inside = module.kind_inside
+        if inside is not None and inside in entry:
+            kept[inside] = _read_units_inside(f"{where}, {inside}", module, kept[module.kind], entry[inside])
+    return kept
+
+
+def _read_module_units(where: str, module: PrunableModule, raw: Any) -> tuple[int, ...]:
+    """Return the listed units of one module, sorted."""
+    units = _read_indices(where, raw, module.units)
+    allowed = {module.units} if module.fixed else {0, module.units}
+    if module.locked is not None and len(units) not in allowed:
+        raise SecateurError(
+            f"{where}: single {module.kind} cannot be removed exactly, because {module.locked}; keep all of them"
+        )
+    if len(units) < module.min_units:
+        raise SecateurError(f"{where}: {len(units)} are listed, but at least {module.min_units} must stay; list more")
+    _check_groups(where, module, units)
+    return units
+
+
+def _check_groups(where: str, module: PrunableModule, units: Sequence[int]) -> None:
+    """Raise `SecateurError` unless all groups keep the same number of units; KV groups may also lose all heads."""
+    nested = len(module.output_projection.along) > 1
+    counts = Counter(unit // module.per_group for unit in units)
+    sizes = {group: counts[group] for group in range(module.groups) if counts[group] or not nested}
+    if len(set(sizes.values())) > 1:
+        group, none = ("KV group", ", or none") if nested else (f"group of {module.kind}", "")
+        listed = ", ".join(f"group {index} keeps {count}" for index, count in sizes.items())
+        raise SecateurError(f"{where}: each {group} must keep the same number of {module.kind}{none} ({listed})")
+
+
+def _read_units_inside(where: str, module: PrunableModule, outer: Sequence[int], raw: Any) -> tuple[int, ...]:
+    """Return the listed channels of experts, sorted.
+
+    Channels are numbered through all experts, expert by expert. The channels of a shared expert come last, if it is
+    pruned along with the other experts.
+
+    Args:
+        where: File, block and kind of units, for error messages.
+        module: The mixture of experts.
+        outer: Experts to keep.
+        raw: The list in the plan file.
+    """
+    size, shared_start = module.units_inside, module.units * module.units_inside
+    units = _read_indices(where, raw, shared_start + module.shared_multiple * size)
+    counts = Counter(unit // size for unit in units if unit < shared_start)
+    if removed := sorted(counts.keys() - set(outer)):
+        unit = next(unit for unit in units if unit // size == removed[0])
+        raise SecateurError(f"{where}: {unit} belongs to expert {removed[0]}, which is not kept; remove it")
+    if not units or len({counts[expert] for expert in outer}) > 1:
+        raise SecateurError(f"{where}: all experts must keep the same number of channels, and at least one")
+    shared, required = len(units) - counts.total(), module.shared_multiple * counts[outer[0]]
+    if shared != required:
+        raise SecateurError(
+            f"{where}: {shared} channels of the shared expert are listed, which begin at {shared_start}; list "
+            f"{required} of them"
+        )
+    return units
+
+
+def _read_indices(where: str, raw: Any, count: int) -> tuple[int, ...]:
+    """Return a list of indices below `count`, sorted."""
+    if not isinstance(raw, list) or not all(type(unit) is int for unit in raw):
+        raise SecateurError(f"{where}: must be a list of the indices to keep")
+    if wrong := [unit for unit in raw if not 0 <= unit < count]:
+        raise SecateurError(f"{where}: {wrong[0]} does not exist; use indices from 0 to {count - 1}")
+    if repeated := [unit for unit, number in Counter(raw).items() if number > 1]:
+        raise SecateurError(f"{where}: {repeated[0]} is listed twice")
+    return tuple(sorted(raw))
 
 
 def _names(block: Block) -> str:

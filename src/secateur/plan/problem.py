@@ -113,9 +113,19 @@ class PlanProblem:
         """Dense width of each pruned block, by its index."""
         return {index: self.blocks[index].width for index in self.pruned_blocks}
 
-    def widths_of(self, index: int, module: PrunableModule) -> list[Width]:
-        """Return the widths that a plan may choose for a module of a block, the dense one first."""
-        return module_widths(self.blocks[index], module, self.multiple, self.unsupported_reason, self.kinds)
+    def options(self, index: int, module: PrunableModule) -> list[tuple[Width, float]]:
+        """Return the widths of a block that a plan may choose for a module, the dense one first.
+
+        Each comes with the size of the module, in the meter's unit.
+        """
+        widths = module_widths(self.blocks[index], module, self.multiple, self.unsupported_reason, self.kinds)
+        return [(width, float(self.meter.module_size(index, module.kind, width))) for width in widths]
+
+    @property
+    def smallest_size(self) -> float:
+        """Size of the model with every module at its narrowest width, in the meter's unit."""
+        sizes = [[size for _, size in self.options(*each)] for each in self.modules]
+        return self.meter.total(self.dense_widths) + sum(min(each) - each[0] for each in sizes)
 
     def prunable_modules(self, index: int) -> list[PrunableModule]:
         """Return the modules of a block that have units of a kind that may be removed."""

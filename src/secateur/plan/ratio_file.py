@@ -35,44 +35,29 @@ def read_ratios(path: Path, blocks: Sequence[Block], multiple: int) -> dict[int,
     """
     widths: dict[int, Width] = {}
     for key, raw in read_json_object(path).items():
-        indices = _read_range(path, key, len(blocks))
-        _check_ratios(path, key, raw)
+        match = re.fullmatch(r"(\d+):(\d+)", key)
+        indices = range(int(match[1]), int(match[2])) if match else range(0)
+        if not indices or indices.stop > len(blocks):
+            raise SecateurError(f"{path}: '{key}' is not a range of blocks; write first:end within 0:{len(blocks)}")
+        ratios = raw if isinstance(raw, dict) else {KINDS[0]: raw}
+        if not all(kind in KINDS and _is_ratio(ratio) for kind, ratio in ratios.items()):
+            raise SecateurError(
+                f"{path}: {key}: write the share to remove, from 0 to 1, or one share each for {', '.join(KINDS)}"
+            )
         for index in indices:
             if index in widths:
                 raise SecateurError(f"{path}: block {index} is in two ranges; remove it from one of them")
             block = blocks[index]
-            widths[index] = _nearest_width(block, raw if isinstance(raw, dict) else _same_ratio(block, raw), multiple)
+            ratios = raw if isinstance(raw, dict) else dict.fromkeys(block.kinds, raw)
+            widths[index] = _nearest_width(block, ratios, multiple)
     if all(width == blocks[index].width for index, width in widths.items()):
         raise SecateurError(f"{path}: no unit is removed; add a range, or increase the ratios")
     return dict(sorted(widths.items()))
 
 
-def _read_range(path: Path, key: str, count: int) -> range:
-    """Return the indices of the blocks in a range; `count` is the number of blocks of the model."""
-    match = re.fullmatch(r"(\d+):(\d+)", key)
-    indices = range(int(match[1]), int(match[2])) if match else range(0)
-    if not indices or indices.stop > count:
-        raise SecateurError(f"{path}: '{key}' is not a range of blocks; write first:end within 0:{count}")
-    return indices
-
-
-def _check_ratios(path: Path, key: str, raw: Any) -> None:
-    """Raise `SecateurError` unless the value of a range is a ratio or has a ratio for some kinds of units."""
-    ratios = raw if isinstance(raw, dict) else {KINDS[0]: raw}
-    if not all(kind in KINDS and _is_ratio(ratio) for kind, ratio in ratios.items()):
-        raise SecateurError(
-            f"{path}: {key}: write the share to remove, from 0 to 1, or one share each for {', '.join(KINDS)}"
-        )
-
-
 def _is_ratio(raw: Any) -> bool:
     """Return whether a value in a JSON file is a number from 0 to 1."""
     return isinstance(raw, int | float) and not isinstance(raw, bool) and 0 <= raw <= 1
-
-
-def _same_ratio(block: Block, ratio: float) -> dict[str, float]:
-    """Return the same ratio for the units of each module of a block."""
-    return dict.fromkeys(block.kinds, ratio)
 
 
 def _nearest_width(block: Block, ratios: Mapping[str, float], multiple: int) -> Width:

@@ -11,13 +11,14 @@ from secateur.criteria.registry import Criteria
 from secateur.formats.format import Format, format_class
 from secateur.model.stream import BlockStream
 from secateur.plan.meters import Meter, meter_of, parameter_meter
-from secateur.plan.plan import check_near, check_reachable, uniform_alternative, uniform_plans
 from secateur.plan.plan import plan as solve
 from secateur.plan.plan_file import read_plan
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.ratio_file import read_ratios
+from secateur.plan.reach import check_near, check_reachable
 from secateur.plan.similar_heads import check_heads
 from secateur.plan.target import SPEEDUPS, Target
+from secateur.plan.uniform import uniform_alternative, uniform_plans
 from secateur.plan.widths import default_multiple
 from secateur.steps.options import WIDTHS, Options
 
