@@ -170,7 +170,7 @@ def test_every_width_along_every_axis_can_be_reached(criterion, name):
                 kept = remaining_units(module, axis, order)
                 each = {KV_GROUPS: module.per_group, HEADS_PER_GROUP: module.groups, "channels": 1}[axis]
                 assert len(kept) == stop * each
-            curve = error_curve(found, stats, axis, 1)
+            curve = error_curve(found, stats, axis)
             assert len(curve.errors) == (units - 1) * a_round + 1
             assert torch.equal(curve.order, removal_order(found, stats, axis, 1))
             # The dense module has no error, and removing all of it loses its whole energy.
@@ -184,7 +184,7 @@ def test_every_width_along_every_axis_can_be_reached(criterion, name):
 def test_surgeon_equals_elimination():
     stats, _, inner, _ = statistics("llama", "heads")
     assert stats.module.size == 8
-    found = error_curve(all_criteria()["surgeon"], stats, KV_GROUPS, 1)
+    found = error_curve(all_criteria()["surgeon"], stats, KV_GROUPS)
     expected = eliminate(stats.normal, 16)
     assert torch.equal(found.order, expected.order)
     assert torch.equal(found.errors, expected.errors)
@@ -199,6 +199,6 @@ def test_surgeon_equals_elimination():
 def test_heads_that_are_removed_first_leave_the_order_of_the_others(name):
     for index in range(3):
         stats, surgeon = statistics(name, "heads", index=index)[0], all_criteria()["surgeon"]
-        order = removal_order(surgeon, stats, KV_GROUPS, 1)
+        order = removal_order(surgeon, stats, KV_GROUPS)
         heads = frozenset(head for head in range(stats.module.units) if head // stats.module.per_group == order[0])
         assert torch.equal(removal_order(replace(surgeon, removed_first=heads), stats, KV_GROUPS, 1), order)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.model.mixture import Routes
-from secateur.model.structure import PrunableModule
 
 MAX_TOKENS = 4096
 """Number of calibration tokens, at least, from which an order is computed if there are as many; fewer than twice as
@@ -37,11 +36,6 @@ class ExpertOrder(NamedTuple):
     order: tuple[int, ...]
     errors: tuple[float, ...]
     """Summed squared error of the output without the first 0, 1, 2, ... experts of the order."""
-
-
-def experts_per_round(module: PrunableModule) -> int:
-    """Return how many experts are removed per round, a multiple of the number of groups."""
-    return max(module.groups, module.units // ROUNDS // module.groups * module.groups)
 
 
 def expert_order(name: str, routed: RoutedTokens, stop: int, seed: int = 0) -> ExpertOrder:
@@ -70,8 +64,9 @@ def expert_order(name: str, routed: RoutedTokens, stop: int, seed: int = 0) -> E
         if left <= 0:
             break
         costs = _error_increases(routed, alive, routes, output, losses) if scores is None else scores[alive]
-        step = max(groups, min(left, experts_per_round(mixture.module)) // groups * groups)
-        removed = _cheapest(costs, alive, step // groups, groups, mixture.module.units)
+        # Every group loses the same number.
+        of_each_group = max(1, min(left, mixture.module.units // ROUNDS) // groups)
+        removed = _cheapest(costs, alive, of_each_group, groups, mixture.module.units)
         order += alive[removed].tolist()
         alive = alive[torch.isin(torch.arange(len(alive), device=alive.device), removed, invert=True)]
     every = np.interp(np.arange(len(order) + 1), counts, errors)

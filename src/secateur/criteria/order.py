@@ -34,23 +34,21 @@ def error_curve(
     criterion: Criterion,
     stats: Statistics,
     axis: str,
-    stop: int,
     order_stats: Statistics | None = None,
     weights_at: Collection[int] = (),
 ) -> Elimination:
-    """Return the error after the best refit at every width from the dense one down to `stop`.
+    """Return the error after the best refit at every width from the dense one down to one unit.
 
     Args:
         criterion: The criterion that determines the order of removal.
         stats: Statistics on which the errors are measured.
         axis: Name of the axis along which units are removed.
-        stop: Number of units that are left.
         order_stats: Statistics that determine the order, if not `stats`.
         weights_at: Numbers of removed units at which the refitted weights are returned.
     """
     greedy = criterion.ranking is not None and order_stats is None and not criterion.removed_first
-    order = None if greedy else removal_order(criterion, order_stats or stats, axis, stop)
-    return elimination(stats, axis, stop, order=order, weights_at=weights_at)
+    order = None if greedy else removal_order(criterion, order_stats or stats, axis, 1)
+    return elimination(stats, axis, 1, order=order, weights_at=weights_at)
 
 
 def elimination(

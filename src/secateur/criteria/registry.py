@@ -125,8 +125,3 @@ class Criteria:
     def needs_gradients(self) -> bool:
         """Whether the scores of any module come from a backward pass."""
         return any(self.of_kind(kind).from_gradients is not None for kind in SCORED_KINDS)
-
-    @property
-    def needs_squared_gradients(self) -> bool:
-        """Whether the backward pass must run the rows one by one."""
-        return any(self.of_kind(kind).squared_gradients for kind in SCORED_KINDS)

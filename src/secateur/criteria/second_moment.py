@@ -17,6 +17,7 @@ Source: Li, Dong, Lei, 2025, *Greedy Output Approximation*, CPAL.
 Shapes: a inputs of the output projection, d inputs of the module.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -32,30 +33,33 @@ from secateur.model.surgery import rows_of
 @criterion(input_moments=True)
 def scores(stats: Statistics) -> Tensor:
     """Return a score for each unit (units), higher for units to keep; S is measured."""
-    half_norm_a = 0.5 * stats.weight_ao.double().square().sum(1)
-    if stats.module.role == ATTENTION:
-        return stats.per_unit(half_norm_a * stats.moments.mean_square_a())
-    result = torch.ones_like(half_norm_a)
-    for slab in stats.module.channel_projections:
-        result = result * half_norm_a * _mean_square(stats, slab)
-    return result
+    return _scores(stats, lambda stats: stats.moments.mean_square_a(), _mean_square)
 
 
 @criterion()
 def identity(stats: Statistics) -> Tensor:
-    """Return a score for each unit (units), higher for units to keep; S is the identity.
+    """Return a score for each unit (units), higher for units to keep; S is the identity."""
+    return _scores(stats, _value_norms, _row_norms)
 
-    A_j S A_j' is then ||A_j||^2, plus b_j^2 if there is a bias.
-    """
+
+def _scores(
+    stats: Statistics, of_heads: Callable[[Statistics], Tensor], of_channels: Callable[[Statistics, Slab], Tensor]
+) -> Tensor:
+    """Return the scores, with functions that return A_j S^ A_j' in an attention, and A_j S A_j' of a projection (a)."""
     half_norm_a = 0.5 * stats.weight_ao.double().square().sum(1)
     if stats.module.role == ATTENTION:
-        return stats.per_unit(half_norm_a * _value_norms(stats))
+        return stats.per_unit(half_norm_a * of_heads(stats))
     result = torch.ones_like(half_norm_a)
     for slab in stats.module.channel_projections:
-        square = rows_of(slab, stats.tensors).double().square().sum(1)
-        bias = _bias(stats, slab)
-        result = result * half_norm_a * (square if bias is None else square + bias.square())
+        result = result * half_norm_a * of_channels(stats, slab)
     return result
+
+
+def _row_norms(stats: Statistics, slab: Slab) -> Tensor:
+    """Return ||A_j||^2, plus b_j^2 if there is a bias, for the rows j of one input projection (a)."""
+    square = rows_of(slab, stats.tensors).double().square().sum(1)
+    bias = _bias(stats, slab)
+    return square if bias is None else square + bias.square()
 
 
 def _value_norms(stats: Statistics) -> Tensor:

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.registry import criterion
-from secateur.criteria.statistics import Statistics
+from secateur.criteria.statistics import Statistics, sum_by_unit
 
 
 @criterion()
 def l1(stats: Statistics) -> Tensor:
     """Return magnitudes, first power: sum |w| over the weights of a unit, in input and output projections."""
-    return stats.unit_sums("abs")
+    return sum_by_unit(stats.module, stats.tensors, lambda rows: rows.abs().sum(1))
 
 
 @criterion()
 def l2(stats: Statistics) -> Tensor:
     """Return magnitudes, second power: sqrt(sum w^2) over the weights of a unit, in input and output projections."""
-    return stats.unit_sums("square").sqrt()
+    return sum_by_unit(stats.module, stats.tensors, lambda rows: rows.square().sum(1)).sqrt()
 
 
 @criterion()

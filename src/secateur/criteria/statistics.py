@@ -51,10 +51,6 @@ class Statistics:
         """Return the sum of the values over the inputs of each unit (u): a head's channels, or one channel."""
         return values_a.view(self.module.units, self.module.size).sum(1)
 
-    def unit_sums(self, function: str) -> Tensor:
-        """Return the sum of `abs` or `square` over all weights of each unit (u); see `sum_by_unit`."""
-        return sum_by_unit(self.module, self.tensors, lambda part: getattr(part, function)().sum(1))
-
 
 def module_seed(seed: int, index: int, role: str) -> int:
     """Return the seed of one module, from the run's seed, the block's index and the module's role in the block."""

@@ -37,8 +37,6 @@ class Elimination:
 
     order: Tensor
     """Units in the order of removal (int64)."""
-    increases: Tensor
-    """Rise of the penalised minimum with each removal (float64)."""
     errors: Tensor
     """||XW - T||^2 after the best refit without the first 0, 1, 2, ... units (float64); NaN if not requested."""
     weights: dict[int, Tensor]
@@ -69,7 +67,6 @@ def eliminate(
     units = len(normal.scale_a) // size
     state = _State(normal, size)
     steps = [torch.empty(0, dtype=torch.int64)]
-    increases = [torch.empty(0, dtype=torch.float64)]
     errors = [torch.tensor([normal.error(state.weight)], dtype=torch.float64)]
     weights: dict[int, Tensor] = {}
     removed, end = 0, units - stop * (groups or 1)
@@ -83,13 +80,11 @@ def eliminate(
         else:
             positions = state.cheapest(step)
         steps.append(state.units[positions].cpu())
-        increase, change = state.remove(positions, with_errors)
-        increases.append(increase.cpu())
-        errors.append(errors[-1][-1] + change.cpu())
+        errors.append(errors[-1][-1] + state.remove(positions, with_errors).cpu())
         removed += len(positions)
         if removed in weights_at:
             weights[removed] = normal.unscaled(*state.remaining())
-    return Elimination(torch.cat(steps), torch.cat(increases), torch.cat(errors), weights)
+    return Elimination(torch.cat(steps), torch.cat(errors), weights)
 
 
 class _State:
@@ -173,11 +168,11 @@ class _State:
         rows = self.inverse[at][:, columns]
         return rows.addmm_(self.pending[:, at].T, self.pending[:, columns], alpha=-1) if len(self.pending) else rows
 
-    def remove(self, positions: Tensor, with_errors: bool) -> tuple[Tensor, Tensor]:
+    def remove(self, positions: Tensor, with_errors: bool) -> Tensor:
         """Remove units in the given order.
 
         Returns:
-            For each unit, the rise of the minimum, and the change of the error since the start of this removal.
+            For each unit, the change of the error since the start of this removal; NaN if not requested.
         """
         at = self.entries(positions)
         rows = self.rows(at)
@@ -185,8 +180,8 @@ class _State:
         # Each row is a rank-one update, one per input in the order of removal: of P by r'r, of W by r'l.
         r_sa = torch.linalg.solve_triangular(factor, rows, upper=False)
         l_so = torch.linalg.solve_triangular(factor, self.weight[at], upper=False)
-        increase = l_so.square().sum(1, dtype=torch.float64)
-        change = self._error_changes(r_sa, l_so) if with_errors else torch.full_like(increase, torch.nan)
+        nothing = torch.full((len(at),), torch.nan, dtype=torch.float64, device=at.device)
+        change = self._error_changes(r_sa, l_so) if with_errors else nothing
         self.weight.addmm_(r_sa.T, l_so, alpha=-1)
         self.pending = torch.cat([self.pending, r_sa])
         self.weight[at] = 0
@@ -196,7 +191,7 @@ class _State:
             self._update_inverse()
         if shrink:
             self._shrink()
-        return increase.view(-1, self.size).sum(1), change.view(-1, self.size)[:, -1]
+        return change.view(-1, self.size)[:, -1]
 
     def _error_changes(self, r_sa: Tensor, l_so: Tensor) -> Tensor:
         """Return the change of ||XW - T||^2 after each input of one removal (s)."""

@@ -125,12 +125,8 @@ def least_squares(normal: NormalEquations, keep: Tensor) -> tuple[Tensor, float]
     weight = _solve(normal.submatrix(keep), normal.right_ao[keep], normal.scaled_old()[keep])
     full = torch.zeros_like(normal.right_ao)
     full[keep] = weight
-    return normal.unscaled(weight, keep), _not_negative(normal.error(full))
-
-
-def _not_negative(error: float) -> float:
-    """Return an error, or zero if rounding made it negative; NaN stays NaN."""
-    return 0.0 if error < 0 else error
+    # Rounding may make an error negative; NaN stays NaN.
+    return normal.unscaled(weight, keep), max(normal.error(full), 0.0)
 
 
 def _solve(matrix_aa: Tensor, right_ao: Tensor, old_ao: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import math
 import platform
 import random
 from collections.abc import Callable, Sequence
@@ -85,10 +84,13 @@ class LatencyTable:
         if not all(width[axis] for axis in axes):
             return 0.0
         dense = self.lines[axes[0]][-1][1]
-        # Each axis was measured alone. For a module that is narrower along two axes, the speedups of both are
-        # multiplied.
-        seconds = [float(np.interp(width[axis], *zip(*self.lines[axis], strict=True))) for axis in axes]
-        return dense * math.prod(each / dense if dense else 0.0 for each in seconds)
+        share = 1.0
+        for axis in axes:
+            # Each axis was measured alone. For a module that is narrower along two axes, the speedups of both are
+            # multiplied.
+            units, seconds = zip(*self.lines[axis], strict=True)
+            share *= float(np.interp(width[axis], units, seconds)) / dense if dense else 0.0
+        return dense * share
 
 
 def latency_table(

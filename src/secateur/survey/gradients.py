@@ -58,7 +58,7 @@ def gradient_scores(
     """
     found: dict[tuple[int, str], Tensor] = {}
     criteria = Criteria.of(criterion)
-    squares = criteria.needs_squared_gradients
+    squares = any(criteria.of_kind(kind).squared_gradients for kind in SCORED_KINDS)
     for block in gradients(stream, rows, blocks=blocks, squares=squares):
         for module in stream.blocks[block.index].modules_left:
             # There is no backward pass through experts.

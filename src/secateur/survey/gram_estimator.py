@@ -99,7 +99,7 @@ class GramEstimator(CurveEstimator):
             return ErrorCurve(self.index, module.kind, axis.name, (0.0,), energy), []
         removed_together = module.enclosing_units(axis.name)
         number = round(axis.units * PROBED_SHARE) if axis is module.cut_axes[-1] else 0
-        result = error_curve(self._criterion, stats, axis.name, 1, order_stats, [number * removed_together])
+        result = error_curve(self._criterion, stats, axis.name, order_stats, [number * removed_together])
         errors = (result.errors[::removed_together] / self._moments.count).tolist()
         curve = ErrorCurve(self.index, module.kind, axis.name, tuple(errors), energy, tuple(result.order.tolist()))
         cuts = []

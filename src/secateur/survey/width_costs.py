@@ -30,7 +30,9 @@ class WidthCosts:
 
         Without probes, the cost is the share of its own output that a module loses.
         """
-        self._removal_costs: dict[Key, float] = {} if survey.probes else _unit_costs(survey)
+        self._removal_costs: dict[Key, float] = {}
+        if not survey.probes:
+            self._removal_costs = {(curve.block, curve.kind): 1.0 for curve in survey.curves}
         partial_cuts: defaultdict[Key, list[tuple[float, float]]] = defaultdict(list)
         for probe in survey.probes:
             if probe.removes_module:
@@ -66,11 +68,6 @@ class WidthCosts:
         if narrower and not all(width[axis.name] for axis in module.axes):
             return self._removal_costs[key]
         return sum(float(self._curves[key][axis.name][axis.units - width[axis.name]]) for axis in narrower)
-
-
-def _unit_costs(survey: Survey) -> dict[Key, float]:
-    """Return a cost of one for the removal of each module."""
-    return {(curve.block, curve.kind): 1.0 for curve in survey.curves}
 
 
 def _costs(curve: ErrorCurve, points: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
