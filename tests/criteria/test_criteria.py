@@ -199,6 +199,6 @@ def test_surgeon_equals_elimination():
 def test_heads_that_are_removed_first_leave_the_order_of_the_others(name):
     for index in range(3):
         stats, surgeon = statistics(name, "heads", index=index)[0], all_criteria()["surgeon"]
-        order = removal_order(surgeon, stats, KV_GROUPS)
+        order = removal_order(surgeon, stats, KV_GROUPS, 1)
         heads = frozenset(head for head in range(stats.module.units) if head // stats.module.per_group == order[0])
         assert torch.equal(removal_order(replace(surgeon, removed_first=heads), stats, KV_GROUPS, 1), order)

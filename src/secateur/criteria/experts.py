@@ -114,6 +114,7 @@ def _cheapest(costs: Tensor, alive: Tensor, step: int, groups: int, units: int) 
 
 
 def _reap(routed: RoutedTokens, routes: Routes, _: int) -> Tensor:
+    routed.run_experts(routed.all_tokens, routes.experts)
     sums = torch.zeros(2, routed.mixture.module.units, dtype=torch.float64, device=routed.x_nd.device)
     for expert in routes.experts.unique().tolist():
         tokens, gates = routes.of(expert)

@@ -35,15 +35,14 @@ class RoutedTokens:
     _index: Tensor = field(init=False)
     """Row of `_outputs` for each token and expert (n x experts); -1 for pairs that were not computed yet."""
     _outputs: Tensor = field(init=False)
-    """Outputs of single experts, in error units; rows from `_count` on are free."""
-    _count: int = field(init=False)
+    """Outputs of single experts, in error units."""
 
     def __post_init__(self) -> None:
         if (shared := self.mixture.shared_output(self.x_nd)) is not None:
             self.target_nd = self.target_nd - self.to_error_units(shared, self.all_tokens)
         shape = (len(self.x_nd), self.mixture.module.units)
         self._index = torch.full(shape, -1, dtype=torch.int64, device=self.x_nd.device)
-        self._outputs, self._count = self.target_nd.new_empty(0, self.target_nd.shape[1]), 0
+        self._outputs = self.target_nd.new_empty(0, self.target_nd.shape[1])
 
     @property
     def all_tokens(self) -> Tensor:
@@ -97,21 +96,16 @@ class RoutedTokens:
         missing, total = self._index[tokens[:, None], experts] < 0, len(self.x_nd)
         # Sorted by expert, each pair once.
         pairs = (experts * total + tokens[:, None])[missing].unique()
+        if not len(pairs):
+            return
+        tokens, first = pairs % total, len(self._outputs)
+        self._index[tokens, pairs // total] = torch.arange(first, first + len(pairs), device=pairs.device)
         found, counts = (pairs // total).unique_consecutive(return_counts=True)
-        for expert, mine in zip(found.tolist(), (pairs % total).split(counts.tolist()), strict=True):
-            first, self._count = self._count, self._count + len(mine)
-            self._reserve(self._count, first)
-            self._outputs[first : self._count] = self.to_error_units(
-                self.mixture.ungated_output(expert, self.x_nd[mine]), mine
-            )
-            self._index[mine, expert] = torch.arange(first, self._count, device=mine.device)
-
-    def _reserve(self, count: int, used: int) -> None:
-        """Make room for `count` rows of outputs, of which `used` are in use."""
-        if count > len(self._outputs):
-            room = self._outputs.new_empty(max(count, 3 * len(self._outputs) // 2), self._outputs.shape[1])
-            room[:used] = self._outputs[:used]
-            self._outputs = room
+        outputs = [
+            self.to_error_units(self.mixture.ungated_output(expert, self.x_nd[mine]), mine)
+            for expert, mine in zip(found.tolist(), tokens.split(counts.tolist()), strict=True)
+        ]
+        self._outputs = torch.cat([self._outputs, *outputs])
 
 
 def _find_swaps(before: Routes, after: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ Alone, the criterion makes a plan that lists the heads to keep. Before another c
 another head are removed first, and further units by that criterion.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from secateur.base.errors import SecateurError
 from secateur.model.axes import Width
-from secateur.model.structure import Block
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.plan.problem import Plan, PlanProblem, SimilarHeads
 from secateur.plan.widths import head_widths
@@ -80,7 +80,7 @@ def check_heads(problem: PlanProblem) -> None:
         why = blocks[0].attention.locked
         raise SecateurError(f"heads cannot be removed exactly, because {why}; choose another criterion")
     for block in blocks:
-        found = [problem.unsupported_reason(width) for width in _narrower(block)]
+        found = [problem.unsupported_reason(width) for width in head_widths(block, ("heads",))[1:]]
         if None in found:
             return
         reasons += found
@@ -96,11 +96,14 @@ def similar_plan(problem: PlanProblem, found: SimilarHeads) -> tuple[SimilarHead
         SecateurError: No heads can be removed together.
     """
     removed, widths, units = {}, {}, {}
+    dense = kept = 0.0
     for index, heads in found.candidates.items():
         block = problem.blocks[index]
         removed[index], widths[index] = loadable(problem, index, heads)
         kept_heads = tuple(head for head in range(block.attention.units) if head not in removed[index])
         units[index] = dict(zip(block.kinds, (kept_heads, tuple(range(block.feed_forward.units))), strict=True))
+        dense += problem.parameters.module_size(index, "heads", block.width)
+        kept += problem.parameters.module_size(index, "heads", widths[index])
     if not any(removed.values()):
         count = sum(map(len, found.candidates.values()))
         raise SecateurError(
@@ -108,13 +111,8 @@ def similar_plan(problem: PlanProblem, found: SimilarHeads) -> tuple[SimilarHead
             f"one head of every group; the distances between heads go from {found.range[0]:.3g} to "
             f"{found.range[1]:.3g}; choose a larger tau"
         )
-    size = problem.parameters.module_size
-    dense, kept = (
-        sum(size(index, "heads", one) for index, one in some.items())
-        for some in ({index: problem.blocks[index].width for index in widths}, widths)
-    )
-    found = replace(found, removed=removed, share=1 - kept / dense)
     reached = problem.sparsity(widths)
+    found = replace(found, removed=removed, share=1 - kept / dense)
     return found, Plan(widths, reached, reached, note=found.describe(), units=units)
 
 
@@ -128,29 +126,20 @@ def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tupl
     module = block.attention
     members = [[head for head in similar if head // module.per_group == group] for group in range(module.groups)]
     whole = [group for group, heads in enumerate(members) if len(heads) == module.per_group]
-    each = min(map(len, members))
-    best: tuple[int, ...] = ()
-    width = block.width
+    best, width = tuple[int, ...](), block.width
     least = problem.parameters.module_size(index, "heads", width)
-    for narrower in _narrower(block):
-        by_groups = narrower[KV_GROUPS] < module.groups
-        count = module.groups - narrower[KV_GROUPS] if by_groups else module.per_group - narrower[HEADS_PER_GROUP]
+    for narrower in head_widths(block, ("heads",))[1:]:
+        if narrower[KV_GROUPS] < module.groups:
+            removed = [members[group] for group in whole[: module.groups - narrower[KV_GROUPS]]]
+            possible = len(removed) == module.groups - narrower[KV_GROUPS]
+        else:
+            count = module.per_group - narrower[HEADS_PER_GROUP]
+            removed = [heads[:count] for heads in members]
+            possible = count <= min(map(len, members))
         size = problem.parameters.module_size(index, "heads", narrower)
-        if (
-            count > (len(whole) if by_groups else each)
-            or size >= least
-            or problem.unsupported_reason(narrower) is not None
-        ):
-            continue
-        least, width = size, narrower
-        chosen = [members[group] for group in whole[:count]] if by_groups else [heads[:count] for heads in members]
-        best = tuple(sorted(head for heads in chosen for head in heads))
+        if possible and size < least and problem.unsupported_reason(narrower) is None:
+            least, width, best = size, narrower, tuple(sorted(itertools.chain(*removed)))
     return best, width
-
-
-def _narrower(block: Block) -> list[Width]:
-    """Return the widths of a block with fewer heads, but at least one."""
-    return head_widths(block, ("heads",))[1:]
 
 
 def _rounded(value: float, way: Callable[[float], int]) -> str:

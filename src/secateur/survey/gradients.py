@@ -13,7 +13,7 @@ Shapes: b rows, t positions, d residual width, v vocabulary.
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -130,9 +130,7 @@ def _predicting(rows: Rows) -> Rows:
 
 def _singles(rows: Rows) -> Iterator[Batch]:
     """Yield batches of one row each."""
-    for index, (group, weight) in enumerate(zip(rows.groups, rows.weights, strict=True)):
-        for row in range(len(group)):
-            yield Batch(index, slice(row, row + 1), weight, weight)
+    return replace(rows, batch_tokens=1).batches()
 
 
 def _predictions(stream: BlockStream, rows: Rows) -> float:
