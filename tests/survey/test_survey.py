@@ -97,7 +97,7 @@ def curve_of(found: Survey, kind: str, axis: str, index: int = INDEX) -> ErrorCu
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_curves_are_the_errors_of_refits(checkpoint_folder, name, kind):
-    found = survey(opened(checkpoint_folder(name)), FITTED, criterion="l1", ridge=RIDGE)
+    found = survey(opened(checkpoint_folder(name)), FITTED, PROBES, criterion="l1", ridge=RIDGE)
     plain = Plain(name, kind)
     assert found.tokens == 4 * 24 + 3 * 17
     for axis in [one.name for one in plain.module.cut_axes]:
@@ -127,7 +127,7 @@ def whole_block(name: str) -> KeptUnits:
 @pytest.mark.parametrize("name", ROWS)
 def test_every_module_is_probed_as_a_whole(checkpoint_folder, name):
     """Modules whose single units cannot be removed are probed as well."""
-    found = survey(opened(checkpoint_folder(name)), token_rows(3), probe_rows=PROBES, criterion="l1")
+    found = survey(opened(checkpoint_folder(name)), token_rows(3), PROBES, criterion="l1")
     modules = {(index, kind) for index in range(3) for kind in SCORED_KINDS}
     assert {(curve.block, curve.kind) for curve in found.curves} == modules
     whole = {(probe.block, probe.kind): probe for probe in found.probes if probe.removes_module}
@@ -149,7 +149,7 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder, name):
 def test_a_partial_probe_is_the_refitted_model(checkpoint_folder, monkeypatch, name, kind):
     # At this share, the refit of every model shows.
     monkeypatch.setattr(gram_estimator, "PROBED_SHARE", 0.6)
-    found = survey(opened(checkpoint_folder(name)), FITTED, probe_rows=PROBES, criterion="l1", ridge=RIDGE)
+    found = survey(opened(checkpoint_folder(name)), FITTED, PROBES, criterion="l1", ridge=RIDGE)
     plain = Plain(name, kind)
     axis = plain.module.cut_axes[-1].name
     curve, gone = curve_of(found, kind, axis), round(0.6 * plain.module.axis(axis).units)
@@ -172,14 +172,14 @@ def test_a_broken_last_norm_is_an_error(checkpoint_folder, tmp_path):
     folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
     with edited_weights(folder) as tensors:
         tensors["model.norm.weight"][3] = float("nan")
-    message = error_of(survey, opened(folder), FITTED, probe_rows=PROBES)
+    message = error_of(survey, opened(folder), FITTED, PROBES)
     assert "NaN or infinite logits: the last norm or the output layer is broken" in message
 
 
 def test_a_survey_of_some_blocks_and_one_kind(checkpoint_folder):
     stream = opened(checkpoint_folder("llama"))
-    whole = survey(stream, FITTED, probe_rows=PROBES)
-    part = survey(stream, FITTED, probe_rows=PROBES, blocks=range(1, 2), kinds=("channels",))
+    whole = survey(stream, FITTED, PROBES)
+    part = survey(stream, FITTED, PROBES, blocks=range(1, 2), kinds=("channels",))
 
     def here(found: tuple[Any, ...]) -> list[Any]:
         return [one for one in found if (one.block, one.kind) == (1, "channels")]

@@ -19,7 +19,6 @@ from torch import Tensor
 from secateur.criteria.experts import MAX_TOKENS, expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
 from secateur.criteria.statistics import module_seed
-from secateur.model.kinds import KINDS
 from secateur.model.mixture import Mixture
 from secateur.model.rows import Batch
 from secateur.model.stream import FilledModule
@@ -38,7 +37,7 @@ class MixtureEstimator(CurveEstimator):
 
     needs_input = True
 
-    def __init__(self, filled: FilledModule, order: str, tokens: int, kinds: Sequence[str] = KINDS):
+    def __init__(self, filled: FilledModule, order: str, tokens: int, kinds: Sequence[str]):
         """Start without tokens.
 
         Args:

@@ -32,8 +32,8 @@ from secateur.survey.probes import ProbeStreams
 def survey(
     stream: BlockStream,
     rows: Tensor | Rows,
+    probe_rows: Tensor,
     *,
-    probe_rows: Tensor | None = None,
     blocks: range | None = None,
     kinds: tuple[str, ...] = KINDS,
     criterion: str | Criteria = "surgeon",
@@ -47,7 +47,7 @@ def survey(
         stream: The dense model.
         rows: Calibration tokens (rows x length). If they are `Rows`, errors are measured with the token weights of
             the fit, and the order of units with the weights of the choice.
-        probe_rows: Tokens on which probes are measured (rows x length); without them, no probes are made.
+        probe_rows: Tokens on which probes are measured (rows x length).
         blocks: Indices of the blocks to measure; by default all.
         kinds: Kinds of units that may be removed.
         criterion: Criteria, or their name: they determine the order in which units are removed.
@@ -60,34 +60,31 @@ def survey(
     curves: list[ErrorCurve] = []
     curves += [ErrorCurve.of(one) for one in checkpoint.value("curves", lambda: [asdict(one) for one in curves], [])]
     calibration = Rows.of(rows)
-    all_rows = calibration if probe_rows is None else calibration.with_held_out(probe_rows)
+    all_rows = calibration.with_held_out(probe_rows)
     rows, probe_group = stream.local_rows(all_rows), len(calibration.groups)
     with stream.arena() as arena, stream.fast_products():
         hidden = stream.embed(rows, arena)
-        probes = None if probe_rows is None else ProbeStreams(stream, all_rows, probe_group, arena, checkpoint)
-        stop = blocks.stop if probes is None else len(stream)
-        for index in checkpoint.blocks(stop, "Survey", lambda: [hidden, *(probes.hidden if probes else [])]):
+        probes = ProbeStreams(stream, all_rows, probe_group, arena, checkpoint)
+        for index in checkpoint.blocks(len(stream), "Survey", lambda: [hidden, *probes.hidden]):
             with stream.filled(index) as layer:
-                if probes is not None:
-                    probes.advance(index, layer)
+                probes.advance(index, layer)
                 if index not in blocks:
                     stream.advance(index, layer, rows, hidden)
                     continue
                 modules = [module for module in stream.blocks[index].modules if module.is_prunable(kinds)]
                 filled = [FilledModule(stream, index, layer, module) for module in modules]
                 estimators = [_estimator(module, criteria, calibration, kinds) for module in filled]
-                before = None if probes is None else hidden.parts[probe_group][:].clone()
+                before = hidden.parts[probe_group][:].clone()
                 _run_block(stream, index, layer, rows, hidden, estimators)
                 found = [estimator.measure(ridge, seed) for estimator in estimators]
                 # All modules are measured before the owner ranks broadcast results, so that no process waits.
                 for estimator, own in zip(estimators, found, strict=True):
                     measured, cuts = estimator.broadcast(*own)
                     curves += measured
-                    if probes is not None and before is not None:
-                        for cut in cuts:
-                            probes.begin(layer, before, estimator.probed_output(cut), cut)
-        finished = () if probes is None else tuple(probes.finish(hidden.parts[probe_group][:]))
-    return Survey(criteria.choice.text, ridge, calibration.tokens, tuple(curves), finished)
+                    for cut in cuts:
+                        probes.begin(layer, before, estimator.probed_output(cut), cut)
+        finished = probes.finish(hidden.parts[probe_group][:])
+    return Survey(criteria.choice.text, ridge, calibration.tokens, tuple(curves), tuple(finished))
 
 
 def _run_block(
