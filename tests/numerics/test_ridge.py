@@ -197,8 +197,8 @@ def cheapest(case: Layer, ridge: float, left: list[int], size: int, among: list[
 
 @given(case=layers(least=3), ridge=st.sampled_from((1e-3, 0.03, 0.3, 1.0)))
 @settings(max_examples=60, deadline=None)
-def test_every_increase_equals_a_refit_without_the_unit(case, ridge):
-    """The unit of the smallest increase is removed."""
+def test_the_unit_whose_removal_costs_least_is_removed(case, ridge):
+    """Costs are those of refits without each unit."""
     found = eliminate(case.normal(ridge), 1)
     check(case, ridge, found, 1)
     left = list(range(len(case.old)))

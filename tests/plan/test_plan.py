@@ -314,13 +314,8 @@ def _with_experts_needed(block: Block) -> Block:
 
 
 @pytest.fixture
-def problem(checkpoint_folder: CheckpointFolder) -> PlanProblem:
-    stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    meter = parameter_meter(stream)
-    return PlanProblem(blocks=stream.blocks, pruned_blocks=range(3), parameters=meter, target=0.0, meter=meter)
-
-
-UNITS = {"kv_groups": 3, "heads_per_group": 2, "channels": 72}
+def problem(make_problem: MakeProblem) -> PlanProblem:
+    return make_problem(0.0)
 
 
 def curve(index: int, axis: str, units: int) -> ErrorCurve:
