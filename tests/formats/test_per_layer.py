@@ -46,9 +46,8 @@ from secateur import BlockStream, open_checkpoint, prune
 from secateur.base.quiet import quiet
 from secateur.families.registry import FAMILIES
 from secateur.formats.format import PrunedModel
-from secateur.formats.hf import HfFolder
-from secateur.formats.per_layer import MODELING_FILE, per_layer_unsupported
-from secateur.formats.stock_folder import StockFolder
+from secateur.formats.per_layer import MODELING_FILE, HfFolder, per_layer_unsupported
+from secateur.formats.stock import StockFolder
 from secateur.measure.evaluation import evaluate
 from secateur.model.axes import Width
 from secateur.model.layer_sizes import IN_MEMORY

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from models import MIXTURES, ROWS, SIMILAR, build, config_of, logits_of, token_rows, wide
 from secateur.base.quiet import quiet
 from secateur.checkpoints.config_file import stock_class
-from secateur.checkpoints.facts import head_dim, key_value_heads
+from secateur.checkpoints.facts import key_value_heads
 from secateur.families.registry import FAMILIES, family_of
 from secateur.formats.stock import stock_config, stock_unsupported
 from secateur.model.axes import Width
@@ -156,7 +156,7 @@ def test_dense_width_is_the_identity_in_both_spellings(tmp_path, case):
     before = copy.deepcopy(RAW[case])
     config = load(RAW[case], tmp_path)
     expected, state = logits(config)
-    stored = stock_config(RAW[case], config, width=dense_of(config), head_dim=HEAD, dtype=torch.float16)
+    stored = stock_config(RAW[case], config, width=dense_of(config), dtype=torch.float16)
     assert RAW[case] == before
     assert stored["dtype"] == stored["torch_dtype"] == "float16"
     assert stored["model_type"] == config.model_type
@@ -177,7 +177,7 @@ def test_an_heir_computes_the_same(tmp_path, kind, leaves_defaults_out):
         "transformers_version": "4.40.0",
         "auto_map": {"AutoConfig": "c.C"},
     }
-    odd = stock_config(raw, config, width=wide(1, 5, 72), head_dim=head_dim(config), dtype=torch.float32)
+    odd = stock_config(raw, config, width=wide(1, 5, 72), dtype=torch.float32)
     assert (odd["model_type"], odd["num_attention_heads"]) == (FAMILIES[kind].stock.fallback[0], 5)
     assert odd["transformers_version"] >= "5"
     assert "auto_map" not in odd
@@ -259,7 +259,7 @@ def opens(config, blocks, width) -> bool:
     if family_of(config).stock.head_counts == "dense" and width.product(HEAD_AXES) < config.num_attention_heads:
         return False
     raw = json.loads(json.dumps(config.to_dict()))
-    stored = stock_config(raw, config, width=width, head_dim=head_dim(config), dtype=torch.float32)
+    stored = stock_config(raw, config, width=width, dtype=torch.float32)
     try:
         model = empty(CONFIG_MAPPING[stored["model_type"]].from_dict(stored))
     except StrictDataclassClassValidationError:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-import secateur.formats.hf as writing
+import secateur.formats.per_layer as writing
 from models import SIZES
 from outputs import assert_error, edited_weights
 from secateur import BlockStream, prune

@@ -124,12 +124,12 @@ _OWN_FORMATS = (
     Declaration(
         "hf",
         "a folder in which each block has its own widths, loaded by transformers with trust_remote_code=True",
-        "secateur.formats.hf:HfFolder",
+        "secateur.formats.per_layer:HfFolder",
     ),
     Declaration(
         "stock",
         "a folder in which all blocks have the same widths, loaded by the standard transformers class",
-        "secateur.formats.stock_folder:StockFolder",
+        "secateur.formats.stock:StockFolder",
         uniform=True,
     ),
     Declaration(

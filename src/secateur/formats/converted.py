@@ -17,7 +17,7 @@ from pathlib import Path
 from secateur.base.output import Output
 from secateur.base.progress import Watcher
 from secateur.formats.format import Format, PrunedModel
-from secateur.formats.hf import HfFolder
+from secateur.formats.per_layer import HfFolder
 from secateur.model.axes import Width
 
 

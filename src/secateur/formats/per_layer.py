@@ -1,10 +1,10 @@
-"""Folder with a width for each block: the contents of its config.json.
+"""Format `hf`: a folder with a width for each block, and a modeling file that transformers runs.
 
 The folder carries `modeling_secateur.py`, which builds stock layers of these widths, so that transformers loads the
 folder with trust_remote_code and without this library. `secateur.model.per_layer` reads such a folder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,16 +20,21 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from secateur.base.names import FORMATS
 from secateur.checkpoints import modeling_secateur
 from secateur.checkpoints.config_file import BIASES, GROUPS, PER_GROUP, TEXT, stock_class
+from secateur.checkpoints.facts import head_dim
 from secateur.checkpoints.modeling_secateur import IMAGES, PREFIX, SIZES, WIDTHS, overrides
 from secateur.families.registry import FAMILIES, family_of
+from secateur.formats.folder import Biases, Folder
 from secateur.formats.stock import stock_config
 from secateur.model.axes import FEED_FORWARD, Width, axis_kinds, config_keys, model_width
-from secateur.model.layer_sizes import Keys, StoredNames, model_sizes, numbers
+from secateur.model.layer_sizes import Keys, model_sizes, numbers
 from secateur.model.per_layer import ALLOW, layer_keys
+from secateur.model.stream import BlockStream
 from secateur.model.structure import Block
 from secateur.model.units.heads import KV_GROUPS
+from secateur.plan.problem import Plan
 
 MODELING_FILE = Path(modeling_secateur.__file__)
 """File that is written next to the weights."""
@@ -41,6 +46,42 @@ MAPPINGS = {
     "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
 """Auto classes that load the pruned model, some with a new head, with transformers' stock classes by config class."""
+
+
+class HfFolder(Folder):
+    """Folder of the format `hf`: each block has its own width."""
+
+    declaration = FORMATS["hf"]
+    code = (MODELING_FILE,)
+    advice = "report this as a bug in secateur"
+
+    def format_reason(self, width: Width) -> str | None:
+        """Return why the first stock block with these axes cannot be written at a width."""
+        block = self.block_with(width, self.block_range)
+        return per_layer_unsupported(self.stream.checkpoint.config, block, width)
+
+    def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
+        """Return why a block cannot be written at its width, for the first such block."""
+        reasons = (HfFolder(self.stream, block_range=range(i, i + 1)).unsupported_reason(w) for i, w in widths.items())
+        return next(filter(None, reasons), None)
+
+    def language_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
+        """Return the stock model's config with the sizes that differ from block to block."""
+        return per_layer_config(self.stream, plan.widths, biases, self.dtype)
+
+    def whole_config(self, outer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of config.json, with the classes of the modeling file."""
+        config_class = CONFIG_MAPPING[outer["model_type"]]
+        whole, inner = (stock_class(of, config_class) for of in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING))
+        classes = {"AutoModel": inner.__name__, IMAGES: whole.__name__}
+        kept = {key: value for key, value in own.items() if key not in ("architectures", "auto_map")}
+        if named := outer[TEXT].get("architectures"):
+            kept["architectures"] = named
+        return outer | {
+            TEXT: kept,
+            "architectures": [PREFIX + whole.__name__],
+            "auto_map": {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()},
+        }
 
 
 def per_layer_unsupported(config: Any, block: Block, width: Width) -> str | None:
@@ -57,47 +98,37 @@ def per_layer_unsupported(config: Any, block: Block, width: Width) -> str | None
 
 
 def per_layer_config(
-    raw_config: dict[str, Any],
-    config: Any,
-    *,
-    widths: Mapping[int, Width],
-    blocks: Sequence[Block],
-    stored_names: StoredNames,
-    biases: Mapping[int, tuple[bool, bool]],
-    head_dim: int,
-    dtype: torch.dtype,
+    stream: BlockStream, widths: Mapping[int, Width], biases: Biases, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return the contents of config.json for a model whose blocks have different widths.
 
     Args:
-        raw_config: Contents of the stock model's config.json; not changed.
-        config: The config object of the stock model.
-        widths: Widths of the blocks that are narrower than the stock model's.
-        blocks: All blocks of the stock model; the global values are the width of the first block.
-        stored_names: Function that returns a tensor's names in the checkpoint, which older transformers use.
+        stream: The dense model. The global values are the width of the stock model's first block.
+        widths: Widths of the pruned blocks.
         biases: Whether the output projections (attention, feed-forward) of a block have a bias that the stock class
             does not have.
-        head_dim: Entries per head.
+        dtype: Dtype of the weights.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
     """
+    config, blocks = stream.stock.config, stream.stock.blocks
     family, dense, keys = family_of(config), [block.width for block in blocks], layer_keys(config)
-    final = [widths.get(index, width) for index, width in enumerate(dense)]
+    final = [widths.get(index, block.width) for index, block in enumerate(stream.blocks)]
     first = model_width(dense)
-    stored = stock_config(raw_config, config, width=first, head_dim=head_dim, dtype=dtype)
+    stored = stock_config(stream.stock.raw_config, config, width=first, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive the head size from the number of heads. Without head_dim, other tools would derive
     # it from each layer's own number. Falcon's config has a property of this name, and cannot be given a head size.
     derived = isinstance(getattr(type(config), "head_dim", None), property)
     if not derived:
-        stored["head_dim"] = stored.get("head_dim") or head_dim
+        stored["head_dim"] = stored.get("head_dim") or head_dim(config)
     classes = _stock_classes(type(config))
     stored["architectures"] = [PREFIX + classes["AutoModelForCausalLM"].__name__]
     stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{stock.__name__}" for auto, stock in classes.items()}
     # Key of the number of the feed-forward's units, if the class reads it: of experts, if there are some.
     key = None if family.stock.derives_channels else _feed_forward_key(first, keys)
     negative = None
-    if not any(_changes_shapes(blocks[index], width) for index, width in widths.items()):
+    if not any(map(_changes_shapes, blocks, final)):
         # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones. It fails
         # at a width that no layer has, and if no layer has such units, at a negative number.
         if key is not None and any(numbers(width, keys).get(key) for width in final):
@@ -124,7 +155,7 @@ def per_layer_config(
     )
     stored[WIDTHS if under_own_key else "per_layer_config"] = layers
     used = {key for values in layers.values() for key in values}
-    stored[SIZES] = model_sizes(blocks, keys, stored_names, used)
+    stored[SIZES] = model_sizes(blocks, keys, stream.stored_names, used)
     stored[SIZES] |= {} if negative is None else {"negative": negative}
     # A key that only some layers have must have a value for the others.
     stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES, *first) if key in used}
@@ -136,26 +167,6 @@ def per_layer_config(
         stored[GROUPS] = first[KV_GROUPS]
     stored[ALLOW] = True
     return stored
-
-
-def multimodal_per_layer_config(multimodal_config: dict[str, Any], language_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of a multimodal model's config.json.
-
-    Args:
-        multimodal_config: Contents of the dense model's config.json.
-        language_config: The language model's part, from `per_layer_config`.
-    """
-    config_class = CONFIG_MAPPING[multimodal_config["model_type"]]
-    whole, inner = (stock_class(of, config_class) for of in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING))
-    classes = {"AutoModel": inner.__name__, IMAGES: whole.__name__}
-    kept = {key: value for key, value in language_config.items() if key not in ("architectures", "auto_map")}
-    if named := multimodal_config[TEXT].get("architectures"):
-        kept["architectures"] = named
-    return multimodal_config | {
-        TEXT: kept,
-        "architectures": [PREFIX + whole.__name__],
-        "auto_map": {auto: f"{MODELING_FILE.stem}.{PREFIX}{name}" for auto, name in classes.items()},
-    }
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""Contents of config.json for a model with one width in all blocks, which the stock class loads.
+"""Format `stock`: a folder with one width for all blocks, which the standard transformers class opens.
 
 Config classes differ in their keys and in the numbers of heads that they accept, and transformers renamed the rotary
 settings between 4.57 and 5. The families' entries hold these facts. Both spellings are written, so that both versions
@@ -7,16 +7,69 @@ build the same model.
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from secateur.base.names import FORMATS
+from secateur.checkpoints.facts import head_dim
 from secateur.families.entry import Stock
 from secateur.families.registry import family_of, twin_of
-from secateur.model.axes import ATTENTION, FEED_FORWARD, Width, axis_kinds, config_keys
+from secateur.formats.folder import Biases, Folder
+from secateur.model.axes import ATTENTION, FEED_FORWARD, Width, alike, axis_kinds, config_keys, model_width
 from secateur.model.units.heads import HEADS
+from secateur.plan.problem import Plan
+
+
+class StockFolder(Folder):
+    """Folder of the format `stock`: all blocks have the same width."""
+
+    declaration = FORMATS["stock"]
+    advice = "use --format hf"
+
+    def format_reason(self, width: Width) -> str | None:
+        """Return why the family's class cannot hold blocks of a width."""
+        stream, dense, config = self.stream, self.dense(width), self.stream.checkpoint.config
+        if len(self.block_range) < len(stream) and width != dense:
+            return (
+                f"a stock class has one width for all {len(stream)} blocks, and only {self.block_range.start}:"
+                f"{self.block_range.stop} are to be pruned; leave the block range out, or use --format hf"
+            )
+        return stock_unsupported(config, width, dense) or self._earlier_reason() or self._bias_reason()
+
+    def _earlier_reason(self) -> str | None:
+        """Return why the family's class cannot hold what an earlier pruning left; None if it can."""
+        for index, (block, stock) in enumerate(zip(self.stream.blocks, self.stream.stock.blocks, strict=True)):
+            if block.modules != block.modules_left:
+                return f"an earlier pruning left block {index} without heads or without channels; use --format hf"
+            if any(own.bias != before.bias for own, before in zip(block.modules, stock.modules, strict=True)):
+                return f"{self._no_biases()}, and an earlier pruning added one to block {index}; use --format hf"
+        return None
+
+    def _bias_reason(self) -> str | None:
+        """Return why the family's class cannot hold biases that the recovery adds; None if it adds none."""
+        if self.biases and any(m.may_gain_bias and not m.bias for block in self.stream.blocks for m in block.modules):
+            return f"{self._no_biases()}, which --recovery bias adds; leave it out, or use --format hf"
+        return None
+
+    def _no_biases(self) -> str:
+        """Return the beginning of a reason why biases cannot be written."""
+        return f"the stock class of {self.stream.checkpoint.config.model_type} has no biases of output projections"
+
+    def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
+        """Return why blocks at these widths cannot be written: the widths differ, or the class does not support the
+        width."""
+        if not alike(widths.get(index, block.width) for index, block in enumerate(self.stream.blocks)):
+            return "it holds one width for all blocks; use --format hf"
+        return super().unsupported_plan(widths)
+
+    def language_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
+        """Return the stock model's config with the new width."""
+        stock = self.stream.stock
+        return stock_config(stock.raw_config, stock.config, width=model_width(plan.widths.values()), dtype=self.dtype)
 
 
 def stock_unsupported(config: Any, width: Width, dense: Width) -> str | None:
@@ -64,21 +117,13 @@ def _heads_unsupported(config: Any, width: Width, dense: Width) -> str | None:
     return None
 
 
-def stock_config(
-    raw_config: dict[str, Any],
-    config: Any,
-    *,
-    width: Width,
-    head_dim: int,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
+def stock_config(raw_config: dict[str, Any], config: Any, *, width: Width, dtype: torch.dtype) -> dict[str, Any]:
     """Return the contents of config.json for a model of one width; see `stock_unsupported` for the legal widths.
 
     Args:
         raw_config: The dense checkpoint's config.json as stored; not changed.
         config: The config object made from it, which holds the settings that the file leaves to defaults.
         width: Number of units along every axis that a block of the model has; the dense one gives the dense model.
-        head_dim: Entries per head.
 
     Returns:
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
@@ -93,7 +138,7 @@ def stock_config(
     if stock.head_counts == "dense":
         width = Width({axis: number for axis, number in width.items() if axis_kinds()[axis].role != ATTENTION})
     else:
-        stored["head_dim"] = head_dim
+        stored["head_dim"] = head_dim(config)
     stored |= dict(stock.fixed_values)
     for along, (key, *others) in config_keys(family).items():
         if width.keys() >= set(along):
