@@ -373,7 +373,7 @@ def test_a_gguf_file_is_dequantised_once(gguf_file, cache, letters_folder, monke
 
 
 def test_gguf_conversion_that_fails_leaves_nothing(gguf_file, cache, monkeypatch):
-    def convert(file, reader, folder, dtype):
+    def convert(file, folder, dtype):
         (folder / WEIGHTS).write_bytes(b"some")
         raise OSError(28, "No space left on device")
 

@@ -41,7 +41,7 @@ from secateur.base.quiet import quiet
 from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.gguf import file as gguf_file
 from secateur.gguf.export import export
-from secateur.gguf.file import dense_reading, readings
+from secateur.gguf.file import readings
 from secateur.gguf.splits import PRE_TOKENIZERS, split_rule
 from secateur.gguf.tokenizer import vocabulary_of
 
@@ -57,7 +57,8 @@ MIXTURES = {name.split()[0] for name in tiny.MIXTURES} - {"gemma4_text"}
 OF_EXPERTS = {name: kept for name, kept in UNIFORM.items() if name.split()[0] in MIXTURES or "mixture" in name}
 # A model whose last blocks are twice as wide is written when it has been cut alone.
 DENSE = {name: kept for name, kept in UNIFORM.items() if name not in OF_EXPERTS and name != "gemma4_text wide"}
-READ = OF_EXPERTS | {name: kept for name, kept in DENSE.items() if dense_reading(kept)}
+READ_DENSE = {one.architecture for one in readings() if one.input.dense}
+READ = OF_EXPERTS | {name: kept for name, kept in DENSE.items() if kept in READ_DENSE}
 TWINS = {"glm4_moe_lite": "deepseek_v3", "solar_open": "glm4_moe"}
 """Families whose files are read as another family that computes the same."""
 BLOCK = r"blk\.(\d+)\."
@@ -133,16 +134,15 @@ def same(first: Checkpoint, second: Checkpoint) -> bool:
 
 
 def test_every_architecture_is_read():
-    assert set(OF_EXPERTS.values()) == {one.input.architecture for one in readings() if one.family.experts}
-    dense = {one.input.architecture for one in readings() if one.input.dense}
-    assert {kept for name, kept in READ.items() if name not in OF_EXPERTS} == dense
+    assert set(OF_EXPERTS.values()) == {one.architecture for one in readings() if one.family.experts}
+    assert {kept for name, kept in READ.items() if name not in OF_EXPERTS} == READ_DENSE
 
 
 @pytest.mark.parametrize("name", READ)
 def test_reading_returns_what_was_written(tmp_path, name):
     """Weights have the names of checkpoints, and the config gives the same logits."""
     # Of a norm that is stored plus one, what has the digits of checkpoints comes back to the bit.
-    kept = next(one for one in readings() if one.input.architecture == READ[name])
+    kept = next(one for one in readings() if one.architecture == READ[name])
     dtype = torch.bfloat16 if kept.family.norm_offset else torch.float32
     source = dense(name, tmp_path / "dense", dtype)
     found = read(export(tmp_path / "dense", tmp_path / "m.gguf", type="f32").path, dtype)

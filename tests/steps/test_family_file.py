@@ -66,7 +66,7 @@ def test_pruned_from_a_file(tmp_path, family, widths):
         (BIOGPT.replace(": dense", ": some"), "stock.head_counts: 'some': Input should be 'any', 'divisors' or"),
         (BIOGPT.replace("theta", "thetas"), "stock.thetas_key: no such field"),
         (BIOGPT.partition("stock")[0] + "stock: any", "stock is 'any'; write a mapping"),
-        (f"{BIOGPT}gguf: {{input: {{}}}}\n", "gguf.input.architecture is missing"),
+        (f"{BIOGPT}token_mixer: {{}}\n", "token_mixer.path is missing"),
         (f"{BIOGPT}gguf: {{architectures: [nosuch]}}\n", "gguf.architectures: secateur does not write nosuch; it"),
     ],
 )

@@ -3,13 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
-from secateur.families.entry import Experts, Family, Gguf, GgufContents, GgufInput, Stock
+from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
 
 LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 DEEPSEEK_EXPERTS = Experts(number="n_routed_experts", groups=("n_group", "topk_group"), shared_expert="shared_experts")
 
 
-def latent_attention(file: GgufContents) -> dict[str, Any]:
+def latent_attention(file: Any) -> dict[str, Any]:
     """Return the sizes of latent attention that a GGUF file states."""
     metadata, rotated = file.metadata, file.metadata["rope.dimension_count"]
     # Older files state the sizes of heads by the keys that newer ones use for latent vectors.
@@ -28,7 +28,7 @@ def latent_attention(file: GgufContents) -> dict[str, Any]:
 
 
 LATENT_KEYS = {"attention.kv_lora_rank": "kv_lora_rank"}
-LATENT_INPUT = GgufInput("deepseek2", keys={"rope.dimension_count": "qk_rope_head_dim"}, config=latent_attention)
+LATENT_INPUT = GgufInput(keys={"rope.dimension_count": "qk_rope_head_dim"}, config=latent_attention)
 DEEPSEEK2 = Gguf(("deepseek2",), keys=LATENT_KEYS)
 
 FAMILIES = {
@@ -45,7 +45,7 @@ FAMILIES = {
     ),
     "dots1": Family(
         experts=DEEPSEEK_EXPERTS,
-        gguf=Gguf(("dots1",), input=GgufInput("dots1", fixed={"sliding_window": None})),
+        gguf=Gguf(("dots1",), input=GgufInput(fixed={"sliding_window": None})),
     ),
     "solar_open": Family(
         experts=DEEPSEEK_EXPERTS,

@@ -7,7 +7,7 @@ describe what a family computes, a field holds a function (a hook) from the fami
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -125,42 +125,10 @@ class Stock:
     """Key inside `rope_scaling` of the kind of scaling, in transformers 4.57."""
 
 
-class GgufContents(Protocol):
-    """Interface of a GGUF file for the hooks of families."""
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Metadata of the architecture, by keys without its name."""
-
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Tensors by llama.cpp's names."""
-
-    def common(self, key: str, default: Any = None) -> Any:
-        """Return the number that all blocks have, or the list of numbers if blocks differ."""
-
-    def layer_types(self) -> list[str]:
-        """Return the type of attention of each block; an empty list if the file does not state it."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape, outputs before inputs."""
-
-
-def no_config(_: GgufContents) -> dict[str, Any]:
-    """Return no config values."""
-    return {}
-
-
 @dataclass(frozen=True)
 class GgufInput:
     """Facts that secateur needs to read GGUF files of the family, and that metadata and tensor shapes do not give."""
 
-    architecture: str
-    """llama.cpp's name of the architecture."""
     dense: bool = False
     """Whether secateur also reads files without experts; otherwise transformers reads them."""
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -172,8 +140,8 @@ class GgufInput:
     """Values, by config key, that are constants in llama.cpp's code for the architecture."""
     scales_queries: bool = False
     """Whether the class can scale queries by a factor that grows with the position, as some files require."""
-    config: Callable[[GgufContents], Mapping[str, Any]] = no_config
-    """Hook that computes further config values from a file."""
+    config: Callable[[Any], Mapping[str, Any]] = lambda _: {}
+    """Hook that computes further config values from a file, a `secateur.gguf.file.GgufFile`."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +162,6 @@ class Gguf:
     """Config key of the activation function; or the name of the function, if it is a constant of the class."""
     epsilon: str = "rms_norm_eps"
     """Config key of the epsilon of norms."""
-    query_gate: bool = False
-    """Whether the query layer also holds rows of a gate on each head's output, after the head's query rows."""
     transposed: bool = False
     """Whether checkpoints store matrices inside blocks with inputs first."""
     interleaved_rope: bool = False
@@ -207,7 +173,7 @@ class Gguf:
     """Number of blocks of the 27B model of a Gemma family, by which llama.cpp recognises this model. It scales
     attention scores by hidden_size / heads in this model, and by the head size in the other sizes."""
     input: GgufInput | None = None
-    """Facts that secateur needs to read GGUF files; None if transformers reads them."""
+    """Facts that secateur needs to read GGUF files of the preferred architecture; None if transformers reads them."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ FAMILIES = {
         gguf=Gguf(
             ("exaone-moe",),
             keys={"attention.sliding_window": "sliding_window"},
-            input=GgufInput("exaone-moe"),
+            input=GgufInput(),
         ),
     ),
 }

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.families.entry import Experts, Family, Gguf, GgufContents, GgufInput, KvSharing, Stock
+from secateur.families.entry import Experts, Family, Gguf, GgufInput, KvSharing, Stock
 
 GEMMA_GGUF = Gguf(activation="hidden_activation")
 GEMMA2 = Family(
@@ -26,7 +26,7 @@ GEMMA4_KEYS = {
 }
 
 
-def _gemma4_sizes(file: GgufContents) -> dict[str, Any]:
+def _gemma4_sizes(file: Any) -> dict[str, Any]:
     """Return the config values of Gemma 4 that a GGUF file states for blocks with and without a window.
 
     Raises:
@@ -96,7 +96,6 @@ FAMILIES = {
             GEMMA_GGUF,
             architectures=("gemma4",),
             input=GgufInput(
-                "gemma4",
                 dense=True,
                 keys=GEMMA4_KEYS,
                 known_keys=frozenset({"attention.value_length_swa", "rope.dimension_count_swa", "rope.freq_base_swa"}),

@@ -25,7 +25,7 @@ FAMILIES = {
     "glm4_moe": Family(
         experts=DEEPSEEK_EXPERTS,
         stock=PARTIAL,
-        gguf=Gguf(("glm4moe",), input=GgufInput("glm4moe")),
+        gguf=Gguf(("glm4moe",), input=GgufInput()),
     ),
     "glm4_moe_lite": Family(latent=LATENT, experts=DEEPSEEK_EXPERTS, stock=PARTIAL, gguf=DEEPSEEK2),
 }

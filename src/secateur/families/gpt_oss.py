@@ -20,7 +20,7 @@ FAMILIES = {
             ("gpt-oss",),
             keys={"attention.sliding_window": "sliding_window"},
             activation="silu",
-            input=GgufInput("gpt-oss"),
+            input=GgufInput(),
         ),
     ),
 }

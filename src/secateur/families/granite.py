@@ -31,7 +31,7 @@ FAMILIES = {
         gguf=Gguf(
             ("granitemoe",),
             keys=SCALES,
-            input=GgufInput("granitemoe"),
+            input=GgufInput(),
         ),
     ),
 }

@@ -37,7 +37,7 @@ FAMILIES = {
         gguf=replace(
             LFM2.gguf,
             architectures=("lfm2moe",),
-            input=GgufInput("lfm2moe"),
+            input=GgufInput(),
         ),
         vllm=Vllm(instead_of_fewer_heads="prune experts and channels only"),
     ),

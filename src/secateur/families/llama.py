@@ -1,11 +1,13 @@
 """Families that are laid out as Llama, or nearly; a `Family` without arguments is Llama itself."""
 
-from secateur.families.entry import Experts, Family, Gguf, GgufContents, GgufInput, Stock
+from typing import Any
+
+from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
 
 LLAMA_GGUF = Gguf(("llama", "deci"))
 
 
-def _norms_of_maverick(file: GgufContents) -> dict[str, bool]:
+def _norms_of_maverick(file: Any) -> dict[str, bool]:
     """Return whether queries and keys are normed: not in Maverick, which llama.cpp recognises by its 128 experts.
 
     The norms have no weights.
@@ -42,7 +44,6 @@ FAMILIES = {
             ("llama4",),
             interleaved_rope=True,
             input=GgufInput(
-                "llama4",
                 config=_norms_of_maverick,
                 fixed={
                     "attention_chunk_size": 8192,
@@ -82,7 +83,7 @@ FAMILIES = {
             gates_sum_to_one=True,
             renamed=(("gate.moe_statics.", "moe_statics."),),
         ),
-        gguf=Gguf(("ernie4_5-moe",), interleaved_rope=True, input=GgufInput("ernie4_5-moe")),
+        gguf=Gguf(("ernie4_5-moe",), interleaved_rope=True, input=GgufInput()),
     ),
     # Kyutai's Helium.
     "helium": Family(stock=Stock(head_counts="dense"), gguf=Gguf(("llama", "deci"), interleaved_rope=True)),
@@ -96,7 +97,7 @@ FAMILIES = {
             gating="softmax",
             gates_sum_to_one=True,
         ),
-        gguf=Gguf(("hunyuan-moe",), input=GgufInput("hunyuan-moe")),
+        gguf=Gguf(("hunyuan-moe",), input=GgufInput()),
     ),
     # Karpathy's nanochat.
     "nanochat": Family(up="fc1", gate=None, down="fc2"),

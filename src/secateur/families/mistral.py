@@ -21,7 +21,7 @@ FAMILIES = {
     "ministral3": Family(gguf=Gguf(("mistral3",))),
     "mixtral": Family(
         experts=replace(MIXTRAL_EXPERTS, gating="softmax", gates_sum_to_one=True),
-        gguf=Gguf(("llama",), input=GgufInput("llama")),
+        gguf=Gguf(("llama",), input=GgufInput()),
     ),
     "mistral4": Family(
         latent=LATENT,
@@ -30,14 +30,14 @@ FAMILIES = {
         gguf=Gguf(
             ("mistral4",),
             keys=LATENT_KEYS,
-            input=replace(LATENT_INPUT, architecture="mistral4", scales_queries=True),
+            input=replace(LATENT_INPUT, scales_queries=True),
         ),
     ),
     # MiniMax-M2, whose experts are named as Mixtral's.
     "minimax_m2": Family(
         experts=replace(MIXTRAL_EXPERTS, router_bias="e_score_correction_bias", gates_sum_to_one=True),
         heads_locked="its query and key norms run across all heads",
-        gguf=Gguf(("minimax-m2",), input=GgufInput("minimax-m2")),
+        gguf=Gguf(("minimax-m2",), input=GgufInput()),
         vllm=Vllm(
             backend="its transformers backend does not know the router of minimax_m2; use --widths uniform",
         ),

@@ -20,7 +20,7 @@ FAMILIES = {
         norm_after_attention=None,
         norm_after_feed_forward=None,
         experts=Experts(expert_width="intermediate_size", gating="softmax"),
-        gguf=Gguf(("olmoe",), input=GgufInput("olmoe")),
+        gguf=Gguf(("olmoe",), input=GgufInput()),
     ),
     "flex_olmo": replace(OLMO2, experts=Experts(expert_width="intermediate_size"), gguf=Gguf()),
 }

@@ -5,17 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.families.entry import (
-    Experts,
-    Family,
-    Gguf,
-    GgufContents,
-    GgufInput,
-    Stock,
-    TokenMixer,
-    Twin,
-    Vllm,
-)
+from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock, TokenMixer, Twin, Vllm
 
 OTHERWISE = "serve it with --model-impl transformers, or write it with --format hf"
 LINEAR = TokenMixer("linear_attn", "out_proj", "linear_attention")
@@ -44,7 +34,7 @@ def _one_window(config: Any) -> str | None:
     return None
 
 
-def _linear_attention(file: GgufContents) -> dict[str, int]:
+def _linear_attention(file: Any) -> dict[str, int]:
     """Return the size of a value head of linear attention, which a GGUF file states for all heads together.
 
     Raises:
@@ -61,8 +51,7 @@ def _linear_attention(file: GgufContents) -> dict[str, int]:
 QWEN35_GGUF = Gguf(
     ("qwen35",),
     keys=LINEAR_KEYS,
-    query_gate=True,
-    input=GgufInput("qwen35", dense=True, keys=SECTIONS, config=_linear_attention),
+    input=GgufInput(dense=True, keys=SECTIONS, config=_linear_attention),
 )
 
 FAMILIES = {
@@ -74,11 +63,11 @@ FAMILIES = {
     "qwen2_moe": Family(
         experts=QWEN2_EXPERTS,
         stock=Stock(head_counts="dense"),
-        gguf=Gguf(("qwen2moe",), input=GgufInput("qwen2moe")),
+        gguf=Gguf(("qwen2moe",), input=GgufInput()),
     ),
     "qwen3_moe": Family(
         experts=QWEN3_EXPERTS,
-        gguf=Gguf(("qwen3moe",), input=GgufInput("qwen3moe")),
+        gguf=Gguf(("qwen3moe",), input=GgufInput()),
     ),
     "qwen3_next": Family(
         norm_offset=True,
@@ -88,8 +77,7 @@ FAMILIES = {
         gguf=Gguf(
             ("qwen3next",),
             keys=LINEAR_KEYS,
-            query_gate=True,
-            input=GgufInput("qwen3next", config=_linear_attention),
+            input=GgufInput(config=_linear_attention),
         ),
     ),
     "qwen3_5_text": Family(
@@ -106,7 +94,7 @@ FAMILIES = {
         gguf=replace(
             QWEN35_GGUF,
             architectures=("qwen35moe",),
-            input=GgufInput("qwen35moe", keys=SECTIONS, config=_linear_attention),
+            input=GgufInput(keys=SECTIONS, config=_linear_attention),
         ),
     ),
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from secateur.gguf.model import BlockSizes, GgufModel
+from secateur.gguf.model import BlockSizes, GgufModel, filled
 from secateur.gguf.positions import Sections
 
 Values = dict[str, Any]
@@ -95,6 +95,11 @@ def experts_in_every_block(model: GgufModel) -> Values:
     return {"interleave_moe_layer_step": None if model.first_experts is None else 1}
 
 
+def mpt_slopes(_: GgufModel) -> Values:
+    """Return the largest slope of ALiBi, by which scores decrease with the distance (MPT)."""
+    return {"attention.max_alibi_bias": 8.0}
+
+
 def xielu_parameters(model: GgufModel) -> Values:
     """Return the parameters of every block's activation (Apertus)."""
     return {
@@ -155,8 +160,6 @@ class Architecture:
     interleaved_rope: bool = False
     """Whether neighbouring entries of a head rotate together (interleaved rotary embeddings), not entries half a head
     apart."""
-    head_norms: bool = False
-    """Whether queries and keys of every head are normalised."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Layers that are one tensor in the file, in the order of their rows, by the name of that tensor."""
     scalings: frozenset[str] = SCALINGS
@@ -165,18 +168,12 @@ class Architecture:
     """Whether a part of each head may stay unrotated."""
     windows: Metadata = nothing
     """Metadata of sliding windows; `nothing` if every layer attends to all positions."""
-    windows_by_block: bool = False
-    """Whether any block may have a window; otherwise blocks without a window are at regular distances."""
     output: Literal["either", "tied", "stored"] = "either"
     """Output matrix of the model. `tied`: always the embedding. `stored`: always a matrix in the file. `either`: the
     matrix in the file, or the embedding if there is none."""
     activation: Literal["silu", "gelu", "relu2", "xielu"] = "silu"
     epsilon: Literal["layer_norm_rms_epsilon", "layer_norm_epsilon"] = "layer_norm_rms_epsilon"
     """Metadata key of the epsilon of norms."""
-    final_norm: str | None = "output_norm.weight"
-    """Name of the final norm's tensor; None if norms have no weights."""
-    alibi: bool = False
-    """Whether attention scores decrease with the distance (ALiBi) instead of rotary embeddings."""
     leading_dense: bool = False
     """Whether the first blocks may have a feed-forward although later blocks have experts."""
     linear: Order | None = None
@@ -185,8 +182,6 @@ class Architecture:
     sections: Sections | None = None
     """Order of the rotary frequencies for time, height and width of a picture; None if all frequencies use the same
     position."""
-    latent: bool = False
-    """Whether the attention is latent attention: all heads compute keys and values from one latent vector per token."""
     attention: Metadata = head_sizes
     """Metadata of head sizes."""
     metadata: Metadata = nothing
@@ -200,11 +195,6 @@ class Architecture:
     states_routing: bool = False
     """Whether files state how gates are computed although `GATES_SUM_TO_ONE` lists the architecture."""
 
-    @property
-    def has_windows(self) -> bool:
-        """Whether layers may have sliding windows."""
-        return self.windows is not nothing
-
     def sizes(self, model: GgufModel) -> list[BlockSizes]:
         """Return the sizes of each block in the file, including channels that fill rows, and idle heads."""
         output, blocks = f"{model.layers['attn_output']}.bias", list[BlockSizes]()
@@ -212,6 +202,9 @@ class Architecture:
             biased = "attn_output" in model.added_biases or output in inside
             # The number of idle heads of a block without heads. llama.cpp reads the size of heads from the first block.
             idle = int(not self.headless or index == 0 or biased)
-            idle_added = replace(sizes, heads=sizes.heads or idle, kv_heads=sizes.kv_heads or idle)
-            blocks.append(idle_added.filled(model.storage.block))
+            channels = sizes.channels
+            if channels is not None and not sizes.experts:
+                channels = filled(channels, model.storage.block)
+            heads, kv_heads = sizes.heads or idle, sizes.kv_heads or idle
+            blocks.append(replace(sizes, heads=heads, kv_heads=kv_heads, channels=channels))
         return blocks

@@ -23,66 +23,55 @@ from secateur.gguf.architecture import (
     latent_sizes,
     linear_attention,
     listed_windows,
+    mpt_slopes,
     regular_windows,
     xielu_parameters,
 )
-from secateur.gguf.model import QKV, GgufModel
+from secateur.gguf.model import QKV, GgufModel, filled
 from secateur.gguf.requirements import unmet
 from secateur.model.axes import Width, alike
+from secateur.model.units.channels import CHANNELS
 
 OUTPUT_LAYERS = frozenset({"attn_output", "ffn_down"})
 """Output projections, by llama.cpp's names; a recovery may add biases to them."""
+_NONE = frozenset[str]()
 _QKV = frozenset(QKV)
-_ALL = _QKV | OUTPUT_LAYERS | {"ffn_gate", "ffn_up"}
+_UNGATED = _QKV | OUTPUT_LAYERS | {"ffn_up"}
 _FUSED_QKV: dict[str, tuple[str, ...]] = {"attn_qkv": QKV}
 _FUSED_GATE: dict[str, tuple[str, ...]] = {"ffn_up": ("ffn_gate", "ffn_up")}
 
-_LLAMA = Architecture("llama", _ALL, interleaved_rope=True, scalings=SCALINGS | {"llama3", "longrope"})
+_LLAMA = Architecture(
+    "llama", _UNGATED | {"ffn_gate"}, interleaved_rope=True, scalings=SCALINGS | {"llama3", "longrope"}
+)
 _GEMMA3 = Architecture(
-    "gemma3", _QKV, head_norms=True, windows=regular_windows, scalings=SCALINGS - {"yarn"}, activation="gelu"
+    "gemma3", _QKV, windows=regular_windows, scalings=SCALINGS - {"yarn"}, activation="gelu", score_ratio=gemma_ratio
 )
-_PHI3 = Architecture("phi3", _QKV, square=True, fused=_FUSED_QKV, partial=True, scalings=SCALINGS | {"longrope"})
-_QWEN3 = Architecture("qwen3", _QKV, head_norms=True)
-_OLMO2 = Architecture("olmo2", frozenset(), square=True, windows=regular_windows, output="stored")
+_QWEN3 = Architecture("qwen3", _QKV)
+_UNBIASED = replace(_QWEN3, biases=_NONE)
+_OLMO2 = Architecture("olmo2", _NONE, square=True, windows=regular_windows, output="stored")
 _GLM = replace(_QWEN3, name="glm4moe", partial=True, leading_dense=True)
-_DEEPSEEK2 = replace(
-    _GLM, name="deepseek2", partial=False, head_norms=False, latent=True, attention=latent_sizes, biases=frozenset()
-)
-_LFM2 = replace(_QWEN3, name="lfm2", square=True, biases=frozenset(), final_norm="token_embd_norm.weight")
-_NEXT = replace(_QWEN3, name="qwen3next", biases=frozenset(), partial=True, linear="grouped", metadata=linear_attention)
+_DEEPSEEK2 = replace(_UNBIASED, name="deepseek2", leading_dense=True, attention=latent_sizes)
+_LFM2 = replace(_UNBIASED, name="lfm2", square=True)
+_NEXT = replace(_UNBIASED, name="qwen3next", partial=True, linear="grouped", metadata=linear_attention)
 _QWEN35 = replace(_NEXT, name="qwen35", linear="tiled", sections="interleaved")
-_GPT = Architecture(
-    "gpt2", _ALL - {"ffn_gate"}, square=True, fused=_FUSED_QKV, activation="gelu", epsilon="layer_norm_epsilon"
+_STARCODER2 = Architecture(
+    "starcoder2", _UNGATED, needs_biases=True, square=True, activation="gelu", epsilon="layer_norm_epsilon"
 )
+_GPT2 = replace(_STARCODER2, name="gpt2", fused=_FUSED_QKV)
 _COHERE = Architecture(
-    "command-r", frozenset(), square=True, interleaved_rope=True, output="tied", epsilon="layer_norm_epsilon"
+    "command-r", _NONE, square=True, interleaved_rope=True, output="tied", epsilon="layer_norm_epsilon"
 )
-_NEMOTRON = Architecture(
-    "nemotron",
-    _ALL - {"ffn_gate"},
-    square=True,
-    partial=True,
-    output="stored",
-    activation="relu2",
-    epsilon="layer_norm_epsilon",
-)
+_NEMOTRON = replace(_STARCODER2, name="nemotron", needs_biases=False, partial=True, output="stored", activation="relu2")
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
         _LLAMA,
         replace(_LLAMA, name="deci", per_layer=True, headless=True),
-        replace(_LLAMA, name="arcee", activation="relu2", biases=frozenset()),
+        replace(_LLAMA, name="arcee", activation="relu2", biases=_NONE),
         replace(_LLAMA, name="granite"),
-        Architecture("gemma", frozenset(), activation="gelu", output="tied"),
-        Architecture(
-            "starcoder2",
-            _ALL - {"ffn_gate"},
-            needs_biases=True,
-            square=True,
-            activation="gelu",
-            epsilon="layer_norm_epsilon",
-        ),
+        Architecture("gemma", _NONE, activation="gelu", output="tied"),
+        _STARCODER2,
         Architecture("qwen2", _QKV, square=True),
         Architecture("qwen2vl", _QKV, square=True, sections="consecutive"),
         _QWEN3,
@@ -93,77 +82,59 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(_OLMO2, name="olmoe", ungrouped=True),
         replace(_LLAMA, name="granitemoe"),
         _GLM,
-        replace(_LLAMA, name="smollm3", biases=frozenset()),
+        replace(_LLAMA, name="smollm3", biases=_NONE),
         Architecture("glm4", _QKV, interleaved_rope=True, fused=_FUSED_GATE, partial=True),
-        Architecture("exaone4", frozenset(), square=True, head_norms=True, windows=regular_windows),
-        Architecture("hunyuan-dense", frozenset(), head_norms=True),
-        Architecture("hunyuan-moe", frozenset(), head_norms=True),
-        replace(_LLAMA, name="ernie4_5-moe", biases=frozenset(), leading_dense=True, metadata=experts_in_every_block),
+        replace(_UNBIASED, name="exaone4", square=True, windows=regular_windows),
+        replace(_UNBIASED, name="hunyuan-dense"),
+        replace(_UNBIASED, name="hunyuan-moe"),
+        replace(_LLAMA, name="ernie4_5-moe", biases=_NONE, leading_dense=True, metadata=experts_in_every_block),
         Architecture(
             "gpt-oss", _QKV | {"attn_output"}, windows=regular_windows, scalings=frozenset({"default", "yarn"})
         ),
         replace(_GLM, name="dots1", partial=False, ungrouped=True),
         _DEEPSEEK2,
         replace(_DEEPSEEK2, name="mistral4", partial=True),
-        replace(_LLAMA, name="llama4", biases=frozenset(), windows=regular_windows, metadata=experts_in_every_block),
-        Architecture("openelm", frozenset(), per_layer=True, head_norms=True, fused=_FUSED_QKV, output="tied"),
-        replace(_PHI3, fused=_FUSED_QKV | _FUSED_GATE),
-        _OLMO2,
-        replace(
-            _GEMMA3,
-            name="gemma2",
-            head_norms=False,
-            output="tied",
-            windows=gemma2_windows,
-            caps_scores=True,
-            score_ratio=gemma_ratio,
+        replace(_LLAMA, name="llama4", biases=_NONE, windows=regular_windows, metadata=experts_in_every_block),
+        Architecture("openelm", _NONE, per_layer=True, fused=_FUSED_QKV, output="tied"),
+        Architecture(
+            "phi3",
+            _QKV,
+            square=True,
+            fused=_FUSED_QKV | _FUSED_GATE,
+            partial=True,
+            scalings=SCALINGS | {"longrope"},
         ),
-        replace(_GEMMA3, score_ratio=gemma_ratio),
-        replace(
-            _GEMMA3,
-            name="gemma4",
-            biases=frozenset(),
+        _OLMO2,
+        replace(_GEMMA3, name="gemma2", output="tied", windows=gemma2_windows, caps_scores=True),
+        _GEMMA3,
+        Architecture(
+            "gemma4",
+            _NONE,
             per_layer=True,
             scalings=frozenset({"proportional"}),
             windows=listed_windows,
-            windows_by_block=True,
+            activation="gelu",
             attention=gemma4_sizes,
             metadata=gemma4_settings,
         ),
-        replace(_GPT, needs_biases=True, score_ratio=gpt2_ratio),
-        replace(_GPT, name="gptneox", needs_biases=True, partial=True, output="stored"),
-        replace(_GPT, name="phi2", fused={}, needs_biases=True, partial=True, output="stored"),
+        replace(_GPT2, score_ratio=gpt2_ratio),
+        replace(_GPT2, name="gptneox", partial=True, output="stored"),
+        replace(_STARCODER2, name="phi2", partial=True, output="stored"),
         replace(_LLAMA, name="mistral3"),
         Architecture("chatglm", _QKV, square=True, interleaved_rope=True, fused=_FUSED_GATE, partial=True),
-        replace(_GPT, name="falcon", biases=frozenset()),
-        replace(_GPT, name="bloom", needs_biases=True, alibi=True),
-        replace(
-            _GPT,
-            name="mpt",
-            biases=frozenset(),
-            alibi=True,
-            clamps=True,
-            metadata=lambda _: {"attention.max_alibi_bias": 8.0},
-        ),
-        replace(_GLM, name="minimax-m2", biases=frozenset(), output="stored", leading_dense=False),
+        replace(_GPT2, name="falcon", biases=_NONE, needs_biases=False),
+        replace(_GPT2, name="bloom"),
+        replace(_GPT2, name="mpt", biases=_NONE, needs_biases=False, clamps=True, metadata=mpt_slopes),
+        replace(_GLM, name="minimax-m2", biases=_NONE, output="stored", leading_dense=False),
         _COHERE,
         replace(_COHERE, name="cohere2", windows=regular_windows),
         _NEMOTRON,
         replace(_NEMOTRON, name="jais2", partial=False, needs_biases=True, ungrouped=True),
         replace(_NEMOTRON, name="stablelm", biases=_QKV, activation="silu"),
-        Architecture(
-            "olmo",
-            frozenset(),
-            square=True,
-            interleaved_rope=True,
-            final_norm=None,
-            clamps=True,
-            epsilon="layer_norm_epsilon",
-        ),
+        replace(_COHERE, name="olmo", output="either", clamps=True),
         replace(
-            _QWEN3,
+            _UNBIASED,
             name="apertus",
-            biases=frozenset(),
             scalings=SCALINGS | {"llama3"},
             output="stored",
             activation="xielu",
@@ -174,7 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _NEXT,
         _QWEN35,
         replace(_QWEN35, name="qwen35moe"),
-        replace(_GLM, name="exaone-moe", partial=False, windows=regular_windows, biases=frozenset(), output="stored"),
+        replace(_GLM, name="exaone-moe", partial=False, windows=regular_windows, biases=_NONE, output="stored"),
     )
 }
 """Entries by llama.cpp's names."""
@@ -201,7 +172,11 @@ def choose_architecture(model: GgufModel) -> Architecture:
 
 def _unsupported_reason(model: GgufModel, architecture: Architecture) -> str | None:
     """Return why an architecture does not compute a model, as the rest of a sentence that begins with its name."""
-    if not architecture.per_layer and not alike(sizes.filled(model.storage.block).numbers() for sizes in model.blocks):
+    block = model.storage.block
+    widths = (
+        width | {CHANNELS: filled(width[CHANNELS], block)} if CHANNELS in width else width for width in model.widths
+    )
+    if not architecture.per_layer and not alike(widths):
         return "has one width for all blocks, so prune all of them with uniform widths"
     return ", and ".join(unmet(model, architecture)) or None
 

@@ -81,7 +81,8 @@ def export(
     check_type(type)
     if type in LLAMA_TYPES:
         return _quantised(folder, path, type=type, overwrite=overwrite, watcher=watcher)
-    _output(folder, path, overwrite).check()
+    target = _output(folder, path, overwrite)
+    target.check()
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
         checkpoint.check_shapes(empty_decoder(checkpoint))
@@ -97,7 +98,6 @@ def export(
         vocabulary = _vocabulary(folder, checkpoint, rows)
     _note(watcher, model, architecture, tensors)
     size = sum(tensor.bytes for tensor in tensors)
-    target = _output(folder, path, overwrite)
     target.expected_bytes, target.resume_path = size, at
     with target as partial:
         write_gguf(partial, model, architecture, tensors, vocabulary, name=name or path.stem, watcher=watcher)

@@ -34,6 +34,11 @@ class Reading(NamedTuple):
     input: GgufInput
 
     @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture of such files."""
+        return self.family.gguf.architectures[0]
+
+    @property
     def keys(self) -> dict[str, str]:
         """Metadata keys that files of the family must have, with the config keys of the same values."""
         return {**self.family.gguf.keys, **self.input.keys}
@@ -48,14 +53,31 @@ class Reading(NamedTuple):
 @cache
 def readings() -> tuple[Reading, ...]:
     """Return all families of which secateur itself reads GGUF files."""
-    inputs = {name: (family, family.gguf.input) for name, family in FAMILIES.items()}
-    return tuple(Reading(name, family, input) for name, (family, input) in inputs.items() if input is not None)
+    return tuple(
+        Reading(name, family, family.gguf.input)
+        for name, family in FAMILIES.items()
+        if family.gguf.input is not None and family.gguf.architectures
+    )
 
 
-def dense_reading(architecture: str) -> Reading | None:
-    """Return the family with which secateur reads files of an architecture that have no experts; None if secateur does
-    not read such files."""
-    return next((one for one in readings() if one.input.dense and one.input.architecture == architecture), None)
+def reading_of(reader: GGUFReader) -> Reading | None:
+    """Return the family with which secateur itself reads a file; None if transformers reads it.
+
+    Raises:
+        SecateurError: Nobody reads mixtures of experts of the architecture.
+    """
+    architecture, metadata = architecture_of(reader), metadata_of(reader)
+    known = [one for one in readings() if one.architecture == architecture]
+    if not metadata.get("expert_count"):
+        return next((one for one in known if one.input.dense), None)
+    mixtures = [one for one in known if one.family.experts]
+    if not mixtures:
+        raise SecateurError(f"mixtures of experts of the architecture {architecture!r} are not read from GGUF")
+    # Files of DeepSeek V3 may not state the function; a bias on the choice of experts distinguishes them from files of
+    # DeepSeek V2.
+    biased = any(".exp_probs_b." in tensor.name for tensor in reader.tensors)
+    gating = metadata.get("expert_gating_func", None if biased else ExpertGatingFuncType.SOFTMAX)
+    return next((one for one in mixtures if one.gating == gating), mixtures[-1])
 
 
 def architecture_of(reader: GGUFReader) -> str:
@@ -67,11 +89,6 @@ def metadata_of(reader: GGUFReader) -> dict[str, Any]:
     """Return the metadata of a file's architecture, by keys without its name."""
     start = f"{architecture_of(reader)}."
     return {key.removeprefix(start): field.contents() for key, field in reader.fields.items() if key.startswith(start)}
-
-
-def is_read_here(reader: GGUFReader) -> bool:
-    """Return whether secateur itself reads a file, rather than transformers."""
-    return bool(metadata_of(reader).get("expert_count")) or dense_reading(architecture_of(reader)) is not None
 
 
 class GgufFile:
@@ -86,14 +103,14 @@ class GgufFile:
         tensors: Tensors of these blocks, and tensors outside of blocks, by name.
     """
 
-    def __init__(self, reader: GGUFReader):
+    def __init__(self, reader: GGUFReader, reading: Reading):
         """List the tensors without reading them.
 
         Raises:
-            SecateurError: The architecture or a type of weights is not supported, or the number of blocks is wrong.
+            SecateurError: A type of weights is not supported, or the number of blocks is wrong.
         """
-        self.architecture, self.metadata, self._fields = architecture_of(reader), metadata_of(reader), reader.fields
-        self.reading = self._reading({tensor.name for tensor in reader.tensors})
+        self.reading, self.architecture = reading, reading.architecture
+        self.metadata, self._fields = metadata_of(reader), reader.fields
         self.blocks = int(self.metadata["block_count"]) - int(self.metadata.get("nextn_predict_layers", 0))
         self.tensors: dict[str, ReaderTensor] = {
             tensor.name: tensor for tensor in reader.tensors if self._uses(tensor.name)
@@ -107,25 +124,6 @@ class GgufFile:
                 gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[type][1], dtype=np.uint8), type)
             except NotImplementedError as error:
                 raise SecateurError(f"the gguf package does not read weights of the type {type.name}") from error
-
-    def _reading(self, names: set[str]) -> Reading:
-        """Return the family of the file.
-
-        Raises:
-            SecateurError: secateur reads no files of the architecture.
-        """
-        if not self.metadata.get("expert_count"):
-            found = dense_reading(self.architecture)
-            assert found is not None
-            return found
-        known = [one for one in readings() if one.family.experts and one.input.architecture == self.architecture]
-        if not known:
-            raise SecateurError(f"mixtures of experts of the architecture {self.architecture!r} are not read from GGUF")
-        # Files of DeepSeek V3 may not state the function; a bias on the choice of experts distinguishes them from files
-        # of DeepSeek V2.
-        biased = any(".exp_probs_b." in name for name in names)
-        gating = self.metadata.get("expert_gating_func", None if biased else ExpertGatingFuncType.SOFTMAX)
-        return next((one for one in known if one.gating == gating), known[-1])
 
     def _uses(self, name: str) -> bool:
         """Return whether the model has the weights of a tensor."""

@@ -14,7 +14,6 @@ from secateur.base.output import Output
 from secateur.base.progress import Watcher
 from secateur.formats.converted import Converted
 from secateur.formats.format import Loading
-from secateur.gguf.architecture import Architecture
 from secateur.gguf.architectures import OUTPUT_LAYERS, choose_architecture, gguf_unsupported
 from secateur.gguf.export import export
 from secateur.gguf.model import STATED_AXES, GgufModel, filled
@@ -60,26 +59,17 @@ class _ModuleBytes:
         self.dense = dense_widths(stream)
         self.model = GgufModel(stream.checkpoint, self.dense, added, type)
         self.original = GgufModel(stream.checkpoint.original, self.dense, added, type)
-        self.architecture = self._architecture(added)
+        # An architecture that can leave out the attention of a block without heads is better than one that cannot.
+        headless = [*self.dense[:-1], self.dense[-1] | stream.blocks[-1].attention.removed]
+        try:
+            self.architecture = choose_architecture(GgufModel(stream.checkpoint, headless, added, type))
+        except SecateurError:
+            self.architecture = choose_architecture(self.model)
         # Blocks of the same shapes have the same number of bytes, except for the first block, which may have to keep an
         # idle head.
         shapes = [(block.shapes, self.model.storage.types_in(index)) for index, block in enumerate(stream.blocks)]
         self.same = [shapes.index(own, min(index, 1)) for index, own in enumerate(shapes)]
         self._bytes = cache(self._module_bytes)
-
-    def _architecture(self, added: frozenset[str]) -> Architecture:
-        """Return the architecture of the pruned file.
-
-        Raises:
-            SecateurError: No architecture computes the dense model.
-        """
-        # If there is an architecture that can leave out the attention of a block without heads, the pruned file gets
-        # this one.
-        headless = [*self.dense[:-1], self.dense[-1] | self.stream.blocks[-1].attention.removed]
-        try:
-            return choose_architecture(GgufModel(self.stream.checkpoint, headless, added, self.model.type))
-        except SecateurError:
-            return choose_architecture(self.model)
 
     def __call__(self, index: int, kind: str, width: Width) -> float:
         """Return the bytes of one module of a block, by the kind of its units."""

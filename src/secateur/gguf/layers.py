@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from secateur.base.errors import SecateurError
 from secateur.gguf.model import QKV, GgufModel
 
 
@@ -23,11 +22,6 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     compute: Callable[[], Tensor]
-
-    @staticmethod
-    def of(tensor: Tensor) -> LazyTensor:
-        """Return a lazy tensor of values that are in memory."""
-        return LazyTensor(tuple(tensor.shape), lambda: tensor)
 
     @staticmethod
     def full(shape: tuple[int, ...], value: float) -> LazyTensor:
@@ -57,83 +51,52 @@ def stored_tensor(model: GgufModel, stored: str) -> LazyTensor:
 def layer_tensors(model: GgufModel, index: int) -> Tensors:
     """Return the weights and biases of a block's query, key, value and output layers and of its feed-forward.
 
-    Fused layers are split, and matrices are outputs x inputs.
-
-    Raises:
-        SecateurError: A tensor is missing, or has another shape than config.json gives it.
+    Fused layers are split, and matrices are outputs x inputs. A block with a token mixer or with experts lacks layers.
+    In Gemma 4, blocks share keys, and values may be the keys.
     """
-    inside, tensors, source = model.inside[index], Tensors(), model.checkpoint.source
+    tensors = Tensors()
     for layer, name in model.layers.items():
-        # A block may have a token mixer instead of attention, or experts instead of a feed-forward.
-        if model.blocks[index].channels is None if layer.startswith("ffn_") else model.is_token_mixer(index):
-            continue
-        # In Gemma 4, blocks share keys, and values may be the keys.
-        may_lack = model.family.heads_by_layer_type and layer in ("attn_k", "attn_v")
-        for leaf, axes in (("weight", 2), ("bias", 1)):
-            shape = _shape(model, index, layer)[:axes]
-            if (stored := inside.get(f"{name}.{leaf}")) is not None:
+        for leaf in ("weight", "bias"):
+            if (stored := model.inside[index].get(f"{name}.{leaf}")) is not None:
                 tensor = stored_tensor(model, stored)
-                if model.source.transposed and axes == 2:
+                if model.source.transposed and leaf == "weight":
                     tensor = tensor.then(torch.t)
-                tensor = tensor.then(_part(model, index, layer, shape[0]))
-                if tensor.shape != shape:
-                    raise SecateurError(
-                        f"{source}: {stored} gives {list(tensor.shape)} for {layer}, but config.json gives "
-                        f"{list(shape)}; find the config.json of these weights"
-                    )
-                tensors[f"{layer}.{leaf}"] = tensor
-            elif leaf == "weight" and 0 not in shape and not may_lack:
-                raise SecateurError(f"{source}: block {index} has no {name}.weight; restore it")
+                tensors[f"{layer}.{leaf}"] = tensor.then(_part(model, index, layer))
     return tensors
 
 
-def _shape(model: GgufModel, index: int, layer: str) -> tuple[int, int]:
-    """Return the numbers of outputs and inputs of a layer."""
-    sizes, hidden = model.blocks[index], model.config.hidden_size
-    channels, queries, keys = sizes.channels or 0, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    return {
-        "attn_q": (queries * (2 if model.source.query_gate else 1), hidden),
-        "attn_k": (keys, hidden),
-        "attn_v": (keys, hidden),
-        "attn_output": (hidden, sizes.heads * sizes.value_dim),
-        "ffn_gate": (channels, hidden),
-        "ffn_up": (channels, hidden),
-        "ffn_down": (hidden, channels),
-    }[layer]
-
-
-def _part(model: GgufModel, index: int, layer: str, rows: int) -> Callable[[Tensor], Tensor]:
+def _part(model: GgufModel, index: int, layer: str) -> Callable[[Tensor], Tensor]:
     """Return the function that takes a layer's rows out of a stored tensor, which may hold several layers."""
     sizes, family = model.blocks[index], model.family
-    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     if layer in QKV and family.fused and family.interleaved:
         # The tensor holds one KV group after the other: all query heads, the key head, the value head.
         of_group = {"attn_q": slice(-2), "attn_k": slice(-2, -1), "attn_v": slice(-1, None)}[layer]
         return lambda tensor: tensor.unflatten(0, (sizes.kv_heads, -1, sizes.head_dim))[:, of_group].flatten(0, 2)
-    starts = {"attn_q": 0, "attn_k": queries, "attn_v": queries + keys} if family.fused else {}
-    starts |= {"ffn_gate": 0, "ffn_up": rows} if family.fused_gate else {}
-    start = starts.get(layer)
-    return lambda tensor: tensor if start is None else tensor[start : start + rows]
+    rows = dict[str, slice]()
+    if family.fused:
+        queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+        rows |= {
+            "attn_q": slice(queries),
+            "attn_k": slice(queries, queries + keys),
+            "attn_v": slice(queries + keys, None),
+        }
+    if family.fused_gate:
+        rows |= {"ffn_gate": slice(sizes.channels), "ffn_up": slice(sizes.channels, None)}
+    return lambda tensor: tensor[rows.get(layer, slice(None))]
 
 
 def expert_tensors(model: GgufModel, index: int) -> tuple[Tensors, frozenset[str]]:
-    """Return the matrices and biases of a block's experts, and the stored names of the tensors that contain them.
-
-    Raises:
-        SecateurError: A tensor is missing.
-    """
+    """Return the matrices and biases of a block's experts, and the stored names of the tensors that contain them."""
     layout, checkpoint = model.family.experts, model.checkpoint
     if layout is None or not model.blocks[index].experts:
         return {}, frozenset()
     tensors, pieces = Tensors(), list[str]()
     for leaf, layers in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.items():
         name = f"{model.family.blocks}.{index}.{model.family.mixture}{layout.experts}.{leaf}"
-        if not (stored := checkpoint.pieces(name)):
-            raise SecateurError(f"{checkpoint.source}: block {index} has no {name}; restore it")
+        pieces += checkpoint.pieces(name)
         shape = model.shapes.get(name) or checkpoint.parameter(name).shape
         matrices = LazyTensor(shape, checkpoint.parameter(name).read)
         kinds = {"weight": matrices.then(partial(torch.transpose, dim0=1, dim1=2)) if layout.inputs_first else matrices}
-        pieces += stored
         if layout.alternating:
             pieces += (biases := checkpoint.pieces(f"{name}_bias"))
             kinds["bias"] = stored_tensor(model, biases[-1])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from secateur.base.errors import SecateurError
 from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.checkpoints.facts import head_dim, positions_of
-from secateur.families.entry import Experts, Family, Gguf
+from secateur.families.entry import Experts
 from secateur.families.registry import family_of, gguf_of
-from secateur.gguf.positions import pattern_of, rope_kind, rope_of, window_rope_of
-from secateur.gguf.types import Storage, storage_of
+from secateur.gguf.positions import pattern_of, rope_kind, rope_of
+from secateur.gguf.types import storage_of
 from secateur.model.axes import Width, model_width
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
@@ -42,18 +42,6 @@ class BlockSizes:
     value_dim: int
     """Entries of a head in the input of the output layer."""
 
-    def numbers(self) -> dict[str, int]:
-        """Return the numbers that must be equal in all blocks if an architecture has one width for all blocks."""
-        heads, channels = {"heads": self.heads, "kv_heads": self.kv_heads}, self.channels
-        experts = {"experts": self.experts, "expert_channels": self.expert_channels} if self.experts else {}
-        return heads | experts | ({} if channels is None else {"channels": channels})
-
-    def filled(self, multiple: int) -> BlockSizes:
-        """Return the sizes with as many channels as the file has, a multiple of a number."""
-        if self.channels is None or self.experts:
-            return self
-        return replace(self, channels=filled(self.channels, multiple))
-
 
 def filled(channels: int, multiple: int) -> int:
     """Return the number of channels in a file: a multiple of a number, and not zero.
@@ -67,53 +55,54 @@ QKV = ("attn_q", "attn_k", "attn_v")
 """llama.cpp's names of the layers of queries, keys and values."""
 
 
-@dataclass
 class GgufModel:
-    """A stored model, or the plan of one."""
+    """A stored model, or the plan of one.
 
-    checkpoint: Checkpoint
-    widths: Sequence[Width]
-    """Width of each block."""
-    added_biases: frozenset[str] = frozenset()
-    """llama.cpp's names of layers that will get a bias when the model is pruned."""
-    type: str = "f16"
-    """Type of the file."""
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shapes of tensors that will be narrower than the checkpoint's, by transformers' names and by stored names."""
-    storage: Storage = field(init=False)
-    """Types of its tensors."""
-    family: Family = field(init=False)
-    source: Gguf = field(init=False)
-    """The family's entry for GGUF files."""
-    inside: list[dict[str, str]] = field(init=False)
-    """Stored names of each block's tensors, by their names inside the block."""
-    outside: dict[str, str] = field(init=False)
-    """Stored names of the other tensors of the language model, by its names for them."""
-    usual_heads: dict[str, int] = field(init=False)
-    """Number of units along each axis of heads, in the first block with heads."""
-    blocks: list[BlockSizes] = field(init=False)
-    """Sizes of each block."""
+    Attributes:
+        storage: Types of the tensors in the file.
+        source: The family's entry for GGUF files.
+        shapes: Shapes of tensors that will be narrower than the checkpoint's, by transformers' names and by stored
+            names.
+        inside: Stored names of each block's tensors, by their names inside the block.
+        outside: Stored names of the other tensors of the language model, by its names for them.
+        blocks: Sizes of each block.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        widths: Sequence[Width],
+        added_biases: frozenset[str] = frozenset(),
+        type: str = "f16",
+    ):
         """List the tensors.
+
+        Args:
+            checkpoint: The stored model.
+            widths: Width of each block.
+            added_biases: llama.cpp's names of layers that will get a bias when the model is pruned.
+            type: Type of the file.
 
         Raises:
             SecateurError: The type cannot be written, llama.cpp has no architecture for the family, or it computes
                 something else than the family's class.
         """
-        self.storage = storage_of(self.type, self.checkpoint)
+        self.checkpoint, self.widths, self.added_biases = checkpoint, widths, added_biases
+        self.config: Any = checkpoint.config
+        self.storage = storage_of(type, checkpoint)
         self.source, self.family = gguf_of(self.config), family_of(self.config)
         self._check_family()
-        self.inside, self.outside = [{} for _ in self.widths], {}
+        self.shapes = dict[str, tuple[int, ...]]()
+        self.inside: list[dict[str, str]] = [{} for _ in widths]
+        self.outside = dict[str, str]()
         in_block = re.compile(rf"(?:.*\.)?{self.family.blocks.rpartition('.')[2]}\.(\d+)\.(.+)")
-        for stored in self.checkpoint.weights:
-            name = self.checkpoint.own_name(stored)
+        for stored in checkpoint.weights:
+            name = checkpoint.own_name(stored)
             if name is not None and (match := in_block.fullmatch(name)):
                 self.inside[int(match[1])][match[2]] = stored
             elif name is not None:
                 self.outside[name] = stored
-        self.usual_heads = {axis: number for axis, number in model_width(self.widths).items() if axis in HEADS}
-        self.blocks = [self.sizes(index, width) for index, width in enumerate(self.widths)]
+        self.blocks = [self.sizes(index, width) for index, width in enumerate(widths)]
 
     def _check_family(self) -> None:
         """Raise `SecateurError` for a family that llama.cpp does not compute."""
@@ -133,7 +122,8 @@ class GgufModel:
 
         Blocks with a token mixer have no heads, but GGUF files state the number of heads of the other blocks for them.
         """
-        width = Width({**self.usual_heads, **width})
+        usual = {axis: number for axis, number in model_width(self.widths).items() if axis in HEADS}
+        width = Width({**usual, **width})
         channels, experts = width.get(CHANNELS), width.get(EXPERTS, 0)
         if experts and not self.family.mixture:
             channels = int(self.config.intermediate_size)
@@ -160,11 +150,6 @@ class GgufModel:
         return self.shapes.get(stored) or self.checkpoint.tensors[stored].shape
 
     @property
-    def config(self) -> Any:
-        """The config object."""
-        return self.checkpoint.config
-
-    @property
     def dim(self) -> int:
         """Entries per head; if blocks differ, the number of most blocks."""
         return head_dim(self.config)
@@ -176,26 +161,11 @@ class GgufModel:
         return int(positions_of(self.config) or next(filter(None, others), 2048))
 
     @property
-    def rope(self) -> dict[str, Any]:
-        """Rotary settings of layers without a window; empty without rotary embeddings."""
-        return rope_of(self.config)
-
-    @property
-    def window_rope(self) -> dict[str, Any]:
-        """Rotary settings of layers with a window; empty if all layers have the same settings."""
-        return window_rope_of(self.config)
-
-    @property
-    def rope_kind(self) -> str:
-        """Kind of rotary scaling."""
-        return rope_kind(self.config)
-
-    @property
     def rotated(self) -> int:
         """Number of rotated entries of a head. The kind `proportional` rotates all entries, some of them with the
         frequency zero."""
-        share = 1.0 if self.rope_kind == "proportional" else self.rope.get("partial_rotary_factor", 1.0)
-        return int(self.dim * share)
+        proportional = rope_kind(self.config) == "proportional"
+        return int(self.dim * (1.0 if proportional else rope_of(self.config).get("partial_rotary_factor", 1.0)))
 
     @property
     def window(self) -> int | None:

@@ -22,7 +22,7 @@ from secateur.base.cache import cached_folder
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
 from secateur.gguf.config import complete_config
-from secateur.gguf.file import architecture_of, is_read_here
+from secateur.gguf.file import architecture_of, reading_of
 from secateur.gguf.positions import FACTORS
 from secateur.gguf.tokenizer import alone, read_tokenizer
 from secateur.gguf.weights import folder_writer
@@ -53,19 +53,18 @@ def folder_of(file: Path, dtype: torch.dtype) -> Path:
     stat = file.stat()
     facts = f"{_VERSION}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{dtype}"
     key = hashlib.sha256(facts.encode() + start).hexdigest()[:16]
-    return cached_folder(f"{file.stem}-{key}", lambda partial: _convert(file, _opened(file), partial, dtype))
+    return cached_folder(f"{file.stem}-{key}", lambda partial: _convert(file, partial, dtype))
 
 
 def _opened(file: Path) -> GGUFReader:
     """Return the reader of a file's metadata.
 
     Raises:
-        SecateurError: The file is broken or one of several parts, or neither transformers nor secateur reads its
-            architecture. Without this check, transformers would fail late or with a long traceback.
+        SecateurError: The file is broken or one of several parts.
     """
     try:
         reader = GGUFReader(file)
-        architecture = architecture_of(reader)
+        architecture_of(reader)
         parts = reader.fields.get("split.count")
         count = int(parts.contents()) if parts is not None else 1
     except Exception as error:
@@ -73,35 +72,27 @@ def _opened(file: Path) -> GGUFReader:
         raise SecateurError(f"{file}: truncated or broken GGUF; download it again") from error
     if count > 1:
         raise SecateurError(f"{file}: one of {count} parts; merge them with llama-gguf-split --merge first")
-    # transformers' list spells some names with an underscore where files have a hyphen.
-    known = {name.replace("-", "_") for name in GGUF_SUPPORTED_ARCHITECTURES}
-    if not is_read_here(reader) and architecture.replace("-", "_") not in known:
-        raise SecateurError(
-            f"{file}: transformers cannot read the architecture {architecture!r} from GGUF; "
-            "use the checkpoint that it was made from"
-        )
     return reader
 
 
-def _convert(file: Path, reader: GGUFReader, folder: Path, dtype: torch.dtype) -> None:
+def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write model and tokenizer into a folder that exists.
 
     Raises:
         SecateurError: The file cannot be read.
     """
+    reader = _opened(file)
     try:
         # Redirection is the only way to hide the progress bar of the dequantisation.
         with quiet(), contextlib.redirect_stderr(io.StringIO()), _read_once(reader):
-            read_here = is_read_here(reader)
-            write = folder_writer(reader, dtype) if read_here else _loaded(file, reader, dtype)
-            tokenizer = read_tokenizer(file, reader, read_here)
-    except SecateurError as error:
-        raise SecateurError(f"{file}: {error}; use the checkpoint that it was made from") from error
+            reading = reading_of(reader)
+            write = _loaded(file, reader, dtype) if reading is None else folder_writer(reader, reading, dtype)
+            tokenizer = read_tokenizer(file, reader, read_here=reading is not None)
     except Exception as error:
-        reason = first_line(error)
-        raise SecateurError(
-            f"{file}: transformers cannot load it ({reason}); use the checkpoint that it was made from"
-        ) from error
+        reason = (
+            f"{error}" if isinstance(error, SecateurError) else f"transformers cannot load it ({first_line(error)})"
+        )
+        raise SecateurError(f"{file}: {reason}; use the checkpoint that it was made from") from error
     with quiet():
         write(folder)
         tokenizer.save_pretrained(folder)
@@ -111,8 +102,13 @@ def _loaded(file: Path, reader: GGUFReader, dtype: torch.dtype) -> Callable[[Pat
     """Let transformers read a whole file, and return a function that writes the model into a folder.
 
     Raises:
-        SecateurError: transformers does not read all of the file.
+        SecateurError: transformers does not read all of the file. Without the first check, it would fail late or with
+            a long traceback.
     """
+    architecture = architecture_of(reader)
+    # transformers' list spells some names with an underscore where files have a hyphen.
+    if architecture.replace("-", "_") not in {name.replace("-", "_") for name in GGUF_SUPPORTED_ARCHITECTURES}:
+        raise SecateurError(f"transformers cannot read the architecture {architecture!r} from GGUF")
     with alone(file) as folder:
         config = AutoConfig.from_pretrained(folder, gguf_file=file.name)
         complete_config(config, reader)

@@ -171,9 +171,8 @@ def storage_of(type: str, checkpoint: Checkpoint) -> Storage:
         checkpoint: The model to write, or to prune.
 
     Raises:
-        SecateurError: The type cannot be written.
+        SecateurError: The file that was pruned is not there, is broken, or has a type that cannot be made.
     """
-    check_type(type, (*TYPES, AS_INPUT))
     if type != AS_INPUT:
         return TYPES[type]
     file = _input_file(checkpoint)

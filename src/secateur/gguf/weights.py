@@ -7,10 +7,9 @@ refused before any weights are read.
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from gguf import GGUFReader
@@ -21,26 +20,18 @@ from transformers import AutoModelForCausalLM
 from secateur.base.errors import SecateurError
 from secateur.checkpoints.config_file import empty_model
 from secateur.checkpoints.weights import INDEX
-from secateur.families.entry import Experts, Family
+from secateur.families.entry import Experts
 from secateur.families.registry import family_of
 from secateur.gguf.architectures import ARCHITECTURES
 from secateur.gguf.config import read_config
-from secateur.gguf.file import GgufFile
+from secateur.gguf.file import GgufFile, Reading
 from secateur.gguf.layout import Split, changes_of, gguf_name, split_of
 
 Read = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
 """Function of a dtype that yields the tensors in which a checkpoint stores one parameter, with their stored names."""
 
 
-class Source(NamedTuple):
-    """Tensors of a file that hold one parameter of the model."""
-
-    names: Sequence[str]
-    """Names of the tensors in the file."""
-    read: Read
-
-
-def folder_writer(reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], None]:
+def folder_writer(reader: GGUFReader, reading: Reading, dtype: torch.dtype) -> Callable[[Path], None]:
     """Return a function that writes the model of a file into a folder, without the tokenizer.
 
     No weights are read before this function is called. It keeps one block in memory at a time, and one expert in
@@ -48,12 +39,13 @@ def folder_writer(reader: GGUFReader, dtype: torch.dtype) -> Callable[[Path], No
 
     Args:
         reader: The open file.
+        reading: The family whose entry is used to read it.
         dtype: Dtype of the weights to write; biases on the choice of experts are written as float32.
 
     Raises:
-        SecateurError: The architecture is not supported, or metadata or tensors do not fit the model's class.
+        SecateurError: A type of weights is not supported, or metadata or tensors do not fit the model's class.
     """
-    file = GgufFile(reader)
+    file = GgufFile(reader, reading)
     config = read_config(file, reader)
     return partial(_write, config, _shards(file, config), dtype)
 
@@ -82,116 +74,114 @@ def _shards(file: GgufFile, config: Any) -> list[list[Read]]:
     """
     model = empty_model(AutoModelForCausalLM, config)
     config.architectures = [type(model).__name__]
-    family = family_of(config)
-    in_block = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)")
+    sources = _Sources(file, config)
+    in_block = re.compile(rf"{re.escape(sources.family.blocks)}\.(\d+)\.(.+)")
     shards: list[list[Read]] = [[] for _ in range(file.blocks + 1)]
-    used = set[str]()
     for name, parameter in model.state_dict().items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
         match = in_block.fullmatch(name)
         block, inside = (int(match[1]), match[2]) if match else (-1, "")
-        source = _Parameter(file, config, family, name, tuple(parameter.shape), block, inside).source()
-        used.update(source.names)
-        shards[block].append(source.read)
-    if unused := file.tensors.keys() - used:
+        shards[block].append(sources.find(name, tuple(parameter.shape), block, inside))
+    if unused := file.tensors.keys() - sources.used:
         raise SecateurError(f"{config.model_type} has no place for tensor {min(unused)}")
     return shards
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    """Parameter of the model that is to be read from a file."""
+class _Sources:
+    """Tensors of a file that hold the parameters of a model.
 
-    file: GgufFile
-    config: Any
-    family: Family
-    name: str
-    """transformers' name."""
-    shape: tuple[int, ...]
-    block: int
-    """Index of the parameter's block; -1 outside of blocks."""
-    inside: str
-    """Name inside the block; empty outside of blocks."""
+    Attributes:
+        used: Names of the tensors that were found.
+    """
 
-    @property
-    def stored(self) -> str:
-        """Name in checkpoints."""
-        return _stored_name(self.family.experts, self.name)
+    def __init__(self, file: GgufFile, config: Any):
+        """Begin without any used tensor."""
+        self.file, self.config, self.family = file, config, family_of(config)
+        self.used = set[str]()
 
-    def source(self) -> Source:
-        """Return the tensors of the file that hold the parameter, and how to read them.
+    def find(self, name: str, shape: tuple[int, ...], block: int, inside: str) -> Read:
+        """Return the function that reads a parameter.
+
+        Args:
+            name: transformers' name.
+            shape: Shape in the model.
+            block: Index of the parameter's block; -1 outside of blocks.
+            inside: Name inside the block; empty outside of blocks.
 
         Raises:
             SecateurError: The file lacks a tensor, or has one of another shape.
         """
-        experts, split = self.family.experts, split_of(self.inside)
-        if experts and self.inside.startswith(f"{self.family.mixture}{experts.experts}."):
-            return self._from_experts(experts)
+        experts, split = self.family.experts, split_of(inside)
+        if experts and inside.startswith(f"{self.family.mixture}{experts.experts}."):
+            return self._from_experts(experts, name, shape, block)
         # Older files hold one tensor, as checkpoints do.
-        if split and f"blk.{self.block}.{split.names[0]}" in self.file.tensors:
-            return self._from_two(split)
-        return self._from_one()
+        if split and f"blk.{block}.{split.names[0]}" in self.file.tensors:
+            return self._from_two(split, name, shape, block)
+        return self._from_one(name, shape)
 
-    def _from_one(self) -> Source:
-        """Return the source of a parameter that is one tensor of the file."""
-        names = (gguf_name(self.file.architecture, self.file.blocks, name) for name in (self.stored, self.name))
+    def _from_one(self, name: str, shape: tuple[int, ...]) -> Read:
+        """Return the function that reads a parameter that is one tensor of the file."""
+        file, stored = self.file, _stored_name(self.family.experts, name)
+        names = (gguf_name(file.architecture, file.blocks, one) for one in (stored, name))
         if (found := next(filter(None, names), None)) is None:
-            raise SecateurError(f"GGUF has no place for {self.name}")
-        self._check(found, self.file.shape(found), self.shape)
-        changes = changes_of(self.name, found, self.config, ARCHITECTURES[self.file.architecture])
+            raise SecateurError(f"GGUF has no place for {name}")
+        self._use([found], file.shape(found), shape)
+        changes = changes_of(name, found, self.config, ARCHITECTURES[file.architecture])
 
         def read(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-            tensor = self.file.read(found, torch.float32 if changes else dtype)
+            tensor = file.read(found, torch.float32 if changes else dtype)
             for change in reversed(changes):
                 tensor = change.read(tensor)
-            yield self.stored, tensor.to(dtype if changes else tensor.dtype).reshape(self.shape).contiguous()
+            yield stored, tensor.to(dtype if changes else tensor.dtype).reshape(shape).contiguous()
 
-        return Source([found], read)
+        return read
 
-    def _from_two(self, split: Split) -> Source:
-        """Return the source of a parameter that the file splits into two tensors."""
-        first, second = names = [f"blk.{self.block}.{name}" for name in split.names]
-        empty = [torch.empty(self.file.shape(name), device="meta") for name in names]
+    def _from_two(self, split: Split, name: str, shape: tuple[int, ...], block: int) -> Read:
+        """Return the function that reads a parameter that the file splits into two tensors."""
+        file, config = self.file, self.config
+        first, second = (f"blk.{block}.{part}" for part in split.names)
+        empty = [torch.empty(file.shape(part), device="meta") for part in (first, second)]
         try:
-            joined = split.read(empty[0], empty[1], self.config)
+            joined = split.read(empty[0], empty[1], config)
         except RuntimeError as error:
             raise SecateurError(
                 f"tensors {first} and {second} do not have the sizes that its metadata state"
             ) from error
-        self._check(first, tuple(joined.shape), self.shape)
+        self._use([first, second], tuple(joined.shape), shape)
 
         def read(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-            yield self.name, split.read(self.file.read(first, dtype), self.file.read(second, dtype), self.config)
+            yield name, split.read(file.read(first, dtype), file.read(second, dtype), config)
 
-        return Source(names, read)
+        return read
 
-    def _from_experts(self, experts: Experts) -> Source:
-        """Return the source of a parameter of all experts of a block: matrices or biases."""
-        owner, _, leaf = self.name.rpartition(".")
+    def _from_experts(self, experts: Experts, name: str, shape: tuple[int, ...], block: int) -> Read:
+        """Return the function that reads a parameter of all experts of a block: matrices or biases."""
+        file, (owner, _, leaf) = self.file, name.rpartition(".")
         kind = "bias" if leaf.endswith("_bias") else "weight"
         parts = dict(experts.stored)[leaf.removesuffix("_bias")]
-        names = [f"blk.{self.block}.ffn_{part}_exps.{kind}" for part in _EXPERT_PARTS[len(parts)]]
-        fused = f"blk.{self.block}.ffn_gate_up_exps.{kind}"
-        names = [fused] if fused in self.file.tensors and len(parts) == 2 else names
-        shapes = [self.file.shape(name) for name in names]
+        layers = ("gate", "up") if len(parts) == 2 else ("down",)
+        names = [f"blk.{block}.ffn_{layer}_exps.{kind}" for layer in layers]
+        fused = f"blk.{block}.ffn_gate_up_exps.{kind}"
+        names = [fused] if fused in file.tensors and len(parts) == 2 else names
+        shapes = [file.shape(one) for one in names]
         transposed = experts.inputs_first and kind == "weight"
-        expected = (self.shape[0], *self.shape[:0:-1]) if transposed else self.shape
-        self._check(names[0], (shapes[0][0], sum(shape[1] for shape in shapes), *shapes[0][2:]), expected)
+        expected = (shape[0], *shape[:0:-1]) if transposed else shape
+        self._use(names, (shapes[0][0], sum(one[1] for one in shapes), *shapes[0][2:]), expected)
 
         def read_parts(dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
             """Yield the parts of each expert."""
-            for tensors in zip(*(self.file.experts(name, dtype) for name in names), strict=True):
+            for tensors in zip(*(file.experts(one, dtype) for one in names), strict=True):
                 yield tensors if len(tensors) == len(parts) else tensors[0].chunk(len(parts))
 
         def read_stacked(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             """Yield one tensor of all experts."""
-            stack = torch.empty(self.shape, dtype=dtype)
+            stack = torch.empty(shape, dtype=dtype)
             for place, tensors in zip(stack, read_parts(dtype), strict=True):
                 # Alternating rows are the first row of each part, then the second ones.
                 joined = torch.stack(tensors, 1).flatten(0, 1) if experts.alternating else torch.cat(tensors)
                 place.copy_(joined.T if transposed else joined)
-            yield self.stored, stack
+            yield _stored_name(experts, name), stack
 
         def read_one_by_one(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             """Yield the tensors of each expert."""
@@ -199,16 +189,14 @@ class _Parameter:
                 for part, tensor in zip(parts, tensors, strict=True):
                     yield _stored_name(experts, f"{owner}.{expert}.{part}.weight"), tensor.clone()
 
-        return Source(names, read_stacked if experts.stacked else read_one_by_one)
+        return read_stacked if experts.stacked else read_one_by_one
 
-    def _check(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        """Raise `SecateurError` for a tensor of another shape than its parameter; dimensions of size 1 are ignored."""
+    def _use(self, names: list[str], found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        """Mark tensors as used. Raise `SecateurError` for another shape than the parameter's; dimensions of size 1 are
+        ignored."""
+        self.used.update(names)
         if [size for size in found if size != 1] != [size for size in expected if size != 1]:
-            raise SecateurError(f"tensor {name} has the shape {list(found)}, but the model needs {list(expected)}")
-
-
-_EXPERT_PARTS = {1: ("down",), 2: ("gate", "up")}
-"""llama.cpp's names of experts' layers, by the number of layers that a checkpoint's tensor holds."""
+            raise SecateurError(f"tensor {names[0]} has the shape {list(found)}, but the model needs {list(expected)}")
 
 
 def _stored_name(experts: Experts | None, name: str) -> str:

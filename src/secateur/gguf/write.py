@@ -14,7 +14,7 @@ import numpy as np
 from gguf import ExpertGatingFuncType, GGUFReader, GGUFWriter
 
 from secateur.base.progress import Watcher
-from secateur.gguf.architecture import Architecture
+from secateur.gguf.architecture import Architecture, nothing
 from secateur.gguf.config import GATES_SUM_TO_ONE
 from secateur.gguf.model import BlockSizes, GgufModel
 from secateur.gguf.positions import float_or_none, rope_metadata
@@ -69,7 +69,7 @@ def model_metadata(model: GgufModel, architecture: Architecture) -> Values:
         "n_deepstack_layers": len(merged) or None,
         "final_logit_softcapping": float_or_none(getattr(config, "final_logit_softcapping", None)),
         **architecture.windows(model),
-        **({} if architecture.alibi else rope_metadata(config, model.rotated, architecture.sections)),
+        **rope_metadata(config, model.rotated, architecture.sections),
         **architecture.metadata(model),
     }
 
@@ -79,7 +79,7 @@ def context_length(model: GgufModel, architecture: Architecture) -> int:
 
     Beyond the model's window, an architecture without windows computes something else.
     """
-    if architecture.has_windows or model.window is None:
+    if architecture.windows is not nothing or model.window is None:
         return model.positions
     return min(model.positions, model.window)
 
@@ -93,7 +93,7 @@ def _block_metadata(model: GgufModel, architecture: Architecture, blocks: list[B
     for index, sizes in enumerate(blocks):
         # llama.cpp recognises blocks with a convolution by a zero, and blocks with linear attention by their distance.
         without = model.is_token_mixer(index) and not architecture.linear
-        kv_heads.append(0 if without else 1 if architecture.latent else sizes.kv_heads)
+        kv_heads.append(0 if without else 1 if model.family.latent else sizes.kv_heads)
         channels.append(_channels(model, sizes))
     numbers = {
         "attention.head_count": [sizes.heads for sizes in blocks],
