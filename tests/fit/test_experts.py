@@ -17,8 +17,8 @@ from secateur.criteria import experts
 from secateur.criteria.choice import parse_choice
 from secateur.criteria.experts import expert_order
 from secateur.criteria.routed_tokens import RoutedTokens
-from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.loop import refit
+from secateur.fit.mixture import MIN_TOKENS
 from secateur.fit.output_projection import OutputFit
 from secateur.fit.recovery import Method, Recovery, recovery_of
 from secateur.model.mixture import Mixture, Routes

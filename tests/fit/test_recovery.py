@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models import blocks_of, build, layers_of, narrowed, reading, relative, seen, token_rows, wide
 from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.criteria.registry import SCORED_KINDS
-from secateur.fit import block_regression
+from secateur.fit import regression
 from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import refit
 from secateur.fit.recoveries import Refit
@@ -231,7 +231,7 @@ def test_the_last_report_equals_the_pruned_models_error(checkpoint_folder, name)
 
 def test_a_group_of_weight_two_equals_the_group_twice(checkpoint_folder, monkeypatch):
     # In bfloat16, what is stored of a token is rounded with its weight in it.
-    monkeypatch.setattr(block_regression, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(regression, "fast_dtype", lambda _: torch.float32)
     first, second = IDS[:8], IDS[8:]
     weighted, repeated = (
         run(checkpoint_folder("gpt2"), "gpt2", rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 from models import LENGTH, build, layers_of, logits_of, narrowed, relative, token_rows
 from secateur.checkpoints.checkpoint import open_checkpoint
 from secateur.criteria.registry import SCORED_KINDS
-from secateur.fit import block_regression
+from secateur.fit import regression
 from secateur.fit.loop import refit
 from secateur.model.arena import Activations
 from secateur.model.rows import Rows
@@ -28,7 +28,7 @@ def plan_of(name: str, *blocks: int, **settings: Any) -> Plan:
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_the_mean_of_separate_fits(checkpoint_folder, name, monkeypatch):
     # Where units are given, fewer inputs are summed over, which rounds otherwise; bfloat16 would make much of that.
-    monkeypatch.setattr(block_regression, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(regression, "fast_dtype", lambda _: torch.float32)
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     together = list(refit(stream, plan_of(name), Rows.of(TEXT).with_resampled(ONE, OTHER)))
     keeps = {block.index: block.keep for block in together}

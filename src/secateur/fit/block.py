@@ -1,18 +1,17 @@
-"""A fit of one block: its stages are pruned and refitted in the order in which they run.
+"""A fit of one block: its modules are pruned and refitted in the order in which they run.
 
-A stage is made of modules whose outputs are added to the residual stream together: an attention or a feed-forward is a
-stage of one module, a mixture of experts one of many (`secateur.fit.mixture_stage`). The target of every module is the
-dense stream after the stage, minus the pruned stream without this module.
+The target of an attention, a feed-forward or a mixture of experts is the dense stream after it, minus the pruned stream
+without it. Experts are units that have units inside: each is a module of its own (`secateur.fit.mixture`).
 """
 
-from secateur.fit.block_regression import BlockRegression
 from secateur.fit.block_state import BlockState
 from secateur.fit.fitted_block import FittedBlock, ModuleReport
-from secateur.fit.mixture_stage import MixtureStage
-from secateur.fit.module import fit_module
+from secateur.fit.mixture import MixtureFit
+from secateur.fit.module import ModuleFit
+from secateur.fit.regression import BlockRegression
 from secateur.model.arena import Activations
 from secateur.model.axes import Width
-from secateur.model.structure import KeptUnits, PrunableModule
+from secateur.model.structure import KeptUnits
 
 
 def fit_block(state: BlockState, pruned: Activations, width: Width, kept: KeptUnits) -> FittedBlock:
@@ -27,47 +26,18 @@ def fit_block(state: BlockState, pruned: Activations, width: Width, kept: KeptUn
     keep: dict[str, tuple[int, ...]] = dict.fromkeys(state.block.kinds, ())
     unfitted: dict[str, tuple[int, ...]] = {}
     for module in state.block.modules_left:
-        units, unfitted[module.kind] = prune_stage(state, module, pruned, width, kept)
-        keep |= units
+        if module.kind_inside is not None:
+            units, unfitted[module.kind] = MixtureFit(state, module, pruned).run(width, kept)
+            keep |= units
+        else:
+            axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.axes[0].name)
+            regression = BlockRegression(state, module, pruned)
+            fitted = ModuleFit(regression).run(axis, width[axis], kept.get(module.kind))
+            regression.store(fitted)
+            keep[module.kind] = fitted.keep
     errors = state.advance(pruned)
     reports = (
-        ModuleReport(module.kind, len(keep[module.kind]), module.units, *errors[module.kind], unfitted[module.kind])
-        for module in state.block.modules_left
+        ModuleReport(one.kind, len(keep[one.kind]), one.units, *errors[one.kind], unfitted.get(one.kind, ()))
+        for one in state.block.modules_left
     )
     return FittedBlock(state.index, keep, state.changed, tuple(reports))
-
-
-def prune_stage(
-    state: BlockState, module: PrunableModule, pruned: Activations, width: Width, kept: KeptUnits
-) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
-    """Choose the units of a stage, refit its modules, and store its outputs in the pruned stream.
-
-    Args:
-        state: The block.
-        module: The attention, the feed-forward or the mixture.
-        pruned: The pruned stream before the block.
-        width: Number of units that are kept along each axis.
-        kept: Units that are kept, by kind, if they are chosen already.
-
-    Returns:
-        The units that are kept, by kind, and the experts with too few tokens for a refit.
-    """
-    # Experts are units that have units inside: each is a module of its own.
-    stage = MixtureStage if module.kind_inside is not None else SingleStage
-    return stage(state, module, pruned).prune(width, kept)
-
-
-class SingleStage:
-    """Stage of one module."""
-
-    def __init__(self, state: BlockState, module: PrunableModule, pruned: Activations):
-        self.module, self.regression = module, BlockRegression(state, module, pruned)
-
-    def prune(self, width: Width, kept: KeptUnits) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
-        """Choose units, refit and store the outputs, as `prune_stage` describes."""
-        module, regression = self.module, self.regression
-        axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.axes[0].name)
-        fitted = fit_module(regression, axis, width[axis], kept.get(module.kind))
-        regression.store(fitted)
-        regression.advance(fitted)
-        return {module.kind: fitted.keep}, ()

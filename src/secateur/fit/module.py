@@ -13,7 +13,7 @@ Shapes: a inputs of the output projection, k kept inputs, d residual width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,35 +22,9 @@ from secateur.criteria.order import remaining_units, removal_order
 from secateur.criteria.statistics import Statistics
 from secateur.fit.input_projections import GaussNewtonStep
 from secateur.fit.output_projection import OutputFit, fit_output_projection
-from secateur.fit.regression import ModuleMoments, Regression
+from secateur.fit.regression import FittedModule, ModuleMoments, Regression
 from secateur.model.surgery import entries, kept_inputs
 from secateur.numerics.moments import Moments
-
-
-@dataclass(frozen=True)
-class FittedModule:
-    """Result of the fit of one module. Its input projections are in place; its output projection is not stored yet."""
-
-    keep: tuple[int, ...]
-    """Units that are kept."""
-    kept_inputs: Tensor
-    """Inputs of the output projection that are kept (k)."""
-    moments: ModuleMoments
-    """Moments of the last fit."""
-    output: OutputFit
-    """The new output projection."""
-
-
-def fit_module(regression: Regression, axis: str, stop: int, kept: tuple[int, ...] | None = None) -> FittedModule:
-    """Choose the units of a module, and refit the module.
-
-    Args:
-        regression: Rows of the module.
-        axis: Axis along which units are removed.
-        stop: Number of units that are left along the axis.
-        kept: Units that are kept, if they are chosen already.
-    """
-    return ModuleFit(regression).run(axis, stop, kept)
 
 
 class ModuleFit:
@@ -80,8 +54,14 @@ class ModuleFit:
         self.processes, self.device = regression.stream.processes, regression.stream.device
         self._statistics: Statistics | None = None
 
-    def run(self, axis: str, stop: int, kept: tuple[int, ...] | None) -> FittedModule:
-        """Choose units and refit, as `fit_module` describes."""
+    def run(self, axis: str, stop: int, kept: tuple[int, ...] | None = None) -> FittedModule:
+        """Choose the units of the module, and refit the module.
+
+        Args:
+            axis: Axis along which units are removed.
+            stop: Number of units that are left along the axis.
+            kept: Units that are kept, if they are chosen already.
+        """
         regression, recovery = self.regression, self.recovery
         recovery.prepare(self)
         self.choice_ad = self.old_ad = regression.norm.scale(regression.weight)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.fit.block_regression import BlockRegression
 from secateur.fit.module import ModuleFit
 from secateur.fit.output_projection import ROUNDING, OutputFit, compensation
 from secateur.fit.recovery import Recovery
+from secateur.fit.regression import BlockRegression
 from secateur.model.structure import PrunableModule
 from secateur.numerics.moments import Moments
 from secateur.numerics.ridge import least_squares, normal_equations

@@ -15,8 +15,8 @@ from secateur.base.files import existing_path
 from secateur.base.hashes import hash_rows
 from secateur.base.options import changed_options, command_line
 from secateur.criteria.choice import SIMILARITY
-from secateur.fit.expert_regression import MIN_TOKENS
 from secateur.fit.fitted_block import FittedBlock
+from secateur.fit.mixture import MIN_TOKENS
 from secateur.model.structure import Block
 from secateur.model.units.experts import EXPERTS
 from secateur.plan.meters import Meter

@@ -1,6 +1,6 @@
 """Share of a mixture's error that is left after the refit, once experts, or channels of all experts, are removed.
 
-Experts are refitted one after the other to the residual error of the output, as in `secateur.fit.mixture_stage`. An
+Experts are refitted one after the other to the residual error of the output, as in `secateur.fit.mixture`. An
 expert often has fewer tokens than channels, and would then fit its own tokens without error. Each token is therefore
 judged by the fit to all other tokens. In ridge regression, its residual is then r_i / (1 - h_i), with the hat matrix's
 diagonal h (Allen's PRESS statistic, 1974).
