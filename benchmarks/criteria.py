@@ -32,7 +32,7 @@ from secateur.model.units.heads import HEADS
 from secateur.plan.meters import parameter_meter
 from secateur.plan.plan import plan
 from secateur.plan.problem import Plan, PlanProblem
-from secateur.steps.survey_file import split_survey_rows
+from secateur.steps.survey_model import split_survey_rows
 from secateur.survey.gradients import gradient_scores
 from secateur.survey.survey import survey
 from secateur.write.slice import slice_fitted

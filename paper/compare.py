@@ -214,7 +214,7 @@ def execute(one: PlannedRun, tasks: Mapping[str, Any], store: Store, watcher: Ba
     """Prune, score and delete the model; return scores and sizes as JSON values."""
     start, opened = time.perf_counter(), one.opened
     checkpoint, device = opened.stream.checkpoint, opened.stream.device
-    sparsity, parameters = 0.0, round(opened.request.parameters.dense)
+    sparsity, parameters = 0.0, round(opened.request.problem.parameters.dense)
     widths = [block.width for block in opened.stream.blocks]
     scored = checkpoint
     if one.run is not None:
@@ -251,12 +251,12 @@ def execute(one: PlannedRun, tasks: Mapping[str, Any], store: Store, watcher: Ba
 
 def prune(run: Any, model: Model, folder: Path, store: Store) -> Any:
     """Execute the steps of `secateur.prune` after opening; rows are drawn once, and surveys are kept in the store."""
-    run = run.timed_from_now()
+    run = replace(run, started=time.perf_counter())
     if (rows := model.rows.get(run.row_request)) is None:
         rows = model.rows[run.row_request] = secateur.draw_rows(run)
     surveyed = run.options.survey_key | {name: getattr(run.options, name) for name in ("blocks", "modules")}
     survey = store.survey_file({**run.stream.checkpoint.identity, **surveyed, "rows": hash_rows(rows.selection)})
-    run = run.with_run_options(survey=survey, overwrite=True)
+    run = replace(run, run_options=replace(run.run_options, survey=survey, overwrite=True))
     plan = secateur.plan_widths(run, rows, secateur.survey_model(run, rows))
     return secateur.write_model(run, rows, plan, secateur.fit_blocks(run, rows, plan), folder)
 

@@ -9,7 +9,7 @@ from lives import bytes_of
 from torch import Tensor
 
 from outputs import assert_error
-from secateur import BlockStream, SecateurError, open_checkpoint, prune
+from secateur import BlockStream, Options, SecateurError, open_checkpoint, prune
 from secateur.base import memory as amounts
 from secateur.checkpoints.expert_matrices import ExpertMatrices
 from secateur.checkpoints.stored import Stored
@@ -34,7 +34,7 @@ def test_the_bound_moves_activations_to_files(checkpoint_folder, tmp_path, monke
     prune(checkpoint_folder("llama"), tmp_path / "roomy", **ASKED)
     assert not made
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
-    least = 10**8 + resident_bytes(stream, input_steps=True)
+    least = 10**8 + resident_bytes(stream, Options())
     prune(checkpoint_folder("llama"), tmp_path / "narrow", **ASKED, memory=f"{least} B")
     assert len(made) > 20
     assert set(made) == {tmp_path / ".narrow.run"}
@@ -66,7 +66,7 @@ def test_experts_are_read_one_at_a_time_if_there_is_no_room(checkpoint_folder, t
     most.clear()
     stream = BlockStream(open_checkpoint(model))
     # Half of the rows are resampled.
-    least = 10**8 + resident_bytes(stream, tokens=2 * ASKED["samples"] * ASKED["length"], input_steps=True)
+    least = 10**8 + resident_bytes(stream, Options(), 2 * ASKED["samples"] * ASKED["length"])
     prune(model, tmp_path / "narrow", **ASKED, memory=f"{least} B")
     assert max(most) <= 4
     assert bytes_of(tmp_path / "roomy") == bytes_of(tmp_path / "narrow")
@@ -103,11 +103,11 @@ def test_a_control_group_limits_the_free_memory(tmp_path, monkeypatch):
 def test_the_default_takes_all_free_memory_if_half_is_too_little(checkpoint_folder, monkeypatch):
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     monkeypatch.setattr(memory, "rss_bytes", lambda: 1000)
-    least = 1000 + resident_bytes(stream)
+    least = 1000 + resident_bytes(stream, Options(effort="quick"))
     for module in (memory, amounts):
         monkeypatch.setattr(module, "available_bytes", lambda: least + 10)
-    assert memory.memory_limit(stream, None, input_steps=False, separate_choice=False) == (least, 0)
+    assert memory.memory_limit(stream, Options(effort="quick"), None) == (least, 0)
     for module in (memory, amounts):
         monkeypatch.setattr(module, "available_bytes", lambda: least - 1)
     with pytest.raises(SecateurError, match="GB of memory are free, but the largest block"):
-        memory.memory_limit(stream, None, input_steps=False, separate_choice=False)
+        memory.memory_limit(stream, Options(effort="quick"), None)

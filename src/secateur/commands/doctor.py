@@ -84,10 +84,12 @@ def check_engines(out: str | Path, *, trust_remote_code: bool = False, watcher: 
         "new": NEW_TOKENS,
         "trust": bool(folder.code) or trust_remote_code,
     }
+    widths, multimodal = widths_of(checkpoint.config), checkpoint.multimodal_config is not None
+    vllm_reason = folder.vllm_reason(checkpoint.config, widths, multimodal=multimodal)
     engines: list[Engine] = []
     expected: list[int] | None = None
     for name, (package, command) in _commands(checkpoint, path, folder).items():
-        reason = _vllm_reason(checkpoint, folder) if name == "vLLM" else None
+        reason = vllm_reason if name == "vLLM" else None
         if (version := _version(package)) is None:
             message = NOT_INSTALLED + (f", and could not run it: {reason}" if reason else "")
             engines.append(Engine(name, None, None, message, command))
@@ -149,12 +151,6 @@ def _version(package: str) -> str | None:
         return None
     names = importlib.metadata.packages_distributions().get(package, [package])
     return importlib.metadata.version(names[0])
-
-
-def _vllm_reason(checkpoint: Checkpoint, folder: type[Folder]) -> str | None:
-    """Return why vLLM cannot run the model; None if no reason is known."""
-    widths, multimodal = widths_of(checkpoint.config), checkpoint.multimodal_config is not None
-    return folder.vllm_reason(checkpoint.config, widths, multimodal=multimodal)
 
 
 def _prompt_ids(checkpoint: Checkpoint) -> list[int]:

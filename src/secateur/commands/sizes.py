@@ -1,6 +1,7 @@
 """`sizes`: prune one model to several sizes from one survey, and measure what each size costs."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,8 +24,7 @@ from secateur.steps.options import Options, RunOptions
 from secateur.steps.plan_widths import plan_widths
 from secateur.steps.result import summarize
 from secateur.steps.resume import check_rows, resumable, retry_in_smaller_batches
-from secateur.steps.survey_file import check_survey_file
-from secateur.steps.survey_model import survey_model
+from secateur.steps.survey_model import check_survey_file, survey_model
 from secateur.steps.write_model import write_model
 from secateur.survey.curves import is_survey
 from secateur.text.calibration import check_calibration
@@ -77,10 +77,13 @@ def sizes(
                 check_calibration(text, length=options[-1].length)
             finished = _finished(folders, model, run_options)
             last = open_model(model, options[-1], run_options, services=services)
-            runs = [last.with_options(one).with_run_options(survey=survey_file) for one in options]
+            with_survey = replace(last, run_options=replace(run_options, survey=survey_file))
+            runs = [with_survey.with_options(one) for one in options]
             # Drawn without resampling, so that every error in the rows is found before that long step.
             rows = draw_rows(last, resample=False)
-            _check_texts(last, texts, tokens)
+            for text in texts:
+                with busy_reading(last.watcher, "Reading", text):
+                    scored_rows(last.stream.checkpoint, last.tokenizer, text, last.options.length, tokens)
             _check_finished(runs, rows, folders, finished)
         # The sizes decide which model an unfinished output belongs to.
         with resumable(last, out, "sizes", sparsities=[one.sparsity for one in options]) as last:
@@ -145,13 +148,6 @@ def _finished(folders: list[Path], model: str | Path, run_options: RunOptions) -
     return finished
 
 
-def _check_texts(run: OpenRun, texts: list[str], tokens: int | None) -> None:
-    """Check that perplexity can be measured on every text."""
-    for text in texts:
-        with busy_reading(run.watcher, "Reading", text):
-            scored_rows(run.stream.checkpoint, run.tokenizer, text, run.options.length, tokens)
-
-
 def _check_finished(runs: list[OpenRun], rows: CalibrationRows, folders: list[Path], finished: list[Path]) -> None:
     """Check that each finished model was made with the options, weights and rows of its run.
 
@@ -207,7 +203,7 @@ def _prune_all(
             summary = summarize(run, rows, plan)
         else:
             run.watcher.note(f"{folder}: {plan.note or f'removing {plan.sparsity:.1%}'}")
-            run = run.timed_from_now()
+            run = replace(run, started=time.perf_counter())
             summary = write_model(run, rows, plan, fit_blocks(run, rows, plan), folder)
         if not results:
             results.append(ModelSize(run.stream.checkpoint.source, 0.0, summary.parameters[0], summary.bytes[0], {}))

@@ -21,8 +21,7 @@ from secateur.steps.draw_rows import draw_rows
 from secateur.steps.open_model import OpenRun, open_model
 from secateur.steps.options import SURVEYED, Options, RunOptions
 from secateur.steps.resume import resumable, retry_in_smaller_batches
-from secateur.steps.survey_file import split_survey_rows
-from secateur.steps.survey_model import survey_model
+from secateur.steps.survey_model import split_survey_rows, survey_model
 from secateur.survey.curves import Survey, is_survey, save_survey
 from secateur.survey.head_distances import head_distances
 from secateur.text.draw import CalibrationRows
@@ -89,7 +88,7 @@ def _survey_and_write(run: OpenRun, model: str | Path, out: Path, folder: Output
     assert survey is not None
     plans = _plans(run.request.problem, survey, run.watcher.track(SHARES, "Plan"))
     distances = _distances(run, rows) if "heads" in run.options.modules else None
-    meter, checkpoint, blocks = run.request.parameters, run.stream.checkpoint, run.stream.blocks
+    meter, checkpoint, blocks = run.request.problem.parameters, run.stream.checkpoint, run.stream.blocks
     # The default of --sparsity, or the nearest sparsity that the model can reach.
     share = min(plans, key=lambda one: abs(one - 0.25), default=0.25)
     line = _prune_command(run, model, share, out / FILE)
@@ -131,7 +130,7 @@ def _sizes(run: OpenRun, plan: Plan) -> dict[str, str]:
 
 def _distances(run: OpenRun, rows: CalibrationRows) -> Distances | None:
     """Return the distances between the heads of each block; None if the model does not show its attention weights."""
-    few, blocks = rows.selection[:SIMILARITY_ROWS], run.request.block_range
+    few, blocks = rows.selection[:SIMILARITY_ROWS], run.request.problem.pruned_blocks
     try:
         distances = head_distances(run.stream, few, blocks=blocks, watcher=run.watcher)
     except SecateurError as error:

@@ -1,8 +1,8 @@
 """The loop over blocks: the dense stream gives the targets of a fit, and the pruned stream gives its inputs.
 
     for each block:
-        run the dense stream through the dense block        dense_block.py
-        for each fit: prune and refit the block             block.py
+        run the dense stream through the dense block        block_state.py
+        for each fit: prune and refit each module           module.py, mixture.py
         take the mean of the fits                           fitted_block.py
         advance the held-out rows
 
@@ -18,15 +18,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur.fit.block import fit_block
-from secateur.fit.block_state import BlockState
-from secateur.fit.dense_block import DenseBlock
-from secateur.fit.fitted_block import FittedBlock, as_fitted, mean_of
+from secateur.fit.block_state import BlockState, DenseBlock
+from secateur.fit.fitted_block import FittedBlock, ModuleReport, as_fitted, mean_of
+from secateur.fit.mixture import MixtureFit
+from secateur.fit.module import ModuleFit
 from secateur.fit.recovery import Method
+from secateur.fit.regression import BlockRegression
 from secateur.model.arena import Activations, Arena
+from secateur.model.axes import Width
 from secateur.model.pass_checkpoint import PassCheckpoint
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
+from secateur.model.structure import KeptUnits
 from secateur.model.surgery import restored
 from secateur.plan.problem import Plan
 
@@ -151,3 +154,35 @@ def _fit_and_average(
         with restored(layer), as_fitted(stream, layer, fitted):
             stream.advance(index, layer, part, pruned)
     return fitted
+
+
+def fit_block(state: BlockState, pruned: Activations, width: Width, kept: KeptUnits) -> FittedBlock:
+    """Prune and refit one block, and advance its pruned stream in place.
+
+    The modules are fitted in the order in which they run. The target of an attention, a feed-forward or a mixture of
+    experts is the dense stream after it, minus the pruned stream without it.
+
+    Args:
+        state: The block, not pruned yet.
+        pruned: The pruned stream before the block.
+        width: Width that the block gets.
+        kept: Units that stay, by kind; kinds that are missing here are chosen.
+    """
+    keep: dict[str, tuple[int, ...]] = dict.fromkeys(state.block.kinds, ())
+    unfitted: dict[str, tuple[int, ...]] = {}
+    for module in state.block.modules_left:
+        if module.kind_inside is not None:
+            units, unfitted[module.kind] = MixtureFit(state, module, pruned).run(width, kept)
+            keep |= units
+        else:
+            axis = next((axis.name for axis in module.axes if width[axis.name] < axis.units), module.axes[0].name)
+            regression = BlockRegression(state, module, pruned)
+            fitted = ModuleFit(regression).run(axis, width[axis], kept.get(module.kind))
+            regression.store(fitted)
+            keep[module.kind] = fitted.keep
+    errors = state.advance(pruned)
+    reports = (
+        ModuleReport(one.kind, len(keep[one.kind]), one.units, *errors[one.kind], unfitted.get(one.kind, ()))
+        for one in state.block.modules_left
+    )
+    return FittedBlock(state.index, keep, state.changed, tuple(reports))

@@ -35,6 +35,7 @@ class ModuleFit:
         recovery: Settings of the fit.
         module: Description of the module.
         moments: Moments of the rows.
+        statistics: Statistics of the rows with the old weights; `Refit` deletes them to free their memory.
         old_ad: The old output projection, in error units.
         choice_ad: The output projection by which units are chosen; the old one unless the recovery fits it first.
         choice_bias: The bias (d) that belongs to `choice_ad`; None for the old one.
@@ -43,6 +44,7 @@ class ModuleFit:
     """
 
     moments: ModuleMoments
+    statistics: Statistics
     old_ad: Tensor
     choice_ad: Tensor
     choice_bias: Tensor | None = None
@@ -52,7 +54,6 @@ class ModuleFit:
     def __init__(self, regression: Regression):
         self.regression, self.recovery, self.module = regression, regression.recovery, regression.module
         self.processes, self.device = regression.stream.processes, regression.stream.device
-        self._statistics: Statistics | None = None
 
     def run(self, axis: str, stop: int, kept: tuple[int, ...] | None = None) -> FittedModule:
         """Choose the units of the module, and refit the module.
@@ -67,7 +68,7 @@ class ModuleFit:
         self.choice_ad = self.old_ad = regression.norm.scale(regression.weight)
         self.moments = regression.collect(kept if kept and recovery.sums_kept_inputs else None)
         old = self.moments.rows(self.old_ad)
-        self._statistics = self._make_statistics(old, self.moments.fit, self.moments.module_input)
+        self.statistics = self._make_statistics(old, self.moments.fit, self.moments.module_input)
         choice = self._choice_statistics()
         self.keep = self._choose(choice, axis, stop) if kept is None else kept
         # Free the Gram matrix of the choice, which is as large as that of the fit.
@@ -77,21 +78,11 @@ class ModuleFit:
         output = recovery.fit(self)
         return FittedModule(self.keep, self.kept_inputs, self.moments, output)
 
-    @property
-    def statistics(self) -> Statistics:
-        """Statistics of the rows with the old weights."""
-        assert self._statistics is not None
-        return self._statistics
-
-    def release_statistics(self) -> None:
-        """Give the memory of the statistics back."""
-        self._statistics = None
-
     def collect_again(self) -> None:
         """Take the moments of all inputs anew, after a change of the input projections."""
-        self._statistics = None
+        del self.statistics
         self.moments = self.regression.collect()
-        self._statistics = self._make_statistics(self.old_ad, self.moments.fit)
+        self.statistics = self._make_statistics(self.old_ad, self.moments.fit)
 
     def solve(self, make: Callable[[], OutputFit]) -> OutputFit:
         """Make a fit at the owner rank of the module, and return it at every rank."""
@@ -103,10 +94,6 @@ class ModuleFit:
 
         tensors = self.processes.compute_at(self.regression.owner, make_tensors, self.device)
         return OutputFit(tensors["weight"], tensors.get("bias"), float(tensors["error"]))
-
-    def fit_all_inputs(self) -> OutputFit:
-        """Fit the output projection to the inputs of all units."""
-        return fit_output_projection(self.moments.fit, self.statistics.normal, self.moments.entries)
 
     def fit_kept_inputs(self) -> OutputFit:
         """Fit the output projection to the inputs of the kept units."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur.fit.module import ModuleFit
-from secateur.fit.output_projection import ROUNDING, OutputFit, compensation
+from secateur.fit.output_projection import ROUNDING, OutputFit, compensation, fit_output_projection
 from secateur.fit.recovery import Recovery
 from secateur.fit.regression import BlockRegression
 from secateur.model.structure import PrunableModule
@@ -80,7 +80,7 @@ class Refit(Recovery):
         """Fit the output projection, then the input projections, then the output projection again."""
         first = module_fit.solve(module_fit.fit_kept_inputs)
         # Free the statistics, which are as large as everything that the next steps hold.
-        module_fit.release_statistics()
+        del module_fit.statistics
         if not self._fits_inputs(module_fit, first):
             return first
         return module_fit.fit_input_projections(first)
@@ -118,8 +118,10 @@ class PaperRecovery(Recovery):
 
     def choice_output(self, module_fit: ModuleFit) -> OutputFit | None:
         """Return level 2 as it is fitted to the inputs of all units."""
-        is_fitted = self.before and not _is_expert(module_fit)
-        return module_fit.solve(module_fit.fit_all_inputs) if is_fitted else None
+        if not self.before or _is_expert(module_fit):
+            return None
+        moments, statistics = module_fit.moments, module_fit.statistics
+        return module_fit.solve(lambda: fit_output_projection(moments.fit, statistics.normal, moments.entries))
 
     def fit(self, module_fit: ModuleFit) -> OutputFit:
         """Fit level 1 unless it is fitted already, then level 2 of the kept units."""

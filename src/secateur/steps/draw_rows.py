@@ -11,7 +11,7 @@ from secateur.plan.meters import parameter_meter
 from secateur.steps.open_model import OpenRun
 from secateur.steps.options import Options
 from secateur.steps.resume import check_rows
-from secateur.steps.survey_file import check_survey_file
+from secateur.steps.survey_model import check_survey_file
 from secateur.text.draw import CalibrationRows, draw
 from secateur.text.resample import resample_tokens
 

@@ -9,8 +9,10 @@ from secateur.base.run_folder import PARTIAL_OUTPUT
 from secateur.fit.final_norm import final_norm_scale, scaled_final_norm
 from secateur.fit.fitted_block import FittedBlock
 from secateur.fit.loop import refit
+from secateur.fit.recovery import Method
 from secateur.model.arena import Activations
 from secateur.model.pass_checkpoint import PassCheckpoint
+from secateur.model.rows import Rows
 from secateur.plan.problem import Plan
 from secateur.steps.open_model import OpenRun
 from secateur.survey.loss import mean_loss
@@ -63,11 +65,12 @@ class FittedBlocks(Iterator[FittedBlock]):
     def _fit(self, plan: Plan) -> Generator[FittedBlock, None, None]:
         run, rows = self._run, self._rows
         observed = self._observe is not None or len(rows.norm_scale)
+        criteria = run.criteria("fit", Rows.of(rows.selection), plan.similar_heads, exact=plan.lists_units)
         yield from refit(
             run.stream,
             plan,
             rows.grouped,
-            method=run.method(rows, plan.similar_heads, plan.lists_units),
+            method=Method(criteria, run.recovery, run.options.seed),
             dtype=run.dtype,
             compare=self._after_last_block if observed else None,
             checkpoint=self.checkpoint,

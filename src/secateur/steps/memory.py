@@ -11,6 +11,7 @@ from secateur.base.memory import available_bytes, parse_memory, rss_bytes
 from secateur.criteria.experts import MAX_TOKENS
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, PrunableModule
+from secateur.steps.options import Options
 
 EXPERT_COPIES = 6
 """Largest number of float32 copies of an expert's weights during its fit: old and new ones, changes and gradients."""
@@ -20,26 +21,21 @@ SAMPLE_COPIES = 20
 """Largest number of vectors of a sampled token in a survey, most of them outputs at several numbers of channels."""
 
 
-def memory_limit(
-    stream: BlockStream, allowed: str | None, *, tokens: int = 0, input_steps: bool, separate_choice: bool
-) -> tuple[int, int]:
+def memory_limit(stream: BlockStream, options: Options, allowed: str | None, tokens: int = 0) -> tuple[int, int]:
     """Return the bytes of memory that the process may use, and how many of them remain for activations.
 
     Args:
         stream: The open model.
+        options: Options that decide the result.
         allowed: The value of `--memory`, such as `8GB` or `50%` of the free memory. By default half of the free memory,
             or all of it if the run needs more than half.
         tokens: Number of tokens of one fit.
-        input_steps: Whether the up and gate projections are fitted too.
-        separate_choice: Whether units are chosen on other rows than the weights are fitted to.
 
     Raises:
         SecateurError: `allowed` is not an amount of memory, or is less than the run needs.
     """
     limit = parse_memory(allowed)
-    needed = rss_bytes() + resident_bytes(
-        stream, tokens=tokens, input_steps=input_steps, separate_choice=separate_choice
-    )
+    needed = rss_bytes() + resident_bytes(stream, options, tokens)
     if allowed is None:
         limit = max(limit, min(needed, available_bytes()))
     if limit < needed:
@@ -51,9 +47,7 @@ def memory_limit(
     return limit, limit - needed
 
 
-def resident_bytes(
-    stream: BlockStream, *, tokens: int = 0, input_steps: bool = False, separate_choice: bool = False
-) -> int:
+def resident_bytes(stream: BlockStream, options: Options, tokens: int = 0) -> int:
     """Return the bytes that must be in memory while a block is surveyed or pruned, or the embedding or output layer
     runs: the largest of these numbers.
 
@@ -61,11 +55,12 @@ def resident_bytes(
 
     Args:
         stream: The open model.
+        options: Options that decide the result: the fit of input projections takes more memory, and so do separate rows
+            for the choice of units. Each of the two sets of rows then has a Gram matrix, of which 0.6 is stored, and a
+            cross moment, both in float64.
         tokens: Number of tokens of one fit, all of which are in memory at a mixture of experts.
-        input_steps: Whether input projections are fitted.
-        separate_choice: Whether units are chosen on other rows than the weights are fitted to. Each of the two then has
-            a Gram matrix, of which 0.6 is stored, and a cross moment, both in float64.
     """
+    input_steps, separate_choice = options.recovery_settings.input_steps > 0, options.separate_choice
 
     def entries(block: Block) -> float:
         modules, weights = block.modules_left, block.parameters

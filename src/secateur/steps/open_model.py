@@ -20,7 +20,7 @@ from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from secateur.checkpoints.config_file import has_own_code
 from secateur.checkpoints.tokens import begins_with_bos
 from secateur.criteria.registry import Criteria, UnitScores
-from secateur.fit.recovery import Method, Recovery
+from secateur.fit.recovery import Recovery
 from secateur.formats.format import format_class
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
@@ -33,7 +33,7 @@ from secateur.steps.options import Options, RunOptions, with_settings
 from secateur.steps.request import CheckedRequest, check_request, format_of
 from secateur.survey.gradients import gradient_scores
 from secateur.text.calibration import check_calibration
-from secateur.text.draw import HELD_OUT, CalibrationRows, RowRequest
+from secateur.text.draw import HELD_OUT, RowRequest
 from secateur.text.self_calibration import check_self
 from secateur.text.sources import RANDOM, SELF
 from secateur.vocabulary.choose import KeptVocabulary, with_vocabulary
@@ -95,7 +95,7 @@ class OpenRun:
             seed=options.seed,
             refit_source=refit_source,
             refit_samples=options.refit_rows,
-            refit_option=options.refit_option,
+            refit_option="refit-samples" if options.refit_samples else "samples",
             held_out=HELD_OUT * options.targets_perplexity,
             random_ids=options.chooses_on_random_ids,
             resamplings=options.resampled_fits,
@@ -113,24 +113,6 @@ class OpenRun:
             SecateurError: As `open_model` does for options that the model or the output format cannot meet.
         """
         return replace(self, options=options, request=check_request(self.stream, options, self.dtype))
-
-    def with_run_options(self, **changes: Any) -> "OpenRun":
-        """Return the same run with other values for some fields of its `RunOptions`."""
-        return replace(self, run_options=replace(self.run_options, **changes))
-
-    def timed_from_now(self) -> "OpenRun":
-        """Return the same run with its clock at zero."""
-        return replace(self, started=time.perf_counter())
-
-    def method(self, rows: CalibrationRows, similar: SimilarHeads | None, exact: bool) -> Method:
-        """Return the criterion and the recovery for the fit.
-
-        Args:
-            rows: The calibration rows.
-            similar: Heads that are removed before all others.
-            exact: Whether the plan names the units to keep, so that no criterion is needed.
-        """
-        return Method(self.criteria("fit", Rows.of(rows.selection), similar, exact), self.recovery, self.options.seed)
 
     def criteria(
         self,
@@ -186,7 +168,14 @@ def open_model(
     device = check_options(options, run_options, services.processes)
     if services.processes.is_first:
         _check_files(model, out, options, run_options, services.watcher)
-    checkpoint = _open(model, run_options, options.torch_dtype, services)
+    # Rank 0 comes first, so that only one process downloads the model.
+    with busy_reading(services.watcher, "Opening", str(model)), services.processes.first_rank_first():
+        checkpoint = open_checkpoint(
+            model,
+            revision=run_options.revision,
+            trust_remote_code=run_options.trust_remote_code,
+            dtype=options.torch_dtype or torch.bfloat16,
+        )
     run = open_run(checkpoint, options, run_options, device=device, out=out, services=services)
     return replace(run, started=started)
 
@@ -217,7 +206,8 @@ def open_run(
     )
     stream = BlockStream(checkpoint, device=device, services=services)
     dtype = options.torch_dtype or checkpoint.dtype
-    tokenizer = _tokenizer(checkpoint, options)
+    needs_tokenizer = set(options.sources) != {RANDOM} or options.output_format.tokenizer
+    tokenizer = checkpoint.tokenizer() if needs_tokenizer or checkpoint.has_tokenizer else None
     # A folder from which tokens were cut has a file about them, which is needed at the end.
     original_ids(checkpoint)
     if out is not None and services.processes.is_first:
@@ -234,13 +224,8 @@ def open_run(
         check_self(checkpoint, tokenizer, length=options.length, cache_bytes=cache_bytes, device=device)
     # There are about as many resampled rows as rows of text.
     rows = max(options.samples, options.refit_rows or 0) * (2 if options.resampled_fits else 1)
-    memory, activations = memory_limit(
-        stream,
-        run_options.memory,
-        tokens=rows * options.length // services.processes.size,
-        input_steps=options.recovery_settings.input_steps > 0,
-        separate_choice=options.separate_choice,
-    )
+    tokens = rows * options.length // services.processes.size
+    memory, activations = memory_limit(stream, options, run_options.memory, tokens)
     stream = stream.using(budget=MemoryBudget(activations))
     return OpenRun(
         stream,
@@ -307,20 +292,3 @@ def check_survey_path(survey: Path | None, out: Path | None) -> None:
         raise SecateurError(f"{survey}: this is a folder; name a JSON file for --survey")
     if not survey.exists():
         Output(survey, suffix="").check()
-
-
-def _open(model: str | Path, run_options: RunOptions, dtype: torch.dtype | None, services: Services) -> Checkpoint:
-    """Open the checkpoint, on rank 0 first, so that only one process downloads it."""
-    with busy_reading(services.watcher, "Opening", str(model)), services.processes.first_rank_first():
-        return open_checkpoint(
-            model,
-            revision=run_options.revision,
-            trust_remote_code=run_options.trust_remote_code,
-            dtype=dtype or torch.bfloat16,
-        )
-
-
-def _tokenizer(checkpoint: Checkpoint, options: Options) -> Any:
-    """Return the tokenizer; None if there is none and neither the calibration nor the output needs it."""
-    needed = set(options.sources) != {RANDOM} or options.output_format.tokenizer
-    return checkpoint.tokenizer() if needed or checkpoint.has_tokenizer else None

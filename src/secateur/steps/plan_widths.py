@@ -23,20 +23,16 @@ def plan_widths(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan
     Raises:
         SecateurError: No plan meets the target.
     """
-    plan = replace(_plan(run, rows, findings), similar_heads=findings.similar_heads)
+    plan, request = run.request.plan_from_file, run.request
+    if plan is None:
+        plan = check_plan(request.format, request.problem, findings.plan or _solved(run, rows, findings))
+    plan = replace(plan, similar_heads=findings.similar_heads)
     run.watcher.note(_description(run, plan))
     if findings.survey is not None:
         warning = dissimilar_experts_note(run.stream.blocks, findings.survey.curves, plan)
         if warning is not None:
             run.watcher.note(warning)
     return plan
-
-
-def _plan(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan:
-    """Return the plan of a file, or else a solved plan that the output format can hold."""
-    if run.request.plan_from_file is not None:
-        return run.request.plan_from_file
-    return check_plan(run.request.format, run.request.problem, findings.plan or _solved(run, rows, findings))
 
 
 def _solved(run: OpenRun, rows: CalibrationRows, findings: Findings) -> Plan:

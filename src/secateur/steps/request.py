@@ -10,7 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.criteria.registry import Criteria
 from secateur.formats.format import Format, format_class
 from secateur.model.stream import BlockStream
-from secateur.plan.meters import Meter, meter_of, parameter_meter
+from secateur.plan.meters import meter_of, parameter_meter
 from secateur.plan.plan import plan as solve
 from secateur.plan.plan_file import read_plan
 from secateur.plan.problem import Plan, PlanProblem
@@ -37,16 +37,6 @@ class CheckedRequest:
     """The output format, bound to the model."""
     needs_survey: bool
     """Whether several plans meet the target, so that their costs must be measured."""
-
-    @property
-    def block_range(self) -> range:
-        """The blocks to prune."""
-        return self.problem.pruned_blocks
-
-    @property
-    def parameters(self) -> Meter:
-        """The meter that counts parameters."""
-        return self.problem.parameters
 
 
 def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> CheckedRequest:

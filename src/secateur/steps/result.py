@@ -35,30 +35,16 @@ energy cost 0.42 nats per token before the refit and 0.21 after it; experts with
 (docs/results.md)."""
 
 
-def summarize(
-    run: OpenRun, rows: CalibrationRows, plan: Plan, expected: dict[str, tuple[float, int]] | None = None
-) -> Summary:
-    """Return the figures of a plan.
-
-    Args:
-        run: The result of `open_model`.
-        rows: The calibration rows.
-        plan: The widths of the pruned blocks.
-        expected: On a dry run, the expected seconds and peak bytes by effort; otherwise the time so far and the peak
-            so far are reported.
-    """
+def summarize(run: OpenRun, rows: CalibrationRows, plan: Plan) -> Summary:
+    """Return the figures of a plan, with the time and the peak memory of the run so far."""
     stream, options, format = run.stream, run.options, run.request.format
     dense = [block.width for block in stream.blocks]
-    seconds, peak = (expected or {}).get(options.effort) or (
-        time.perf_counter() - run.started,
-        _peak_memory(stream.device),
-    )
 
     def before_and_after(meter: Meter) -> tuple[int, int]:
         return round(meter.original), round(meter.total(plan.widths))
 
     return Summary(
-        parameters=before_and_after(run.request.parameters),
+        parameters=before_and_after(run.request.problem.parameters),
         bytes=before_and_after(format.byte_meter()),
         cache_bytes=before_and_after(format.cache_meter()),
         dense=tuple(dense),
@@ -74,9 +60,9 @@ def summarize(
         begins_with_bos=run.begins_with_bos,
         tokens=rows.tokens,
         vocabulary=None if run.vocabulary is None else run.vocabulary.tokens,
-        seconds=seconds,
-        peak_bytes=peak,
-        effort_seconds={name: took for name, (took, _) in (expected or {}).items()},
+        seconds=time.perf_counter() - run.started,
+        peak_bytes=_peak_memory(stream.device),
+        effort_seconds={},
     )
 
 

@@ -27,6 +27,8 @@ MIN_BATCH_TOKENS = 128
 def resumable(run: OpenRun, out: Path, command: str, **more: Any) -> Iterator[OpenRun]:
     """Yield the run with a run folder next to `out`, which holds the state of an earlier run if that was stopped.
 
+    Everything that decides the result must be as it was then; see `check_rows` for the calibration rows.
+
     Args:
         run: The result of `open_model`.
         out: The output of the run.
@@ -37,7 +39,18 @@ def resumable(run: OpenRun, out: Path, command: str, **more: Any) -> Iterator[Op
         SecateurError: Another run is at work on the same output; the state is of a run with other options; or the
             processes of this run have different options.
     """
-    inputs = {"command": command} | result_inputs(run) | more
+    options, family = asdict(run.options), run.run_options.family
+    files = [options[name] for name in ("plan", "widths") if options[name] and Path(options[name]).is_file()]
+    inputs = {
+        "command": command,
+        "model": run.stream.checkpoint.identity,
+        **options,
+        **{f"contents of {file}": _hash_of(Path(file)) for file in files},
+        **({} if family is None else {"family": _hash_of(family)}),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        **library_versions(),
+        **more,
+    }
     restart = run.run_options.restart and not run.services.has_retried
     with with_run_folder(run.services, out, inputs, restart=restart) as services:
         yield replace(run, stream=run.stream.using(run_folder=services.run_folder))
@@ -102,20 +115,6 @@ def retry_in_smaller_batches(services: Services, command: Callable[[Services], R
         services.watcher.note(f"The device is out of memory; resuming with {services.batch_tokens:,} tokens at a time")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def result_inputs(run: OpenRun) -> dict[str, Any]:
-    """Return everything that decides the result, by option name, except the calibration rows; see `check_rows`."""
-    options, family = asdict(run.options), run.run_options.family
-    files = [options[name] for name in ("plan", "widths") if options[name] and Path(options[name]).is_file()]
-    return {
-        "model": run.stream.checkpoint.identity,
-        **options,
-        **{f"contents of {file}": _hash_of(Path(file)) for file in files},
-        **({} if family is None else {"family": _hash_of(family)}),
-        "dtype": str(run.dtype).removeprefix("torch."),
-        **library_versions(),
-    }
 
 
 def library_versions() -> dict[str, str]:
