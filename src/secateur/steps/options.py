@@ -6,6 +6,7 @@ decide the result; `RunOptions` do not change it.
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,10 @@ LARGEST_TAU = math.log(2)
 """Largest value of `--tau`: the Jensen-Shannon divergence of two distributions that share nothing, in nats."""
 UPPER_BOUNDS: dict[str, tuple[int, str]] = {"ridge": (MAX_RIDGE, ", for example 0.3"), "seed": (2**32 - 1, "")}
 """Largest value of options that start at 0, and the end of the error message."""
+
+
+Rules = Iterator[tuple[object, str]]
+"""Rules of options: whether each is broken, and the error message."""
 
 
 class Effort(NamedTuple):
@@ -231,137 +236,93 @@ class Options:
 
     def __post_init__(self) -> None:
         check_types(self)
-        self._check_values()
-        self._check_target()
-        self._check_output()
-        self._check_similarity()
-        self._check_recovery()
+        for rules in (self._value_rules, self._target_rules, self._output_rules, self._criterion_rules):
+            for is_broken, problem in rules():
+                if is_broken:
+                    raise SecateurError(problem)
 
-    def _check_values(self) -> None:
-        """Check each option alone.
-
-        Raises:
-            SecateurError: A value is out of its range, or not one of the choices.
-        """
+    def _value_rules(self) -> Rules:
+        """Yield rules for each option alone."""
         share = self.sparsity
-        if share is not None and not 0 < share < 1:
-            raise SecateurError(f"sparsity is {share}; it must lie between 0 and 1, for example 0.25 for 25 %")
+        in_range = share is None or 0 < share < 1
+        yield not in_range, f"sparsity is {share}; it must lie between 0 and 1, for example 0.25 for 25 %"
         for name, one in option_specs(Options).items():
-            value = getattr(self, name)
-            if value is not None and one.choices and value not in one.choices:
-                raise SecateurError(f"{name} is '{value}'; it must be one of {', '.join(one.choices)}")
-            if value is not None and one.minimum is not None and value < one.minimum:
-                raise SecateurError(f"{cli_name(name)} is {value}; it must be at least {one.minimum}")
+            if (value := getattr(self, name)) is not None:
+                is_choice = not one.choices or value in one.choices
+                yield not is_choice, f"{name} is '{value}'; it must be one of {', '.join(one.choices)}"
+                is_enough = one.minimum is None or value >= one.minimum
+                yield not is_enough, f"{cli_name(name)} is {value}; it must be at least {one.minimum}"
         for name, (most, example) in UPPER_BOUNDS.items():
-            if not 0 <= getattr(self, name) <= most:
-                raise SecateurError(f"{name} is {getattr(self, name)}; it must lie between 0 and {most:,}{example}")
-        unknown = set(self.modules) - set(KINDS)
-        if unknown or not self.modules or len(set(self.modules)) < len(self.modules):
-            raise SecateurError(f"modules is '{','.join(self.modules)}'; give one or more of {', '.join(KINDS)}")
-        if self.blocks is not None and re.fullmatch("[0-9]{0,18}:[0-9]{0,18}", self.blocks) is None:
-            raise SecateurError(f"blocks is '{self.blocks}'; write first:end, for example 4:30")
+            value = getattr(self, name)
+            yield not 0 <= value <= most, f"{name} is {value}; it must lie between 0 and {most:,}{example}"
+        is_known = 0 < len(self.modules) == len(set(self.modules) & set(KINDS))
+        yield not is_known, f"modules is '{','.join(self.modules)}'; give one or more of {', '.join(KINDS)}"
+        is_range = self.blocks is None or re.fullmatch("[0-9]{0,18}:[0-9]{0,18}", self.blocks)
+        yield not is_range, f"blocks is '{self.blocks}'; write first:end, for example 4:30"
         if self.target is not None:
             parse_target(self.target)
         parse_vocabulary(self.vocabulary)
 
-    def _check_target(self) -> None:
-        """Check that one option alone sets how much to remove, and that its file exists.
-
-        Raises:
-            SecateurError: Two options contradict each other, or the file does not exist.
-        """
+    def _target_rules(self) -> Rules:
+        """Yield rules by which one option alone sets how much to remove, and its file exists."""
         # A plan has a width for every block, so that no value of --widths goes with it.
         no_file = WIDTHS if self.plan is None else WIDTHS[:1]
         amounts = {
+            "--tau": self.tau if self.parsed_criterion.only_compares_heads else None,
             "--sparsity": self.sparsity,
             "--target": self.target,
             "--plan": self.plan,
             f"--widths {self.widths}": None if self.widths in no_file else self.widths,
         }
-        names = [name for name, value in amounts.items() if value is not None]
-        if len(names) > 1:
-            raise SecateurError(f"{names[0]} and {names[1]} both set how much to remove; leave one of them out")
-        if self.widths_from_file:
-            # The shares of a --widths file are rounded, the widths of a --plan file are not.
-            places = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.plan and self.round}
-            for name in (name for name, value in places.items() if value):
-                raise SecateurError(
-                    f"{name} and {names[0]} both set what to remove from which blocks; leave one of them out"
-                )
-        if self.plan is not None and not Path(self.plan).is_file():
-            raise SecateurError(f"plan is '{self.plan}', but there is no such file; check the path")
-        if self.widths not in WIDTHS and not Path(self.widths).is_file():
-            raise SecateurError(
-                f"widths is '{self.widths}', but there is no such file; check the path, or write adaptive or uniform"
-            )
+        given = [name for name, value in amounts.items() if value is not None]
+        yield len(given) > 1, f"{' and '.join(given[:2])} both set how much to remove; leave one of them out"
+        # The shares of a --widths file are rounded, the widths of a --plan file are not.
+        places = {"--modules": self.modules != KINDS, "--blocks": self.blocks, "--round": self.plan and self.round}
+        for name, value in places.items() if self.widths_from_file else ():
+            yield value, f"{name} and {given[0]} both set what to remove from which blocks; leave one of them out"
+        has_plan = self.plan is None or Path(self.plan).is_file()
+        yield not has_plan, f"plan is '{self.plan}', but there is no such file; check the path"
+        has_widths = self.widths in WIDTHS or Path(self.widths).is_file()
+        advice = "check the path, or write adaptive or uniform"
+        yield not has_widths, f"widths is '{self.widths}', but there is no such file; {advice}"
 
-    def _check_output(self) -> None:
-        """Check that the output format has tensor types if --type is given, and holds different widths if the run makes
-        them.
+    def _output_rules(self) -> Rules:
+        """Yield rules by which the output format has types of tensors if --type is given, and holds different widths if
+        the run makes them."""
+        has_type = self.type == Options.type or self.output_format.types
+        typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
+        yield not has_type, f"type {self.type} is only for {typed}: add that, or leave --type out"
+        is_varied = self.widths == "adaptive" and self.plan is None
+        yield (
+            is_varied and self.output_format.uniform,
+            f"the {self.format} format holds one width for all blocks: use --widths uniform, or --format hf",
+        )
 
-        Raises:
-            SecateurError: The format does not.
-        """
-        if self.type != Options.type and not self.output_format.types:
-            typed = " or ".join(f"--format {one.name}" for one in FORMATS.values() if one.types)
-            raise SecateurError(f"type {self.type} is only for {typed}: add that, or leave --type out")
-        if self.output_format.uniform and self.widths == "adaptive" and self.plan is None:
-            raise SecateurError(
-                f"the {self.format} format holds one width for all blocks: use --widths uniform, or --format hf"
-            )
-
-    def _check_similarity(self) -> None:
-        """Check that a threshold is given for similarity, and only for it.
-
-        Raises:
-            SecateurError: One is given without the other, or another option sets how much to remove.
-        """
-        choice = self.parsed_criterion
-        if not choice.compares_heads:
-            if self.tau is not None:
-                raise SecateurError("tau is an option of --criterion similarity: add that, or leave --tau out")
-            return
-        if self.tau is None:
-            raise SecateurError("similarity needs a threshold: add --tau, for example 0.19")
-        if not 0 < self.tau <= LARGEST_TAU:
-            raise SecateurError(
-                f"tau is {self.tau}; it must be above 0 and at most ln 2 = {LARGEST_TAU:.4f}, for example 0.19"
-            )
-        if "heads" not in self.modules:
-            raise SecateurError("similarity compares heads: add heads to --modules, or choose another criterion")
-        if not choice.only_compares_heads:
-            return
-        given = {
-            "--sparsity": self.sparsity,
-            "--target": self.target,
-            "--plan": self.plan,
-            "--widths with a file": self.widths_from_file,
-        }
-        if said := next((name for name, value in given.items() if value), None):
-            raise SecateurError(f"--tau and {said} both set how much to remove; leave one of them out")
-        if self.widths == "uniform" or self.output_format.uniform:
-            raise SecateurError(
-                "similarity may remove more heads from one block than from another, but the stock format and --widths "
-                "uniform need equal numbers: use --format hf without --widths uniform, or --criterion "
-                "similarity+surgeon"
-            )
-
-    def _check_recovery(self) -> None:
-        """Check that options of one criterion or one recovery are given together with it.
-
-        Raises:
-            SecateurError: One is given with another.
-        """
-        if self.recover != Options.recover and self.recovery != "paper":
-            raise SecateurError(
-                "recover is an option of --recovery paper: leave --recover out, or add --recovery paper"
-            )
-        if self.sigma is not None and not self.parsed_criterion.uses("second-moment"):
-            raise SecateurError(
-                f"sigma is an option of --criterion second-moment, not of {self.criterion}: leave --sigma out"
-            )
-        if self.refit_rows is not None and self.recovery == "none":
-            raise SecateurError("--recovery none fits nothing: leave --refit-samples and --refit-calibration out")
+    def _criterion_rules(self) -> Rules:
+        """Yield rules by which options of one criterion or one recovery are given together with it."""
+        choice, tau = self.parsed_criterion, self.tau
+        if choice.compares_heads:
+            yield tau is None, "similarity needs a threshold: add --tau, for example 0.19"
+            is_threshold = tau is not None and 0 < tau <= LARGEST_TAU
+            most = f"above 0 and at most ln 2 = {LARGEST_TAU:.4f}, for example 0.19"
+            yield not is_threshold, f"tau is {tau}; it must be {most}"
+            advice = "add heads to --modules, or choose another criterion"
+            yield "heads" not in self.modules, f"similarity compares heads: {advice}"
+        else:
+            yield tau is not None, "tau is an option of --criterion similarity: add that, or leave --tau out"
+        is_uniform = self.widths == "uniform" or self.output_format.uniform
+        yield (
+            choice.only_compares_heads and is_uniform,
+            "similarity may remove more heads from one block than from another, but the stock format and --widths "
+            "uniform need equal numbers: use --format hf without --widths uniform, or --criterion similarity+surgeon",
+        )
+        is_used = self.recover == Options.recover or self.recovery == "paper"
+        yield not is_used, "recover is an option of --recovery paper: leave --recover out, or add --recovery paper"
+        is_used = self.sigma is None or choice.uses("second-moment")
+        place = f"--criterion second-moment, not of {self.criterion}"
+        yield not is_used, f"sigma is an option of {place}: leave --sigma out"
+        is_unused = self.refit_rows is not None and self.recovery == "none"
+        yield is_unused, "--recovery none fits nothing: leave --refit-samples and --refit-calibration out"
 
     @property
     def output_format(self) -> Declaration:
@@ -402,11 +363,6 @@ class Options:
         """Number of separate rows for the fit; None if weights are fitted to the rows on which units are chosen."""
         separate = self.refit_samples is not None or self.refit_calibration is not None
         return (self.refit_samples or self.samples) if separate else None
-
-    @property
-    def refit_option(self) -> str:
-        """The option that sets the number of rows for the fit, which error messages name."""
-        return "refit-samples" if self.refit_samples else "samples"
 
     @property
     def chooses_on_random_ids(self) -> bool:
