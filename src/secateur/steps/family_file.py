@@ -5,7 +5,6 @@ blocks: imaginary.layers
 stock: {head_counts: dense}
 """
 
-import math
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -19,19 +18,26 @@ from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
 from secateur.gguf.architectures import ARCHITECTURES
 
-_MAX_ENTRIES = 1_000_000
-"""Largest number of entries of a YAML value, as a few lines of aliases can expand to billions."""
+KIND = "model_type"
+_READ: set[str] = set()
+"""Families that were read from files; such a family may be read again."""
 
 
-def read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> Any:
     """Return the value of a YAML file.
 
     Raises:
-        SecateurError: The file is not valid YAML, or too large after its aliases are expanded.
+        SecateurError: The file cannot be read, is not valid YAML, or has aliases, a few lines of which can expand to
+            billions of values.
     """
-    text = path.read_text(encoding="utf-8")
     try:
-        value = yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SecateurError(f"{path}: cannot be read ({error}); name a YAML file") from error
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise SecateurError(f"{path}: has aliases, which begin with *; write the values themselves")
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" line {mark.line + 1}"
@@ -42,30 +48,6 @@ def read_yaml(path: Path) -> Any:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         # For example the 31st of February, or a number with more digits than Python reads.
         raise SecateurError(f"{path}: a value cannot be read ({error}); correct it") from error
-    if _count_entries(value, {}) > _MAX_ENTRIES:
-        raise SecateurError(f"{path}: its aliases expand to more than {_MAX_ENTRIES:,} entries; use fewer aliases")
-    return value
-
-
-def _count_entries(value: Any, known: dict[int, float]) -> float:
-    """Return the number of entries of a value with all aliases expanded; infinity if a value contains itself.
-
-    Args:
-        value: The value of a YAML file.
-        known: Counts of the values that were visited before, by id.
-    """
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = math.inf
-        children = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_count_entries(child, known) for child in children)
-    return known[id(value)]
-
-
-KIND = "model_type"
-_READ: set[str] = set()
-"""Families that were read from files; such a family may be read again."""
 
 
 def read_family(path: Path) -> str:
@@ -75,10 +57,7 @@ def read_family(path: Path) -> str:
         SecateurError: The file cannot be read, a field does not exist or has a wrong value, or secateur already knows
             the family.
     """
-    try:
-        raw = read_yaml(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SecateurError(f"{path}: cannot be read ({error}); name a YAML file") from error
+    raw = _read_yaml(path)
     if not isinstance(raw, dict) or not isinstance(raw.get(KIND), str):
         raise SecateurError(f"{path}: a family is a mapping with {KIND} and the names of layers; see docs/extend.md")
     kind = raw.pop(KIND)
