@@ -8,9 +8,10 @@ from secateur.base.errors import SecateurError
 from secateur.base.output import Output, json_kind
 from secateur.base.progress import Silent, Watcher
 from secateur.base.services import Services
+from secateur.plan.problem import Plan
 from secateur.report.summary import Proposal
 from secateur.steps.draw_rows import draw_rows
-from secateur.steps.open_model import check_survey_path, open_model
+from secateur.steps.open_model import OpenRun, check_survey_path, open_model
 from secateur.steps.options import Options, RunOptions
 from secateur.steps.plan_widths import plan_widths
 from secateur.steps.resume import resumable, retry_in_smaller_batches
@@ -62,19 +63,23 @@ def propose(
         file = out or run.run_options.survey
         with nullcontext(run) if file is None else resumable(run, file, "plan") as run:
             rows = draw_rows(run, resample=False)
-            plan = plan_widths(run, rows, survey_model(run, rows))
-        parameters, checkpoint = run.request.problem.parameters, run.stream.checkpoint
-        return Proposal(
-            model=checkpoint.source,
-            fingerprint=checkpoint.fingerprint,
-            dense=tuple(block.width for block in run.stream.blocks),
-            plan=plan,
-            parameters=(parameters.original, parameters.total(plan.widths)),
-            blocks=options.blocks,
-        )
+            return _proposal(run, plan_widths(run, rows, survey_model(run, rows)))
 
     proposal = retry_in_smaller_batches(Services(watcher=watcher or Silent()), make_plan)
     if target is not None:
         with target as partial:
             partial.write_text(json.dumps(proposal.as_dict(), indent=2) + "\n")
     return proposal
+
+
+def _proposal(run: OpenRun, plan: Plan) -> Proposal:
+    """Return a plan with the sizes that it leads to."""
+    parameters, checkpoint = run.request.problem.parameters, run.stream.checkpoint
+    return Proposal(
+        model=checkpoint.source,
+        fingerprint=checkpoint.fingerprint,
+        dense=tuple(block.width for block in run.stream.blocks),
+        plan=plan,
+        parameters=(parameters.original, parameters.total(plan.widths)),
+        blocks=run.options.blocks,
+    )

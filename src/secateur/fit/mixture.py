@@ -140,19 +140,21 @@ class ExpertRegression(Regression):
 
     def rows(self, entries: Tensor, with_module_input: bool) -> Iterator[BatchRows]:
         """Run the expert on its tokens up to its output projection, keep the rows, and yield them."""
-        weight = self.norm.scale(self.weight)
-        known, self._targets = self._targets, []
+        # The old weights are read only where the targets are still to be computed.
+        weight = self.norm.scale(self.weight) if self._targets is None else None
+        self._targets = targets = self._targets or []
         # Free the rows before they are computed anew.
         self._rows = []
         for number, (batch, at, gates) in enumerate(self._routed):
             x = batch.x_nd[at]
             rows = batch.scaled(self.mixture.projection_input(self.expert, x) * gates[:, None], at)
-            self._targets.append(batch.residual_nd[at] + rows @ weight if known is None else known[number])
+            if weight is not None:
+                targets.append(batch.residual_nd[at] + rows @ weight)
             self._rows.append(rows if len(entries) == rows.shape[1] else rows[:, entries])
             choice_weights = 1.0, batch.choice_weight_n[at]
             inputs = (self.mixture.expert_input(self.expert, x), choice_weights) if with_module_input else None
             weights = 1.0, batch.weight_n[at]
-            yield BatchRows(self._rows[-1], self._targets[-1], weights, choice_weights, inputs)
+            yield BatchRows(self._rows[-1], targets[number], weights, choice_weights, inputs)
 
     @contextmanager
     def linearised(

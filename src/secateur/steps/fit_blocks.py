@@ -51,8 +51,7 @@ class FittedBlocks(Iterator[FittedBlock]):
         self.checkpoint = checkpoint
         self.norm_scale: float | None = None
         self.begun = False
-        self._run, self._rows, self._observe = run, rows, observe
-        self._blocks = self._fit(plan)
+        self._blocks = self._fit(run, rows, plan, observe)
 
     def __next__(self) -> FittedBlock:
         self.begun = True
@@ -62,9 +61,16 @@ class FittedBlocks(Iterator[FittedBlock]):
         """Free the memory and the files of a fit that is not finished."""
         self._blocks.close()
 
-    def _fit(self, plan: Plan) -> Generator[FittedBlock, None, None]:
-        run, rows = self._run, self._rows
-        observed = self._observe is not None or len(rows.norm_scale)
+    def _fit(
+        self, run: OpenRun, rows: CalibrationRows, plan: Plan, observe: Observer | None
+    ) -> Generator[FittedBlock, None, None]:
+        def after_last_block(dense: Activations, pruned: Activations) -> None:
+            if len(rows.norm_scale):
+                group = rows.grouped.weights.index(0.0)
+                self.norm_scale = final_norm_scale(run.stream, rows.grouped, group, dense, pruned)
+            if observe is not None:
+                observe(dense, pruned)
+
         criteria = run.criteria("fit", Rows.of(rows.selection), plan.similar_heads, exact=plan.lists_units)
         yield from refit(
             run.stream,
@@ -72,17 +78,9 @@ class FittedBlocks(Iterator[FittedBlock]):
             rows.grouped,
             method=Method(criteria, run.recovery, run.options.seed),
             dtype=run.dtype,
-            compare=self._after_last_block if observed else None,
+            compare=after_last_block if observe is not None or len(rows.norm_scale) else None,
             checkpoint=self.checkpoint,
         )
-
-    def _after_last_block(self, dense: Activations, pruned: Activations) -> None:
-        rows = self._rows
-        if len(rows.norm_scale):
-            group = rows.grouped.weights.index(0.0)
-            self.norm_scale = final_norm_scale(self._run.stream, rows.grouped, group, dense, pruned)
-        if self._observe is not None:
-            self._observe(dense, pruned)
 
 
 def fit_blocks(run: OpenRun, rows: CalibrationRows, plan: Plan) -> FittedBlocks:
