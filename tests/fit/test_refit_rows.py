@@ -26,7 +26,6 @@ FEW, MANY = token_rows(3, 20, seed=5), token_rows(14, 20, seed=9)
         *((name, "refit", "after", "surgeon") for name in NAMES),
         *((name, "paper", "before", "wanda") for name in NAMES),
         *(("llama", "refit", "after", criterion) for criterion in ("second-moment", "wanda", "flap-wifv", "l2")),
-        *(("gpt2", "refit", when, "surgeon") for when in ("before", "both")),
         *(("llama biased", "paper", when, "wanda") for when in ("after", "both")),
     ],
 )
