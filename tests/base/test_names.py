@@ -78,15 +78,13 @@ assert all_recoveries()["refit"] is Refit
 def test_the_package_of_the_page_adds_its_names(tmp_path, checkpoint_folder):
     """The examples of docs/extend.md are the files of a package, as pip would install it."""
     text = PAGE.read_text()
-    criterion, recovery, family, format, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    start, end = format.index("# In secateur"), format.index("class NpzFile")
-    declared = "from secateur.base.names import Declaration\n" + format[start:end]
+    criterion, recovery, family, declared, npz, _ = re.findall(r"```python.*?\n(.*?)```", text, re.DOTALL)
     files = {
         "criterion": criterion,
         "recovery": recovery,
         "family": family.replace('"arcee": ', '"like_arcee": '),
         "declared": declared,
-        "npz": f"from my_package.declared import NPZ\n{format[:start]}{format[end:]}",
+        "npz": npz,
     }
     (tmp_path / "my_package").mkdir()
     for name, code in files.items():
@@ -110,3 +108,37 @@ def test_the_package_of_the_page_adds_its_names(tmp_path, checkpoint_folder):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.npz").stat().st_size > 0
+
+
+BROKEN = """
+import sys
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    from secateur.base.names import FORMATS
+assert list(FORMATS) == ["hf", "stock", "gguf"]
+assert "a format is left out: no_package:NPZ, an entry point, cannot be loaded" in str(seen[0].message)
+from secateur.cli.app import main
+sys.argv = ["secateur", "prune", "dense", "out", "--criterion", "lost"]
+main()
+"""
+
+
+def test_a_broken_entry_point_is_one_line(tmp_path, checkpoint_folder):
+    info = tmp_path / "broken-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    points = "[secateur.formats]\nnpz = no_package:NPZ\n[secateur.criteria]\nlost = json:lost\n"
+    (info / "entry_points.txt").write_text(points)
+    (tmp_path / "dense").symlink_to(checkpoint_folder("llama"))
+    path = os.pathsep.join([str(tmp_path), str(ROOT.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "json:lost, an entry point, cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr

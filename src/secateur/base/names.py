@@ -5,6 +5,7 @@ without waiting for it. Another package adds names by entry points, whose values
 `module:object`, or a module.
 """
 
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -15,8 +16,17 @@ from secateur.base.output import Kind, Output
 
 
 def find(place: str) -> Any:
-    """Return the object or the module that a place names."""
-    return EntryPoint("", place, "").load()
+    """Return the object or the module that a place names.
+
+    Raises:
+        SecateurError: Another package names an object that does not exist, or a module that cannot be imported.
+    """
+    try:
+        return EntryPoint("", place, "").load()
+    except (AttributeError, ImportError) as error:
+        if place.startswith("secateur."):
+            raise
+        raise SecateurError(f"{place}, an entry point, cannot be loaded ({error}); correct its package") from error
 
 
 def _with_others(kind: str, own: dict[str, str]) -> dict[str, str]:
@@ -145,4 +155,10 @@ _OWN_FORMATS = (
 FORMATS: dict[str, Declaration] = {one.name: one for one in _OWN_FORMATS}
 """Output formats, the default first. An entry point of another package names a `Declaration`, in a module without
 torch."""
-FORMATS |= {name: find(place) for name, place in _with_others("formats", {}).items() if name not in FORMATS}
+for _place in _with_others("formats", {}).values():
+    try:
+        _declaration: Declaration = find(_place)
+        FORMATS.setdefault(_declaration.name, _declaration)
+    except (AttributeError, SecateurError) as error:
+        # This file is imported before any command can print an error.
+        warnings.warn(f"a format is left out: {error}", stacklevel=2)
