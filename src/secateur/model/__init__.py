@@ -1,1 +1,1 @@
-"""What the blocks of a model consist of, and how to run one of them."""
+"""Description of the blocks of a model, and how one of them is run."""
