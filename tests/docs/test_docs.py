@@ -215,11 +215,13 @@ def restored_registries() -> Iterator[None]:
 @pytest.mark.usefixtures("small", "restored_registries")
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in RECORDS])
 def test_a_page_runs(page, place, run, monkeypatch):
+    monkeypatch.syspath_prepend(place)  # examples import each other
     if any("model.gguf" in block.text for block in blocks(page)):
         how = ["--widths", "uniform", "--recovery", "none"]
         assert run("prune", "MODEL", "model.gguf", "--format", "gguf", *how).code == 0
     for block in blocks(page):
         if block.title is not None:
+            (place / block.title).parent.mkdir(exist_ok=True)
             (place / block.title).write_text(block.text)
     for block in blocks(page):
         where = f"{page}:{block.line}"
