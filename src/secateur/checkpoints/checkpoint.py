@@ -72,7 +72,7 @@ class Checkpoint(Stored):
         dtype: The most common floating dtype of the stored weights, by bytes.
         trust_remote_code: Whether the checkpoint's own code is needed and may run.
         quantised: Whether weights are stored quantised; `read` returns them dequantised.
-        left_out: Stored tensors that the model has no place for; see `leave_out_prediction_heads` and `check_shapes`.
+        left_out: Stored tensors that the model has no place for; prediction heads, and see `check_shapes`.
     """
 
     path: Path
@@ -85,7 +85,7 @@ class Checkpoint(Stored):
     quantised: bool = False
     left_out: tuple[str, ...] = ()
 
-    def leave_out_prediction_heads(self) -> None:
+    def __post_init__(self) -> None:
         """Leave out multi-token prediction heads, because they were trained on the dense model's output.
 
         They are stored under names with `mtp`, or as blocks after the last block.
@@ -102,7 +102,8 @@ class Checkpoint(Stored):
 
         self._leave(list(filter(further, self.tensors)))
         if self.left_out:
-            self.raw_config |= {key: 0 for key in PREDICTION_HEAD_KEYS if self.raw_config.get(key)}
+            absent = {key: 0 for key in PREDICTION_HEAD_KEYS if self.raw_config.get(key)}
+            self.raw_config = self.raw_config | absent
 
     def _leave(self, names: Collection[str]) -> None:
         """Leave out some tensors, which are then neither counted nor written."""
@@ -389,7 +390,6 @@ def open_checkpoint(
             f"{folder / 'config.json'}: num_hidden_layers is {own.num_hidden_layers:,}, but only {len(tensors):,} "
             "tensors are stored; find the config.json of these weights"
         )
-    checkpoint.leave_out_prediction_heads()
     _check_links(folder, checkpoint.files)
     return checkpoint
 

@@ -36,7 +36,7 @@ def checkpoint_in_memory(model: Any, tokenizer: Any, folder: Path) -> Checkpoint
         for name, value in model.state_dict().items()
         if name not in tied
     }
-    checkpoint = Checkpoint(
+    return Checkpoint(
         source=source,
         path=folder,
         side_folder=folder,
@@ -44,8 +44,6 @@ def checkpoint_in_memory(model: Any, tokenizer: Any, folder: Path) -> Checkpoint
         dtype=common_dtype(source, tensors),
         tensors=tensors,
     )
-    checkpoint.leave_out_prediction_heads()
-    return checkpoint
 
 
 def check_in_memory(model: Any) -> None:

@@ -45,7 +45,7 @@ def cut_vocabulary(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: Kep
         name: selected_rows(info, _below(runs, info.shape[0])) if name in per_token else info
         for name, info in checkpoint.tensors.items()
     }
-    cut = replace(
+    return replace(
         checkpoint,
         side_folder=folder,
         uncut=checkpoint,
@@ -53,8 +53,6 @@ def cut_vocabulary(checkpoint: Checkpoint, tokenizer: StoredTokenizer, kept: Kep
         tensors=tensors,
         **described(raw, config),
     )
-    cut.leave_out_prediction_heads()
-    return cut
 
 
 def cut_as_before(checkpoint: Checkpoint, ids: Sequence[int]) -> Checkpoint:
