@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from secateur.base.errors import SecateurError
 from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices
 from secateur.fit.recovery import Method
 from secateur.model.arena import Activations, Arena, FileRows
@@ -203,6 +204,13 @@ class BlockState:
         """Return the outputs, in the pruned stream, of the modules that run before a module."""
         earlier = takewhile(lambda one: one is not module, self.block.modules_left)
         return {one: self.outputs[one.kind][at] for one in earlier}
+
+    def check_activations(self, are_finite: bool, name: str) -> None:
+        """Raise `SecateurError` if the activations of a module are NaN or infinite."""
+        if not are_finite:
+            raise SecateurError(
+                f"block {self.index}: the activations of the {name} are NaN or infinite; check the weights"
+            )
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Let the block compute with new tensors, rounded as they are written."""

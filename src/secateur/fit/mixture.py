@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from secateur.base.errors import SecateurError
 from secateur.criteria.experts import MAX_TOKENS, expert_order
 from secateur.criteria.registry import Criterion, all_criteria
 from secateur.criteria.routed_tokens import RoutedTokens
@@ -247,10 +246,7 @@ class MixtureFit:
         for at in self.state.rows.batches():
             x = self.state.layer_inputs(self.module, pruned, at, layer)[layer].reshape(-1, self.stream.width)
             target, scale_n1, weights = self.target.of(at)
-            if not bool(torch.isfinite(x.sum() + target.sum())):
-                raise SecateurError(
-                    f"block {self.state.index}: the activations of the experts are NaN or infinite; check the weights"
-                )
+            self.state.check_activations(bool(torch.isfinite(x.sum() + target.sum())), "experts")
             weights = target.new_ones(len(x)) if weights is None else weights
             scale_n = None if scale_n1 is None else scale_n1[:, 0]
             yield MixtureBatch(x, target, at.weight * weights, at.choice_weight * weights, scale_n, self.target.norm)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from secateur.base.device import fast_dtype
-from secateur.base.errors import SecateurError
 from secateur.checkpoints.facts import activation_of
 from secateur.criteria.registry import Criterion
 from secateur.criteria.statistics import module_seed
@@ -171,10 +170,7 @@ class Regression(ABC):
         for sums in dict.fromkeys((fit, choice, module_input)):
             if sums is not None:
                 sums.reduce(stream.processes, self.owner)
-        if not (fit.finite() and choice.finite()):
-            raise SecateurError(
-                f"block {state.index}: the activations of the {self.module.role} are NaN or infinite; check the weights"
-            )
+        state.check_activations(fit.finite() and choice.finite(), self.module.role)
         return ModuleMoments(entries, fit, choice, module_input)
 
     @abstractmethod
