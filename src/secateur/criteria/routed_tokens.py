@@ -35,7 +35,7 @@ class RoutedTokens:
     _index: Tensor = field(init=False)
     """Row of `_outputs` for each token and expert (n x experts); -1 for pairs that were not computed yet."""
     _outputs: Tensor = field(init=False)
-    """Outputs of single experts, in error units."""
+    """Outputs of single experts, in error units, and room for more."""
 
     def __post_init__(self) -> None:
         if (shared := self.mixture.shared_output(self.x_nd)) is not None:
@@ -98,14 +98,16 @@ class RoutedTokens:
         pairs = (experts * total + tokens[:, None])[missing].unique()
         if not len(pairs):
             return
-        tokens, first = pairs % total, len(self._outputs)
+        first, tokens = int(self._index.max()) + 1, pairs % total
         self._index[tokens, pairs // total] = torch.arange(first, first + len(pairs), device=pairs.device)
+        if first + len(pairs) > len(self._outputs):
+            # A quarter more, so that not every call copies the outputs of all earlier calls.
+            self._outputs.resize_((first + len(pairs)) * 5 // 4, self._outputs.shape[1])
         found, counts = (pairs // total).unique_consecutive(return_counts=True)
-        outputs = [
-            self.to_error_units(self.mixture.ungated_output(expert, self.x_nd[mine]), mine)
-            for expert, mine in zip(found.tolist(), tokens.split(counts.tolist()), strict=True)
-        ]
-        self._outputs = torch.cat([self._outputs, *outputs])
+        for expert, mine in zip(found.tolist(), tokens.split(counts.tolist()), strict=True):
+            self._outputs[self._index[mine, expert]] = self.to_error_units(
+                self.mixture.ungated_output(expert, self.x_nd[mine]), mine
+            )
 
 
 def _find_swaps(before: Routes, after: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
