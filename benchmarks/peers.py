@@ -30,7 +30,7 @@ from secateur.model.axes import Width
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
 from secateur.model.structure import Block, KeptUnits
-from secateur.model.surgery import assign, kept_inputs, narrow, output_weight, slice_block, stored_weight
+from secateur.model.surgery import assign, kept_inputs, narrow, output_tensor, output_weight, slice_block
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS_PER_GROUP, KV_GROUPS
 from secateur.numerics.moments import Moments
@@ -88,7 +88,7 @@ def uniform_obc(stream: BlockStream, rows: Rows, sparsity: float) -> Peer:
                     at = kept_inputs(stats.module, kept[kind])
                     full = torch.zeros_like(stats.weight_ao)
                     full[at] = least_squares(stats.normal, at)[0]
-                    changed[stats.module.output_projection.name] = stored_weight(stats.module, full)
+                    changed[stats.module.output_projection.name] = output_tensor(stats.module, full)
                     # An input with zero weights is the same as a removed one.
                     assign(layer, stats.module.output_projection.name, changed[stats.module.output_projection.name])
                 _advance(stream, index, layer, rows, hidden)

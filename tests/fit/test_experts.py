@@ -305,7 +305,7 @@ class Halved(Recovery):
 def test_the_fit_of_any_recovery_runs_on_experts(checkpoint_folder, name):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     (block,) = refit(stream, Plan({2: stream.blocks[2].width}, 0, 0), ROWS, method=Method("surgeon", Halved()))
-    module, dense = stream.blocks[2].feed_forward, stream.stored(2)
+    module, dense = stream.blocks[2].feed_forward, stream.block_tensors(2)
     kept = [expert for expert in range(module.units) if expert not in block.reports[1].unfitted]
     down = module.output_projection.name
     assert kept

@@ -19,7 +19,7 @@ from secateur.criteria.registry import SCORED_KINDS, all_criteria
 from secateur.criteria.statistics import Statistics
 from secateur.model.rows import Rows
 from secateur.model.structure import KeptUnits
-from secateur.model.surgery import assign, kept_inputs, output_weight, stored_weight
+from secateur.model.surgery import assign, kept_inputs, output_tensor, output_weight
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.heads import HEADS
 from secateur.numerics.moments import Moments
@@ -160,7 +160,7 @@ def test_a_partial_probe_is_the_refitted_model(checkpoint_folder, monkeypatch, n
     weight = torch.zeros_like(plain.old)
     weight[entries] = plain.refitted(entries)
     changed = copy.deepcopy(dense(name))
-    stored = stored_weight(plain.module, (weight / plain.gain).float())
+    stored = output_tensor(plain.module, (weight / plain.gain).float())
     assign(layers_of(changed)[INDEX], plain.module.output_projection.name, stored)
     keep = whole_block(name) | {kind: kept}
     wanted = divergence(name, {INDEX: keep}, changed)

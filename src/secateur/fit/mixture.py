@@ -37,7 +37,7 @@ from secateur.model.axes import Width
 from secateur.model.mixture import Mixture, Routes
 from secateur.model.post_norm import PostNorm
 from secateur.model.structure import KeptUnits, PrunableModule
-from secateur.model.surgery import channels_by_expert, stored_weight
+from secateur.model.surgery import channels_by_expert, output_tensor
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS
 
@@ -195,7 +195,7 @@ class ExpertRegression(Regression):
         residuals = self._residuals(fitted.moments, fitted.kept_inputs, self.norm.scale(weight))
         for (batch, at, _), residual in zip(self._routed, residuals, strict=True):
             batch.residual_nd[at] = residual
-        self.set_tensors({self.module.output_projection.name: stored_weight(self.module, full_fd)})
+        self.set_tensors({self.module.output_projection.name: output_tensor(self.module, full_fd)})
 
 
 class MixtureFit:

@@ -32,7 +32,7 @@ from secateur.model.arena import Activations
 from secateur.model.post_norm import PostNorm
 from secateur.model.rows import Batch
 from secateur.model.structure import PrunableModule
-from secateur.model.surgery import kept_inputs, output_weight, stored_weight
+from secateur.model.surgery import kept_inputs, output_tensor, output_weight
 from secateur.numerics.moments import Moments
 
 AddRows = Callable[[TangentRows, Tensor, Tensor], None]
@@ -192,7 +192,7 @@ class Regression(ABC):
 
     def as_tensor(self, weight_ad: Tensor) -> dict[str, Tensor]:
         """Return the output projection as a stored tensor, by its name, from a weight in error units."""
-        return {self.module.output_projection.name: stored_weight(self.module, self.norm.unscale(weight_ad))}
+        return {self.module.output_projection.name: output_tensor(self.module, self.norm.unscale(weight_ad))}
 
 
 class BlockRegression(Regression):

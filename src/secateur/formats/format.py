@@ -213,7 +213,7 @@ class Format(ABC):
                 keeps_dtype = name in kept_dtypes or not info.dtype.is_floating_point
                 yield name, info.as_stored(tensor if keeps_dtype else tensor.to(self.dtype))
         for index, tensors in pruned.blocks:
-            yield from self._as_stored(index, tensors)
+            yield from self._split(index, tensors)
             # Free the block before the next one is computed.
             del tensors
         changed = pruned.final_norm()
@@ -223,22 +223,20 @@ class Format(ABC):
     def names_inside(self, plan: Plan) -> set[str]:
         """Return the stored names of all tensors in the pruned blocks of the dense model."""
         stream = self.stream
-        return {
-            stored for i in plan.widths for name in stream.blocks[i].shapes for stored in stream.stored_names(i, name)
-        }
+        return {stored for i in plan.widths for name in stream.blocks[i].shapes for stored in stream.pieces(i, name)}
 
     def stored_name(self, index: int, name: str) -> str:
         """Return the stored name of a block's tensor; a bias that the checkpoint lacks is named after its weight."""
-        stream = self.stream
-        if name in stream.blocks[index].shapes:
-            return stream.stored_name(index, name)
-        return stream.stored_name(index, name.removesuffix("bias") + "weight").removesuffix("weight") + "bias"
+        if name not in self.stream.blocks[index].shapes:
+            return self.stored_name(index, name.removesuffix("bias") + "weight").removesuffix("weight") + "bias"
+        (stored,) = self.stream.pieces(index, name)
+        return stored
 
-    def _as_stored(self, index: int, tensors: Mapping[str, BlockTensor]) -> Iterator[tuple[str, BlockTensor]]:
+    def _split(self, index: int, tensors: Mapping[str, BlockTensor]) -> Iterator[tuple[str, BlockTensor]]:
         """Yield a block's tensors in the pieces in which the checkpoint stores them."""
         for name, tensor in tensors.items():
             if name in self.stream.blocks[index].shapes:
-                yield from self.stream.as_stored(index, name, tensor)
+                yield from self.stream.split(index, name, tensor)
             else:
                 yield self.stored_name(index, name), tensor
 

@@ -96,9 +96,9 @@ def _pruned_tensors(stream: BlockStream, keeps: Mapping[int, KeptUnits]) -> dict
     for index, keep in keeps.items():
         block = stream.blocks[index]
         dense = {name: torch.empty(shape, device="meta") for name, shape in block.shapes.items()}
-        stored = [stored for name in dense for stored in stream.stored_names(index, name)]
+        stored = [stored for name in dense for stored in stream.pieces(index, name)]
         before = {name: tensors.pop(name) for name in stored}
         for name, tensor in slice_block(block, dense, keep).items():
-            for piece, part in stream.as_stored(index, name, tensor):
+            for piece, part in stream.split(index, name, tensor):
                 tensors[piece] = replace(before[piece], shape=tuple(part.shape))
     return tensors

@@ -155,7 +155,7 @@ def per_layer_config(
     )
     stored[WIDTHS if under_own_key else "per_layer_config"] = layers
     used = {key for values in layers.values() for key in values}
-    stored[SIZES] = model_sizes(blocks, keys, stream.stored_names, used)
+    stored[SIZES] = model_sizes(blocks, keys, stream.pieces, used)
     stored[SIZES] |= {} if negative is None else {"negative": negative}
     # A key that only some layers have must have a value for the others.
     stored |= {key: everywhere[key] for key in (PER_GROUP, *BIASES, *first) if key in used}

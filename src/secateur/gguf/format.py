@@ -89,7 +89,7 @@ class _ModuleBytes:
         for name in block.inside(block.module(kind)):
             if name in after:
                 whole = f"{model.family.blocks}.{index}.{name}"
-                model.shapes |= dict.fromkeys((whole, *self.stream.stored_names(index, name)), after[name])
+                model.shapes |= dict.fromkeys((whole, *self.stream.pieces(index, name)), after[name])
             else:
                 del inside[name]
         model.inside = [*model.inside[:index], inside, *model.inside[index + 1 :]]

@@ -121,7 +121,7 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     Raises:
         SecateurError: GGUF cannot hold the tokenizer, or its pre-tokenizer has no name here.
     """
-    stored = _stored(tokenizer)
+    stored = _tokenizer_json(tokenizer)
     byte_level = _is_byte_level(stored)
     tokens, types = _tokens(stored, size, byte_level)
     ids = {key: getattr(tokenizer, f"{name}_token_id", None) for name, key in _SPECIAL.items()}
@@ -143,7 +143,7 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     return Vocabulary(metadata, tokenizer.chat_template, _strips(stored, size))
 
 
-def _stored(tokenizer: Any) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     """Return the contents of tokenizer.json.
 
     Raises:

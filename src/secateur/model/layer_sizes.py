@@ -20,7 +20,7 @@ length."""
 Keys = dict[tuple[str, ...], str]
 """Config keys of numbers of units, by the nested axes along which the units lie."""
 
-StoredNames = Callable[[int, str], Sequence[str]]
+Pieces = Callable[[int, str], Sequence[str]]
 """Function that returns the checkpoint's names of a block's tensor: one name, or one for each expert's matrix."""
 
 IN_MEMORY: Keys = {HEADS: QUERY_HEADS, (KV_GROUPS,): GROUPS, (HEADS_PER_GROUP,): PER_GROUP}
@@ -52,7 +52,7 @@ def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
 def model_sizes(
     blocks: Sequence[Block],
     keys: Keys,
-    stored_names: StoredNames,
+    pieces: Pieces,
     used: Set[str],
 ) -> dict[str, dict[str, Any]]:
     """Return the sizes of the tensors and attributes of all kinds of blocks as functions of their numbers of units.
@@ -62,7 +62,7 @@ def model_sizes(
     Args:
         blocks: All dense blocks.
         keys: Config keys of the numbers of units of one layer.
-        stored_names: Function that returns the checkpoint's names of a tensor.
+        pieces: Function that returns the checkpoint's names of a tensor.
         used: Keys with several values in the model. Sizes that depend on no such key are left out.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -70,8 +70,10 @@ def model_sizes(
         for part, entries in layer_sizes(block, keys).items():
             known = found.setdefault(part, {})
             for name in [name for name in entries if part == "shapes" and name not in known]:
-                stored = stored_names(index, name) if name in block.shapes else ()
-                entries = _as_stored(entries[name], [path.partition(f".{index}.")[2] for path in stored]) | entries
+                stored = pieces(index, name) if name in block.shapes else ()
+                entries = (
+                    _sizes_of_pieces(entries[name], [path.partition(f".{index}.")[2] for path in stored]) | entries
+                )
             found[part] = entries | known
     return {
         part: {name: own for name, own in entries.items() if not used.isdisjoint(_mentioned(own))}
@@ -85,7 +87,7 @@ def _mentioned(parts: Any) -> Iterator[str]:
         yield from [part] if isinstance(part, str) else part or ()
 
 
-def _as_stored(axes: Axes, names: Sequence[str]) -> dict[str, Axes]:
+def _sizes_of_pieces(axes: Axes, names: Sequence[str]) -> dict[str, Axes]:
     """Return the sizes of a tensor by the names of its matrices in the checkpoint; matrices of experts are named
     `experts.*`."""
     if len(names) < 2:

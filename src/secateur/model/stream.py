@@ -120,7 +120,7 @@ class BlockStream:
         """Whether experts share the memory with activations, and are read again if it does not hold all of them."""
         return self.family.experts is not None and self.device.type == "cpu"
 
-    def stored(self, index: int, without: Container[str] = ()) -> dict[str, BlockTensor]:
+    def block_tensors(self, index: int, without: Container[str] = ()) -> dict[str, BlockTensor]:
         """Return a block's tensors as stored, by their names inside the block, without some of them.
 
         Matrices of experts are read when they are used.
@@ -133,20 +133,15 @@ class BlockStream:
             if name not in without
         }
 
-    def stored_names(self, index: int, name: str) -> tuple[str, ...]:
-        """Return the checkpoint's names of a block's tensor: one name, or the names of its pieces."""
+    def pieces(self, index: int, name: str) -> tuple[str, ...]:
+        """Return the stored names of the pieces of a block's tensor; see `Stored.pieces`."""
         return self.checkpoint.pieces(self._inside(index, name))
-
-    def stored_name(self, index: int, name: str) -> str:
-        """Return the checkpoint's name of a block's tensor that is stored in one piece."""
-        (stored,) = self.stored_names(index, name)
-        return stored
 
     def _inside(self, index: int, name: str) -> str:
         return f"{self.family.blocks}.{index}.{name}"
 
-    def as_stored(self, index: int, name: str, tensor: BlockTensor) -> Iterator[tuple[str, BlockTensor]]:
-        """Yield the values of a block's tensor with the checkpoint's names."""
+    def split(self, index: int, name: str, tensor: BlockTensor) -> Iterator[tuple[str, BlockTensor]]:
+        """Yield the values of a block's tensor in its pieces, with their stored names."""
         return self.checkpoint.split(self._inside(index, name), tensor)
 
     @property

@@ -37,8 +37,8 @@ def output_weight(module: PrunableModule, tensors: Mapping[str, Tensor]) -> Tens
     return tensors[module.output_projection.name].movedim(module.output_projection.axis, 0)
 
 
-def stored_weight(module: PrunableModule, weight_ao: Tensor) -> Tensor:
-    """Return a weight (a x o) in the stored orientation, contiguous: the inverse of `output_weight`."""
+def output_tensor(module: PrunableModule, weight_ao: Tensor) -> Tensor:
+    """Return the tensor of a weight of the output projection (a x o): the inverse of `output_weight`, contiguous."""
     return weight_ao.movedim(0, module.output_projection.axis).contiguous()
 
 
@@ -117,7 +117,7 @@ def masked_weight(module: PrunableModule, tensors: Mapping[str, Tensor], keep: S
     weight = torch.zeros_like(output_weight(module, tensors))
     kept = kept_inputs(module, keep).to(weight.device)
     weight[kept] = output_weight(module, tensors)[kept]
-    return stored_weight(module, weight)
+    return output_tensor(module, weight)
 
 
 def width_of(block: Block, kept: KeptUnits) -> Width:

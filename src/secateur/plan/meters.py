@@ -150,7 +150,7 @@ def byte_meter(stream: BlockStream, dtype: torch.dtype, biases: bool = False) ->
     }
     # Tensors inside blocks that do not keep their dtype are not listed.
     inside = [
-        {name: itemsizes[stream.stored_name(index, name)] for name in block.shapes if stream.keeps_dtype(index, name)}
+        {name: itemsizes[stream.pieces(index, name)[0]] for name in block.shapes if stream.keeps_dtype(index, name)}
         for index, block in enumerate(stream.blocks)
     ]
 

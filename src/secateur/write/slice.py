@@ -30,7 +30,7 @@ def slice_fitted(
             error comes when they are used.
     """
     dtype = dtype or stream.checkpoint.dtype
-    tensors = stream.stored(block.index, without=block.changed) | block.changed
+    tensors = stream.block_tensors(block.index, without=block.changed) | block.changed
     rounded = {
         name: tensor if stream.keeps_dtype(block.index, name) else tensor.to(dtype) for name, tensor in tensors.items()
     }
