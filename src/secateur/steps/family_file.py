@@ -14,9 +14,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from secateur.base.errors import SecateurError
+from secateur.base.names import find
 from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
-from secateur.gguf.architectures import ARCHITECTURES
 
 KIND = "model_type"
 _READ: set[str] = set()
@@ -64,9 +64,11 @@ def read_family(path: Path) -> str:
     if kind in FAMILIES and kind not in _READ:
         raise SecateurError(f"{path}: secateur knows {kind}; leave --family out")
     family: Family = _entry(path, Family, raw, "")
-    if unknown := [name for name in family.gguf.architectures if name not in ARCHITECTURES]:
+    # Found here, so that models are opened without the code of GGUF.
+    known = find("secateur.gguf.architectures:ARCHITECTURES")
+    if unknown := [name for name in family.gguf.architectures if name not in known]:
         raise SecateurError(
-            f"{path}: gguf.architectures: secateur does not write {unknown[0]}; it writes {', '.join(ARCHITECTURES)}"
+            f"{path}: gguf.architectures: secateur does not write {unknown[0]}; it writes {', '.join(known)}"
         )
     FAMILIES[kind] = family
     _READ.add(kind)
