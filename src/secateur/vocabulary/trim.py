@@ -100,10 +100,8 @@ def _check(vocabulary: str, calibration: str, length: int, out: str | Path) -> N
     wanted = parse_vocabulary(vocabulary)
     if wanted is None:
         raise SecateurError("--vocabulary is all, which cuts no tokens; name scripts, such as --vocabulary latin")
-    if length < 2:
-        raise SecateurError(f"length is {length}; it must be at least 2")
-    if not wanted.scripts:
-        check_calibration(calibration, length=length)
+    # Scripts need no text.
+    check_calibration(GENERAL if wanted.scripts else calibration, length=length)
     if Path(out).suffix == ".gguf":
         raise SecateurError(f"{out}: trim writes a folder; name one, then convert it with secateur export")
 
