@@ -80,9 +80,9 @@ class PerLayer(nn.Module):
         for index, layer in enumerate(layers):
             if own := overrides(config, index):
                 resize(layer, getattr(config, SIZES), own, config)
-        paths = [path.rpartition(".")[0] for path in getattr(config, SIZES)["attentions"]]
-        modules = [dict(layer.named_modules()) for layer in layers]
-        gone = [isinstance(named[path], NoHeads) for named in modules for path in paths if path in named]
+        outputs, named = getattr(config, SIZES)["attentions"], [dict(layer.named_modules()) for layer in layers]
+        parts = [(one.get(output.rpartition(".")[0]), output in one) for one in named for output in outputs]
+        gone = [isinstance(part, NoHeads) for part, has_output in parts if has_output or isinstance(part, NoHeads)]
         if any(gone):
             owner = next(module for module in decoder.modules() if layers in module.children())
             owner.register_forward_hook(partial(note_no_heads, gone))
