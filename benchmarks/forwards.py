@@ -80,9 +80,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         make(shape, 1, Path(folder))
         stream = BlockStream(open_checkpoint(folder))
-        original = stream.layers.get_submodule(f"0.{stream.blocks[0].feed_forward.output_projection.layer}")
+        original = stream.layers.get_submodule(f"0.{stream.blocks[0].modules[-1].output_projection.layer}")
         with stream.filled(0) as layer, stream.fast_products():
-            mixture = Mixture(stream, layer, stream.blocks[0].feed_forward)
+            mixture = Mixture(stream, layer, stream.blocks[0].modules[-1])
             x, every = torch.randn(given.tokens, shape.width), mixture.all_routed
             routes, products = mixture.route(x, every), stream.products_dtype
             pairs = given.tokens * shape.more["num_experts_per_tok"]

@@ -47,7 +47,7 @@ def main() -> None:
     stream, qwen = BlockStream(checkpoint), checkpoint.config.model_type == "qwen2"
     how: dict[str, Any] = {"samples": given.samples, "length": 128, "vocab_size": checkpoint.config.vocab_size}
     rows = Rows.of(calibration_rows(checkpoint.tokenizer(), given.calibration, seed=7, **how)).with_openings()
-    full = stream.blocks[0].feed_forward.units
+    full = stream.blocks[0].modules[-1].units
     shared = full // (given.experts + 1) if qwen else 0
     shared += (full - shared) % given.experts
     given.out.mkdir(parents=True)
@@ -58,7 +58,7 @@ def main() -> None:
         own = arena.copy(rows, dense)
         for index in range(len(stream)):
             with stream.filled(index) as layer:
-                module, seen, wanted, counts = stream.blocks[index].feed_forward, list[Tensor](), [], []
+                module, seen, wanted, counts = stream.blocks[index].modules[-1], list[Tensor](), [], []
                 for at in rows.batches():
                     dense[at] = stream.run_through(index, layer, dense[at], at.group)
                     watch = {"mlp": lambda x, _, seen=seen: seen.append(x.reshape(-1, x.shape[-1]))}

@@ -193,7 +193,7 @@ def rows_of(name: str, stream: BlockStream, calibration: str, *, samples: int, l
 
 def uniform_width(block: Block, sparsity: float) -> Width:
     """Return the width with equal sparsity in both modules: the nearest of the attention, and channels for the rest."""
-    attention, dense = block.attention, block.width
+    attention, dense = block.modules[0], block.width
     widths = [dense]
     if not attention.locked:
         widths += [(dense | {HEADS_PER_GROUP: heads}) for heads in range(1, dense.heads_per_group)]

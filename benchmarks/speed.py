@@ -82,13 +82,13 @@ def main() -> None:
 
 def operations(stream: BlockStream, widths: list[Width]) -> float:
     """Return the operations of all blocks for one token of a prompt."""
-    heads = sum(block.attention.size * w.heads for block, w in zip(stream.blocks, widths, strict=True))
+    heads = sum(block.modules[0].size * w.heads for block, w in zip(stream.blocks, widths, strict=True))
     return 2.0 * weights(stream, widths) + 2 * PROMPT * heads
 
 
 def step_bytes(stream: BlockStream, widths: list[Width], batch: int, bytes_of: float) -> float:
     """Return the bytes that a decoding step reads: weights (`bytes_of` each) and keys and values (at least 2 each)."""
-    cached = sum(2 * block.attention.size * w.kv_groups for block, w in zip(stream.blocks, widths, strict=True))
+    cached = sum(2 * block.modules[0].size * w.kv_groups for block, w in zip(stream.blocks, widths, strict=True))
     everything = weights(stream, widths) + stream.width * stream.checkpoint.config.vocab_size
     return everything * bytes_of + cached * (PROMPT + NEW / 2) * batch * max(bytes_of, 2)
 

@@ -85,8 +85,8 @@ def magnitudes(stream: BlockStream, ids: Tensor, watcher: Bars) -> list[dict[str
             block = stream.blocks[index]
             means = {place: _Mean() for place in PLACES}
             watch = {
-                block.attention.output_layer: means["heads"].add,
-                block.feed_forward.output_layer: means["channels"].add,
+                block.modules[0].output_layer: means["heads"].add,
+                block.modules[-1].output_layer: means["channels"].add,
             }
             with stream.filled(index) as layer:
                 for at in rows.batches():

@@ -465,7 +465,7 @@ def selected(heads: Sequence[int], channels: Sequence[int] | None = None, **othe
 
 def some_keep(block: Block, index: int, kinds: tuple[str, ...], axis: str) -> KeptUnits:
     """Return non-contiguous units that differ between blocks: 2/3 of the channels or experts, and some heads."""
-    generator, attention, fed = torch.Generator().manual_seed(index), block.attention, block.feed_forward
+    generator, attention, fed = torch.Generator().manual_seed(index), block.modules[0], block.modules[-1]
 
     def some(owners: Iterable[int], size: int, stay: int) -> list[int]:
         """Some units of each owner, whose units follow each other."""

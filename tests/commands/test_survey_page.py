@@ -189,7 +189,7 @@ def test_choosing_a_block_updates_all_parts(browser, page_file):
 
 def test_every_axis_of_a_mixture_is_drawn(browser, tmp_path):
     blocks = blocks_of(build("mixtral"))[:2]
-    experts = blocks[0].feed_forward.units
+    experts = blocks[0].modules[-1].units
     curves = (
         ErrorCurve(0, "experts", "experts", tuple(0.1 * number for number in range(experts)), 1.0, (1,)),
         ErrorCurve(0, "experts", "expert_channels", (0.0, 0.2), 1.0),

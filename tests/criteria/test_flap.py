@@ -79,12 +79,12 @@ def test_the_bias_preserves_the_mean_output(checkpoint_folder, name, whole):
         described = blocks_of(dense)[block.index]
         keeps = {b.index: b.keep for b in found[: block.index]}
         changed: dict[int, dict[str, Tensor]] = {b.index: b.changed for b in found[: block.index]}
-        for module in (described.attention, described.feed_forward):
+        for module in described.modules:
             whole = narrowed(dense, keeps, changed)
             outputs = [seen(one, block.index, module.output_layer, ids)[1].double() for one in (pruned, whole)]
             assert relative(*(output.mean(0) for output in outputs)) < 2e-5
             bias = module.bias_name
-            keeps[block.index] = selected(block.keep["heads"], tuple(range(described.feed_forward.units)))
+            keeps[block.index] = selected(block.keep["heads"], tuple(range(described.modules[-1].units)))
             changed[block.index] = {bias: block.changed[bias]}
 
 

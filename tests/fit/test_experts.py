@@ -37,7 +37,7 @@ def mixture_of(folder: CheckpointFolder, name: str, index: int = 2) -> Iterator[
     """The mixture of one filled block, and the block."""
     stream = BlockStream(open_checkpoint(folder(name)))
     with stream.filled(index) as layer, torch.no_grad():
-        yield Mixture(stream, layer, stream.blocks[index].feed_forward), layer
+        yield Mixture(stream, layer, stream.blocks[index].modules[-1]), layer
 
 
 def inputs(width: int, tokens: int = TOKENS) -> Tensor:
@@ -219,7 +219,7 @@ def test_the_refit_of_experts_is_least_squares(checkpoint_folder, channels):
 @pytest.mark.parametrize("name", ["hunyuan_v1_moe", "deepseek_v3", "ernie4_5_moe"])
 def test_the_shared_expert_is_narrowed_with_the_others(checkpoint_folder, name):
     """If its width follows from theirs, its channels are chosen and refitted first; against float64."""
-    ridge, experts = 0.3, blocks_of(build(name))[2].feed_forward.units
+    ridge, experts = 0.3, blocks_of(build(name))[2].modules[-1].units
     block = fitted(checkpoint_folder(name), experts, 8, ridge=ridge)
     with mixture_of(checkpoint_folder, name) as (mixture, _):
         module = mixture.module
@@ -259,7 +259,7 @@ def test_slopes_equal_finite_differences(checkpoint_folder, name):
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "llama4_text", "deepseek_v3"])
 def test_input_projections_of_experts_reduce_the_error(checkpoint_folder, name):
     """The reported error equals the error of the block with the new weights, and is smaller than without the step."""
-    folder, experts = checkpoint_folder(name), blocks_of(build(name))[2].feed_forward.units - 2
+    folder, experts = checkpoint_folder(name), blocks_of(build(name))[2].modules[-1].units - 2
     plain, block = (fitted(folder, experts, input_steps=steps) for steps in (0, 2))
     assert block.keep == plain.keep
     assert block.reports[1].error < 0.95 * plain.reports[1].error
@@ -282,7 +282,7 @@ DISTINCT = ("mixtral", "qwen2_moe", "gpt_oss", "llama4_text", "deepseek_v3", "ge
 @pytest.mark.parametrize("name", DISTINCT)
 def test_the_refit_of_experts_reduces_the_error(checkpoint_folder, name, channels):
     """Fewer experts, or fewer channels of each."""
-    module = blocks_of(build(name))[2].feed_forward
+    module = blocks_of(build(name))[2].modules[-1]
     stay = module.units if channels else max(module.min_units, module.units * 3 // 4)
     plain, block = (fitted(checkpoint_folder(name), stay, channels, method=method) for method in ("none", "refit"))
     assert block.reports[1].error < 0.95 * plain.reports[1].error
@@ -305,7 +305,7 @@ class Halved(Recovery):
 def test_the_fit_of_any_recovery_runs_on_experts(checkpoint_folder, name):
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
     (block,) = refit(stream, Plan({2: stream.blocks[2].width}, 0, 0), ROWS, method=Method("surgeon", Halved()))
-    module, dense = stream.blocks[2].feed_forward, stream.block_tensors(2)
+    module, dense = stream.blocks[2].modules[-1], stream.block_tensors(2)
     kept = [expert for expert in range(module.units) if expert not in block.reports[1].unfitted]
     down = module.output_projection.name
     assert kept

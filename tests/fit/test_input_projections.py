@@ -136,7 +136,7 @@ def test_one_step_is_enough_where_factors_and_inputs_are_independent():
 def test_projection_outputs_are_those_of_the_model(checkpoint_folder, name):
     """Up and gate in the right order, with their biases, and with the family's activation."""
     stream = BlockStream(open_checkpoint(checkpoint_folder(name)))
-    block = stream.blocks[1].feed_forward
+    block = stream.blocks[1].modules[-1]
     seen: list[Tensor] = []
     rows, kept = Rows.of(token_rows(2, 9)), torch.tensor([2, 3, 11, 40])
     with Arena() as arena, stream.filled(1) as layer:
@@ -158,7 +158,7 @@ def test_the_step_reduces_the_error_of_a_feed_forward(checkpoint_folder, name):
     errors = [found[0].reports[1].error for found in (alone, both, longer)]
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < errors[1]
-    module = BlockStream(open_checkpoint(folder)).blocks[0].feed_forward
+    module = BlockStream(open_checkpoint(folder)).blocks[0].modules[-1]
     assert {slab.name for slab in module.channel_projections} <= set(both[0].changed)
     assert not {slab.name for slab in module.channel_projections} & set(alone[0].changed)
     # Attention is fitted as ever.
@@ -184,4 +184,4 @@ def test_unpruned_modules_keep_their_input_projections(checkpoint_folder):
     stream = BlockStream(open_checkpoint(checkpoint_folder("llama")))
     plan = Plan({0: stream.blocks[0].width}, 0.0, 0.0)
     (found,) = refit(stream, plan, IDS, method=Method(recovery=recovery_of(input_steps=4, cauchy_scale=math.inf)))
-    assert not {slab.name for slab in stream.blocks[0].feed_forward.channel_projections} & set(found.changed)
+    assert not {slab.name for slab in stream.blocks[0].modules[-1].channel_projections} & set(found.changed)

@@ -163,7 +163,7 @@ def test_the_paper_recovery_equals_its_algorithms(checkpoint_folder, name, when,
 def test_projections_of_a_latent_vector_are_not_refitted(checkpoint_folder):
     """The output projection is refitted as usual; the projections do not read the module's input."""
     stream = BlockStream(open_checkpoint(checkpoint_folder("youtu")))
-    plan, attention = Plan({1: stream.blocks[1].width | {"kv_groups": 2}}, 0.3, 0.3), stream.blocks[1].attention
+    plan, attention = Plan({1: stream.blocks[1].width | {"kv_groups": 2}}, 0.3, 0.3), stream.blocks[1].modules[0]
     (found,) = refit(stream, plan, IDS, method=Method("surgeon", recovery_of(method="paper", ridge=RIDGE)))
     assert attention.output_projection.name in found.changed
     assert not found.changed.keys() & {slab.name for slab in attention.input_projections}
@@ -186,7 +186,7 @@ def test_before_a_norm_each_output_takes_over_its_share_of_the_error(checkpoint_
     found = run(checkpoint_folder(name), name)
     dense = build(name).double()
     described, layer = blocks_of(dense)[0], layers_of(dense)[0]
-    module, first = described.feed_forward, described.attention
+    first, module = described.modules
     pruned = narrowed(dense, {0: found[0].keep}, {0: {k: v.double() for k, v in found[0].changed.items()}})
     error = seen(dense, 0, first.post_norm, IDS)[1] - seen(pruned, 0, first.post_norm, IDS)[1]
     z, (after, own) = seen(dense, 0, module.output_layer, IDS)[1], seen(dense, 0, module.post_norm, IDS)
@@ -270,7 +270,7 @@ def test_a_bias_that_stays_is_no_inherited_error(checkpoint_folder, monkeypatch)
 def test_tokens_with_a_large_inherited_error_get_smaller_weights(checkpoint_folder):
     """The first feed-forward by hand; it inherits the error that the pruned attention left."""
     found = run(checkpoint_folder("llama"), "llama", cauchy_scale=2.0)
-    dense, module = build("llama").double(), blocks_of(build("llama"))[0].feed_forward
+    dense, module = build("llama").double(), blocks_of(build("llama"))[0].modules[-1]
     pruned = narrowed(dense, {0: found[0].keep}, {0: {k: v.double() for k, v in found[0].changed.items()}})
     missing = seen(dense, 0, "self_attn.o_proj", IDS)[1] - seen(pruned, 0, "self_attn.o_proj", IDS)[1]
     inherited = missing.square().sum(1)

@@ -45,7 +45,7 @@ def test_units_are_chosen_by_some_rows_and_weights_fitted_to_others(checkpoint_f
     both = run(folder, name, Rows.of(MANY).with_choice_rows(Rows.of(few)), criterion=criterion)[0]
     assert both.keep["heads"] == chosen.keep["heads"]
     model = build(name).double()
-    module = blocks_of(model)[0].attention
+    module = blocks_of(model)[0].modules[0]
     x, z = seen(model, 0, module.output_layer, MANY)
     kept = kept_inputs(module, both.keep["heads"])
     old = matrix(layers_of(model)[0], module.output_layer)[kept]

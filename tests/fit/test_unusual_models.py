@@ -118,7 +118,7 @@ def test_the_refit_is_least_squares(spoiled, case):
         assert all(torch.isfinite(value).all() for value in block.changed.values())
         assert all(report.error >= 0 for report in block.reports)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    module = blocks_of(model)[0].attention
+    module = blocks_of(model)[0].modules[0]
     x, z = seen(model, 0, module.output_layer, ids)
     kept = kept_inputs(module, found[0].keep["heads"])
     old = matrix(layers_of(model)[0], module.output_layer)

@@ -428,7 +428,7 @@ def kinds_of(name: str) -> tuple[str, ...]:
 
 def uniform_keeps(name: str, kinds: Any) -> dict[int, KeptUnits]:
     blocks = blocks_of(build(name))
-    return {i: some_keep(block, i, kinds, block.attention.cut_axes[0].name) for i, block in enumerate(blocks)}
+    return {i: some_keep(block, i, kinds, block.modules[0].cut_axes[0].name) for i, block in enumerate(blocks)}
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +500,7 @@ def test_pruning_straight_into_a_file(tmp_path, name, kinds):
 def uneven(name: str, empty: bool) -> dict[int, KeptUnits]:
     """Widths that differ from block to block; with `empty`, the first block has neither heads nor channels."""
     blocks = blocks_of(build(name))
-    per_group, groups = blocks[0].attention.per_group, blocks[0].attention.groups
+    per_group, groups = blocks[0].modules[0].per_group, blocks[0].modules[0].groups
     all_heads = tuple(range(groups * per_group))
     first = tuple(head for head in all_heads if head < per_group)
     without = tuple(head for head in all_heads if head >= per_group)

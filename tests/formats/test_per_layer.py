@@ -97,7 +97,7 @@ def every_block(name: str) -> list[Block]:
 
 def block_of(name: str) -> Block:
     """Return the first block whose heads can be removed, or the first block if there is none."""
-    return next((block for block in every_block(name) if not block.attention.locked), every_block(name)[0])
+    return next((block for block in every_block(name) if not block.heads_locked), every_block(name)[0])
 
 
 def plan_of(name: str, case: str) -> dict[int, Width]:
@@ -121,7 +121,7 @@ def plan_of(name: str, case: str) -> dict[int, Width]:
         "nothing": dict.fromkeys(range(3), wide(0, 0, 0)),
         "one bias": {1: full},
     }[case]
-    if block.attention.locked:
+    if block.heads_locked:
         return {i: wide(full.kv_groups, full.heads_per_group, w.channels) if w.heads else w for i, w in widths.items()}
     return {i: own_axes(every_block(name)[i], width) for i, width in widths.items()}
 
@@ -220,7 +220,7 @@ def test_the_folder_says_what_it_holds(written, name, case, intercept):
     assert widths_of(stored) == widths_of(config) == expected
     assert stored["model_type"] == source.model_type
     # Falcon's class derives it, and takes none.
-    assert stored.get("head_dim") == (None if name in FALCON else block.attention.size)
+    assert stored.get("head_dim") == (None if name in FALCON else block.modules[0].size)
     assert set(stored["auto_map"]) >= {"AutoModel", "AutoModelForCausalLM"}
     assert (made.folder / MODELING_FILE.name).read_bytes() == MODELING_FILE.read_bytes()
     cut = ((every_block(name)[index], width) for index, width in made.widths.items())

@@ -244,7 +244,7 @@ def test_the_class_takes_just_the_heads_that_the_table_says(name):
         config = with_more_heads(name)
         layers = empty(config).get_submodule(FAMILIES[config.model_type].blocks)
         blocks = [describe(config, layer) for layer in layers]
-        free = next((block for block in blocks if not block.attention.locked), blocks[0])
+        free = next((block for block in blocks if not block.heads_locked), blocks[0])
         for width in head_widths(free, ("heads",)):
             assert (stock_unsupported(config, width, free.width) is None) == opens(config, blocks, width), width
 
@@ -266,7 +266,7 @@ def opens(config, blocks, width) -> bool:
         return False
     layers = model.get_submodule(FAMILIES[stored["model_type"]].blocks)
     for block, layer in zip(blocks, layers, strict=True):
-        narrowed = {axis.name for axis in block.attention.axes if not axis.locked}
+        narrowed = {axis.name for axis in block.modules[0].axes if not axis.locked}
         keep = first_units(block, block.width | {axis: width[axis] for axis in narrowed})
         dense = {name: torch.empty(shape, device="meta") for name, shape in block.shapes.items()}
         wanted = {name: tensor.shape for name, tensor in slice_block(block, dense, keep).items()}

@@ -106,7 +106,7 @@ def test_quick_products_are_in_bfloat16(name, tmp_path, monkeypatch):
             monkeypatch.setattr(module_under_test, "fast_dtype", lambda _, fast=fast: fast)
             with Arena() as arena:
                 hidden, seen = stream.embed(rows, arena), []
-                watch = {stream.blocks[1].feed_forward.output_layer: lambda x, _, seen=seen: seen.append(x.dtype)}
+                watch = {stream.blocks[1].modules[-1].output_layer: lambda x, _, seen=seen: seen.append(x.dtype)}
                 with stream.fast_products():
                     for index in range(2):
                         with stream.filled(index) as layer:

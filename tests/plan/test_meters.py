@@ -68,7 +68,7 @@ def some_widths(blocks: list[Block], seed: int) -> dict[int, Width]:
     for index, block in enumerate(blocks):
         full = block.width
         groups, per_group = dice.randint(0, full[KV_GROUPS]), dice.randint(1, full[HEADS_PER_GROUP])
-        if block.attention.locked:
+        if block.heads_locked:
             groups, per_group = dice.choice([0, full[KV_GROUPS]]), full[HEADS_PER_GROUP]
         channels = dice.choice([0, dice.randint(1, full[CHANNELS])])
         if index != dense:
@@ -190,7 +190,7 @@ def test_latency_agrees_with_the_whole_model(tmp_path, opened, name, kind):
     meter = latency_meter(stream, kind, torch.float32, Silent())
     full = stream.blocks[0].width
     partly = full | {CHANNELS: 0}
-    if not stream.blocks[0].attention.locked:
+    if not stream.blocks[0].heads_locked:
         fewer = grid(full[CHANNELS], latency.GRID_POINTS)[-2]
         partly = full | {KV_GROUPS: full[KV_GROUPS] - 1, CHANNELS: fewer}
     for widths in ({}, {0: wide(0, 0, full[CHANNELS]), 1: partly}):

@@ -154,8 +154,8 @@ def test_wide_modules_are_rounded_to_32_by_default():
 
 def test_experts_keep_at_least_some_channels(make_problem):
     block = make_problem(0.2, "qwen2_moe").blocks[-1]
-    found = module_widths(block, block.feed_forward, 1, lambda _: None, ("channels",))
-    assert [width[EXPERTS] for width in found] == [block.feed_forward.units] * len(found)
+    found = module_widths(block, block.modules[-1], 1, lambda _: None, ("channels",))
+    assert [width[EXPERTS] for width in found] == [block.modules[-1].units] * len(found)
     assert found[-1][EXPERT_CHANNELS] > 0
     assert len(found) > 1
 
@@ -200,7 +200,7 @@ def test_whole_modules_are_removed_only_if_the_format_can_hold_that(make_problem
         heads, channels = (module_widths(block, block.module(kind), 1, reason) for kind in SCORED_KINDS)
         assert heads[0] == channels[0] == block.width
         assert [not heads[-1].product(HEADS), not channels[-1][CHANNELS]] == [format == "hf"] * 2, format
-        if block.attention.locked:
+        if block.heads_locked:
             # All or nothing.
             assert len(heads) == (2 if format == "hf" else 1)
         elif format == "hf":
@@ -308,9 +308,9 @@ def test_a_mixture_that_needs_all_experts_has_none_to_remove(make_problem):
 
 def _with_experts_needed(block: Block) -> Block:
     """Return a block whose experts are all locked, as if each token went to all of them."""
-    module = block.feed_forward
+    module = block.modules[-1]
     axes = tuple(replace(axis, min_units=axis.units) if axis.kind == "experts" else axis for axis in module.axes)
-    return replace(block, feed_forward=replace(module, axes=axes))
+    return replace(block, modules=(*block.modules[:-1], replace(module, axes=axes)))
 
 
 @pytest.fixture

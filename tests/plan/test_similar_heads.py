@@ -88,14 +88,14 @@ def wish_of(folder: CheckpointFolder, name: str) -> PlanProblem:
 def test_no_larger_set_can_be_removed(checkpoint_folder, name):
     """Against every subset of the candidates that leaves whole groups or equal ones."""
     wish = wish_of(checkpoint_folder, name)
-    module = wish.blocks[0].attention
+    module = wish.blocks[0].modules[0]
     for similar in itertools.chain.from_iterable(itertools.combinations(range(6), n) for n in range(6)):
         least = wish.parameters.dense
         for gone in itertools.chain.from_iterable(itertools.combinations(similar, n) for n in range(len(similar) + 1)):
             left = [head // module.per_group for head in range(6) if head not in gone]
             kept = {left.count(group) for group in range(module.groups)}
             if len(kept) == 1 or kept == {0, module.per_group}:
-                width = wide(len(set(left)), max(kept), wish.blocks[0].feed_forward.units)
+                width = wide(len(set(left)), max(kept), wish.blocks[0].modules[-1].units)
                 least = min(least, wish.parameters.total({0: width}))
         gone, width = loadable(wish, 0, similar)
         assert wish.parameters.total({0: width}) == least
@@ -146,7 +146,7 @@ def copied(name: str, folder: Path, pairs: list[tuple[int, int]], blocks: tuple[
     """A row's checkpoint in which one head of each pair has the other one's queries, keys and values."""
     model = build(name)
     for index in blocks:
-        layer, module = layers_of(model)[index], blocks_of(model)[index].attention
+        layer, module = layers_of(model)[index], blocks_of(model)[index].modules[0]
         tensors = dict(layer.named_parameters())
         for slab, (to, source) in itertools.product(module.input_projections, pairs):
             part = tensors[slab.name].data.movedim(slab.axis, 0)
@@ -162,7 +162,7 @@ def test_of_two_equal_heads_one_is_removed_without_loss(tmp_path, name):
     folder = copied(name, tmp_path / "model", [(1, 4), (3, 2)])
     dense, ids = load_written(folder), token_rows(4, seed=5)
     wanted = logits_of(dense, ids)
-    stay = blocks_of(dense)[0].feed_forward.units
+    stay = blocks_of(dense)[0].modules[-1].units
     # Rows enough for the final norm to be looked at.
     more = SIMILAR | {"samples": 64}
     summary = prune(folder, tmp_path / "out", tau=1e-4, ridge=0.0, blocks="1:", **more)

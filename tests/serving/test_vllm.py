@@ -169,14 +169,14 @@ WRONG = [
 
 
 def widths_by_block(case: Case, blocks: Sequence[Block]) -> dict[int, Width]:
-    reference = next((block for block in blocks if not block.attention.fixed), blocks[0])
+    reference = next((block for block in blocks if block.loses_heads), blocks[0])
     full = reference.width
     plan = dict.fromkeys(range(len(blocks)), case.plan) if isinstance(case.plan, Width) else PLANS[case.plan](full)
     widths = plan if isinstance(plan, dict) else dict(enumerate(plan))
-    if reference.attention.locked:
+    if reference.heads_locked:
         own = {"kv_groups": full.kv_groups, "heads_per_group": full.heads_per_group}
         return {i: w | own if w.heads else w for i, w in widths.items()}
-    return {i: own_axes(blocks[i], width) if blocks[i].attention.fixed else width for i, width in widths.items()}
+    return {i: width if blocks[i].loses_heads else own_axes(blocks[i], width) for i, width in widths.items()}
 
 
 def write_case(case: Case, source: Path, folder: Path) -> None:
@@ -184,7 +184,7 @@ def write_case(case: Case, source: Path, folder: Path) -> None:
     blocks = blocks_of(build(case.row))
     keeps = {i: units_at(blocks[i], width) for i, width in widths_by_block(case, blocks).items()}
     noise = torch.randn(build(case.row).config.hidden_size, generator=torch.Generator().manual_seed(1))
-    layers = [module.output_layer for module in (blocks[0].attention, blocks[0].feed_forward)] * case.intercept
+    layers = [module.output_layer for module in blocks[0].modules] * case.intercept
     changed = {index: {f"{layer}.bias": 0.3 * noise for layer in layers} for index in keeps}
     write_pruned(source, folder, keeps, changed, "hf" if isinstance(case.plan, str) else "stock")
 
@@ -321,7 +321,7 @@ def units_at(block: Block, width: Width) -> KeptUnits:
     """Return the first units of a block, and the first channels of each expert."""
     units, full = first_units(block, width), block.width
     if width.experts and width.channels < full.channels:
-        fed = block.feed_forward
+        fed = block.modules[-1]
         own = [full.channels * expert + channel for expert in units[fed.kind] for channel in range(width.channels)]
         shared = range(fed.shared_multiple * width.channels)
         units["channels"] = (*own, *(full.experts * full.channels + channel for channel in shared))

@@ -79,10 +79,8 @@ def test_a_block_is_described_as_in_a_stock_folder(folder, tmp_path, name):
 
 def without_rounding(block: Block) -> Block:
     """Return a description without the limits below which widths are not rounded, which hold for dense blocks."""
-    attention, feed_forward = (
-        replace(module, axes=tuple(replace(axis, rounds_from=0) for axis in module.axes)) for module in block.modules
-    )
-    return replace(block, attention=attention, feed_forward=feed_forward)
+    bare = (replace(one, axes=tuple(replace(axis, rounds_from=0) for axis in one.axes)) for one in block.modules)
+    return replace(block, modules=tuple(bare))
 
 
 def test_a_model_in_memory_and_a_saved_one_are_pruned_again(folder, tmp_path):

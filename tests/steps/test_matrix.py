@@ -72,11 +72,11 @@ FED: tuple[str, ...] = ("channels", "experts")
 def free_block(name: str) -> int:
     """Return the first block whose heads can be removed, or the first block if there is none."""
     blocks = blocks_of(dense(name))
-    return next((index for index, block in enumerate(blocks) if not block.attention.locked), 0)
+    return next((index for index, block in enumerate(blocks) if not block.heads_locked), 0)
 
 
 def attention_of(name: str) -> PrunableModule:
-    return blocks_of(dense(name))[free_block(name)].attention
+    return blocks_of(dense(name))[free_block(name)].modules[0]
 
 
 def axes_of_heads(name: str) -> list[str]:
@@ -99,7 +99,7 @@ def one_kind(names: Iterable[str]) -> list[Any]:
 def test_every_family_has_a_row():
     assert {config_of(name).model_type for name in MATRIX} == set(FAMILIES)
     attentions = {
-        name: next(block.attention for block in blocks_of(dense(name)) if block.attention.kind == "heads")
+        name: next(block.modules[0] for block in blocks_of(dense(name)) if block.modules[0].kind == "heads")
         for name in MATRIX
     }
     grouped = {config_of(name).model_type for name, one in attentions.items() if 1 < one.groups < one.units}
@@ -119,24 +119,24 @@ def test_masked_equals_sliced(name, kinds, axis):
     for block, layer, keep in zip(blocks_of(model), layers_of(small), keeps.values(), strict=True):
         kept = parameters_in(layer.state_dict(), [block])
         assert kept == block.parameters_at(width_of(block, keep))
-        assert kept < block.parameters or (kinds == ("heads",) and block.attention.fixed)
+        assert kept < block.parameters or (kinds == ("heads",) and block.modules[0].fixed)
 
 
 @pytest.mark.parametrize("name", [name for name in MATRIX if attention_of(name).locked])
 def test_locked_heads_stay(tmp_path, checkpoint_folder, name):
     block = blocks_of(dense(name))[0]
-    assert block.attention.locked
+    assert block.heads_locked
     asked = settings(recovery="none", format="stock" if writable_channels(name) else "hf")
-    with pytest.raises(SecateurError, match=re.escape(block.attention.locked)):
+    with pytest.raises(SecateurError, match=re.escape(block.heads_locked)):
         prune(checkpoint_folder(name), tmp_path / "out", **asked | {"modules": ("heads",)})
     if not writable_channels(name):
         with pytest.raises(SecateurError, match=r"(derives its feed-forward width|twice as wide) .*; use --format hf"):
             prune(checkpoint_folder(name), tmp_path / "out", **settings())
     found, blocks = prune(checkpoint_folder(name), tmp_path / "out", **asked), blocks_of(dense(name))
     for index, width in found.widths.items():
-        assert (width.kv_groups, width.heads_per_group) == (block.attention.groups, block.attention.per_group)
+        assert (width.kv_groups, width.heads_per_group) == (block.modules[0].groups, block.modules[0].per_group)
         # Where others have experts, a block without them keeps its channels.
-        assert (width.experts or width.channels) < blocks[index].feed_forward.units or (
+        assert (width.experts or width.channels) < blocks[index].modules[-1].units or (
             name in MIXTURES and not width.experts
         )
 
@@ -360,7 +360,7 @@ def test_the_plan_counts_what_the_file_holds(pruned, job):
         # Where widths are coarse, as in mixtures, the result may be on either side.
         assert record["sparsity"]["reached"] >= job.sparsity - 0.005 * (job.name in MIXTURES)
     if job.modules == ("heads",):
-        assert record["blocks"][0]["width"][blocks[0].kinds[1]] == blocks[0].feed_forward.units
+        assert record["blocks"][0]["width"][blocks[0].kinds[1]] == blocks[0].modules[-1].units
         assert len(record["blocks"][0]["heads"]) < blocks[0].width.heads
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (pruned.out(job) / name).read_bytes() == (pruned.model(job) / name).read_bytes()

@@ -207,7 +207,7 @@ def test_a_config_with_experts_in_no_block_is_pruned(tmp_path):
 def test_a_config_without_groups_of_experts():
     model = build("deepseek_v3 plain")
     model.config.n_group = model.config.topk_group = None
-    mixture = blocks_of(model)[-1].feed_forward
+    mixture = blocks_of(model)[-1].modules[-1]
     assert (mixture.groups, mixture.min_units) == (1, model.config.num_experts_per_tok)
 
 
@@ -229,7 +229,7 @@ def test_token_mixers_have_no_keys_and_values(tmp_path, checkpoint_folder, name)
         prune(checkpoint_folder(name), tmp_path / "out", **QUICK, target="kv=70%"),
         blocks_of(build(name))[1],
     )
-    each = 2 * 4 * block.attention.size
+    each = 2 * 4 * block.modules[0].size
     assert found.cache_bytes[0] == 2 * each * block.width.kv_groups
     # An attention without heads keeps two numbers, of which transformers reads the length of the text.
     assert found.cache_bytes[1] == sum(each * found.widths[index].kv_groups or 2 * 4 for index in (1, 2))

@@ -140,7 +140,7 @@ def test_every_module_is_probed_as_a_whole(checkpoint_folder, name):
         assert probe.error == curve_of(found, kind, axis, index).energy
 
     parts = [probe for probe in found.probes if not probe.removes_module]
-    locked = blocks_of(dense(name))[0].attention.locked
+    locked = blocks_of(dense(name))[0].heads_locked
     assert {probe.kind for probe in parts} == ({"channels"} if locked else set(SCORED_KINDS))
     assert all(0 <= probe.divergence < float("inf") for probe in parts)
 

@@ -29,7 +29,7 @@ def channels(errors: Sequence[float], energy: float = 1.0) -> ErrorCurve:
 
 
 def cost(found: WidthCosts, gone: int) -> float:
-    return found.module_cost(0, block().feed_forward, wide(3, 2, 72 - gone))
+    return found.module_cost(0, block().modules[-1], wide(3, 2, 72 - gone))
 
 
 BASE = 1e-6
@@ -74,7 +74,7 @@ def test_each_axis_of_the_heads_has_its_curve():
         ErrorCurve(0, "heads", "heads_per_group", (0.0, 0.3), 1.0),
     ]
     found = WidthCosts(survey(curves, [Probe(0, "heads", 1.0, True, 3.0)]))
-    attention = block().attention
+    attention = block().modules[0]
     widths = {(3, 2): 0.0, (2, 2): 0.6, (1, 2): 1.5, (3, 1): 0.9, (0, 0): 3.0}
     for (groups, heads), wanted in widths.items():
         assert found.module_cost(0, attention, wide(groups, heads, 72)) == pytest.approx(wanted), (groups, heads)

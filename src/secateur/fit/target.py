@@ -102,9 +102,8 @@ class ModuleTarget:
     def _missing(self, at: Batch) -> Tensor:
         """Return the dense stream after the module minus the pruned stream without the module (b x t x d)."""
         state, module = self.state, self.module
-        replay = state.outputs_before(module, at) | {module: None}
-        if module is state.block.attention:
-            replay[state.block.feed_forward] = None
+        modules = state.block.modules
+        replay = state.outputs_before(module, at) | dict.fromkeys(modules[modules.index(module) :])
         without = state.stream.residual(state.run(self.pruned, at, replay=replay, modules_only=True))
         missing = state.dense_residual[module.kind][at].to(state.stream.device) - without
         return missing if self.multiplier == 1 else missing / self.multiplier

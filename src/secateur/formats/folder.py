@@ -18,7 +18,8 @@ from secateur.formats.format import Format, Loading, PrunedModel, format_class
 from secateur.formats.opened import check_written, network_of, planned_misfit
 from secateur.formats.vllm import vllm_unsupported
 from secateur.model.axes import Width
-from secateur.model.structure import Block, KeptUnits
+from secateur.model.layer_sizes import BIAS_KEYS
+from secateur.model.structure import Block, KeptUnits, combined
 from secateur.model.surgery import first_units, width_of
 from secateur.model.units.channels import CHANNELS
 from secateur.model.units.experts import EXPERT_CHANNELS, EXPERTS_MULTIPLE
@@ -27,9 +28,8 @@ from secateur.plan.widths import head_widths
 from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.shards import ShardWriter, header_bytes_for
 
-Biases = Mapping[int, tuple[bool, bool]]
-"""Whether the output projections of attention and feed-forward have a bias that the stock class does not have, by
-block."""
+Biases = Mapping[int, dict[str, bool]]
+"""Whether output projections have a bias that the stock class does not have, by block and by config key."""
 
 
 class Folder(Format):
@@ -89,10 +89,12 @@ class Folder(Format):
         return self.format_reason(width)
 
     def block_with(self, width: Width, indices: Iterable[int] = ()) -> Block:
-        """Return the first stock block that has the same axes as a width, preferably one of the given indices."""
+        """Return the first stock block with the same axes as a width, preferably one of the given indices; if there is
+        none, a block combined from several."""
         blocks = self.stream.stock.blocks
         candidates = (*(blocks[index] for index in indices), *blocks)
-        return next(block for block in candidates if block.width.keys() == width.keys())
+        found = next((block for block in candidates if block.width.keys() == width.keys()), None)
+        return found or combined(candidates, width.kinds)
 
     def dense(self, width: Width) -> Width:
         """Return the width of the first stock block that has the same axes."""
@@ -156,9 +158,9 @@ class Folder(Format):
         if not keeps or checkpoint.multimodal_config is not None:
             return
         plan = Plan({index: width_of(stream.blocks[index], keep) for index, keep in keeps.items()}, 0, 0)
-        kind, biases = checkpoint.config.model_type, dict.fromkeys(keeps, (False, False))
+        kind = checkpoint.config.model_type
         try:
-            why = unfit_fields(checkpoint.config) or planned_misfit(stream, keeps, self.config(plan, biases))
+            why = unfit_fields(checkpoint.config) or planned_misfit(stream, keeps, self.config(plan, {}))
         except Exception as error:
             why = first_line(error).removeprefix(f"{checkpoint.source}: ")
         if why is not None:
@@ -185,15 +187,15 @@ class Folder(Format):
         """Return which output projections have a bias that the stock class does not have."""
         return {index: self._biases_of(index, written) for index in range(len(self.stream))}
 
-    def _biases_of(self, index: int, written: Container[str]) -> tuple[bool, bool]:
-        """Return the value for one block; a bias from an earlier pruning is never removed."""
+    def _biases_of(self, index: int, written: Container[str]) -> dict[str, bool]:
+        """Return the values for one block; a bias from an earlier pruning is never removed."""
         before, now = self.stream.stock.blocks[index].modules, self.stream.blocks[index].modules
-        attention, feed_forward = (
-            stock.bias is None
+        return {
+            BIAS_KEYS[own.role]: stock.bias is None
             and (own.bias is not None or (own.may_gain_bias and self.stored_name(index, own.bias_name) in written))
             for stock, own in zip(before, now, strict=True)
-        )
-        return attention, feed_forward
+            if stock.may_gain_bias
+        }
 
 
 def open_folder(folder: Path) -> Checkpoint:

@@ -105,8 +105,7 @@ def per_layer_config(
     Args:
         stream: The dense model. The global values are the width of the stock model's first block.
         widths: Widths of the pruned blocks.
-        biases: Whether the output projections (attention, feed-forward) of a block have a bias that the stock class
-            does not have.
+        biases: Whether output projections have a bias that the stock class does not have; see `Biases`.
         dtype: Dtype of the weights.
 
     Returns:
@@ -142,7 +141,7 @@ def per_layer_config(
     everywhere |= {} if key is None else {key: stored.get(key, everywhere[key])}
     layers = {}
     for index, before in enumerate(usual):
-        values = before | dict(zip(BIASES, biases.get(index, (False, False)), strict=True))
+        values = before | biases.get(index, {})
         values |= numbers(final[index], keys)
         # A block may have differed before (Gemma 4's last ones are twice as wide), and now have the usual number.
         if differing := {

@@ -23,6 +23,7 @@ from secateur.gguf.types import check_type, storage_of
 from secateur.model.axes import ATTENTION, FEED_FORWARD, Width, axis_kinds
 from secateur.model.stream import BlockStream
 from secateur.model.units.channels import CHANNELS
+from secateur.model.units.heads import HEADS
 from secateur.plan.meters import Meter, added_biases, cache_meter, dense_widths, megabytes
 
 _PREFIXES = {ATTENTION: ("attn_",), FEED_FORWARD: ("ffn_", "exp_")}
@@ -60,7 +61,7 @@ class _ModuleBytes:
         self.model = GgufModel(stream.checkpoint, self.dense, added, type)
         self.original = GgufModel(stream.checkpoint.original, self.dense, added, type)
         # An architecture that can leave out the attention of a block without heads is better than one that cannot.
-        headless = [*self.dense[:-1], self.dense[-1] | stream.blocks[-1].attention.removed]
+        headless = [*self.dense[:-1], self.dense[-1] | dict.fromkeys(self.dense[-1].keys() & set(HEADS), 0)]
         try:
             self.architecture = choose_architecture(GgufModel(stream.checkpoint, headless, added, type))
         except SecateurError:
@@ -127,7 +128,7 @@ class GgufFormat(Converted):
         if (reason := super().unsupported_reason(width)) is not None:
             return reason
         blocks = self.stream.blocks
-        first = next((i for i in self.block_range if not blocks[i].attention.fixed), self.block_range.start)
+        first = next((i for i in self.block_range if blocks[i].loses_heads), self.block_range.start)
         return self._unsupported(dict.fromkeys(self.block_range if self.same_width else [first], width))
 
     def unsupported_plan(self, widths: Mapping[int, Width]) -> str | None:
@@ -137,7 +138,8 @@ class GgufFormat(Converted):
     def _unsupported(self, widths: Mapping[int, Width]) -> str | None:
         """Return why no architecture computes the model with these widths; blocks without a width are dense."""
         dense = [block.width for block in self.stream.blocks]
-        every = [widths.get(index, width) for index, width in enumerate(dense)]
+        # With uniform widths, a block that lacks a module would seem to have it.
+        every = [widths.get(index, width) if len(width.kinds) > 1 else width for index, width in enumerate(dense)]
         for width, before in zip(every, dense, strict=True):
             narrowed = {axis for axis, number in width.items() if number != before.get(axis, number)}
             if unstated := narrowed - STATED_AXES:

@@ -11,6 +11,7 @@ from secateur.gguf.architecture import Architecture, listed_windows, nothing
 from secateur.gguf.config import GATES_SUM_TO_ONE
 from secateur.gguf.model import GgufModel
 from secateur.gguf.positions import rope_kind, rope_of, window_rope_of
+from secateur.model.axes import ROLES, axis_kinds
 
 ACTIVATIONS = {
     "silu": {"silu", "swish"},
@@ -41,6 +42,9 @@ def _experts(model: GgufModel, architecture: Architecture) -> Holds:
     experts = [bool(sizes.experts) for sizes in model.blocks]
     mixers = {model.is_token_mixer(index) for index in range(len(model.blocks))}
     in_order = {
+        "needs an attention and a feed-forward in every block": all(
+            {axis_kinds()[axis].role for axis in width} == {*ROLES} for width in model.widths
+        ),
         # llama.cpp aborts without either.
         "needs blocks with attention, and blocks with a convolution or linear attention": (
             model.family.token_mixer is None or len(mixers) == 2

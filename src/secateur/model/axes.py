@@ -226,11 +226,9 @@ class Width(Mapping[str, int]):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of units of the two modules."""
-        first: dict[str, str] = {}
-        for axis in self:
-            first.setdefault(axis_kinds()[axis].role, axis_kinds()[axis].unit)
-        return tuple(first.values())
+        """Kinds of units of the modules."""
+        kinds = (axis_kinds()[axis] for axis in self)
+        return tuple(kind.unit for kind in kinds if not kind.outer)
 
     def product(self, axes: Iterable[str]) -> int:
         """Return the number of units that lie along several nested axes, such as heads in all KV groups."""

@@ -3,15 +3,29 @@
 Sizes, biases and the orientation of matrices are read from the block itself, on the meta device.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from secateur.base.errors import SecateurError
 from secateur.base.words import first_duplicate
+from secateur.families.entry import submodule
 from secateur.families.registry import family_of
-from secateur.model.axes import ATTENTION, FEED_FORWARD
+from secateur.model.axes import ATTENTION, FEED_FORWARD, ROLES
 from secateur.model.structure import Block, PrunableModule, described
+
+
+def describe_all(config: Any, layers: Iterable[nn.Module]) -> list[Block]:
+    """Describe the blocks of a model; raise `AttributeError` if no block has a module that the family's entry names."""
+    layers, family = [*layers], family_of(config)
+    blocks = [describe(config, layer) for layer in layers]
+    found = {module.role for block in blocks for module in block.modules}
+    places = (ATTENTION, family.attention, family.output), (FEED_FORWARD, family.feed_forward, family.down)
+    for role, path, output in places if layers else ():
+        if role not in found or all(submodule(layer, path) is None for layer in layers):
+            layers[0].get_submodule(".".join(filter(None, (path, output))))
+    return blocks
 
 
 def describe(config: Any, layer: nn.Module) -> Block:
@@ -26,13 +40,13 @@ def describe(config: Any, layer: nn.Module) -> Block:
     """
     family = family_of(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-    attention, feed_forward = (described(role, config, family, layer) for role in (ATTENTION, FEED_FORWARD))
-    names = [name for module in (attention, feed_forward) for name in _names(module)]
+    modules = tuple(filter(None, (described(role, config, family, layer) for role in ROLES)))
+    names = [name for module in modules for name in _names(module)]
     if wrong := next((name for name in names if name not in shapes), None) or first_duplicate(names):
         what = "stands for two layers" if wrong in shapes else "is no tensor of a block"
         raise SecateurError(f"{config.model_type}: its entry names {wrong}, which {what}; correct the entry")
     buffers = shapes.keys() & {name for name, _ in layer.named_buffers()}
-    return Block(attention, feed_forward, shapes, frozenset(buffers))
+    return Block(modules, shapes, frozenset(buffers))
 
 
 def _names(module: PrunableModule) -> list[str]:

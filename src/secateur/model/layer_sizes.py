@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 from secateur.checkpoints.config_file import BIASES, GROUPS, PER_GROUP, QUERY_HEADS
-from secateur.model.axes import Width, axis_kinds
+from secateur.model.axes import ROLES, Width, axis_kinds
 from secateur.model.structure import Block, PrunableModule
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 
@@ -27,6 +27,11 @@ IN_MEMORY: Keys = {HEADS: QUERY_HEADS, (KV_GROUPS,): GROUPS, (HEADS_PER_GROUP,):
 """Keys for blocks in memory, where no config is written: attentions read the keys of heads; other axes use their
 names."""
 
+BIAS_KEYS = dict(zip(ROLES, BIASES, strict=True))
+"""Config keys for a bias that the stock class does not have, by the role of its module."""
+_STAND_INS = dict(zip(ROLES, ("attentions", "feed_forwards"), strict=True))
+"""Parts of `layer_sizes` that name the output layers of modules which may be removed, by the role of the module."""
+
 
 def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
     """Return the sizes of a block's tensors and attributes as functions of its numbers of units.
@@ -37,15 +42,15 @@ def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
     """
     keys = {(KV_GROUPS,): keys[HEADS], **_of_all(block.width, keys)}
     sizes: dict[str, Any] = {"shapes": {}, "attributes": {}, "attentions": {}, "feed_forwards": {}}
-    for module, part, bias in zip(block.modules, ("attentions", "feed_forwards"), BIASES, strict=True):
+    for module in block.modules:
         if not module.fixed:
-            sizes[part][module.output_layer] = keys[module.output_projection.along]
+            sizes[_STAND_INS[module.role]][module.output_layer] = keys[module.output_projection.along]
         if not module.locked:
             sizes["shapes"] |= _axes(module, block, keys)
             sizes["attributes"] |= _attributes(module, keys)
         if module.may_gain_bias and module.bias is None:
             width = block.shapes[module.output_projection.name][1 - module.output_projection.axis]
-            sizes["shapes"][module.bias_name] = [{bias: width}]
+            sizes["shapes"][module.bias_name] = [{BIAS_KEYS[module.role]: width}]
     return sizes
 
 

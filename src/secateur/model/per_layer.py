@@ -35,7 +35,7 @@ from secateur.checkpoints.config_file import (
 from secateur.checkpoints.modeling_secateur import PREFIX, SIZES, WIDTHS, overrides, positive
 from secateur.families.registry import family_of
 from secateur.model.axes import Axis, Width, axis_kinds, config_keys
-from secateur.model.describe import describe
+from secateur.model.describe import describe_all
 from secateur.model.layer_sizes import Keys
 from secateur.model.structure import Block, PrunableModule, Slab
 from secateur.model.surgery import entries, first_units_of
@@ -95,7 +95,7 @@ def stock_blocks(config: Any) -> list[Block]:
     """Return the description of each block that the stock class makes of a config."""
     with positive(config):
         network = empty_model(stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)), config)
-    return [describe(config, layer) for layer in network.get_submodule(family_of(config).blocks).children()]
+    return describe_all(config, network.get_submodule(family_of(config).blocks).children())
 
 
 def widths_of(config: Any) -> list[Width]:
@@ -185,7 +185,7 @@ def describe_blocks(checkpoint: Checkpoint, layers: Iterable[nn.Module]) -> tupl
     """
     config, raw, whole = checkpoint.config, checkpoint.raw_config, checkpoint.multimodal_config
     if not is_per_layer(config, whole):
-        stock = StockModel(config, raw, whole, [describe(config, layer) for layer in layers])
+        stock = StockModel(config, raw, whole, describe_all(config, layers))
         return stock, stock.blocks
     stock = _stock_model(raw if whole is None else whole)
     return stock, [_own_block(checkpoint, stock, index, layer) for index, layer in enumerate(layers)]
@@ -226,8 +226,8 @@ def _own_block(checkpoint: Checkpoint, stock: StockModel, index: int, layer: nn.
                     f"{list(shapes.get(name, ()))}, but its numbers make it {list(shape)}; restore the file, or prune "
                     "again"
                 )
-    attention, feed_forward = (_narrowed_module(module, width, shapes) for module in block.modules)
-    return Block(attention, feed_forward, shapes, block.buffers & shapes.keys())
+    modules = tuple(_narrowed_module(module, width, shapes) for module in block.modules)
+    return Block(modules, shapes, block.buffers & shapes.keys())
 
 
 def _narrowed_module(module: PrunableModule, width: Width, shapes: Mapping[str, tuple[int, ...]]) -> PrunableModule:

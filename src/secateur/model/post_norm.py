@@ -17,7 +17,6 @@ Shapes: b rows, t positions, a inputs of the output projection, o its outputs.
 import torch
 from torch import Tensor
 
-from secateur.model.axes import ATTENTION
 from secateur.model.stream import FilledModule
 
 MUTED = 1e-2
@@ -45,7 +44,9 @@ class PostNorm:
         self._gain_o = self._size_o = self.norm(self._gain_o)
         gains = stream.reading_gains
         if gains is not None:
-            self.reading_scale_o = gains[2 * filled.index + 1 + (module.role != ATTENTION) :].square().mean(0).sqrt()
+            earlier = sum(len(block.modules) for block in stream.blocks[: filled.index])
+            place = earlier + stream.blocks[filled.index].modules.index(module)
+            self.reading_scale_o = gains[place + 1 :].square().mean(0).sqrt()
             self._size_o = self._gain_o * self.reading_scale_o
         if module.outer_norm is not None:
             # Only its gains matter: its divisor hardly changes when units are removed.

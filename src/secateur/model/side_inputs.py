@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.families.entry import Family
+from secateur.families.entry import Family, submodule
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Batch, Rows
 
@@ -47,7 +47,8 @@ class SideInputs:
         self._shared: dict[str, Shared] = {}
         end = width + 1
         for index, layer in enumerate(layers if family.kv_sharing else ()):
-            if (sharing := family.sharing(config, layer.get_submodule(family.attention))) is None:
+            attention = submodule(layer, family.attention)
+            if attention is None or (sharing := family.sharing(config, attention)) is None:
                 continue
             self._kinds[index] = sharing.layer_type
             if sharing.provides_keys:

@@ -30,7 +30,7 @@ from secateur.checkpoints.expert_matrices import BlockTensor
 from secateur.checkpoints.weights import read_ahead
 from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
-from secateur.model.axes import ATTENTION
+from secateur.model.axes import ATTENTION, FEED_FORWARD
 from secateur.model.experts import experts_as_modules
 from secateur.model.hooks import LayerReached, Recorder, replayed, watched, zeroed
 from secateur.model.per_layer import describe_blocks, empty_decoder
@@ -154,12 +154,13 @@ class BlockStream:
     def reading_gains(self) -> Tensor | None:
         """Gains of the norms before the modules, in the order in which they run, and of the final norm.
 
-        (2 * blocks + 1) x d; None if the family names no such norms.
+        (modules + 1) x d; None if the family names no such norms.
         """
-        names = (self.family.norm_before_attention, self.family.norm_before_feed_forward)
-        if None in names:
+        names = {ATTENTION: self.family.norm_before_attention, FEED_FORWARD: self.family.norm_before_feed_forward}
+        if None in names.values():
             return None
-        stored = [self._read_block(index, f"{name}.weight") for index in range(len(self)) for name in names]
+        modules = ((index, module) for index, block in enumerate(self.blocks) for module in block.modules)
+        stored = [self._read_block(index, f"{names[module.role]}.weight") for index, module in modules]
         stored.append(self.read(f"{self.family.final_norm}.weight"))
         return torch.stack(stored).to(self.device, torch.float32) + self.family.norm_offset
 
@@ -354,7 +355,7 @@ class BlockStream:
             replay: Outputs of modules that are not to be computed (b x t x d); None for zeros.
             watch: Functions of a layer's input and output, by the layer's path.
             until: Path of the layer at which to stop. Its function gets an empty output, and the result is None.
-            modules_only: Whether to leave out layers that belong to neither of the two modules.
+            modules_only: Whether to leave out layers that belong to none of the modules.
         """
         hidden_btc = to_device(hidden_btc, self.device)
         args, kwargs = self.side_inputs.arguments(index, group, hidden_btc, *self._calls[group][index])
@@ -387,10 +388,10 @@ class BlockStream:
                 raise
 
     def _other_layers(self, index: int) -> Iterator[str]:
-        """Yield the layers that add to the residual stream but belong to neither of the block's two modules."""
+        """Yield the layers that add to the residual stream but belong to none of the block's modules."""
         if self.side_inputs.has_token_inputs:
             yield self.family.per_layer_output
-        if self.blocks[index].feed_forward.outer_norm is not None:
+        if any(module.outer_norm is not None for module in self.blocks[index].modules):
             yield str(self.family.feed_forward)
 
     def run_through(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int, **options: Any) -> Tensor:
@@ -415,13 +416,13 @@ class BlockStream:
         does."""
         block = self.blocks[index]
         broken = {"the norms": True, "the input": not _finite(hidden_btc)}
-        names = {f"the {module.role} module": module for module in block.modules_left}
+        names = {module.output_layer: f"the {module.role} module" for module in block.modules_left}
 
         def watcher(name: str) -> Callable[[Tensor, Tensor], None]:
             return lambda x, z: broken.update({name: not (_finite(x) and _finite(z))})
 
-        self.run(index, layer, hidden_btc, group, watch={m.output_layer: watcher(name) for name, m in names.items()})
-        where = next(name for name in ("the input", *names, "the norms") if broken[name])
+        self.run(index, layer, hidden_btc, group, watch={layer: watcher(name) for layer, name in names.items()})
+        where = next(name for name in ("the input", *names.values(), "the norms") if broken[name])
         return SecateurError(f"block {index}: {where} gives NaN or infinite activations; check the weights")
 
 

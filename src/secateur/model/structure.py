@@ -1,9 +1,9 @@
-"""Description of a block: its two modules, their axes and units, and the parts of tensors that follow each unit.
+"""Description of a block: its modules, their axes and units, and the parts of tensors that follow each unit.
 
-A block has an attention and a feed-forward. Each is a module: input projections, then one output projection, whose
-output is added to the residual stream. A *unit* is what can be removed: a query head, a channel, an expert, a channel
-of every expert. A `Slab` is the part of one stored tensor that belongs to units. A description holds names and sizes,
-no weights.
+Most blocks have two modules, an attention and a feed-forward; some have one of them, or none. A module is input
+projections, then one output projection, whose output is added to the residual stream. A *unit* is what can be removed:
+a query head, a channel, an expert, a channel of every expert. A `Slab` is the part of one stored tensor that belongs to
+units. A description holds names and sizes, no weights.
 """
 
 from __future__ import annotations
@@ -227,17 +227,12 @@ class PrunableModule:
 class Block:
     """Description of a block that is not pruned yet, or not pruned again: its modules, the shapes of its tensors."""
 
-    attention: PrunableModule
-    feed_forward: PrunableModule
+    modules: tuple[PrunableModule, ...]
+    """Modules in the order in which they run, at most one of each kind."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of every stored tensor, by its name inside the block."""
     buffers: frozenset[str] = frozenset()
     """Names of tensors that are not parameters, such as the correction bias of a router."""
-
-    @property
-    def modules(self) -> tuple[PrunableModule, PrunableModule]:
-        """Attention and feed-forward, in the order in which they run."""
-        return self.attention, self.feed_forward
 
     @property
     def modules_left(self) -> tuple[PrunableModule, ...]:
@@ -249,15 +244,19 @@ class Block:
         """Axes of all modules."""
         return [axis for module in self.modules for axis in module.axes]
 
+    def axes_in(self, role: str) -> list[Axis]:
+        """Return the axes of the modules in a role."""
+        return [axis for module in self.modules if module.role == role for axis in module.axes]
+
     @property
     def free_axes(self) -> list[Axis]:
         """Axes along which single units can be removed."""
         return [axis for axis in self.axes if not axis.locked]
 
     @property
-    def kinds(self) -> tuple[str, str]:
-        """Kinds of units of the two modules."""
-        return self.attention.kind, self.feed_forward.kind
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of units of the modules."""
+        return tuple(module.kind for module in self.modules)
 
     @property
     def removable_kinds(self) -> list[str]:
@@ -267,6 +266,21 @@ class Block:
     def module(self, kind: str) -> PrunableModule:
         """Return the module with a kind of units."""
         return self.modules[self.kinds.index(kind)]
+
+    def find(self, kind: str) -> PrunableModule | None:
+        """Return the module with a kind of units; None if the block has none."""
+        return self.module(kind) if kind in self.kinds else None
+
+    @property
+    def loses_heads(self) -> bool:
+        """Whether query heads can be removed: single ones, or all of them."""
+        return "heads" in self.kinds and not self.module("heads").fixed
+
+    @property
+    def heads_locked(self) -> str | None:
+        """Reason why single query heads cannot be removed exactly; None if they can."""
+        module = self.find("heads") or self.find("token_mixers")
+        return "the block has no attention" if module is None else module.locked
 
     @property
     def parameters(self) -> int:
@@ -317,6 +331,12 @@ class Block:
         """Return the number of the whole block's parameters at a width."""
         prunable = sum(self.module_parameters(self.width, kind) for kind in self.kinds)
         return self.parameters - prunable + sum(self.module_parameters(width, kind) for kind in self.kinds)
+
+
+def combined(blocks: Sequence[Block], kinds: Sequence[str]) -> Block:
+    """Return a block with the first module of each kind in some blocks, to describe widths that no block has."""
+    modules = {module.kind: module for block in reversed(blocks) for module in block.modules}
+    return Block(tuple(modules[kind] for kind in kinds), {})
 
 
 def inputs_first(linear: Any) -> bool:
@@ -376,8 +396,8 @@ def describes(role: str, *, rank: int) -> Callable[[Describer], Describer]:
     return register
 
 
-def described(role: str, config: Any, family: Family, layer: Any) -> PrunableModule:
-    """Return the module of a block in a role, described by the first function that does not return None."""
+def described(role: str, config: Any, family: Family, layer: Any) -> PrunableModule | None:
+    """Return the first description of a block's module in a role; None if the block has no such module."""
     load_units()
     ordered = (describer for _, describer in sorted(_DESCRIBERS[role], key=lambda one: one[0]))
-    return next(module for describer in ordered if (module := describer(config, family, layer)) is not None)
+    return next((module for describer in ordered if (module := describer(config, family, layer)) is not None), None)

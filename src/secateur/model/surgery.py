@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoints.config_file import BIASES
 from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices, select_in_each
 from secateur.checkpoints.modeling_secateur import resize
 from secateur.model.axes import Width
-from secateur.model.layer_sizes import layer_sizes, numbers
+from secateur.model.layer_sizes import BIAS_KEYS, layer_sizes, numbers
 from secateur.model.structure import Block, KeptUnits, PrunableModule, Slab
 from secateur.model.units.experts import EXPERT_CHANNELS
 
@@ -186,7 +185,7 @@ def cut_down(layer: nn.Module, block: Block, width: Width, biases: Sequence[str]
     """
     dense = numbers(block.width)
     changed = {key: count for key, count in numbers(width).items() if count != dense[key]}
-    changed |= {key: True for key, module in zip(BIASES, block.modules, strict=True) if module.bias_name in biases}
+    changed |= {BIAS_KEYS[module.role]: True for module in block.modules if module.bias_name in biases}
     resize(layer, layer_sizes(block), changed, SimpleNamespace(**dense))
 
 

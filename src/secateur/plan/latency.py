@@ -1,7 +1,7 @@
 """Time of each module at several widths on this machine, measured on transformers' layers and cached on disk.
 
 The measurement builds a model of one layer with random weights from the config. Copies of the layer are cut to a grid
-of widths of one module, with the other module removed. The copies are timed in turns, so that a busy machine slows all
+of widths of one module, with the other modules removed. The copies are timed in turns, so that a busy machine slows all
 of them equally. The time of a module is the time of its layer minus the time of a layer without modules. Between the
 widths of the grid, times are interpolated.
 """
@@ -183,7 +183,7 @@ def _measure(stream: BlockStream, index: int, kind: str, dtype: torch.dtype) -> 
 
     empty = Width(dict.fromkeys(block.width, 0))
     lines = {axis.name: _line_widths(module, axis, empty) for module in block.modules_left for axis in module.axes}
-    widths = dict.fromkeys(width for line in lines.values() for width in line.values())
+    widths = dict.fromkeys((empty, *(width for line in lines.values() for width in line.values())))
     cases: dict[Width | None, Case] = {width: layer_case(width) for width in widths}
     # The smallest number of units along the first axis of each module.
     small = layer_case(block.width | {m.axes[0].name: list(lines[m.axes[0].name])[1] for m in block.modules_left})
@@ -226,7 +226,7 @@ def _with_cold_weights(case: Case, small: Case, other_weights: torch.Tensor) -> 
 
 
 def _line_widths(module: PrunableModule, axis: Axis, empty: Width) -> dict[int, Width]:
-    """Return the widths to time along one axis of a module, by the number of units; the other module is removed."""
+    """Return the widths to time along one axis of a module, by the number of units; the other modules are removed."""
     # Locked axes have two numbers: no unit and all units. Numbers of heads are small, so more of them are timed.
     points = 2 if axis.locked else GRID_POINTS if axis.rounded else GRID_POINTS + 2
     dense = {other.name: other.units for other in module.axes}

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.model.axes import Width, alike
+from secateur.model.axes import FEED_FORWARD, Width, alike
 from secateur.model.kinds import KINDS
-from secateur.model.structure import Block, KeptUnits, PrunableModule
+from secateur.model.structure import Block, KeptUnits, PrunableModule, combined
 from secateur.plan.meters import Meter, budget_of
 from secateur.plan.target import Target
 from secateur.plan.widths import UnsupportedReason, module_widths
@@ -79,7 +79,7 @@ class Plan:
     @property
     def lists_units(self) -> bool:
         """Whether the plan lists the units to keep of every module, so that no criterion is needed."""
-        return all(len(self.units.get(index, {})) > 1 for index in self.widths)
+        return all(self.units.get(index, {}).keys() >= set(width.kinds) for index, width in self.widths.items())
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,17 @@ class PlanProblem:
 
     @property
     def reference_block(self) -> Block:
-        """Pruned block that has all axes of the model: its width determines the widths of uniform plans.
+        """Block that has all axes of the model: its width determines the widths of uniform plans.
 
-        It is the first block whose feed-forward has the most axes and, among these, whose attention is prunable.
+        It is the first pruned block whose feed-forward has the most axes and, among these, whose attention is prunable.
+        If only other blocks have such an attention, the block is combined from the two.
         """
         blocks = [self.blocks[index] for index in self.pruned_blocks]
-        return max(blocks, key=lambda block: (len(block.feed_forward.axes), not block.attention.fixed))
+        found = max(blocks, key=lambda block: (len(block.axes_in(FEED_FORWARD)), block.loses_heads))
+        headed = next((block for block in blocks if block.loses_heads), found)
+        if found.loses_heads or headed is found:
+            return found
+        return combined((headed, found), ["heads", *(m.kind for m in found.modules if m.role == FEED_FORWARD)])
 
     def uniform_widths(self, width: Width) -> dict[int, Width]:
         """Return a width for each pruned block, all with the same numbers of units.

@@ -93,7 +93,7 @@ def nothing_to_remove(problem: PlanProblem, reasons: list[str]) -> str:
     for axis in block.axes:
         if axis.kind in problem.kinds and axis.rounded and axis.units <= problem.multiple:
             return f"--round {problem.multiple} leaves nothing to remove: the model has {axis.units:,} {axis.label}"
-    if block.attention.locked:
-        return f"heads cannot be removed exactly, because {block.attention.locked}; prune channels"
+    if block.heads_locked:
+        return f"heads cannot be removed exactly, because {block.heads_locked}; prune channels"
     needed = [f"{axis.units:,} {axis.label}" for axis in block.axes if axis.kind in problem.kinds]
     return f"nothing can be removed: the model needs all of its {joined(needed)}"

@@ -76,8 +76,8 @@ def check_heads(problem: PlanProblem) -> None:
     """
     reasons = []
     blocks = [problem.blocks[index] for index in problem.pruned_blocks]
-    if all(block.attention.locked for block in blocks):
-        why = blocks[0].attention.locked
+    if all(block.heads_locked for block in blocks):
+        why = blocks[0].heads_locked
         raise SecateurError(f"heads cannot be removed exactly, because {why}; choose another criterion")
     for block in blocks:
         found = [problem.unsupported_reason(width) for width in head_widths(block, ("heads",))[1:]]
@@ -100,8 +100,8 @@ def similar_plan(problem: PlanProblem, found: SimilarHeads) -> tuple[SimilarHead
     for index, heads in found.candidates.items():
         block = problem.blocks[index]
         removed[index], widths[index] = loadable(problem, index, heads)
-        kept_heads = tuple(head for head in range(block.attention.units) if head not in removed[index])
-        units[index] = dict(zip(block.kinds, (kept_heads, tuple(range(block.feed_forward.units))), strict=True))
+        units[index] = {module.kind: tuple(range(module.units)) for module in block.modules}
+        units[index]["heads"] = tuple(head for head in units[index]["heads"] if head not in removed[index])
         dense += problem.parameters.module_size(index, "heads", block.width)
         kept += problem.parameters.module_size(index, "heads", widths[index])
     if not any(removed.values()):
@@ -123,7 +123,7 @@ def loadable(problem: PlanProblem, index: int, similar: tuple[int, ...]) -> tupl
     two, the one that removes more parameters and that the output format supports is returned.
     """
     block = problem.blocks[index]
-    module = block.attention
+    module = block.module("heads")
     members = [[head for head in similar if head // module.per_group == group] for group in range(module.groups)]
     whole = [group for group, heads in enumerate(members) if len(heads) == module.per_group]
     best, width = tuple[int, ...](), block.width

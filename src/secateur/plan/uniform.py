@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 from secateur.base.errors import SecateurError
-from secateur.model.axes import Width
+from secateur.model.axes import FEED_FORWARD, Width
 from secateur.plan.problem import Plan, PlanProblem
 from secateur.plan.reach import nothing_to_remove, out_of_reach
 from secateur.plan.target import Target
@@ -81,7 +81,7 @@ def _width_ladders(problem: PlanProblem) -> Iterator[list[Width]]:
     There is one list for each attention width and each prunable axis of the feed-forward.
     """
     block = problem.reference_block
-    axes = [axis for axis in block.feed_forward.axes if axis.kind in problem.kinds]
+    axes = [axis for axis in block.axes_in(FEED_FORWARD) if axis.kind in problem.kinds]
     steps = [[{axis.name: number} for number in reversed(axis.all_numbers(problem.multiple))] for axis in axes]
     dense: list[list[dict[str, int]]] = [[{}]]
     for attention, numbers in product(head_widths(block, problem.kinds), steps or dense):

@@ -27,7 +27,7 @@ def module_widths(
     unsupported_reason: UnsupportedReason,
     kinds: Sequence[str] = KINDS,
 ) -> list[Width]:
-    """Return the widths that a plan may choose for one module, while the other module of the block stays dense.
+    """Return the widths that a plan may choose for one module, while the other modules of the block stay dense.
 
     Args:
         block: The module's block.
@@ -49,6 +49,7 @@ def module_widths(
 
 
 def head_widths(block: Block, kinds: Sequence[str] = KINDS) -> list[Width]:
-    """Return the widths of a block with one or more query heads and a dense feed-forward, the dense width first."""
-    attention = block.attention
-    return [width for width in module_widths(block, attention, 1, lambda _: None, kinds) if attention.units_at(width)]
+    """Return the dense width of a block, then, if it has query heads, the widths with fewer heads, but at least one."""
+    if (module := block.find("heads")) is None:
+        return [block.width]
+    return [width for width in module_widths(block, module, 1, lambda _: None, kinds) if module.units_at(width)]

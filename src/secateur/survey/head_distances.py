@@ -75,19 +75,19 @@ def head_distances(
     tokens = sum(weight * group.numel() for group, weight in zip(rows.groups, rows.weights, strict=True))
     rows = stream.local_rows(rows)
     result: dict[int, Tensor] = {}
-    any_free = any(not block.attention.locked for block in stream.blocks)
+    any_free = any(not block.heads_locked for block in stream.blocks)
     config = stream.model.config
     with stream.arena() as arena, _watched_attention(config) as parts:
         hidden = stream.embed(rows, arena)
         for index in watcher.track(range(blocks.stop), "Compare heads"):
-            attention = stream.blocks[index].attention
-            if attention.fixed and not any_free:
-                raise SecateurError(f"heads cannot be compared, because {attention.locked}")
-            compared, heads = index in blocks and not attention.fixed, attention.units
+            block = stream.blocks[index]
+            if not block.loses_heads and not any_free:
+                raise SecateurError(f"heads cannot be compared, because {block.heads_locked}")
+            compared = block.find("heads") if index in blocks and block.loses_heads else None
+            heads = compared.units if compared else 0
             sums = [torch.zeros(0, heads, heads, dtype=torch.float64, device=stream.device)]
             with stream.filled(index) as layer:
-                module = layer.get_submodule(attention.path or "")
-                if compared and _eager_function(module) is None:
+                if compared and _eager_function(module := layer.get_submodule(compared.path or "")) is None:
                     name = type(module).__name__
                     raise SecateurError(f"the attention of {name} cannot be observed; use another criterion")
                 for batch in rows.batches():

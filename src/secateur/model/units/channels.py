@@ -21,8 +21,11 @@ CHANNELS = axis_kind(
 
 
 @describes(FEED_FORWARD, rank=9)
-def feed_forward(_: Any, family: Family, layer: Any) -> PrunableModule:
-    """Describe a dense feed-forward: the up layer, the gate if there is one, and the down layer."""
+def feed_forward(_: Any, family: Family, layer: Any) -> PrunableModule | None:
+    """Describe a dense feed-forward: the up layer, the gate if there is one, and the down layer; None if the block has
+    none."""
+    if not family.has(layer, family.feed_forward, family.up, family.fused_gate, family.down):
+        return None
     prefix = "" if family.feed_forward is None else f"{family.feed_forward}."
     down = layer.get_submodule(prefix + family.down)
     number = int(down.weight.shape[0 if inputs_first(down) else 1])

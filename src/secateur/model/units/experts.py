@@ -66,7 +66,7 @@ def shared_expert(names: Experts, mixture: Any) -> Any:
 def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     """Describe a mixture of experts; None if the block has none."""
     names = family.experts
-    parent = None if names is None else layer.get_submodule(family.mixture.rstrip("."))
+    parent = None if names is None else dict(layer.named_modules()).get(family.mixture.rstrip("."))
     if names is None or not hasattr(parent, names.router):
         return None
     prefix = family.mixture

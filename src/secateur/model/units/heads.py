@@ -2,8 +2,7 @@
 
 Query heads form KV groups. In multi-head latent attention each head is a KV group: all heads share one latent vector
 per token, and the layer that computes keys and values from it has rows for each head. A block with a token mixer
-(linear attention or a convolution) has no query heads. The mixer is one unit, so that every module of a block has a
-unit.
+(linear attention or a convolution) has no query heads. The mixer is one unit, so that every module has a unit.
 """
 
 from __future__ import annotations
@@ -50,10 +49,12 @@ def head_axes(groups: int, heads: int, locked: bool = False) -> tuple[Axis, Axis
 
 
 @describes(ATTENTION, rank=9)
-def attention(config: Any, family: Family, layer: Any) -> PrunableModule:
-    """Describe an attention with keys and values per head or per KV group."""
+def attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
+    """Describe an attention with keys and values per head or per KV group; None if the block has none."""
     from secateur.checkpoints.facts import head_dim, key_value_heads
 
+    if not family.has(layer, family.attention, family.fused or family.queries, family.output):
+        return None
     heads, groups, dim = config.num_attention_heads, key_value_heads(config), head_dim(config)
     path, after = family.attention, family.norm_after_attention
     if (why := family.lock(config)) is not None:
@@ -118,8 +119,8 @@ def _separate_projections(family: Family, layer: Any, heads: int, groups: int, d
 
 @describes(ATTENTION, rank=5)
 def latent_attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
-    """Describe an attention with a latent vector; None if the family has another attention."""
-    if family.latent is None:
+    """Describe an attention with a latent vector; None if the block has none."""
+    if family.latent is None or not family.has(layer, family.attention, *family.latent):
         return None
     heads, path, (latent_layer, key_value_layer) = config.num_attention_heads, family.attention, family.latent
     both = getattr(layer.get_submodule(path), family.latent_queries, None) is not None
@@ -141,9 +142,9 @@ REASON = "a token mixer stands in the attention's place"
 @describes(ATTENTION, rank=3)
 def token_mixer(_: Any, family: Family, layer: Any) -> PrunableModule | None:
     """Describe a token mixer; None if the block has an attention."""
-    if family.token_mixer is None or not hasattr(layer, family.token_mixer.path):
+    mixer = family.token_mixer
+    if mixer is None or not family.has(layer, mixer.path, mixer.output):
         return None
-    path = family.token_mixer.path
-    slab, bias = output_projection(layer, f"{path}.{family.token_mixer.output}", (TOKEN_MIXERS,), 1)
+    slab, bias = output_projection(layer, f"{mixer.path}.{mixer.output}", (TOKEN_MIXERS,), 1)
     axes = (Axis(TOKEN_MIXERS, 1, locked=True),)
-    return PrunableModule("token_mixers", axes, (), slab, bias, path, None, locked=REASON, fixed=True)
+    return PrunableModule("token_mixers", axes, (), slab, bias, mixer.path, None, locked=REASON, fixed=True)
