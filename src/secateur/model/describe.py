@@ -20,10 +20,12 @@ def describe_all(config: Any, layers: Iterable[nn.Module]) -> list[Block]:
     """Describe the blocks of a model; raise `AttributeError` if no block has a module that the family's entry names."""
     layers, family = [*layers], family_of(config)
     blocks = [describe(config, layer) for layer in layers]
-    found = {module.role for block in blocks for module in block.modules}
+    roles = [{module.role for module in block.modules} for block in blocks]
     places = (ATTENTION, family.attention, family.output), (FEED_FORWARD, family.feed_forward, family.down)
     for role, path, output in places if layers else ():
-        if role not in found or all(submodule(layer, path) is None for layer in layers):
+        # Token mixers may stand in the attention's place in every block.
+        lost = not all(role in own for own in roles) and all(submodule(layer, path) is None for layer in layers)
+        if lost or not any(role in own for own in roles):
             layers[0].get_submodule(".".join(filter(None, (path, output))))
     return blocks
 
