@@ -23,6 +23,7 @@ from secateur.base.hashes import hash_json
 from secateur.base.model_files import SIDE_FILES
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import first_few
+from secateur.checkpoints.conversions import renamed
 from secateur.checkpoints.config_file import (
     TEXT,
     TOWER_CONFIGS,
@@ -40,7 +41,7 @@ from secateur.checkpoints.quantised import dequantised, quantisation, without_qu
 from secateur.checkpoints.stored import Stored
 from secateur.checkpoints.tokens import is_fault
 from secateur.checkpoints.weights import TensorInfo, Transposed, list_tensors
-from secateur.families.registry import FAMILIES, twin_of
+from secateur.families.registry import FAMILIES, known_family, twin_of
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Names of buffers that old checkpoints store and every model computes itself: causal masks and rotary tables."""
@@ -90,7 +91,7 @@ class Checkpoint(Stored):
 
         They are stored under names with `mtp`, or as blocks after the last block.
         """
-        family = FAMILIES.get(self.config.model_type)
+        family = known_family(self.config)
         places = self.candidate_names(f"{family.blocks}.") if family else []
         count = self.config.num_hidden_layers
 
@@ -375,6 +376,8 @@ def open_checkpoint(
     own = fields["config"]
     if (twin := twin_of(own)) and twin.inputs_first:
         tensors = {name: _upright(name, info, own.hidden_size) for name, info in tensors.items()}
+    if own.model_type not in FAMILIES and not has_own_code(config):
+        tensors = renamed(tensors, own.model_type)
     checkpoint = Checkpoint(
         source=source,
         path=folder,

@@ -278,7 +278,7 @@ def _forget_unread(config: Any) -> None:
     All code that asks a config object how the model computes relies on their absence.
     """
     kind: Any = type(config)
-    if config.model_type not in FAMILIES or has_own_code(config) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if has_own_code(config) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     for key in vars(config).keys() - _declared(kind) - READ:
         if not key.startswith("_"):

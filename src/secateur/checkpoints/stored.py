@@ -13,7 +13,7 @@ from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices
 from secateur.checkpoints.modeling_secateur import overrides
 from secateur.checkpoints.weights import OneByOne, TensorInfo
 from secateur.families.entry import Experts
-from secateur.families.registry import FAMILIES, experts_of
+from secateur.families.registry import experts_of, known_family
 
 _ALIASES = {"lm_head.": "embed_out."}
 """Checkpoints' names of tensors for which transformers 5 has another name (GPT-NeoX), by transformers' name."""
@@ -142,5 +142,5 @@ class Stored:
     @cached_property
     def _prefix(self) -> str:
         """Name of the base model in the causal language model, with a dot; empty if unknown."""
-        family = FAMILIES.get(self.config.model_type)
+        family = known_family(self.config)
         return "" if family is None else f"{family.base}."

@@ -13,6 +13,10 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 
+NOWHERE = "nowhere"
+"""Path that no block has, for a module that a model does not have or that was not understood."""
+
+
 def submodule(layer: Any, path: str | None) -> Any:
     """Return a submodule of a block; None if the block has none at this path."""
     return reduce(lambda part, name: getattr(part, name, None), filter(None, (path or "").split(".")), layer)
@@ -305,13 +309,10 @@ class Family:
         return "" if self.experts.parallel_norms else f"{self.feed_forward}."
 
     def has(self, layer: nn.Module, path: str | None, *names: str | None) -> bool:
-        """Return whether a block has a module at a path; None stands for the block itself.
-
-        If other modules have the same path in other blocks, the block must also have one of the named layers.
-        """
-        part, mixer = submodule(layer, path), self.token_mixer
-        is_own = path is not None and [self.attention, self.feed_forward, mixer and mixer.path].count(path) == 1
-        return part is not None and (is_own or any(submodule(part, name) for name in names if name))
+        """Return whether a block has a module at a path, with one of the named layers; None stands for the block
+        itself."""
+        part = submodule(layer, path)
+        return part is not None and any(submodule(part, name) for name in names if name)
 
     def sharing(self, config: Any, attention: nn.Module) -> KvSharing | None:
         """Return how an attention shares keys and values with other blocks; None if it does not."""

@@ -3,22 +3,14 @@
 A file declares `FAMILIES`, entries by model_type, and may declare `TWINS`, decoders inside multimodal models.
 """
 
+import json
+import weakref
 from typing import Any
 
 from secateur.base.errors import SecateurError
+from secateur.base.hashes import hash_json
 from secateur.base.names import LINEAGES, find
 from secateur.families.entry import Experts, Family, Gguf, Twin
-
-MECHANISMS = {
-    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"),
-    "latent attention": ("kv_lora_rank",),
-    "layers of linear attention, convolution or state space": (
-        *("linear_num_value_heads", "conv_L_cache", "mamba_d_state", "mamba_n_heads", "state_size", "ssm_cfg"),
-        *("attention_hidden_size", "lru_width"),
-    ),
-}
-"""Parts that blocks of an unknown family may have in addition to attention and feed-forward, by keys of configs."""
-
 
 FAMILIES: dict[str, Family] = {}
 """Entries by model_type."""
@@ -30,27 +22,54 @@ for lineage in map(find, LINEAGES.values()):
     TWINS |= {name: twin for name, twin in getattr(lineage, "TWINS", {}).items() if name not in TWINS}
 
 
+_DERIVED: dict[str, Family | SecateurError] = {}
+"""Derived entries, and the reasons why there are none, by a hash of the config."""
+_OF_CONFIG: dict[int, tuple[Any, Family]] = {}
+"""Derived entries by the identity of the config object, with a reference to it."""
+
+
 def family_of(config: Any) -> Family:
-    """Return the entry for a config.
+    """Return the entry for a config; without one, it is derived from the config's class.
 
     Raises:
-        SecateurError: The model_type has no entry; with what the model would need.
+        SecateurError: The model cannot be pruned; with the reason that was found.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        mechanisms = [
-            mechanism for mechanism, keys in MECHANISMS.items() if any(getattr(config, key, None) for key in keys)
-        ]
-        why = (
-            f"it has {' and '.join(mechanisms)}, for which there is no code yet"
-            if mechanisms
-            else "if each block is an attention and a feed-forward, describe the family in a file and add --family "
-            "FILE; see docs/extend.md"
-        )
-        raise SecateurError(
-            f"model type '{config.model_type}' is not supported; secateur families prints those that are ({why})"
-        )
+    if (family := FAMILIES.get(config.model_type)) is not None:
+        return family
+    known = _OF_CONFIG.get(id(config))
+    if known is not None and known[0]() is config:
+        return known[1]
+    return assume(config, _derived(config))
+
+
+def known_family(config: Any) -> Family | None:
+    """Return the entry for a config as `family_of` does; None if the model cannot be pruned."""
+    try:
+        return family_of(config)
+    except SecateurError:
+        return None
+
+
+def assume(config: Any, family: Family) -> Family:
+    """Let a config object have an entry, and return the entry."""
+    _OF_CONFIG[id(config)] = weakref.ref(config), family
     return family
+
+
+def _derived(config: Any) -> Family:
+    kind = type(config)
+    digest = hash_json([kind.__module__, kind.__name__, json.loads(json.dumps(config.to_dict(), default=str))])
+    if digest not in _DERIVED:
+        # Found here, so that a model with an entry is opened without this code.
+        derive = find("secateur.layout.derive:derive")
+        try:
+            _DERIVED[digest] = derive(config)
+        except SecateurError as error:
+            _DERIVED[digest] = error
+    found = _DERIVED[digest]
+    if isinstance(found, SecateurError):
+        raise found
+    return found
 
 
 def twin_of(config: Any) -> Twin | None:
@@ -60,7 +79,7 @@ def twin_of(config: Any) -> Twin | None:
 
 def experts_of(config: Any) -> Experts | None:
     """Return the entry of a model's experts; None if the family has none or the config asks for none."""
-    found = family.experts if (family := FAMILIES.get(config.model_type)) else None
+    found = family.experts if (family := known_family(config)) else None
     return found if found and getattr(config, found.number, None) else None
 
 

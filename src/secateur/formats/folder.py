@@ -13,7 +13,7 @@ from secateur.base.quiet import first_line
 from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from secateur.checkpoints.config_file import TEXT
 from secateur.checkpoints.expert_matrices import whole
-from secateur.families.registry import FAMILIES, twin_of
+from secateur.families.registry import family_of, twin_of
 from secateur.formats.format import Format, Loading, PrunedModel, format_class
 from secateur.formats.opened import check_written, network_of, planned_misfit
 from secateur.formats.vllm import vllm_unsupported
@@ -219,7 +219,7 @@ def format_of_folder(folder: Path) -> type[Folder]:
 
 def unfit_fields(config: Any) -> str | None:
     """Return the fields of a family's entry that its config contradicts, as a clause; None if there are none."""
-    family, lacking = FAMILIES[config.model_type], []
+    family, lacking = family_of(config), []
     if not (family.ungrouped or family.key_value_heads or hasattr(config, "num_key_value_heads")):
         lacking.append("its config has no num_key_value_heads, so ungrouped must be true")
     if family.stock.theta_key is not None and not hasattr(config, "rope_parameters"):

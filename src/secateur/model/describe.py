@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.base.errors import SecateurError
 from secateur.base.words import first_duplicate
-from secateur.families.entry import submodule
+from secateur.families.entry import NOWHERE, submodule
 from secateur.families.registry import family_of
 from secateur.model.axes import ATTENTION, FEED_FORWARD, ROLES
 from secateur.model.structure import Block, PrunableModule, described
@@ -23,6 +23,8 @@ def describe_all(config: Any, layers: Iterable[nn.Module]) -> list[Block]:
     roles = [{module.role for module in block.modules} for block in blocks]
     places = (ATTENTION, family.attention, family.output), (FEED_FORWARD, family.feed_forward, family.down)
     for role, path, output in places if layers else ():
+        if path == NOWHERE:
+            continue
         # Token mixers may stand in the attention's place in every block.
         lost = not all(role in own for own in roles) and all(submodule(layer, path) is None for layer in layers)
         if lost or not any(role in own for own in roles):

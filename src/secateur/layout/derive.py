@@ -1,0 +1,303 @@
+"""Description of a model that has no entry, read off a tiny twin of its class."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateur.base.errors import SecateurError
+from secateur.base.quiet import quiet
+from secateur.families.entry import NOWHERE, Experts, Family, Stock, TokenMixer
+from secateur.layout.attention import Attention, output_of, read_attention
+from secateur.layout.feed_forward import read_feed_forward
+from secateur.layout.keys import Keys, channels_key, head_counts
+from secateur.layout.mixture import experts_in, read_mixture
+from secateur.families.registry import assume
+from secateur.layout.probe import LENGTH, BlockProbe, Call, find_blocks, first, is_matrix, record, same
+from secateur.layout.proof import disproved
+from secateur.layout.twin import tiny_twin
+from secateur.model.describe import describe
+from secateur.model.structure import inputs_first
+
+OTHER_INPUTS = "its blocks take further inputs that depend on the tokens"
+OTHER_SUMS = "its blocks do more than add their modules' outputs to the residual stream"
+
+
+class Part(NamedTuple):
+    """Module of a block that adds to the residual stream."""
+
+    path: str | None
+    """Submodule; None if its layers are children of the block itself."""
+    output: str
+    """Layer whose output is the module's, or the whole module where no single layer's is."""
+    role: str
+    """The part of a description that it belongs to: "attention", "feed_forward" or "token_mixer"."""
+    fields: dict[str, Any]
+    """Fields of the description."""
+    dim: int = 0
+    """Size of a head."""
+
+
+def derive(config: Any, model_class: Any = None) -> Family:
+    """Return the description of a model from its config.
+
+    Raises:
+        SecateurError: The model cannot be pruned; with the reason that was found.
+    """
+    try:
+        return _derived(config, model_class)
+    except SecateurError as error:
+        raise SecateurError(f"model type '{config.model_type}' cannot be pruned: {error}") from error
+
+
+def _derived(config: Any, model_class: Any) -> Family:
+    twin = tiny_twin(config, model_class)
+    model = twin.model
+    blocks = find_blocks(model, len(twin.layers))
+    with quiet(), torch.no_grad():
+        (probes, outside), (others, _) = (record(model, blocks, _ids(model, seed)) for seed in (0, 1))
+        found: dict[str, Any] = {"blocks": blocks} | _final_norm(model, outside, first(probes[-1].calls[""].output))
+        stock: dict[str, Any] = {}
+        for index, (probe, other) in enumerate(zip(probes, others, strict=True)):
+            _check_inputs(probe, other)
+            keys = Keys(model, blocks, index)
+            parts = [*_parts(probe, keys)]
+            for part in parts:
+                _merge(found, part.fields)
+                stock |= _stock(probe, part, keys)
+            _merge(found, _sums(probe, parts, model.config))
+        if not {"attention", "feed_forward"} & found.keys():
+            raise SecateurError("none of its modules has units that can be removed")
+        family = Family(**{"attention": NOWHERE, "feed_forward": NOWHERE, **found}, stock=Stock(**stock))
+        for probe in probes:
+            assume(model.config, family)
+            for kind, reason in disproved(probe, describe(model.config, probe.block)).items():
+                if kind != "heads":
+                    raise SecateurError(f"its {kind} cannot be removed: {reason}")
+                family = replace(family, heads_locked=reason, attention_fixed=family.adds_residual)
+    return family
+
+
+def _ids(model: nn.Module, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return torch.randint(4, embedding.weight.shape[0] - 4, (1, LENGTH), generator=generator)
+
+
+def _merge(found: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Add fields of one block to those of the blocks before it, which must be the same."""
+    for name, value in fields.items():
+        if found.setdefault(name, value) != value:
+            raise SecateurError(f"its blocks differ: {name} is {found[name]} in one and {value} in another")
+
+
+def _check_inputs(probe: BlockProbe, other: BlockProbe) -> None:
+    """Raise `SecateurError` if the block takes further inputs that depend on tokens, or is run several times."""
+    if "" not in probe.calls or probe.again:
+        raise SecateurError("its blocks, or modules inside them, run several times")
+    given = [{**dict(enumerate(one.calls[""].args)), **one.calls[""].kwargs} for one in (probe, other)]
+    for key, value in given[0].items():
+        # Positions, masks and rotary embeddings are the same for all tokens.
+        tensors = [[one] if isinstance(one, Tensor) else one for one in (value, given[1].get(key))]
+        if key not in (0, "hidden_states") and isinstance(tensors[0], (list, tuple)):
+            for one, two in zip(*tensors, strict=False):
+                if isinstance(one, Tensor) and one.is_floating_point() and not same(one, two):
+                    raise SecateurError(OTHER_INPUTS)
+    if not same(probe.run(), probe.output("")):
+        raise SecateurError("its blocks depend on what ran before them")
+
+
+def _parts(probe: BlockProbe, keys: Keys) -> Iterator[Part]:
+    """Yield the modules of a block in the order in which they run."""
+    loose: list[str] = []
+    for path in _outermost(probe):
+        if path in probe.layers:
+            loose.append(path)
+            continue
+        module = probe.block.get_submodule(path)
+        if not any(is_matrix(part) for part in module.modules()) and experts_in(module) is None:
+            continue
+        yield _part(probe, path, keys)
+    if len(loose) > 1:
+        fields = read_feed_forward(probe, None, loose[-1])
+        role = "unread" if fields is None else "feed_forward"
+        yield Part(None, loose[-1], role, fields or {})
+
+
+def _part(probe: BlockProbe, path: str, keys: Keys) -> Part:
+    """Return what a module of a block is."""
+    unread = Part(path, path, "unread", {})
+    if experts_in(probe.block.get_submodule(path)) is not None:
+        experts = read_mixture(probe, path, keys)
+        if isinstance(experts, str):
+            return unread
+        return Part(path, path, "feed_forward", {"feed_forward": path, "experts": experts})
+    attention = read_attention(probe, path)
+    if attention is not None:
+        output = f"{path}.{attention.fields['output']}"
+        return Part(path, output, "attention", _of_heads(attention, keys), attention.dim)
+    own = output_of(probe, path)
+    if own is None:
+        return unread
+    if _mixes_tokens(probe, path):
+        mixer = TokenMixer(path, own.removeprefix(f"{path}."), "")
+        return Part(path, own, "token_mixer", {"token_mixer": mixer})
+    fields = read_feed_forward(probe, path)
+    if fields is None:
+        return unread
+    joins = same(probe.output(path), probe.output(own))
+    return Part(path if joins else None, own, "feed_forward", fields if joins else _of_block(fields, path))
+
+
+def _outermost(probe: BlockProbe) -> list[str]:
+    """Return the called modules that are in no other called module than the block, in the order of their calls."""
+    called = [path for path in probe.calls if path]
+    return [path for path in called if not any(path.startswith(f"{other}.") for other in called)]
+
+
+def _of_block(fields: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return the fields of a feed-forward whose module adds the residual stream itself: its layers count as the
+    block's."""
+    named = {name: f"{path}.{fields[name]}" for name in ("up", "gate", "down", "fused_gate", "activation") if fields.get(name)}
+    return fields | named | {"feed_forward": None}
+
+
+def _mixes_tokens(probe: BlockProbe, path: str) -> bool:
+    """Return whether a module's output for the last token depends on its inputs for others."""
+    args, kwargs, output = probe.calls[path]
+    changed = probe.input(path).clone()
+    changed.reshape(-1, changed.shape[-1])[:-1] += 1
+    name = next((key for key, value in kwargs.items() if value is probe.input(path)), None)
+    module = probe.block.get_submodule(path)
+    found = module(*args, **kwargs | {name: changed}) if name else module(changed, *args[1:], **kwargs)
+    last = [first(one).reshape(-1, first(one).shape[-1])[-1] for one in (found, output)]
+    return not same(*last)
+
+
+def _of_heads(attention: Attention, keys: Keys) -> dict[str, Any]:
+    """Return the fields of an attention, with those that say where its numbers of heads come from."""
+    config, fields, locked = keys.config, dict(attention.fields), attention.locked
+    own, heads, groups = getattr(config, "num_key_value_heads", None), attention.heads, attention.groups
+    if config.num_attention_heads != heads:
+        locked = locked or "its config does not say how many heads a block has"
+    if "latent" not in fields:
+        if groups == heads and own != heads:
+            fields["ungrouped"] = True
+        elif own != groups:
+            locked = locked or "its config does not say how many KV groups a block has"
+        size = None if fields.get("ungrouped") else getattr(config, "head_dim", None)
+        if attention.dim != (size or config.hidden_size // heads):
+            locked = locked or "its config does not say how large a head is"
+    return fields | ({"heads_locked": locked} if locked else {})
+
+
+def _stock(probe: BlockProbe, part: Part, keys: Keys) -> dict[str, Any]:
+    """Return which config keys the class reads for the widths of a module, and which widths it takes."""
+    if part.role == "attention":
+        own = {} if "latent" in part.fields else {"head_dim": part.dim}
+        found: dict[str, Any] = {"head_counts": head_counts(keys, part.output, _input_axis(probe, part.output), own)}
+        return found | ({} if hasattr(keys.config, "rope_parameters") else {"theta_key": None})
+    if part.role != "feed_forward" or "experts" in part.fields:
+        return {}
+    key = channels_key(keys, part.output, _input_axis(probe, part.output))
+    return {"derives_channels": True} if key is None else {"channels_key": key}
+
+
+def _input_axis(probe: BlockProbe, layer: str) -> int:
+    return int(not inputs_first(probe.block.get_submodule(layer)))
+
+
+def _final_norm(model: nn.Module, outside: dict[str, Call], last: Tensor) -> dict[str, Any]:
+    """Return the norm between the last block and the output layer, and whether it stores its gain minus one."""
+    for path, call in outside.items():
+        norm = model.get_submodule(path)
+        if not [*norm.children()] and call.args and same(call.args[0], last) and isinstance(call.output, Tensor):
+            return {"final_norm": path, "norm_offset": _has_offset(norm, call)}
+    raise SecateurError("there is no norm after its last block")
+
+
+def _has_offset(norm: nn.Module, call: Call) -> bool:
+    """Return whether a norm whose tensors are zero returns something else than zeros."""
+    before = {name: value.clone() for name, value in norm.named_parameters()}
+    for value in norm.parameters():
+        value.data.zero_()
+    found = bool(before) and not same(norm(*call.args, **call.kwargs), torch.zeros_like(call.output))
+    for name, value in norm.named_parameters():
+        value.data.copy_(before[name])
+    return found
+
+
+def _sums(probe: BlockProbe, parts: list[Part], config: Any) -> dict[str, Any]:
+    """Return how a block adds its modules' outputs to the residual stream.
+
+    Raises:
+        SecateurError: It does something else.
+    """
+    whole = first(probe.calls[""].output)
+    found: dict[str, Any] = {"returns_tuple": not isinstance(probe.calls[""].output, Tensor)}
+    with ExitStack() as silent:
+        for part in parts:
+            silent.enter_context(probe.replaced(part.output, 0.0))
+        if not same(probe.run(), probe.hidden):
+            raise SecateurError(OTHER_SUMS)
+    for part in parts:
+        if part.role == "unread":
+            continue
+        name = "attention" if part.role == "token_mixer" else part.role
+        with ExitStack() as silent:
+            for other in parts:
+                if other is not part:
+                    silent.enter_context(probe.replaced(other.output, 0.0))
+            outputs: dict[str, Call] = {}
+            silent.enter_context(_watching(probe, outputs))
+            added = probe.run() - probe.hidden
+        own = first(outputs[part.output].output)
+        after = next((path for path, call in outputs.items() if _is_norm(probe, path) and call.args and same(call.args[0], own)), None)
+        own = own if after is None else outputs[after].output
+        factor = float((added * own.reshape(added.shape)).sum() / own.square().sum())
+        if not same(added, own.reshape(added.shape) * factor):
+            raise SecateurError(OTHER_SUMS)
+        if abs(factor - 1) > 1e-9:
+            key = next((key for key, value in vars(config).items() if isinstance(value, float) and abs(value - factor) < 1e-9), None)
+            if key is None:
+                raise SecateurError(OTHER_SUMS)
+            found["residual_multiplier"] = key
+        elif part.role != "token_mixer":
+            found.setdefault("residual_multiplier", None)
+        if after is not None and part.role != "token_mixer":
+            before = next((path for path in probe.calls if _is_norm(probe, path) and same(probe.output(path), _input_of(probe, part))), None)
+            found |= {f"norm_after_{name}": after, f"norm_before_{name}": before}
+        if part.path is not None and isinstance(probe.output(part.path), Tensor):
+            if not same(probe.output(part.path), probe.output(part.output)):
+                found["adds_residual"] = True
+    assert isinstance(whole, Tensor)
+    return found
+
+
+def _watching(probe: BlockProbe, calls: dict[str, Call]) -> ExitStack:
+    """Record the calls of all modules of a block while the returned context is open."""
+    hooks = ExitStack()
+    for path, module in probe.block.named_modules():
+
+        def keep(_: Any, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+            calls[path] = Call(args, kwargs, output)
+
+        hooks.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
+    return hooks
+
+
+def _is_norm(probe: BlockProbe, path: str) -> bool:
+    """Return whether a module has one gain for each entry of the residual stream."""
+    module = probe.block.get_submodule(path)
+    weight = module._parameters.get("weight")
+    return weight is not None and tuple(weight.shape) == (probe.hidden.shape[-1],)
+
+
+def _input_of(probe: BlockProbe, part: Part) -> Any:
+    """Return the input of a module."""
+    if part.path is not None:
+        return probe.input(part.path)
+    return probe.input(str(part.fields.get("up") or part.fields.get("fused_gate")))
