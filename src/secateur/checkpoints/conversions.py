@@ -13,7 +13,7 @@ from secateur.checkpoints.weights import Computed, TensorInfo
 def renamed(tensors: Mapping[str, TensorInfo], kind: str) -> dict[str, TensorInfo]:
     """Return the tensors of a checkpoint by transformers' names. Tensors that transformers joins are joined.
 
-    Matrices of experts, each of which is stored, keep names of their own; see `matrices_of_experts`.
+    Matrices that are stored expert by expert keep names of their own; see `matrices_of_experts`.
 
     Args:
         tensors: Stored tensors by stored name.

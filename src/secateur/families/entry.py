@@ -84,6 +84,8 @@ class TokenMixer:
     """Output layer inside that submodule."""
     layer_type: str
     """Value in the config's `layer_types` for blocks with this token mixer."""
+    outputs: int = 1
+    """Number of values that the submodule returns, the output first."""
 
 
 class KvSharing(NamedTuple):
@@ -265,6 +267,8 @@ class Family:
     """Whether the attention and the feed-forward add their outputs to the residual stream themselves."""
     returns_tuple: bool = False
     """Whether blocks return a tuple whose first entry is the residual stream."""
+    attention_outputs: int = 2
+    """Number of values that the attention returns, the output first."""
     token_mixer: TokenMixer | None = None
     """Token mixer in the attention's place in some blocks. Heads are removed from the other blocks, channels from
     all."""
@@ -313,6 +317,12 @@ class Family:
         itself."""
         part = submodule(layer, path)
         return part is not None and any(submodule(part, name) for name in names if name)
+
+    def norm_after(self, layer: nn.Module, role: str) -> str | None:
+        """Return the norm of a block between the output projection of a module, "attention" or "feed_forward", and the
+        residual stream; None if there is none."""
+        name: str | None = getattr(self, f"norm_after_{role}")
+        return name if submodule(layer, name or NOWHERE) is not None else None
 
     def sharing(self, config: Any, attention: nn.Module) -> KvSharing | None:
         """Return how an attention shares keys and values with other blocks; None if it does not."""

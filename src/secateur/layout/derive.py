@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
-from secateur.base.quiet import quiet
+from secateur.base.quiet import first_line, quiet
 from secateur.families.entry import NOWHERE, Experts, Family, Stock, TokenMixer
 from secateur.layout.attention import Attention, output_of, read_attention
 from secateur.layout.feed_forward import read_feed_forward
@@ -51,6 +51,11 @@ def derive(config: Any, model_class: Any = None) -> Family:
         return _derived(config, model_class)
     except SecateurError as error:
         raise SecateurError(f"model type '{config.model_type}' cannot be pruned: {error}") from error
+    except Exception as error:
+        # Reading a class that nobody has tried may fail anywhere.
+        raise SecateurError(
+            f"model type '{config.model_type}' cannot be pruned: its class was not understood ({first_line(error)})"
+        ) from error
 
 
 def _derived(config: Any, model_class: Any) -> Family:
@@ -104,7 +109,7 @@ def _check_inputs(probe: BlockProbe, other: BlockProbe) -> None:
         tensors = [[one] if isinstance(one, Tensor) else one for one in (value, given[1].get(key))]
         if key not in (0, "hidden_states") and isinstance(tensors[0], (list, tuple)):
             for one, two in zip(*tensors, strict=False):
-                if isinstance(one, Tensor) and one.is_floating_point() and not same(one, two):
+                if isinstance(one, Tensor) and not same(one, two):
                     raise SecateurError(OTHER_INPUTS)
     if not same(probe.run(), probe.output("")):
         raise SecateurError("its blocks depend on what ran before them")
@@ -129,7 +134,9 @@ def _parts(probe: BlockProbe, keys: Keys) -> Iterator[Part]:
 
 def _part(probe: BlockProbe, path: str, keys: Keys) -> Part:
     """Return what a module of a block is."""
-    unread = Part(path, path, "unread", {})
+    unread, outputs = Part(path, path, "unread", {}), probe.outputs(path)
+    if outputs == 0:
+        return unread
     if experts_in(probe.block.get_submodule(path)) is not None:
         experts = read_mixture(probe, path, keys)
         if isinstance(experts, str):
@@ -137,16 +144,16 @@ def _part(probe: BlockProbe, path: str, keys: Keys) -> Part:
         return Part(path, path, "feed_forward", {"feed_forward": path, "experts": experts})
     attention = read_attention(probe, path)
     if attention is not None:
-        output = f"{path}.{attention.fields['output']}"
-        return Part(path, output, "attention", _of_heads(attention, keys), attention.dim)
+        fields = _of_heads(attention, keys) | {"attention_outputs": outputs}
+        return Part(path, f"{path}.{attention.fields['output']}", "attention", fields, attention.dim)
     own = output_of(probe, path)
     if own is None:
         return unread
     if _mixes_tokens(probe, path):
-        mixer = TokenMixer(path, own.removeprefix(f"{path}."), "")
+        mixer = TokenMixer(path, own.removeprefix(f"{path}."), "", outputs=probe.outputs(path))
         return Part(path, own, "token_mixer", {"token_mixer": mixer})
     fields = read_feed_forward(probe, path)
-    if fields is None:
+    if fields is None or outputs > 1:
         return unread
     joins = same(probe.output(path), probe.output(own))
     return Part(path if joins else None, own, "feed_forward", fields if joins else _of_block(fields, path))

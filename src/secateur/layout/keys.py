@@ -30,6 +30,7 @@ class Keys:
         try:
             # Made anew, because some classes check their values only then.
             config = type(self.config).from_dict({**self.config.to_dict(), **values})
+            config._experts_implementation = self.config._experts_implementation
             with quiet(), torch.device(device):
                 model = self._class._from_config(config).eval()
                 if device == "cpu":
@@ -114,7 +115,7 @@ def head_counts(keys: Keys, output: str, axis: int, values: Mapping[str, Any]) -
     """
     config, shapes = keys.config, keys.shapes(f"{output}.weight")
     heads, entries = config.num_attention_heads, keys.of_twin(shapes)[axis]
-    odd = next(number for number in range(heads + 1, 4 * heads) if config.hidden_size % number)
+    odd = next((number for number in range(heads + 1, 4 * heads) if config.hidden_size % number), heads + 1)
     even = 2 * heads if config.hidden_size % (2 * heads) == 0 else max(heads // 2, 1)
     for number, answer in ((odd, "any"), (even, "divisors")):
         counts = dict.fromkeys(("num_key_value_heads", "num_attention_heads"), number)

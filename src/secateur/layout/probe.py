@@ -100,6 +100,11 @@ class BlockProbe:
         """Return the first output of a recorded call."""
         return first(self.calls[path].output)
 
+    def outputs(self, path: str) -> int:
+        """Return the number of values that a module returned; zero if they are in no tuple."""
+        output = self.calls[path].output
+        return 1 if isinstance(output, Tensor) else len(output) if type(output) is tuple else 0
+
     def input(self, path: str) -> Any:
         """Return the first input of a recorded call."""
         args, kwargs, _ = self.calls[path]

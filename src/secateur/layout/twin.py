@@ -6,7 +6,7 @@ as the class allows, so that its shapes show which size is which.
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -42,7 +42,9 @@ HEADS, ROPE = 4, 8
 LAYERS = re.compile(r"(n|num|decoder|num_decoder|encoder|num_encoder|num_hidden)_(layers?|blocks)")
 INDEX = re.compile(r"layer_?(idx|index|id|number)|_idx|_index|^idx")
 """Attributes of modules that hold the index of a block."""
-FIRST = re.compile(r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|max_window_layers")
+FIRST = re.compile(
+    r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|max_window_layers|loop_layer_index_\w+"
+)
 """Numbers of blocks, counted from the first, that are of another kind than the rest."""
 LAST = re.compile(r"num_kv_shared_layers")
 """The same, counted from the last."""
@@ -127,22 +129,57 @@ def _tried(config: Any, model_class: Any, make: Any) -> Any:
 
 def _twin(config: Any, model_class: Any, sizes: Sizes | None) -> Twin:
     layers, kinds = _kinds(config, model_class, sizes)
-    try:
-        model = _built(model_class, tiny_config(config, layers, sizes), "cpu")
-        fits = _signatures(model) == [kinds[layer] for layer in layers]
-    except Exception:
-        fits = False
-    if not fits:
-        # Rules such as "every eighth block" hold in the whole model only.
+    errors: list[Exception] = []
+    for make in _candidates(config, model_class, sizes, layers, [kinds[layer] for layer in layers]):
+        # Some routers compute in float32 whatever their model's precision.
+        for double in (True, False):
+            try:
+                model = make()
+                return Twin(_ready(model.double() if double else model), layers)
+            except Exception as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _candidates(
+    config: Any, model_class: Any, sizes: Sizes | None, layers: list[int], kinds: list[Any]
+) -> Iterator[Callable[[], Any]]:
+    """Yield functions that make a model of some blocks, the best first."""
+
+    def small() -> Any:
+        return _built(model_class, tiny_config(config, layers, sizes), "cpu")
+
+    def cut() -> Any:
         model = _built(model_class, tiny_config(config, range(_count(config)), sizes), "cpu")
         _cut(model, layers)
-    model = model.double().eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
+        return model
+
+    try:
+        found = _signatures(small())
+    except Exception:
+        found = []
+    if found == kinds:
+        yield small
+    # Rules such as "every eighth block" hold in the whole model only.
+    yield cut
+    if [_outline(kind) for kind in found] == [_outline(kind) for kind in kinds]:
+        # Each block may have modules for the other blocks that share its tensors.
+        yield small
+
+
+def _outline(kind: Any) -> list[Any]:
+    """Return the names and classes of a block's own children."""
+    return [(name, module) for name, module, _ in kind[0] if "." not in name]
+
+
+def _ready(model: Any) -> Any:
+    """Return a model with random numbers in its tensors, which has run once."""
+    model, generator = model.eval().requires_grad_(False), torch.Generator().manual_seed(0)
     _randomise(model, generator)
     ids = torch.randint(4, VOCAB - 4, (ROWS, TOKENS), generator=generator)
     if not model(ids, use_cache=False).logits.isfinite().all():
         raise SecateurError("its logits are not finite")
-    return Twin(model, layers)
+    return model
 
 
 def _built(model_class: Any, config: Any, device: str) -> Any:
@@ -151,9 +188,10 @@ def _built(model_class: Any, config: Any, device: str) -> Any:
     config._experts_implementation = "eager"
     with torch.device(device):
         try:
-            return model_class._from_config(copy.deepcopy(config), attn_implementation="eager")
+            eager = {"attn_implementation": "eager"}
+            return model_class._from_config(copy.deepcopy(config), dtype=torch.float64, **eager)
         except ValueError:
-            return model_class._from_config(config)
+            return model_class._from_config(config, dtype=torch.float64)
 
 
 def _kinds(config: Any, model_class: Any, sizes: Sizes | None) -> tuple[list[int], list[Any]]:
@@ -165,10 +203,10 @@ def _kinds(config: Any, model_class: Any, sizes: Sizes | None) -> tuple[list[int
             raise SecateurError(f"{parameters} parameters are too many")
     kinds = _signatures(_built(model_class, whole, "meta"))
     lists = [value for value in vars(config).values() if isinstance(value, list | tuple) and len(value) == len(kinds)]
-    first = {
-        (kind, *(repr(values[i]) for values in lists if not _ascending(values))): i
-        for i, kind in [*enumerate(kinds)][::-1]
-    }
+    lists, own = [values for values in lists if not _ascending(values)], _overrides(config)
+    first: dict[str, int] = {}
+    for i, kind in enumerate(kinds):
+        first.setdefault(repr((kind, own.get(i), [values[i] for values in lists])), i)
     layers = sorted(first.values())[:MOST_KINDS]
     return (layers if len(layers) > 1 else [*range(len(kinds))][:2]), kinds
 
@@ -205,7 +243,9 @@ def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
     """Return the list of modules with most parameters."""
-    return max(_lists(model).values(), key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    lists = [*_lists(model).values()]
+    lists = [blocks for blocks in lists if len(blocks) == _count(model.config)] or lists
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
 def _cut(model: nn.Module, layers: Sequence[int]) -> None:
@@ -218,9 +258,11 @@ def _cut(model: nn.Module, layers: Sequence[int]) -> None:
         for name, value in list(vars(module).items()):
             if INDEX.search(name) and value in layers:
                 setattr(module, name, layers.index(value))
+    whole = _count(model.config)
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     for config in configs.values():
-        _pick(config, layers)
+        if type(config) is type(model.config) and _count(config) == whole:
+            _pick(config, layers)
 
 
 def _randomise(model: nn.Module, generator: torch.Generator) -> None:
@@ -243,18 +285,21 @@ def _ascending(values: Sequence[Any]) -> bool:
 
 
 def _count(config: Any) -> int:
-    for name in (getattr(config, "attribute_map", {}).get("num_hidden_layers"), "decoder_layers", "num_hidden_layers"):
+    for name in ("decoder_layers", getattr(config, "attribute_map", {}).get("num_hidden_layers"), "num_hidden_layers"):
         if name and type(getattr(config, name, None)) is int:
             return int(getattr(config, name))
     raise SecateurError("its config has no number of blocks")
 
 
 def _pick(config: Any, layers: Sequence[int]) -> None:
-    """Keep some blocks of a config: in its number of blocks, lists with an entry for each block, and lists of blocks."""
+    """Keep some blocks of a config: in numbers of blocks, lists with an entry for each block, and lists of blocks."""
     count, own = _count(config), _overrides(config)
     for key, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and value and _ascending(value) and re.search("layer|idx|indices", key):
             setattr(config, key, type(value)(layers.index(layer) for layer in value if layer in layers))
+        elif key == "block_types":
+            # A cycle of kinds.
+            setattr(config, key, type(value)(value[layer % len(value)] for layer in layers))
         elif isinstance(value, list | tuple) and len(value) == count:
             setattr(config, key, type(value)(value[layer] for layer in layers))
         elif isinstance(value, str) and len(value) == count and "pattern" in key:
@@ -267,6 +312,16 @@ def _pick(config: Any, layers: Sequence[int]) -> None:
             setattr(config, key, sum(layer < value for layer in layers))
         elif LAST.fullmatch(key):
             setattr(config, key, sum(layer >= count - value for layer in layers))
+    for key in [key for key in vars(config) if key.endswith("_period")]:
+        # Find a rule with which the blocks that stay are of the same kinds.
+        offset = key.removesuffix("period") + "offset"
+        wanted = [layer % getattr(config, key) == getattr(config, offset, 0) for layer in layers]
+        pairs = ((period, start) for period in range(1, len(layers) + 2) for start in range(period))
+        for period, start in pairs:
+            if [place % period == start for place in range(len(layers))] == wanted:
+                setattr(config, key, period)
+                setattr(config, offset, start)
+                break
     if own:
         config.per_layer_config = {new: own[old] for new, old in enumerate(layers) if old in own}
 
@@ -304,10 +359,11 @@ def _changed(key: str, value: Any, whole: Mapping[str, Any], sizes: Sizes) -> An
         return _number(key, value, whole, sizes)
     if isinstance(value, dict) and key.startswith("rope"):
         return _rope(value, *_heads(whole, sizes))
-    if isinstance(value, list | tuple) and all(type(v) is int for v in value):
-        if re.search(r"token_id$", key) or not _ascending(value):
-            return type(value)(_number(key, v, whole, sizes) for v in value)
-    return value
+    if not isinstance(value, list | tuple) or any(type(v) is not int for v in value):
+        return value
+    if _ascending(value) and not key.endswith("token_id"):
+        return value
+    return type(value)(_number(key, v, whole, sizes) for v in value)
 
 
 def _heads(whole: Mapping[str, Any], sizes: Sizes) -> tuple[int, int]:
@@ -356,8 +412,8 @@ def _number(key: str, value: int, whole: Mapping[str, Any], sizes: Sizes) -> int
         return HEADS if value == whole.get("linear_num_value_heads") else 2
     if expand and re.fullmatch(r"(mamba_(n|num)|n_mamba)_heads|num_heads|mamba_d_ssm", key):
         return int(expand * sizes.hidden) // (1 if key == "mamba_d_ssm" else sizes.head)
-    if key == "attention_head_dim" and heads and hidden:
-        return value * heads * sizes.hidden // (hidden * HEADS)
+    if "attention_hidden_size" in whole and key in ("head_dim", "attention_head_dim"):
+        return value * whole["num_attention_heads"] * sizes.hidden // (whole["hidden_size"] * HEADS)
     for pattern, size in RULES.items():
         if re.search(pattern, key):
             return min(size, value)
@@ -365,7 +421,7 @@ def _number(key: str, value: int, whole: Mapping[str, Any], sizes: Sizes) -> int
         if rope and "linear" not in key:
             return value * ROPE // rope
         dense = whole.get("head_dim")
-        return sizes.head if value <= (dense or value) else sizes.head + 8
+        return sizes.head if value <= (dense or value) or re.search("mamba|linear", key) else sizes.head + 8
     if re.search(r"heads?$|heads_per_layer$", key):
         return HEADS if value == heads or heads is None else 2 * HEADS
     if value == hidden:

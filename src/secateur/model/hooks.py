@@ -78,7 +78,7 @@ def replayed(
             part = layer.get_submodule(str(module.path))
             type(part).forward(part, *args, **kwargs)
         # Some blocks add to the output in place.
-        return (output.clone(), None) if module.returns_tuple else output.clone()
+        return (output.clone(), *[None] * (module.outputs - 1)) if module.outputs > 1 else output.clone()
 
     def narrow(hidden: Tensor) -> Tensor:
         return hidden[..., :1]

@@ -154,12 +154,12 @@ class BlockStream:
     def reading_gains(self) -> Tensor | None:
         """Gains of the norms before the modules, in the order in which they run, and of the final norm.
 
-        (modules + 1) x d; None if the family names no such norms.
+        (modules + 1) x d; None if a module has no such norm.
         """
         names = {ATTENTION: self.family.norm_before_attention, FEED_FORWARD: self.family.norm_before_feed_forward}
-        if None in names.values():
+        modules = [(index, module) for index, block in enumerate(self.blocks) for module in block.modules]
+        if any(f"{names[module.role]}.weight" not in self.blocks[index].shapes for index, module in modules):
             return None
-        modules = ((index, module) for index, block in enumerate(self.blocks) for module in block.modules)
         stored = [self._read_block(index, f"{names[module.role]}.weight") for index, module in modules]
         stored.append(self.read(f"{self.family.final_norm}.weight"))
         return torch.stack(stored).to(self.device, torch.float32) + self.family.norm_offset

@@ -84,8 +84,8 @@ class PrunableModule:
     """Reason why single units cannot be removed exactly; None if they can."""
     fixed: bool = False
     """Whether the module cannot be removed as a whole."""
-    returns_tuple: bool = False
-    """Whether the submodule returns a tuple: its output, then attention weights or router scores."""
+    outputs: int = 1
+    """Number of values that the submodule returns: its output, then attention weights or router scores."""
     experts_per_token: int = 0
     """Number of experts per token (top-k); zero without experts."""
     shared: tuple[Slab, ...] = ()

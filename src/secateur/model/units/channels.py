@@ -38,4 +38,5 @@ def feed_forward(_: Any, family: Family, layer: Any) -> PrunableModule | None:
     output, bias = output_projection(layer, prefix + family.down, (CHANNELS,), number, 1)
     axes = (Axis(CHANNELS, number, rounded=True, rounds_from=1024),)
     inputs = tuple(slab for slabs in projections for slab in slabs)
-    return PrunableModule("channels", axes, inputs, output, bias, family.feed_forward, family.norm_after_feed_forward)
+    after = family.norm_after(layer, "feed_forward")
+    return PrunableModule("channels", axes, inputs, output, bias, family.feed_forward, after)

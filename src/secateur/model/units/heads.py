@@ -56,7 +56,7 @@ def attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     if not family.has(layer, family.attention, family.fused or family.queries, family.output):
         return None
     heads, groups, dim = config.num_attention_heads, key_value_heads(config), head_dim(config)
-    path, after = family.attention, family.norm_after_attention
+    path, after = family.attention, family.norm_after(layer, "attention")
     if (why := family.lock(config)) is not None:
         return _locked(config, family, layer, why)
     projections = _input_projections(family, layer, heads, groups, dim)
@@ -68,7 +68,7 @@ def attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     locked = "its query and key norms differ from head to head" if differ else None
     axes = head_axes(groups, heads, differ)
     return PrunableModule(
-        "heads", axes, projections, output, bias, path, after, None, groups, locked, returns_tuple=True
+        "heads", axes, projections, output, bias, path, after, None, groups, locked, outputs=family.attention_outputs
     )
 
 
@@ -82,9 +82,9 @@ def _locked(config: Any, family: Family, layer: Any, why: str) -> PrunableModule
     sharing = family.sharing(config, layer.get_submodule(path))
     fixed = family.attention_fixed or (sharing is not None and sharing.provides_keys)
     joins = None if family.adds_residual else path
-    axes, after = head_axes(groups, heads, True), family.norm_after_attention
+    axes, after = head_axes(groups, heads, True), family.norm_after(layer, "attention")
     return PrunableModule(
-        "heads", axes, (), output, bias, joins, after, None, groups, why, fixed=fixed, returns_tuple=True
+        "heads", axes, (), output, bias, joins, after, None, groups, why, fixed=fixed, outputs=family.attention_outputs
     )
 
 
@@ -129,9 +129,9 @@ def latent_attention(config: Any, family: Family, layer: Any) -> PrunableModule 
         rows = layer.get_submodule(f"{path}.{name}").weight.shape[0] // heads
         projections += input_projection(layer, f"{path}.{name}", HEADS, heads, rows)
     output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
-    after, axes, reads = family.norm_after_attention, head_axes(heads, heads), f"{path}.{latent_layer}"
+    after, axes, reads = family.norm_after(layer, "attention"), head_axes(heads, heads), f"{path}.{latent_layer}"
     return PrunableModule(
-        "heads", axes, projections, output, bias, path, after, None, heads, returns_tuple=True, input_reader=reads
+        "heads", axes, projections, output, bias, path, after, None, heads, outputs=family.attention_outputs, input_reader=reads
     )
 
 
@@ -147,4 +147,7 @@ def token_mixer(_: Any, family: Family, layer: Any) -> PrunableModule | None:
         return None
     slab, bias = output_projection(layer, f"{mixer.path}.{mixer.output}", (TOKEN_MIXERS,), 1)
     axes = (Axis(TOKEN_MIXERS, 1, locked=True),)
-    return PrunableModule("token_mixers", axes, (), slab, bias, mixer.path, None, locked=REASON, fixed=True)
+    after, values = family.norm_after(layer, "attention"), mixer.outputs
+    return PrunableModule(
+        "token_mixers", axes, (), slab, bias, mixer.path, after, locked=REASON, fixed=True, outputs=values
+    )
