@@ -50,6 +50,10 @@ class Experts:
     parallel_norms: tuple[str, str] | None = None
     """Norms before and after the experts, if experts and router are children of the block itself, parallel to a
     feed-forward that is never pruned. The norm after the feed-forward is then applied to the sum of their outputs."""
+    batched_router: bool = False
+    """Whether the router takes rows of tokens (b x t x d) instead of tokens (n x d)."""
+    scale: str | None = None
+    """Config key of a factor on the sum of the routed experts' outputs; None without one."""
     returns_scores: bool = False
     """Whether the feed-forward returns a tuple: its output, then the router's scores."""
     scales_inputs: bool = False
@@ -86,6 +90,8 @@ class TokenMixer:
     """Value in the config's `layer_types` for blocks with this token mixer."""
     outputs: int = 1
     """Number of values that the submodule returns, the output first."""
+    marker: str | None = None
+    """Name inside the submodule that an attention at the same path in other blocks lacks; None if there is none."""
 
 
 class KvSharing(NamedTuple):
@@ -267,6 +273,12 @@ class Family:
     """Whether the attention and the feed-forward add their outputs to the residual stream themselves."""
     returns_tuple: bool = False
     """Whether blocks return a tuple whose first entry is the residual stream."""
+    head_gates: tuple[str, ...] = ()
+    """Further layers of the attention with rows for each query head: gates on the outputs of heads."""
+    changes_residual: bool = False
+    """Whether blocks change the residual stream otherwise than by adding their modules' outputs to it."""
+    others: tuple[str, ...] = ()
+    """Submodules that add to the residual stream, and are never pruned."""
     attention_outputs: int = 2
     """Number of values that the attention returns, the output first."""
     token_mixer: TokenMixer | None = None
@@ -330,7 +342,7 @@ class Family:
 
     def keeps_residual(self, config: Any) -> bool:
         """Return whether modules add to a residual stream that no norm changes."""
-        return self.pre_norm is None or bool(getattr(config, self.pre_norm))
+        return not self.changes_residual and (self.pre_norm is None or bool(getattr(config, self.pre_norm)))
 
     def lock(self, config: Any) -> str | None:
         """Return why heads cannot be removed exactly from the blocks of a config; None if they can."""

@@ -33,6 +33,8 @@ class _Rows(NamedTuple):
     queries: Tensor
     keys: Tensor
     values: Tensor
+    fed: int
+    """Largest number of inputs of the output projection that a row feeds."""
 
     @property
     def kinds(self) -> str:
@@ -52,7 +54,8 @@ def _rows(feeds: Feeds, heads: int) -> _Rows:
     # A value feeds one entry of each of its heads.
     is_key = (earlier.sum(1) > 1).any(0)
     is_value = earlier.flatten(0, 1).any(0) & ~is_key
-    return _Rows((last | earlier).any(1), last.flatten(0, 1).any(0) & ~is_key & ~is_value, is_key, is_value)
+    fed = int(feeds.any.sum(0).max())
+    return _Rows((last | earlier).any(1), last.flatten(0, 1).any(0) & ~is_key & ~is_value, is_key, is_value, fed)
 
 
 def output_of(probe: BlockProbe, path: str) -> str | None:
@@ -111,12 +114,16 @@ def _layers(
 ) -> tuple[dict[str, Any], str | None]:
     """Return the names of the layers of queries, keys and values, and why their rows cannot be cut head by head."""
     own = {name: one for name, one in rows.items() if not one.is_shared or heads == 1 or groups == 1}
+    # Gates on the outputs of heads have rows for each head too; each feeds fewer inputs than a query.
+    asking = sorted((name for name, one in own.items() if one.kinds == "q"), key=lambda name: -int(own[name].fed))
+    gates, own = asking[1:], {name: one for name, one in own.items() if name not in asking[1:]}
     by_kind = {one.kinds: name for name, one in own.items()}
-    if len(by_kind) < len(own):
+    if len(by_kind) < len(own) or (gates and "q" in by_kind and not all(_in_order(rows[name], heads) for name in gates)):
         return {}, ORDER
+    more = {"head_gates": tuple(gates)} if gates else {}
     latent = next((name for kinds, name in by_kind.items() if kinds in ("k", "kv") and groups == heads > 1), None)
     shared = [name for name, one in rows.items() if one.is_shared and one.kinds.strip("q")]
-    if by_kind.keys() >= {"q", "kv"} and latent:
+    if by_kind.keys() >= {"q", "kv"} and latent and not gates:
         reads = [layer for layer in probe.feeds(f"{path}.{latent}") if layer.startswith(f"{path}.")]
         if len(reads) != 1:
             return {}, ORDER
@@ -126,7 +133,7 @@ def _layers(
     if shared and groups == heads > 1:
         return {}, ORDER
     if by_kind.keys() == {"q", "k", "v"}:
-        fields = {"queries": by_kind["q"], "keys": by_kind["k"], "values": by_kind["v"]}
+        fields = {"queries": by_kind["q"], "keys": by_kind["k"], "values": by_kind["v"], **more}
         even = _in_order(own[by_kind["q"]], heads) and all(_in_order(own[by_kind[kind]], groups) for kind in "kv")
         return fields, None if even else ORDER
     if by_kind.keys() != {"qkv"}:

@@ -1,6 +1,6 @@
 """Description of a model that has no entry, read off a tiny twin of its class."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from secateur.model.describe import describe
 from secateur.model.structure import inputs_first
 
 OTHER_INPUTS = "its blocks take further inputs that depend on the tokens"
-OTHER_SUMS = "its blocks do more than add their modules' outputs to the residual stream"
+OTHER = "another factor"
 
 
 class Part(NamedTuple):
@@ -63,17 +63,23 @@ def _derived(config: Any, model_class: Any) -> Family:
     model = twin.model
     blocks = find_blocks(model, len(twin.layers))
     with quiet(), torch.no_grad():
+        _check_causal(model)
         (probes, outside), (others, _) = (record(model, blocks, _ids(model, seed)) for seed in (0, 1))
         found: dict[str, Any] = {"blocks": blocks} | _final_norm(model, outside, first(probes[-1].calls[""].output))
         stock: dict[str, Any] = {}
         for index, (probe, other) in enumerate(zip(probes, others, strict=True)):
             _check_inputs(probe, other)
             keys = Keys(model, blocks, index)
-            parts = [*_parts(probe, keys)]
+            parts = _parts(probe, keys, found)
             for part in parts:
                 _merge(found, part.fields)
                 stock |= _stock(probe, part, keys)
-            _merge(found, _sums(probe, parts, model.config))
+            sums = _sums(probe, parts, model.config)
+            found["changes_residual"] = found.get("changes_residual", False) or sums.pop("changes_residual", False)
+            found["others"] = tuple(dict.fromkeys((*found.get("others", ()), *sums.pop("others"))))
+            _merge(found, sums)
+        if (mixer := found.get("token_mixer")) and mixer.path == found.get("attention"):
+            found["token_mixer"] = replace(mixer, marker=_marker(probes, mixer))
         if not {"attention", "feed_forward"} & found.keys():
             raise SecateurError("none of its modules has units that can be removed")
         family = Family(**{"attention": NOWHERE, "feed_forward": NOWHERE, **found}, stock=Stock(**stock))
@@ -84,6 +90,22 @@ def _derived(config: Any, model_class: Any) -> Family:
                     raise SecateurError(f"its {kind} cannot be removed: {reason}")
                 family = replace(family, heads_locked=reason, attention_fixed=family.adds_residual)
     return family
+
+
+def _check_causal(model: Any) -> None:
+    """Raise `SecateurError` if logits depend on later tokens."""
+    ids = _ids(model, 0)
+    other = ids.clone()
+    other[0, -1] = ids[0, -1] % 8 + 5
+    before, after = (model(one, use_cache=False).logits[0, :-1] for one in (ids, other))
+    if not same(before, after):
+        raise SecateurError("its logits depend on later tokens, so it is no decoder")
+
+
+def _marker(probes: list[BlockProbe], mixer: TokenMixer) -> str | None:
+    """Return the name of a module or parameter inside a token mixer that an attention at the same path lacks."""
+    names = [{name for name, _ in [*part.named_children(), *part.named_parameters(recurse=False)]} for part in (probe.block.get_submodule(mixer.path) for probe in probes)]
+    return next((name for name in sorted(set().union(*names)) if not all(name in one for one in names)), None)
 
 
 def _ids(model: nn.Module, seed: int) -> Tensor:
@@ -115,21 +137,42 @@ def _check_inputs(probe: BlockProbe, other: BlockProbe) -> None:
         raise SecateurError("its blocks depend on what ran before them")
 
 
-def _parts(probe: BlockProbe, keys: Keys) -> Iterator[Part]:
-    """Yield the modules of a block in the order in which they run."""
-    loose: list[str] = []
-    for path in _outermost(probe):
-        if path in probe.layers:
-            loose.append(path)
-            continue
-        module = probe.block.get_submodule(path)
-        if not any(is_matrix(part) for part in module.modules()) and experts_in(module) is None:
-            continue
-        yield _part(probe, path, keys)
+def _parts(probe: BlockProbe, keys: Keys, found: Mapping[str, Any]) -> list[Part]:
+    """Return the modules of a block in the order in which they run.
+
+    Args:
+        probe: The block.
+        keys: Keys of the config.
+        found: Fields of the description that blocks before this one have.
+    """
+    outermost = _outermost(probe)
+    loose = [path for path in outermost if path in probe.layers]
+    matrices = [path for path in outermost if path not in loose and _has_matrices(probe.block.get_submodule(path))]
+    parts = [_part(probe, path, keys) for path in matrices]
     if len(loose) > 1:
         fields = read_feed_forward(probe, None, loose[-1])
-        role = "unread" if fields is None else "feed_forward"
-        yield Part(None, loose[-1], role, fields or {})
+        parts.append(Part(None, loose[-1], "unread" if fields is None else "feed_forward", fields or {}))
+    for role in ("attention", "feed_forward"):
+        several = [part for part in parts if part.role == role]
+        # The one at the place that other blocks have it; else the one with experts; else the first.
+        several.sort(key=lambda part: (found.get(role) != part.fields[role], "experts" not in part.fields))
+        parts = [replaced(part) if part in several[1:] else part for part in parts]
+    # A norm with matrices adds nothing to the residual stream.
+    inputs = [_input_of(probe, part) for part in parts if part.role != "unread"]
+    return [
+        part
+        for part in parts
+        if part.role != "unread" or not any(same(probe.output(part.output), one) for one in inputs)
+    ]
+
+
+def replaced(part: Part) -> Part:
+    """Return a module as one that is never pruned."""
+    return part._replace(output=part.path or part.output, role="unread", fields={})
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    return any(is_matrix(part) for part in module.modules()) or experts_in(module) is not None
 
 
 def _part(probe: BlockProbe, path: str, keys: Keys) -> Part:
@@ -206,7 +249,8 @@ def _stock(probe: BlockProbe, part: Part, keys: Keys) -> dict[str, Any]:
     if part.role == "attention":
         own = {} if "latent" in part.fields else {"head_dim": part.dim}
         found: dict[str, Any] = {"head_counts": head_counts(keys, part.output, _input_axis(probe, part.output), own)}
-        return found | ({} if hasattr(keys.config, "rope_parameters") else {"theta_key": None})
+        # Versions of transformers before 5 know none of these models.
+        return found | {"theta_key": None}
     if part.role != "feed_forward" or "experts" in part.fields:
         return {}
     key = channels_key(keys, part.output, _input_axis(probe, part.output))
@@ -241,47 +285,59 @@ def _sums(probe: BlockProbe, parts: list[Part], config: Any) -> dict[str, Any]:
     """Return how a block adds its modules' outputs to the residual stream.
 
     Raises:
-        SecateurError: It does something else.
+        SecateurError: It has more than one stream.
     """
-    whole = first(probe.calls[""].output)
-    found: dict[str, Any] = {"returns_tuple": not isinstance(probe.calls[""].output, Tensor)}
-    with ExitStack() as silent:
-        for part in parts:
-            silent.enter_context(probe.replaced(part.output, 0.0))
-        if not same(probe.run(), probe.hidden):
-            raise SecateurError(OTHER_SUMS)
+    found: dict[str, Any] = {
+        "returns_tuple": not isinstance(probe.calls[""].output, Tensor),
+        "others": tuple(part.output for part in parts if part.role == "unread"),
+    }
+    if probe.hidden.dim() != 3 or not isinstance(probe.output(""), Tensor):
+        raise SecateurError("its blocks have several residual streams")
+    if not same(_alone(probe, parts, None)[0], probe.hidden):
+        found["changes_residual"] = True
+    factors = dict[str, Any]()
     for part in parts:
         if part.role == "unread":
             continue
-        name = "attention" if part.role == "token_mixer" else part.role
-        with ExitStack() as silent:
-            for other in parts:
-                if other is not part:
-                    silent.enter_context(probe.replaced(other.output, 0.0))
-            outputs: dict[str, Call] = {}
-            silent.enter_context(_watching(probe, outputs))
-            added = probe.run() - probe.hidden
-        own = first(outputs[part.output].output)
-        after = next((path for path, call in outputs.items() if _is_norm(probe, path) and call.args and same(call.args[0], own)), None)
+        result, outputs = _alone(probe, parts, part)
+        added, own = result - probe.hidden, first(outputs[part.output].output)
+        norms = [path for path in outputs if path and _is_norm(probe, path)]
+        after = next((path for path in norms if outputs[path].args and same(outputs[path].args[0], own)), None)
         own = own if after is None else outputs[after].output
-        factor = float((added * own.reshape(added.shape)).sum() / own.square().sum())
-        if not same(added, own.reshape(added.shape) * factor):
-            raise SecateurError(OTHER_SUMS)
-        if abs(factor - 1) > 1e-9:
-            key = next((key for key, value in vars(config).items() if isinstance(value, float) and abs(value - factor) < 1e-9), None)
-            if key is None:
-                raise SecateurError(OTHER_SUMS)
-            found["residual_multiplier"] = key
-        elif part.role != "token_mixer":
-            found.setdefault("residual_multiplier", None)
-        if after is not None and part.role != "token_mixer":
-            before = next((path for path in probe.calls if _is_norm(probe, path) and same(probe.output(path), _input_of(probe, part))), None)
+        own = own.reshape(added.shape)
+        factor = float((added * own).sum() / own.square().sum())
+        factors[part.output] = _factor(config, factor) if same(added, own * factor) else OTHER
+        if after is not None:
+            name = "feed_forward" if part.role == "feed_forward" else "attention"
+            before = next((path for path in norms if same(probe.output(path), _input_of(probe, part))), None)
             found |= {f"norm_after_{name}": after, f"norm_before_{name}": before}
-        if part.path is not None and isinstance(probe.output(part.path), Tensor):
+        if part.path is not None and part.output != part.path and probe.outputs(part.path) == 1:
             if not same(probe.output(part.path), probe.output(part.output)):
                 found["adds_residual"] = True
-    assert isinstance(whole, Tensor)
+    if OTHER in factors.values() or len(set(factors.values())) > 1:
+        found["changes_residual"] = True
+    elif factors:
+        found["residual_multiplier"] = next(iter(factors.values()))
     return found
+
+
+def _alone(probe: BlockProbe, parts: list[Part], part: Part | None) -> tuple[Tensor, dict[str, Call]]:
+    """Return the output of a block in which one module alone is not zero, and the calls of its modules."""
+    calls: dict[str, Call] = {}
+    with ExitStack() as changes:
+        for other in parts:
+            if other is not part:
+                changes.enter_context(probe.scaled(other.output, 0.0))
+        changes.enter_context(_watching(probe, calls))
+        return probe.run(), calls
+
+
+def _factor(config: Any, factor: float) -> str | None:
+    """Return the config key of a factor on the outputs of modules; None for one, and `OTHER` if no key has it."""
+    if abs(factor - 1) < 1e-9:
+        return None
+    values = vars(config).items()
+    return next((key for key, value in values if type(value) is float and abs(value - factor) < 1e-9), OTHER)
 
 
 def _watching(probe: BlockProbe, calls: dict[str, Call]) -> ExitStack:

@@ -51,7 +51,14 @@ def read_mixture(probe: BlockProbe, path: str, keys: Keys) -> Experts | str:
     if shared is not None:
         gate = torch.sigmoid(probe.output(f"{path}.{shared_gate}")) if shared_gate else torch.ones(1)
         total = total + (gate.reshape(-1, 1) * probe.output(f"{path}.{shared}").flatten(0, -2)).flatten()
-    if not same(total, probe.output(path)):
+    routed_sum = probe.output(inside).flatten()
+    factor = float((probe.output(path).flatten() - total + routed_sum) @ routed_sum / (routed_sum @ routed_sum))
+    scale = next((key for key, value in vars(keys.config).items() if type(value) is float and abs(value - factor) < 1e-9), None)
+    if abs(factor - 1) < 1e-9:
+        scale = None
+    elif scale is None:
+        return "its output is not the sum of its experts' outputs"
+    if not same(total + (factor - 1) * routed_sum, probe.output(path)):
         return "its output is not the sum of its experts' outputs"
     sizes = keys.shapes(f"{path}.{name}.down_proj")
     number_key = keys.naming(number, lambda variant: variant(sizes)[0] != number)
@@ -75,6 +82,8 @@ def read_mixture(probe: BlockProbe, path: str, keys: Keys) -> Experts | str:
         experts=name,
         router=router,
         router_bias=bias[0] if bias else None,
+        batched_router=routed.args[0].dim() == 3,
+        scale=scale,
         number=number_key,
         experts_per_token=top_k_key,
         expert_width=width_key,

@@ -147,7 +147,7 @@ class BlockProbe:
         return {path: feeds for path, feeds in result.items() if bool(feeds.any.any())}
 
     @contextmanager
-    def replaced(self, path: str, factor: float) -> Iterator[None]:
+    def scaled(self, path: str, factor: float) -> Iterator[None]:
         """Multiply the output of a module by a factor."""
 
         def scale(_: Any, __: Any, output: Any) -> Any:

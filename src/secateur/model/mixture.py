@@ -55,6 +55,7 @@ class Mixture:
         self.experts = cast(Experts, self.parent.get_submodule(self.names.experts))
         self.router: Any = self.parent.get_submodule(self.names.router)
         self.shared: Any = shared_expert(self.names, self.parent)
+        self._scale = 1.0 if self.names.scale is None else float(getattr(stream.checkpoint.config, self.names.scale))
         self._shared_number = module.units
         """Index of the shared expert: one more than the last routed expert."""
 
@@ -71,8 +72,8 @@ class Mixture:
         """Return the routes of tokens if only some experts exist."""
         with self._routing_among(alive), self.stream.layer_products():
             bias = [] if self.names.router_bias is None else [getattr(self.parent, self.names.router_bias)]
-            found = self._routes(self.router(x_nd, *bias))
-        return Routes(alive[found.experts], found.gates.float())
+            found = self._routes(self.router(x_nd[None] if self.names.batched_router else x_nd, *bias))
+        return Routes(alive[found.experts], found.gates.float() * self._scale)
 
     def output(self, x_btd: Tensor, alive: Tensor) -> Tensor:
         """Return the output of the whole mixture if only some experts exist."""

@@ -28,6 +28,7 @@ from secateur.base.services import Services
 from secateur.checkpoints.checkpoint import Checkpoint, tied_weights
 from secateur.checkpoints.expert_matrices import BlockTensor
 from secateur.checkpoints.weights import read_ahead
+from secateur.families.entry import submodule
 from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION, FEED_FORWARD
@@ -391,6 +392,7 @@ class BlockStream:
         """Yield the layers that add to the residual stream but belong to none of the block's modules."""
         if self.side_inputs.has_token_inputs:
             yield self.family.per_layer_output
+        yield from (path for path in self.family.others if submodule(self.layers[index], path) is not None)
         if any(module.outer_norm is not None for module in self.blocks[index].modules):
             yield str(self.family.feed_forward)
 

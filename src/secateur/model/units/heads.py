@@ -55,16 +55,16 @@ def attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
 
     if not family.has(layer, family.attention, family.fused or family.queries, family.output):
         return None
-    heads, groups, dim = config.num_attention_heads, key_value_heads(config), head_dim(config)
+    heads, groups = config.num_attention_heads, key_value_heads(config)
     path, after = family.attention, family.norm_after(layer, "attention")
     if (why := family.lock(config)) is not None:
         return _locked(config, family, layer, why)
-    projections = _input_projections(family, layer, heads, groups, dim)
-    output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads, dim)
+    output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
+    projections = _input_projections(family, layer, heads, groups, output.size)
     inside = {*(slab.name for slab in projections), output.name, bias}
     others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
     # Query and key norms have one vector for all heads; with one vector for each head, heads are locked.
-    differ = any(value.numel() not in (1, dim) or re.search(r"\.\d+\.", name) for name, value in others.items())
+    differ = any(value.numel() not in (1, output.size, head_dim(config)) or re.search(r"\.\d+\.", name) for name, value in others.items())
     locked = "its query and key norms differ from head to head" if differ else None
     axes = head_axes(groups, heads, differ)
     return PrunableModule(
@@ -92,7 +92,7 @@ def _input_projections(family: Family, layer: Any, heads: int, groups: int, dim:
     """Return the slabs of the query, key and value layers, which may be fused."""
     path = f"{family.attention}.{family.fused}"
     if family.fused is None:
-        return _separate_projections(family, layer, heads, groups, dim)
+        return _separate_projections(family, layer, heads, groups)
     each = heads // groups * dim
     if family.interleaved:
         # The queries, the key and the value of one KV group after the other.
@@ -105,16 +105,24 @@ def _input_projections(family: Family, layer: Any, heads: int, groups: int, dim:
     return sum(pairs, queries)
 
 
-def _separate_projections(family: Family, layer: Any, heads: int, groups: int, dim: int) -> tuple[Slab, ...]:
+def _separate_projections(family: Family, layer: Any, heads: int, groups: int) -> tuple[Slab, ...]:
     """Return the slabs of separate query, key and value layers, and of attention sinks."""
     path = family.attention
-    linear = layer.get_submodule(f"{path}.{family.queries}")
     # The query layer may also have rows of a gate on the head's output.
-    rows = int(linear.weight.shape[int(inputs_first(linear))]) // heads
-    found = input_projection(layer, f"{path}.{family.queries}", HEADS, heads, rows)
+    found = input_projection(
+        layer, f"{path}.{family.queries}", HEADS, heads, _rows(layer, f"{path}.{family.queries}", heads)
+    )
+    for name in family.head_gates:
+        found += input_projection(layer, f"{path}.{name}", HEADS, heads, _rows(layer, f"{path}.{name}", heads))
     for name in (family.keys, family.values):
-        found += input_projection(layer, f"{path}.{name}", (KV_GROUPS,), groups, dim)
+        found += input_projection(layer, f"{path}.{name}", (KV_GROUPS,), groups, _rows(layer, f"{path}.{name}", groups))
     return found if family.sinks is None else (*found, Slab(f"{path}.{family.sinks}", 0, HEADS, heads, 1))
+
+
+def _rows(layer: Any, path: str, units: int) -> int:
+    """Return the number of outputs of a layer for each unit."""
+    linear = layer.get_submodule(path)
+    return int(linear.weight.shape[int(inputs_first(linear))]) // units
 
 
 @describes(ATTENTION, rank=5)
@@ -143,7 +151,7 @@ REASON = "a token mixer stands in the attention's place"
 def token_mixer(_: Any, family: Family, layer: Any) -> PrunableModule | None:
     """Describe a token mixer; None if the block has an attention."""
     mixer = family.token_mixer
-    if mixer is None or not family.has(layer, mixer.path, mixer.output):
+    if mixer is None or not family.has(layer, mixer.path, mixer.marker or mixer.output):
         return None
     slab, bias = output_projection(layer, f"{mixer.path}.{mixer.output}", (TOKEN_MIXERS,), 1)
     axes = (Axis(TOKEN_MIXERS, 1, locked=True),)
