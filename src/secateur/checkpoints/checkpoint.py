@@ -23,7 +23,6 @@ from secateur.base.hashes import hash_json
 from secateur.base.model_files import SIDE_FILES
 from secateur.base.quiet import first_line, quiet
 from secateur.base.words import first_few
-from secateur.checkpoints.conversions import renamed
 from secateur.checkpoints.config_file import (
     TEXT,
     TOWER_CONFIGS,
@@ -35,13 +34,14 @@ from secateur.checkpoints.config_file import (
     read_config,
     stock_class,
 )
+from secateur.checkpoints.conversions import converted
 from secateur.checkpoints.facts import positions_of
 from secateur.checkpoints.hub_source import TOKENIZER, hub_folder, looks_like_id
 from secateur.checkpoints.quantised import dequantised, quantisation, without_quantisation
 from secateur.checkpoints.stored import Stored
 from secateur.checkpoints.tokens import is_fault
 from secateur.checkpoints.weights import TensorInfo, Transposed, list_tensors
-from secateur.families.registry import FAMILIES, known_family, twin_of
+from secateur.families.registry import FAMILIES, experts_of, known_family, twin_of
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Names of buffers that old checkpoints store and every model computes itself: causal masks and rotary tables."""
@@ -376,8 +376,9 @@ def open_checkpoint(
     own = fields["config"]
     if (twin := twin_of(own)) and twin.inputs_first:
         tensors = {name: _upright(name, info, own.hidden_size) for name, info in tensors.items()}
+    aliases: dict[str, str] = {}
     if own.model_type not in FAMILIES and not has_own_code(config):
-        tensors = renamed(tensors, own.model_type)
+        tensors, aliases = converted(tensors, own.model_type, joins_experts=experts_of(own) is None)
     checkpoint = Checkpoint(
         source=source,
         path=folder,
@@ -385,6 +386,7 @@ def open_checkpoint(
         **fields,
         dtype=common_dtype(source, tensors),
         tensors=tensors,
+        aliases=aliases,
         trust_remote_code=trust_remote_code and has_own_code(config),
         quantised=settings is not None,
     )

@@ -1,36 +1,46 @@
 """Names of stored tensors for which transformers has other names, by transformers' own list of conversions."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
-from secateur.checkpoints.weights import Computed, TensorInfo
+from secateur.checkpoints.weights import Computed, OneByOne, TensorInfo
 
 
-def renamed(tensors: Mapping[str, TensorInfo], kind: str) -> dict[str, TensorInfo]:
-    """Return the tensors of a checkpoint by transformers' names. Tensors that transformers joins are joined.
+def converted(
+    tensors: Mapping[str, TensorInfo], kind: str, joins_experts: bool
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the tensors of a checkpoint, and the names under which they are stored by transformers' names.
 
-    Matrices that are stored expert by expert keep names of their own; see `matrices_of_experts`.
+    Tensors that transformers joins are joined, and have transformers' names.
 
     Args:
         tensors: Stored tensors by stored name.
         kind: The `model_type` in config.json.
+        joins_experts: Whether matrices that are stored expert by expert are joined too; else they keep names of their
+            own, see `matrices_of_experts`.
     """
     conversions = get_checkpoint_conversion_mapping(kind) or []
-    found: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
+    stored: dict[str, str] = {}
+    for old in tensors:
+        name = old
         for conversion in conversions:
             if isinstance(conversion, WeightRenaming):
                 name = conversion.rename_source_key(name)[0]
-        found[name] = info
+        stored[name] = old
+    found = {name: tensors[old] for name, old in stored.items()}
+    for conversion in conversions if joins_experts else ():
+        if isinstance(conversion, WeightConverter):
+            found = _stacked(found, conversion)
     for conversion in conversions:
         operations = getattr(conversion, "operations", [])
         if len(operations) == 1 and isinstance(operations[0], Concatenate):
             found = _joined(found, conversion.source_patterns, conversion.target_patterns[0])
-    return found
+    return {stored.get(name, name): info for name, info in found.items()}, {
+        name: old for name, old in stored.items() if name != old and name in found
+    }
 
 
 def _joined(tensors: Mapping[str, TensorInfo], sources: list[str], target: str) -> dict[str, TensorInfo]:
@@ -46,11 +56,29 @@ def _joined(tensors: Mapping[str, TensorInfo], sources: list[str], target: str) 
     return found
 
 
+def _stacked(tensors: Mapping[str, TensorInfo], conversion: WeightConverter) -> dict[str, TensorInfo]:
+    """Return tensors in which the matrices of a block's experts are one tensor, as a conversion joins them."""
+    found = dict(tensors)
+    sources = [source.replace("\\", "").partition(".*.") for source in conversion.source_patterns]
+    if not all(star for _, star, _ in sources):
+        return found
+    first, _, leaf = sources[0]
+    for name in [name for name in tensors if name.endswith(f"{first}.0.{leaf}")]:
+        owner = name.removesuffix(f"{first}.0.{leaf}")
+        parts = list[TensorInfo]()
+        while all(f"{owner}{start}.{len(parts) // len(sources)}.{end}" in found for start, _, end in sources):
+            number = len(parts) // len(sources)
+            parts += [found.pop(f"{owner}{start}.{number}.{end}") for start, _, end in sources]
+        found[owner + conversion.target_patterns[0].lstrip(".")] = OneByOne.of(parts, len(sources))
+    return found
+
+
 def matrices_of_experts(kind: str) -> dict[str, tuple[str, ...]]:
     """Return the names of the matrices that checkpoints store for each expert, by the tensor that joins them."""
     return {
         conversion.target_patterns[0].rpartition(".")[2]: tuple(
-            source.replace("\\", "").rpartition(".*.")[2].removesuffix(".weight") for source in conversion.source_patterns
+            source.replace("\\", "").rpartition(".*.")[2].removesuffix(".weight")
+            for source in conversion.source_patterns
         )
         for conversion in get_checkpoint_conversion_mapping(kind) or []
         if isinstance(conversion, WeightConverter)

@@ -14,7 +14,7 @@ def head_dim(config: Any) -> int:
     """Return the head size in entries; the most frequent one if blocks differ."""
     with quiet():
         own = None if family_of(config).ungrouped else getattr(config, "head_dim", None)
-        return own or config.hidden_size // config.num_attention_heads
+        return own or config.hidden_size // getattr(config, "num_attention_heads", 1)
 
 
 def key_value_heads(config: Any) -> int:

@@ -87,6 +87,11 @@ class PerLayer(nn.Module):
             owner = next(module for module in decoder.modules() if layers in module.children())
             owner.register_forward_hook(partial(note_no_heads, gone))
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return False, so that transformers computes buffers that no checkpoint holds, as for the stock class."""
+        return False
+
     def _init_weights(self, module: nn.Module) -> None:
         """Fill a layer that the checkpoint lacks, such as a new head, with random weights."""
         with positive(self.config):

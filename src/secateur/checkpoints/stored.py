@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -40,12 +40,14 @@ class Stored:
         config: The transformers config object; for a multimodal model, its language model's.
         tensors: All stored tensors by stored name.
         multimodal_config: config.json of a multimodal model; its towers and projectors are copied unchanged.
+        aliases: Stored names by transformers' names, where transformers renames what it loads.
     """
 
     source: str
     config: Any
     tensors: dict[str, TensorInfo]
     multimodal_config: dict[str, Any] | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by its stored name, in CPU memory, in the stored dtype.
@@ -65,7 +67,7 @@ class Stored:
 
     def candidate_names(self, name: str) -> list[str]:
         """Return the possible stored names of a transformers parameter, or of the first part of its name."""
-        candidates = [name]
+        candidates = [self.aliases.get(name, name)]
         if self._prefix:
             candidates += [name.removeprefix(self._prefix), self._prefix + name]
         if self.multimodal_config is not None:

@@ -1,16 +1,6 @@
 """BigScience's Bloom."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from secateur.families.entry import Family, Gguf, Stock
-
-
-def _repeated_slopes(arguments: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Return a block's arguments for a number of rows: the slopes of ALiBi have rows and heads on one axis."""
-    slopes = arguments.get("alibi")
-    return {**arguments} if slopes is None else {**arguments, "alibi": slopes.repeat(rows, 1, 1)}
-
 
 ALIBI = "the position bias of a head depends on the index of the head (ALiBi)"
 BLOOM = Family(
@@ -30,7 +20,7 @@ BLOOM = Family(
     attention_fixed=True,
     adds_residual=True,
     returns_tuple=True,
-    arguments_for_rows=_repeated_slopes,
+    repeated=("alibi",),
     stock=Stock(channels_key="ffn_dim", derives_channels=True, head_counts="dense", theta_key=None),
     gguf=Gguf(("bloom",), activation="gelu", epsilon="layer_norm_epsilon"),
 )

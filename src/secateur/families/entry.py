@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-
 NOWHERE = "nowhere"
 """Path that no block has, for a module that a model does not have or that was not understood."""
 
@@ -277,8 +276,9 @@ class Family:
     """Further layers of the attention with rows for each query head: gates on the outputs of heads."""
     changes_residual: bool = False
     """Whether blocks change the residual stream otherwise than by adding their modules' outputs to it."""
-    others: tuple[str, ...] = ()
-    """Submodules that add to the residual stream, and are never pruned."""
+    others: tuple[tuple[str, int], ...] = ()
+    """Submodules that add to the residual stream and are never pruned, each with the number of values that it
+    returns."""
     attention_outputs: int = 2
     """Number of values that the attention returns, the output first."""
     token_mixer: TokenMixer | None = None
@@ -298,9 +298,9 @@ class Family:
     pre_norm: str | None = None
     """Config key that is false if norms are applied to the residual stream itself, so that no module can repair the
     error of the modules before it."""
-    arguments_for_rows: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
-    """Hook that returns a block's keyword arguments for a number of rows, from its keyword arguments for one row; None
-    if the arguments for one row broadcast."""
+    repeated: tuple[str | int, ...] = ()
+    """Arguments of a block that a batch needs once for each row, one after the other; others broadcast. Keyword
+    arguments are named, positional ones have their place after the residual stream."""
     heads_by_layer_type: bool = False
     """Whether blocks with a sliding window have heads of another size and number than blocks without."""
     experts: Experts | None = None
@@ -328,7 +328,7 @@ class Family:
         """Return whether a block has a module at a path, with one of the named layers; None stands for the block
         itself."""
         part = submodule(layer, path)
-        return part is not None and any(submodule(part, name) for name in names if name)
+        return part is not None and any(submodule(part, name) is not None for name in names if name)
 
     def norm_after(self, layer: nn.Module, role: str) -> str | None:
         """Return the norm of a block between the output projection of a module, "attention" or "feed_forward", and the

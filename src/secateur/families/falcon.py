@@ -22,7 +22,7 @@ FAMILIES = {
         down="dense_4h_to_h",
         activation="act",
         adds_residual=False,
-        arguments_for_rows=None,
+        repeated=(),
         locked_if="alibi",
         stock=Stock(channels_key="ffn_hidden_size", head_counts="dense", theta_key=None),
         gguf=Gguf(("falcon",), activation="activation", epsilon="layer_norm_epsilon"),

@@ -1,7 +1,7 @@
 """Reading of an attention: which rows of its layers belong to which query heads and KV groups.
 
-Row r of a layer belongs to a head if the head's inputs of the output projection depend on output r. Queries are read for
-a token itself alone, keys and values for earlier tokens too; a value feeds one entry of a head, and a key feeds all.
+Row r of a layer belongs to a head if the head's inputs of the output projection depend on output r. Queries are read
+for a token itself alone, keys and values for earlier tokens too; a value feeds one entry of a head, a key feeds all.
 """
 
 from typing import Any, NamedTuple
@@ -88,10 +88,20 @@ def read_attention(probe: BlockProbe, path: str) -> Attention | None:
     attention = probe.block.get_submodule(path)
     sinks = [name for name, value in attention.named_parameters(recurse=False) if tuple(value.shape) == (heads,)]
     fields |= layers | ({"sinks": sinks[0]} if len(sinks) == 1 else {})
-    queries_mix = any(bool((one.heads[:, one.queries].sum(0) > 1).any()) for one in rows.values() if not one.is_shared)
-    mixed = heads > 1 and (groups is None or queries_mix or all("q" not in one.kinds or one.is_shared for one in rows.values()))
-    across = any(value.dim() == 1 and value.numel() in (heads * dim, (groups or 1) * dim) and "norm" in name for name, value in attention.named_parameters())
-    return Attention(fields, heads, groups or heads, dim, locked if not mixed else ACROSS if across else MIXED)
+    if heads == 1 or (groups is not None and not _mix(rows)):
+        return Attention(fields, heads, groups or heads, dim, locked)
+    sizes = (heads * dim, (groups or 1) * dim)
+    across = any(
+        "norm" in name and value.dim() == 1 and value.numel() in sizes for name, value in attention.named_parameters()
+    )
+    return Attention(fields, heads, groups or heads, dim, ACROSS if across else MIXED)
+
+
+def _mix(rows: dict[str, _Rows]) -> bool:
+    """Return whether a query feeds several heads, or all queries feed all heads."""
+    own = [one for one in rows.values() if not one.is_shared]
+    several = any(bool((one.heads[:, one.queries].sum(0) > 1).any()) for one in own)
+    return several or not any("q" in one.kinds for one in own)
 
 
 def _groups(rows: dict[str, _Rows], heads: int) -> int | None:
@@ -103,9 +113,9 @@ def _groups(rows: dict[str, _Rows], heads: int) -> int | None:
     together = together[:, together.any(0)]
     sets = together.T.unique(dim=0)
     groups = len(sets)
-    expected = torch.eye(groups, dtype=torch.bool).repeat_interleave(heads // groups, 1) if heads % groups == 0 else None
-    if expected is None or not torch.equal(sets.int().sort(0, descending=True)[0], expected.int().sort(0, descending=True)[0]):
+    if heads % groups:
         return None
+    expected = torch.eye(groups, dtype=torch.bool).repeat_interleave(heads // groups, 1)
     return groups if all(any(torch.equal(one, want) for want in expected) for one in sets) else None
 
 
@@ -118,7 +128,9 @@ def _layers(
     asking = sorted((name for name, one in own.items() if one.kinds == "q"), key=lambda name: -int(own[name].fed))
     gates, own = asking[1:], {name: one for name, one in own.items() if name not in asking[1:]}
     by_kind = {one.kinds: name for name, one in own.items()}
-    if len(by_kind) < len(own) or (gates and "q" in by_kind and not all(_in_order(rows[name], heads) for name in gates)):
+    if len(by_kind) < len(own) or (
+        gates and "q" in by_kind and not all(_in_order(rows[name], heads) for name in gates)
+    ):
         return {}, ORDER
     more = {"head_gates": tuple(gates)} if gates else {}
     latent = next((name for kinds, name in by_kind.items() if kinds in ("k", "kv") and groups == heads > 1), None)
@@ -127,7 +139,11 @@ def _layers(
         reads = [layer for layer in probe.feeds(f"{path}.{latent}") if layer.startswith(f"{path}.")]
         if len(reads) != 1:
             return {}, ORDER
-        fields = {"latent": (reads[0].removeprefix(f"{path}."), latent), "latent_queries": by_kind["q"], "queries": by_kind["q"]}
+        fields = {
+            "latent": (reads[0].removeprefix(f"{path}."), latent),
+            "latent_queries": by_kind["q"],
+            "queries": by_kind["q"],
+        }
         even = all(_in_order(own[by_kind[kinds]], heads) for kinds in ("q", "kv"))
         return fields, None if even else ORDER
     if shared and groups == heads > 1:
@@ -149,7 +165,9 @@ def _in_order(rows: _Rows, units: int) -> bool:
     heads, count = rows.heads.shape
     if count % units:
         return False
-    wanted = torch.eye(units, dtype=torch.bool).repeat_interleave(heads // units, 0).repeat_interleave(count // units, 1)
+    wanted = (
+        torch.eye(units, dtype=torch.bool).repeat_interleave(heads // units, 0).repeat_interleave(count // units, 1)
+    )
     return _inside(rows.heads, wanted)
 
 
@@ -160,10 +178,9 @@ def _inside(heads: Tensor, wanted: Tensor) -> bool:
 
 def _fused(heads: int, groups: int, dim: int, interleaved: bool) -> Tensor:
     """Return the heads (heads x rows) to which the rows of a fused layer belong."""
-    per_group = heads // groups
     queries = torch.eye(heads, dtype=torch.bool).repeat_interleave(dim, 1)
-    keys = torch.eye(groups, dtype=torch.bool).repeat_interleave(per_group, 0).repeat_interleave(dim, 1)
+    keys = torch.eye(groups, dtype=torch.bool).repeat_interleave(heads // groups, 0).repeat_interleave(dim, 1)
     if not interleaved:
         return torch.cat([queries, keys, keys], 1)
-    parts = [part for g in range(groups) for part in (queries[:, g * per_group * dim : (g + 1) * per_group * dim], *[keys[:, g * dim : (g + 1) * dim]] * 2)]
-    return torch.cat(parts, 1)
+    per_group = zip(queries.chunk(groups, 1), keys.chunk(groups, 1), strict=True)
+    return torch.cat([part for query, key in per_group for part in (query, key, key)], 1)

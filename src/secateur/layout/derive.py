@@ -1,7 +1,7 @@
 """Description of a model that has no entry, read off a tiny twin of its class."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
-from secateur.families.entry import NOWHERE, Experts, Family, Stock, TokenMixer
+from secateur.families.entry import NOWHERE, Family, Stock, TokenMixer
+from secateur.families.registry import assume
 from secateur.layout.attention import Attention, output_of, read_attention
 from secateur.layout.feed_forward import read_feed_forward
-from secateur.layout.keys import Keys, channels_key, head_counts
+from secateur.layout.keys import OTHER, Keys, channels_key, factor_key, head_counts
 from secateur.layout.mixture import experts_in, read_mixture
-from secateur.families.registry import assume
 from secateur.layout.probe import LENGTH, BlockProbe, Call, find_blocks, first, is_matrix, record, same
 from secateur.layout.proof import disproved
 from secateur.layout.twin import tiny_twin
@@ -23,7 +23,6 @@ from secateur.model.describe import describe
 from secateur.model.structure import inputs_first
 
 OTHER_INPUTS = "its blocks take further inputs that depend on the tokens"
-OTHER = "another factor"
 
 
 class Part(NamedTuple):
@@ -37,8 +36,8 @@ class Part(NamedTuple):
     """The part of a description that it belongs to: "attention", "feed_forward" or "token_mixer"."""
     fields: dict[str, Any]
     """Fields of the description."""
-    dim: int = 0
-    """Size of a head."""
+    numbers: tuple[int, int, int] = (0, 0, 0)
+    """Numbers of heads and of KV groups, and the size of a head."""
 
 
 def derive(config: Any, model_class: Any = None) -> Family:
@@ -62,26 +61,37 @@ def _derived(config: Any, model_class: Any) -> Family:
     twin = tiny_twin(config, model_class)
     model = twin.model
     blocks = find_blocks(model, len(twin.layers))
+    if model.config.num_hidden_layers != len(twin.layers):
+        raise SecateurError("num_hidden_layers in its config is not the number of its blocks")
     with quiet(), torch.no_grad():
         _check_causal(model)
         (probes, outside), (others, _) = (record(model, blocks, _ids(model, seed)) for seed in (0, 1))
         found: dict[str, Any] = {"blocks": blocks} | _final_norm(model, outside, first(probes[-1].calls[""].output))
-        stock: dict[str, Any] = {}
+        # Versions of transformers before 5 know none of these models, so that their spellings are not needed.
+        stock: dict[str, Any] = {"theta_key": None, "head_counts": "dense"}
+        mixers, counts = set[int](), set[tuple[int, int, int]]()
         for index, (probe, other) in enumerate(zip(probes, others, strict=True)):
             _check_inputs(probe, other)
             keys = Keys(model, blocks, index)
             parts = _parts(probe, keys, found)
+            counts |= {part.numbers for part in parts if part.role == "attention"}
+            mixers |= {index for part in parts if part.role == "token_mixer"}
             for part in parts:
-                _merge(found, part.fields)
+                # One block whose heads cannot be removed is enough for all.
+                locked = found.get("heads_locked", part.fields.get("heads_locked"))
+                _merge(found, part.fields | ({"heads_locked": locked} if locked and part.role == "attention" else {}))
                 stock |= _stock(probe, part, keys)
             sums = _sums(probe, parts, model.config)
+            found["repeated"] = tuple(dict.fromkeys((*found.get("repeated", ()), *_repeated(probe))))
             found["changes_residual"] = found.get("changes_residual", False) or sums.pop("changes_residual", False)
             found["others"] = tuple(dict.fromkeys((*found.get("others", ()), *sums.pop("others"))))
             _merge(found, sums)
         if (mixer := found.get("token_mixer")) and mixer.path == found.get("attention"):
-            found["token_mixer"] = replace(mixer, marker=_marker(probes, mixer))
+            found["token_mixer"] = replace(mixer, marker=_marker(probes, mixer.path, mixers))
         if not {"attention", "feed_forward"} & found.keys():
             raise SecateurError("none of its modules has units that can be removed")
+        if len(counts) > 1:
+            found.setdefault("heads_locked", "its blocks have different numbers of heads")
         family = Family(**{"attention": NOWHERE, "feed_forward": NOWHERE, **found}, stock=Stock(**stock))
         for probe in probes:
             assume(model.config, family)
@@ -90,6 +100,25 @@ def _derived(config: Any, model_class: Any) -> Family:
                     raise SecateurError(f"its {kind} cannot be removed: {reason}")
                 family = replace(family, heads_locked=reason, attention_fixed=family.adds_residual)
     return family
+
+
+def _repeated(probe: BlockProbe) -> tuple[str | int, ...]:
+    """Return the arguments of a block that a batch needs once for each row.
+
+    Raises:
+        SecateurError: The arguments for one row do not fit a batch of two.
+    """
+    args, kwargs, output = probe.calls[""]
+    given: dict[str | int, Any] = dict(enumerate(args[1:]))
+    given |= kwargs
+    masks = [name for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 2]
+    masks, wanted = [name for name in masks if name != "hidden_states"], torch.cat([first(output)] * 2)
+    for names in ((), *((name,) for name in masks), masks):
+        with suppress(Exception):
+            # Some classes compute in float32, and then round differently for two rows.
+            if (probe.run_as(probe.block, 2, names) - wanted).abs().max() < 1e-4 * wanted.abs().max():
+                return tuple(names)
+    raise SecateurError("the arguments of its blocks depend on the number of rows")
 
 
 def _check_causal(model: Any) -> None:
@@ -102,10 +131,15 @@ def _check_causal(model: Any) -> None:
         raise SecateurError("its logits depend on later tokens, so it is no decoder")
 
 
-def _marker(probes: list[BlockProbe], mixer: TokenMixer) -> str | None:
-    """Return the name of a module or parameter inside a token mixer that an attention at the same path lacks."""
-    names = [{name for name, _ in [*part.named_children(), *part.named_parameters(recurse=False)]} for part in (probe.block.get_submodule(mixer.path) for probe in probes)]
-    return next((name for name in sorted(set().union(*names)) if not all(name in one for one in names)), None)
+def _marker(probes: list[BlockProbe], path: str, mixers: set[int]) -> str | None:
+    """Return the name of a submodule or parameter that a token mixer has, and no other module at the same path."""
+    inside, outside = list[set[str]](), set[str]()
+    for index, probe in enumerate(probes):
+        module = probe.block.get_submodule(path)
+        names = {name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))}
+        inside += [names] if index in mixers else []
+        outside |= set() if index in mixers else names
+    return next(iter(sorted(set.intersection(*inside) - outside)), None)
 
 
 def _ids(model: nn.Module, seed: int) -> Tensor:
@@ -150,8 +184,8 @@ def _parts(probe: BlockProbe, keys: Keys, found: Mapping[str, Any]) -> list[Part
     matrices = [path for path in outermost if path not in loose and _has_matrices(probe.block.get_submodule(path))]
     parts = [_part(probe, path, keys) for path in matrices]
     if len(loose) > 1:
-        fields = read_feed_forward(probe, None, loose[-1])
-        parts.append(Part(None, loose[-1], "unread" if fields is None else "feed_forward", fields or {}))
+        own = read_feed_forward(probe, None, loose[-1])
+        parts.append(Part(None, loose[-1], "unread" if own is None else "feed_forward", own or {}))
     for role in ("attention", "feed_forward"):
         several = [part for part in parts if part.role == role]
         # The one at the place that other blocks have it; else the one with experts; else the first.
@@ -188,18 +222,18 @@ def _part(probe: BlockProbe, path: str, keys: Keys) -> Part:
     attention = read_attention(probe, path)
     if attention is not None:
         fields = _of_heads(attention, keys) | {"attention_outputs": outputs}
-        return Part(path, f"{path}.{attention.fields['output']}", "attention", fields, attention.dim)
+        return Part(path, f"{path}.{attention.fields['output']}", "attention", fields, attention[1:4])
     own = output_of(probe, path)
     if own is None:
         return unread
     if _mixes_tokens(probe, path):
         mixer = TokenMixer(path, own.removeprefix(f"{path}."), "", outputs=probe.outputs(path))
         return Part(path, own, "token_mixer", {"token_mixer": mixer})
-    fields = read_feed_forward(probe, path)
-    if fields is None or outputs > 1:
+    found = read_feed_forward(probe, path)
+    if found is None or outputs > 1:
         return unread
     joins = same(probe.output(path), probe.output(own))
-    return Part(path if joins else None, own, "feed_forward", fields if joins else _of_block(fields, path))
+    return Part(path if joins else None, own, "feed_forward", found if joins else _of_block(found, path))
 
 
 def _outermost(probe: BlockProbe) -> list[str]:
@@ -211,7 +245,11 @@ def _outermost(probe: BlockProbe) -> list[str]:
 def _of_block(fields: dict[str, Any], path: str) -> dict[str, Any]:
     """Return the fields of a feed-forward whose module adds the residual stream itself: its layers count as the
     block's."""
-    named = {name: f"{path}.{fields[name]}" for name in ("up", "gate", "down", "fused_gate", "activation") if fields.get(name)}
+    named = {
+        name: f"{path}.{fields[name]}"
+        for name in ("up", "gate", "down", "fused_gate", "activation")
+        if fields.get(name)
+    }
     return fields | named | {"feed_forward": None}
 
 
@@ -247,10 +285,8 @@ def _of_heads(attention: Attention, keys: Keys) -> dict[str, Any]:
 def _stock(probe: BlockProbe, part: Part, keys: Keys) -> dict[str, Any]:
     """Return which config keys the class reads for the widths of a module, and which widths it takes."""
     if part.role == "attention":
-        own = {} if "latent" in part.fields else {"head_dim": part.dim}
-        found: dict[str, Any] = {"head_counts": head_counts(keys, part.output, _input_axis(probe, part.output), own)}
-        # Versions of transformers before 5 know none of these models.
-        return found | {"theta_key": None}
+        own = {} if "latent" in part.fields else {"head_dim": part.numbers[2]}
+        return {"head_counts": head_counts(keys, part.output, _input_axis(probe, part.output), own)}
     if part.role != "feed_forward" or "experts" in part.fields:
         return {}
     key = channels_key(keys, part.output, _input_axis(probe, part.output))
@@ -289,7 +325,7 @@ def _sums(probe: BlockProbe, parts: list[Part], config: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {
         "returns_tuple": not isinstance(probe.calls[""].output, Tensor),
-        "others": tuple(part.output for part in parts if part.role == "unread"),
+        "others": tuple((part.output, probe.outputs(part.output)) for part in parts if part.role == "unread"),
     }
     if probe.hidden.dim() != 3 or not isinstance(probe.output(""), Tensor):
         raise SecateurError("its blocks have several residual streams")
@@ -306,14 +342,13 @@ def _sums(probe: BlockProbe, parts: list[Part], config: Any) -> dict[str, Any]:
         own = own if after is None else outputs[after].output
         own = own.reshape(added.shape)
         factor = float((added * own).sum() / own.square().sum())
-        factors[part.output] = _factor(config, factor) if same(added, own * factor) else OTHER
+        factors[part.output] = factor_key(config, factor) if same(added, own * factor) else OTHER
         if after is not None:
             name = "feed_forward" if part.role == "feed_forward" else "attention"
             before = next((path for path in norms if same(probe.output(path), _input_of(probe, part))), None)
             found |= {f"norm_after_{name}": after, f"norm_before_{name}": before}
-        if part.path is not None and part.output != part.path and probe.outputs(part.path) == 1:
-            if not same(probe.output(part.path), probe.output(part.output)):
-                found["adds_residual"] = True
+        if part.path is not None and not same(probe.output(part.path), probe.output(part.output)):
+            found["adds_residual"] = True
     if OTHER in factors.values() or len(set(factors.values())) > 1:
         found["changes_residual"] = True
     elif factors:
@@ -330,14 +365,6 @@ def _alone(probe: BlockProbe, parts: list[Part], part: Part | None) -> tuple[Ten
                 changes.enter_context(probe.scaled(other.output, 0.0))
         changes.enter_context(_watching(probe, calls))
         return probe.run(), calls
-
-
-def _factor(config: Any, factor: float) -> str | None:
-    """Return the config key of a factor on the outputs of modules; None for one, and `OTHER` if no key has it."""
-    if abs(factor - 1) < 1e-9:
-        return None
-    values = vars(config).items()
-    return next((key for key, value in values if type(value) is float and abs(value - factor) < 1e-9), OTHER)
 
 
 def _watching(probe: BlockProbe, calls: dict[str, Call]) -> ExitStack:

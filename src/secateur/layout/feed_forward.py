@@ -78,7 +78,8 @@ def _activation(probe: BlockProbe, path: str | None, inputs: list[Any]) -> dict[
     """Return the submodule that computes the activation, if it is one."""
     prefix = "" if path is None else f"{path}."
     for name, call in probe.calls.items():
-        if name.startswith(prefix) and name not in probe.layers and not [*probe.block.get_submodule(name).children()]:
-            if call.args and any(same(call.args[0], one) for one in inputs) and isinstance(first(call.output), Tensor):
-                return {"activation": name.removeprefix(prefix)}
+        is_layer = name in probe.layers or [*probe.block.get_submodule(name).children()]
+        is_inside = name.startswith(prefix) and not is_layer and call.args and isinstance(first(call.output), Tensor)
+        if is_inside and any(same(call.args[0], one) for one in inputs):
+            return {"activation": name.removeprefix(prefix)}
     return {}

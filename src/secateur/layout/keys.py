@@ -1,6 +1,5 @@
 """Config keys of sizes: a class is built once more with one number of its config changed, on the meta device."""
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -10,6 +9,8 @@ from torch import nn
 
 from secateur.base.quiet import quiet
 
+OTHER = "no key"
+"""Result of `factor_key` for a factor that no key holds."""
 Getter = Callable[[nn.Module], Any]
 """Function that reads a size from a block."""
 
@@ -124,3 +125,11 @@ def head_counts(keys: Keys, output: str, axis: int, values: Mapping[str, Any]) -
         if block is not None and shapes(block)[axis] == number * (entries // heads):
             return answer
     return "dense"
+
+
+def factor_key(config: Any, factor: float) -> str | None:
+    """Return the config key of a factor on the outputs of modules; None for one, and `OTHER` if no key has it."""
+    if abs(factor - 1) < 1e-9:
+        return None
+    values = vars(config).items()
+    return next((key for key, value in values if type(value) is float and abs(value - factor) < 1e-9), OTHER)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from secateur.checkpoints.conversions import matrices_of_experts
 from secateur.families.entry import Experts
-from secateur.layout.keys import Keys
+from secateur.layout.keys import OTHER, Keys, factor_key
 from secateur.layout.probe import BlockProbe, is_matrix, same
 
 STORED: Mapping[str, int] = {"gate_up_proj": 2, "down_proj": 1}
@@ -53,18 +53,15 @@ def read_mixture(probe: BlockProbe, path: str, keys: Keys) -> Experts | str:
         total = total + (gate.reshape(-1, 1) * probe.output(f"{path}.{shared}").flatten(0, -2)).flatten()
     routed_sum = probe.output(inside).flatten()
     factor = float((probe.output(path).flatten() - total + routed_sum) @ routed_sum / (routed_sum @ routed_sum))
-    scale = next((key for key, value in vars(keys.config).items() if type(value) is float and abs(value - factor) < 1e-9), None)
-    if abs(factor - 1) < 1e-9:
-        scale = None
-    elif scale is None:
-        return "its output is not the sum of its experts' outputs"
-    if not same(total + (factor - 1) * routed_sum, probe.output(path)):
+    scale = factor_key(keys.config, factor)
+    if scale == OTHER or not same(total + (factor - 1) * routed_sum, probe.output(path)):
         return "its output is not the sum of its experts' outputs"
     sizes = keys.shapes(f"{path}.{name}.down_proj")
     number_key = keys.naming(number, lambda variant: variant(sizes)[0] != number)
     width_key = keys.naming(width, lambda variant: width not in variant(sizes)[1:])
     per_token = int(chosen.shape[-1])
-    top_k_key = keys.naming(per_token, lambda variant: per_token not in variant(keys.numbers(path, "top_k", "num_experts_per_tok")))
+    top_k = keys.numbers(path, "top_k", "num_experts_per_tok")
+    top_k_key = keys.naming(per_token, lambda variant: per_token not in variant(top_k))
     if number_key is None or width_key is None or top_k_key is None:
         return "its config has no keys for the number of experts, for their width or for the experts per token"
     fields: dict[str, Any] = {}
@@ -76,8 +73,11 @@ def read_mixture(probe: BlockProbe, path: str, keys: Keys) -> Experts | str:
         if not follows:
             own = keys.naming(int(before[1]), lambda variant: variant(down) != before)
             fields["shared_expert_width"] = own or "shared_expert_intermediate_size"
-    bias = [attribute for attribute, value in _own_tensors(mixture) if any(value is one or same(value, one) for one in routed.args[1:])]
+    own_tensors = [*mixture.named_parameters(recurse=False), *mixture.named_buffers(recurse=False)]
+    bias = [leaf for leaf, value in own_tensors if any(same(value, one) for one in routed.args[1:])]
     groups, stored = ("n_group", "topk_group"), matrices_of_experts(keys.config.model_type)
+    if stored.keys() >= STORED.keys():
+        fields["stored"] = tuple((leaf, stored[leaf]) for leaf in STORED)
     return Experts(
         experts=name,
         router=router,
@@ -90,7 +90,6 @@ def read_mixture(probe: BlockProbe, path: str, keys: Keys) -> Experts | str:
         groups=groups if all(isinstance(getattr(keys.config, key, None), int) for key in groups) else None,
         returns_scores=isinstance(probe.calls[path].output, tuple),
         **fields,
-        **({"stored": tuple((leaf, stored[leaf]) for leaf in STORED)} if stored.keys() >= STORED.keys() else {"stacked": True}),
     )
 
 
@@ -104,14 +103,17 @@ def _router(mixture: nn.Module, experts: str, number: int) -> str | None:
 
 def _shared(mixture: nn.Module) -> str | None:
     """Return the child of a mixture that is a dense feed-forward of three layers."""
-    names = ("gate_proj", "up_proj", "down_proj")
-    return next((name for name, child in mixture.named_children() if all(hasattr(child, part) for part in names) and is_matrix(child.down_proj)), None)
+    layers = {"gate_proj", "up_proj", "down_proj"}
+    for name, child in mixture.named_children():
+        if layers <= {path for path, part in child.named_children() if is_matrix(part)}:
+            return name
+    return None
 
 
 def _gate_of_shared(mixture: nn.Module) -> str | None:
     """Return the child of a mixture that is a layer with one output."""
-    return next((name for name, child in mixture.named_children() if is_matrix(child) and len(child.weight) == 1), None)
+    return next((name for name, child in mixture.named_children() if is_matrix(child) and _rows(child) == 1), None)
 
 
-def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+def _rows(layer: Any) -> int:
+    return len(layer.weight)

@@ -1,6 +1,6 @@
-"""Recorded run of a tiny model: what its modules received and returned, and which outputs of layers feed which inputs."""
+"""Recorded run of a tiny model: what its modules received and returned, and which outputs feed which inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from secateur.base.errors import SecateurError
+from secateur.model.hooks import repeated
 
 LENGTH = 12
 """Number of tokens of the recorded row."""
@@ -91,10 +92,18 @@ class BlockProbe:
         args, kwargs = tree_map(_copied, (args, kwargs))
         return first(self.block.get_submodule(path)(*args, **kwargs))
 
-    def run_as(self, block: nn.Module) -> Any:
-        """Return the first output of another block for the recorded arguments."""
+    def run_as(self, block: nn.Module, rows: int = 1, names: Iterable[str | int] = ()) -> Any:
+        """Return the first output of another block for the recorded row, several times in a batch.
+
+        Args:
+            block: The block.
+            rows: Number of times.
+            names: Arguments that the batch needs once for each row; see `Family.repeated`.
+        """
         args, kwargs = tree_map(_copied, self.calls[""][:2])
-        return first(block(*args, **kwargs))
+        kwargs.pop("hidden_states", None)
+        args, kwargs = repeated(args[1:], kwargs, names, rows)
+        return first(block(torch.cat([self.hidden] * rows), *args, **kwargs))
 
     def output(self, path: str) -> Any:
         """Return the first output of a recorded call."""
@@ -175,10 +184,11 @@ class _Softmax(TorchFunctionMode):
     heads: int | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        scores = args[0] if args else None
-        if getattr(func, "__name__", "") == "softmax" and isinstance(scores, Tensor) and scores.dim() in (3, 4):
-            if scores.shape[-2] == LENGTH and scores.shape[-1] >= LENGTH:
-                self.heads = self.heads or scores.shape[-3]
+        scores: Any = args[0] if args else None
+        is_softmax = getattr(func, "__name__", "") == "softmax" and isinstance(scores, Tensor)
+        # The last axis may have an attention sink beside the keys.
+        if is_softmax and scores.dim() in (3, 4) and scores.shape[-2] == LENGTH <= scores.shape[-1]:
+            self.heads = self.heads or scores.shape[-3]
         return func(*args, **(kwargs or {}))
 
 
@@ -200,14 +210,14 @@ def find_blocks(model: nn.Module, number: int) -> str:
 
 
 def record(model: nn.Module, blocks: str, ids: Tensor) -> tuple[list[BlockProbe], dict[str, Call]]:
-    """Run a model on one row of tokens, and return its blocks' calls, and the calls of modules outside blocks by path."""
+    """Run a model on one row of tokens; return its blocks' calls, and the calls of modules outside blocks by path."""
     layers = [*model.get_submodule(blocks).children()]
     probes = [BlockProbe(layer) for layer in layers]
     outside: dict[str, Call] = {}
     with ExitStack() as hooks, torch.no_grad():
 
         def watch(module: nn.Module, path: str, calls: dict[str, Call], again: set[str]) -> None:
-            given: list[Any] = []
+            given: list[tuple[Any, Any]] = []
 
             def begin(_: Any, args: Any, kwargs: Any) -> None:
                 # Copied before the call, which may change them in place.
@@ -216,7 +226,8 @@ def record(model: nn.Module, blocks: str, ids: Tensor) -> tuple[list[BlockProbe]
             def end(_: Any, __: Any, output: Any) -> None:
                 again.update({path} & calls.keys() if [*module.parameters(recurse=False)] else ())
                 # The last call: some models apply the norm after the last block to the embedding too.
-                calls[path] = Call(*given.pop(), tree_map(_copied, output))
+                values, named = given.pop()
+                calls[path] = Call(values, named, tree_map(_copied, output))
 
             hooks.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(end).remove)

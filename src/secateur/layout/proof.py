@@ -22,9 +22,9 @@ def disproved(probe: BlockProbe, block: Block) -> dict[str, str]:
     """
     found = {}
     for module in block.modules:
-        if module.axes[0].removable and not module.locked and module.units > 1:
-            if not _is_exact(probe, block, module):
-                found[module.kind] = INEXACT
+        is_free = module.axes[0].removable and not module.locked and module.units > 1
+        if is_free and not _is_exact(probe, block, module):
+            found[module.kind] = INEXACT
     return found
 
 
@@ -51,7 +51,8 @@ def _is_exact(probe: BlockProbe, block: Block, module: PrunableModule) -> bool:
 def _cut(probe: BlockProbe, block: Block, kept: KeptUnits) -> nn.Module:
     """Return a copy of the block with the kept units alone."""
     small = copy.deepcopy(probe.block)
-    narrow(small, block, slice_block(block, small.state_dict(), kept), width_of(block, kept))
+    tensors: Any = slice_block(block, small.state_dict(), kept)
+    narrow(small, block, tensors, width_of(block, kept))
     return small
 
 

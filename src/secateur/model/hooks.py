@@ -6,7 +6,7 @@ Each change ends with its context manager.
 Shapes: b rows of a batch, t positions, d residual width.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -38,6 +38,16 @@ class Recorder(nn.Module):
         self.input_btd, self.call = hidden_btd, (args, kwargs)
         result = hidden_btd if self.replacement is None else self.replacement
         return (result, None) if self._tupled else result
+
+
+def repeated(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Iterable[str | int], rows: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block for a number of rows, from those for one row; see `Family.repeated`."""
+    given: dict[str | int, Any] = dict(enumerate(args))
+    given |= kwargs
+    given |= {name: torch.cat([given[name]] * rows) for name in names if given.get(name) is not None}
+    return tuple(given[place] for place in range(len(args))), {name: given[name] for name in kwargs}
 
 
 @contextmanager
@@ -78,7 +88,7 @@ def replayed(
             part = layer.get_submodule(str(module.path))
             type(part).forward(part, *args, **kwargs)
         # Some blocks add to the output in place.
-        return (output.clone(), *[None] * (module.outputs - 1)) if module.outputs > 1 else output.clone()
+        return _of(output.clone(), module.outputs)
 
     def narrow(hidden: Tensor) -> Tensor:
         return hidden[..., :1]
@@ -93,9 +103,14 @@ def replayed(
     return _computing({layer.get_submodule(path): function for path, function in changes.items()})
 
 
-def zeroed(module: nn.Module, like: Tensor) -> AbstractContextManager[None]:
-    """Let a module return zeros of the shape of `like`."""
-    return _computing({module: lambda *_: torch.zeros_like(like)})
+def zeroed(module: nn.Module, like: Tensor, outputs: int = 1) -> AbstractContextManager[None]:
+    """Let a module return zeros of the shape of `like`, as the first of a number of outputs."""
+    return _computing({module: lambda *_, **__: _of(torch.zeros_like(like), outputs)})
+
+
+def _of(output: Tensor, outputs: int) -> Any:
+    """Return an output as a module with several outputs returns it."""
+    return (output, *[None] * (outputs - 1)) if outputs > 1 else output
 
 
 @contextmanager

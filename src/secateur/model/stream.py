@@ -33,7 +33,7 @@ from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION, FEED_FORWARD
 from secateur.model.experts import experts_as_modules
-from secateur.model.hooks import LayerReached, Recorder, replayed, watched, zeroed
+from secateur.model.hooks import LayerReached, Recorder, repeated, replayed, watched, zeroed
 from secateur.model.per_layer import describe_blocks, empty_decoder
 from secateur.model.rows import Rows
 from secateur.model.side_inputs import SideInputs
@@ -361,15 +361,14 @@ class BlockStream:
         hidden_btc = to_device(hidden_btc, self.device)
         args, kwargs = self.side_inputs.arguments(index, group, hidden_btc, *self._calls[group][index])
         hidden_btd = self.residual(hidden_btc)
-        if self.family.arguments_for_rows is not None:
-            kwargs = self.family.arguments_for_rows(kwargs, len(hidden_btd))
+        args, kwargs = repeated(args, kwargs, self.family.repeated, len(hidden_btd))
         with ExitStack() as stack:
             for module, value in (replay or {}).items():
                 provides_keys = module.role == ATTENTION and index in self.side_inputs.stores
                 stack.enter_context(replayed(layer, module, hidden_btd, value, provides_keys))
             if modules_only:
-                for path in self._other_layers(index):
-                    stack.enter_context(zeroed(layer.get_submodule(path), hidden_btd))
+                for path, outputs in self._other_layers(index):
+                    stack.enter_context(zeroed(layer.get_submodule(path), hidden_btd, outputs))
             for path, see in (watch or {}).items():
                 stack.enter_context(watched(layer.get_submodule(path), see, stop=path == until))
             stack.enter_context(self.layer_products())
@@ -388,13 +387,17 @@ class BlockStream:
                     layer(hidden_btd, *args, **kwargs)
                 raise
 
-    def _other_layers(self, index: int) -> Iterator[str]:
-        """Yield the layers that add to the residual stream but belong to none of the block's modules."""
+    def _other_layers(self, index: int) -> Iterator[tuple[str, int]]:
+        """Yield the layers that add to the residual stream but belong to none of the block's modules, each with the
+        number of its outputs."""
         if self.side_inputs.has_token_inputs:
-            yield self.family.per_layer_output
-        yield from (path for path in self.family.others if submodule(self.layers[index], path) is not None)
+            yield self.family.per_layer_output, 1
+        own = [module.path for module in self.blocks[index].modules]
+        for path, outputs in self.family.others:
+            if path not in own and submodule(self.layers[index], path) is not None:
+                yield path, outputs
         if any(module.outer_norm is not None for module in self.blocks[index].modules):
-            yield str(self.family.feed_forward)
+            yield str(self.family.feed_forward), 1
 
     def run_through(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int, **options: Any) -> Tensor:
         """Run a block to its end, and check that all values are finite (b x t x c).

@@ -77,7 +77,12 @@ def mixture(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     channels, inside = _channels(layer, prefix + names.experts, names.stored)
     prunes_shared = names.shared_expert_width is None and shared_expert(names, parent) is not None
     groups, least = _groups(config, names, per_token)
-    path, post_norm, outer_norm, input_reader = family.feed_forward, family.norm_after(layer, "feed_forward"), None, None
+    path, post_norm, outer_norm, input_reader = (
+        family.feed_forward,
+        family.norm_after(layer, "feed_forward"),
+        None,
+        None,
+    )
     if names.parallel_norms is not None:
         path, post_norm, outer_norm, input_reader = names.experts, names.parallel_norms[1], post_norm, names.router
     return PrunableModule(

@@ -64,7 +64,10 @@ def attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
     inside = {*(slab.name for slab in projections), output.name, bias}
     others = {name: value for name, value in layer.get_submodule(path).named_parameters(path) if name not in inside}
     # Query and key norms have one vector for all heads; with one vector for each head, heads are locked.
-    differ = any(value.numel() not in (1, output.size, head_dim(config)) or re.search(r"\.\d+\.", name) for name, value in others.items())
+    differ = any(
+        value.numel() not in (1, output.size, head_dim(config)) or re.search(r"\.\d+\.", name)
+        for name, value in others.items()
+    )
     locked = "its query and key norms differ from head to head" if differ else None
     axes = head_axes(groups, heads, differ)
     return PrunableModule(
@@ -139,7 +142,17 @@ def latent_attention(config: Any, family: Family, layer: Any) -> PrunableModule 
     output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
     after, axes, reads = family.norm_after(layer, "attention"), head_axes(heads, heads), f"{path}.{latent_layer}"
     return PrunableModule(
-        "heads", axes, projections, output, bias, path, after, None, heads, outputs=family.attention_outputs, input_reader=reads
+        "heads",
+        axes,
+        projections,
+        output,
+        bias,
+        path,
+        after,
+        None,
+        heads,
+        outputs=family.attention_outputs,
+        input_reader=reads,
     )
 
 
