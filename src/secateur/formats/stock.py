@@ -86,7 +86,7 @@ def stock_unsupported(config: Any, width: Width, dense: Width) -> str | None:
     in_config = {name for along in config_keys(family_of(config)) for name in along}
     if without := next((axis for axis in axes if axis.name not in in_config), None):
         return f"the config of {kind} has no key for the number of {without.label}; take --format hf"
-    if min(width.values()) < 1:
+    if min(width.values(), default=1) < 1:
         return "a stock class needs at least one head and one channel; keep one of each, or use --format hf"
     if getattr(config, "use_double_wide_mlp", False) and FEED_FORWARD in narrowed:
         return f"the last blocks of this {kind} are twice as wide as the others; use --format hf"

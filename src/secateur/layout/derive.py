@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
+from secateur.checkpoints.modeling_secateur import SIZES
 from secateur.families.entry import NOWHERE, Family, Stock, TokenMixer
 from secateur.families.registry import assume
 from secateur.layout.attention import Attention, output_of, read_attention
@@ -58,6 +59,8 @@ def derive(config: Any, model_class: Any = None) -> Family:
 
 
 def _derived(config: Any, model_class: Any) -> Family:
+    if getattr(config, "is_heterogeneous", False) and not hasattr(config, SIZES):
+        raise SecateurError("its config has values of its own for single blocks")
     twin = tiny_twin(config, model_class)
     model = twin.model
     blocks = find_blocks(model, len(twin.layers))
@@ -77,9 +80,7 @@ def _derived(config: Any, model_class: Any) -> Family:
             counts |= {part.numbers for part in parts if part.role == "attention"}
             mixers |= {index for part in parts if part.role == "token_mixer"}
             for part in parts:
-                # One block whose heads cannot be removed is enough for all.
-                locked = found.get("heads_locked", part.fields.get("heads_locked"))
-                _merge(found, part.fields | ({"heads_locked": locked} if locked and part.role == "attention" else {}))
+                _merge(found, _for_all(part, found))
                 stock |= _stock(probe, part, keys)
             sums = _sums(probe, parts, model.config)
             found["repeated"] = tuple(dict.fromkeys((*found.get("repeated", ()), *_repeated(probe))))
@@ -109,9 +110,8 @@ def _repeated(probe: BlockProbe) -> tuple[str | int, ...]:
         SecateurError: The arguments for one row do not fit a batch of two.
     """
     args, kwargs, output = probe.calls[""]
-    given: dict[str | int, Any] = dict(enumerate(args[1:]))
-    given |= kwargs
-    masks = [name for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 2]
+    given: list[tuple[str | int, Any]] = [*enumerate(args[1:]), *kwargs.items()]
+    masks = [name for name, value in given if isinstance(value, Tensor) and value.dim() > 2]
     masks, wanted = [name for name in masks if name != "hidden_states"], torch.cat([first(output)] * 2)
     for names in ((), *((name,) for name in masks), masks):
         with suppress(Exception):
@@ -146,6 +146,15 @@ def _ids(model: nn.Module, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     return torch.randint(4, embedding.weight.shape[0] - 4, (1, LENGTH), generator=generator)
+
+
+def _for_all(part: Part, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a module; in an attention, those of the blocks before it where one block decides for all."""
+    if part.role != "attention":
+        return part.fields
+    locked = found.get("heads_locked", part.fields.get("heads_locked"))
+    decided = {"heads_locked": locked} if locked else {}
+    return part.fields | decided | {key: found[key] for key in ("ungrouped",) if key in found}
 
 
 def _merge(found: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -272,9 +281,8 @@ def _of_heads(attention: Attention, keys: Keys) -> dict[str, Any]:
     if config.num_attention_heads != heads:
         locked = locked or "its config does not say how many heads a block has"
     if "latent" not in fields:
-        if groups == heads and own != heads:
-            fields["ungrouped"] = True
-        elif own != groups:
+        fields["ungrouped"] = groups == heads and own != heads
+        if not fields["ungrouped"] and own != groups:
             locked = locked or "its config does not say how many KV groups a block has"
         size = None if fields.get("ungrouped") else getattr(config, "head_dim", None)
         if attention.dim != (size or config.hidden_size // heads):

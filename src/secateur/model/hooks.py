@@ -44,8 +44,8 @@ def repeated(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Iterable[str | int], rows: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a block for a number of rows, from those for one row; see `Family.repeated`."""
-    given: dict[str | int, Any] = dict(enumerate(args))
-    given |= kwargs
+    given = dict[str | int, Any](enumerate(args))
+    given.update(dict(kwargs))
     given |= {name: torch.cat([given[name]] * rows) for name in names if given.get(name) is not None}
     return tuple(given[place] for place in range(len(args))), {name: given[name] for name in kwargs}
 
