@@ -185,9 +185,11 @@ def resize(layer: nn.Module, sizes: dict[str, Any], own: dict[str, Any], config:
     for stand_in, outputs in ((NoHeads, sizes["attentions"]), (NoChannels, sizes["feed_forwards"])):
         for output in (output for output, key in outputs.items() if own.get(key) == 0):
             replace(layer, output, stand_in)
+    # Other modules, such as a token mixer beside an attention, may have attributes of the same names.
+    narrower = {name.partition(".")[0] for name in sizes["shapes"]} | {""}
     module: Any
-    for module in layer.modules():
-        for name, parts in sizes["attributes"].items():
+    for path, module in layer.named_modules():
+        for name, parts in sizes["attributes"].items() if path.partition(".")[0] in narrower else ():
             if name in vars(module) and (value := number(parts)) is not None:
                 setattr(module, name, value)
         if "config" in vars(module):

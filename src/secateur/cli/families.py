@@ -1,8 +1,13 @@
-"""`secateur families`: list the model families that can be pruned."""
+"""`secateur families`: list the model families that can be pruned, or describe one model."""
+
+from typing import Annotated
+
+import typer
 
 from secateur.cli.bars import Bars
-from secateur.cli.generate import expand_options
+from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
+from secateur.steps.options import RunOptions
 
 COLUMNS = (
     "model_type",
@@ -11,18 +16,43 @@ COLUMNS = (
     "number of heads in --format stock",
     "GGUF architecture",
 )
+MODULE_COLUMNS = ("blocks", "module", "units", "layers", "keys in config.json", "locked because")
 
 
 @expand_options
-def families() -> None:
-    """List the model families that can be pruned, what can be removed from each, and their formats.
+def families(
+    run_options: Annotated[RunOptions, Only(("trust_remote_code",))],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model, whose modules and units are then listed: a folder, a hub id or a .gguf file.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """List the model families with an entry, what can be removed from each, and their formats; or describe MODEL.
 
-    Example: secateur families
+    A model without an entry is described by its class: secateur families MODEL prints what was found.
+
+    Example: secateur families ./SmolLM2-135M
     """
     with Bars().loading():
-        from secateur.commands.families import list_families
+        from secateur.commands.families import describe_model, list_families
         from secateur.report.tables import make_table
 
+    if model is not None:
+        modules = describe_model(model, trust_remote_code=run_options.trust_remote_code)
+        table = make_table("Modules", MODULE_COLUMNS, modules, texts=range(len(MODULE_COLUMNS)), lines=True)
+        print_result(modules, table, ["--format hf stores any numbers of units that are not locked."])
+        return
     found = list_families()
     table = make_table("Families", COLUMNS, found, texts=range(len(COLUMNS)))
-    print_result(found, table, [f"{len(found)} families. --format hf stores every pruned model of these families."])
+    print_result(
+        found,
+        table,
+        [
+            f"{len(found)} families. --format hf stores every pruned model of these families.",
+            "The structure of other decoders is read off their classes: secateur families MODEL",
+        ],
+    )

@@ -199,7 +199,10 @@ def _parts(probe: BlockProbe, keys: Keys, found: Mapping[str, Any]) -> list[Part
         several = [part for part in parts if part.role == role]
         # The one at the place that other blocks have it; else the one with experts; else the first.
         several.sort(key=lambda part: (found.get(role) != part.fields[role], "experts" not in part.fields))
-        parts = [replaced(part) if part in several[1:] else part for part in parts]
+        parts = [_unread(part) if part in several[1:] else part for part in parts]
+    if any(part.role == "attention" for part in parts):
+        # A token mixer beside an attention is no module of the block, which then has one module in each role.
+        parts = [_unread(part) if part.role == "token_mixer" else part for part in parts]
     # A norm with matrices adds nothing to the residual stream.
     inputs = [_input_of(probe, part) for part in parts if part.role != "unread"]
     return [
@@ -209,7 +212,7 @@ def _parts(probe: BlockProbe, keys: Keys, found: Mapping[str, Any]) -> list[Part
     ]
 
 
-def replaced(part: Part) -> Part:
+def _unread(part: Part) -> Part:
     """Return a module as one that is never pruned."""
     return part._replace(output=part.path or part.output, role="unread", fields={})
 

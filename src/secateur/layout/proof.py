@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.layout.probe import BlockProbe, first, same
+from secateur.layout.probe import BlockProbe, first
 from secateur.model.structure import Block, KeptUnits, PrunableModule
 from secateur.model.surgery import kept_inputs, narrow, slice_block, width_of
 
@@ -42,7 +42,7 @@ def _is_exact(probe: BlockProbe, block: Block, module: PrunableModule) -> bool:
         small = _cut(probe, block, kept)
         if module.kind == "experts":
             return _experts_agree(probe, module, small, kept)
-        return same(*_outputs(probe, module, small, kept))
+        return _agree(*_outputs(probe, module, small, kept))
     except Exception:
         # Whatever a class raises, its block does not run without these units.
         return False
@@ -79,4 +79,9 @@ def _experts_agree(probe: BlockProbe, module: PrunableModule, small: nn.Module, 
     (x, places, gates), output = calls[0]
     numbers = torch.tensor(kept[module.kind])[places]
     wanted: Tensor = first(probe.block.get_submodule(path)(x, numbers, gates))
-    return same(first(output), wanted)
+    return _agree(first(output), wanted)
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Return whether outputs differ by rounding at most; some classes compute parts in float32."""
+    return bool((one - other).abs().max() <= 1e-6 * other.abs().max())
