@@ -34,12 +34,11 @@ def family_of(config: Any) -> Family:
     Raises:
         SecateurError: The model cannot be pruned; with the reason that was found.
     """
-    if (family := FAMILIES.get(config.model_type)) is not None:
-        return family
     known = _OF_CONFIG.get(id(config))
     if known is not None and known[0]() is config:
         return known[1]
-    return assume(config, _derived(config))
+    family = FAMILIES.get(config.model_type)
+    return family or assume(config, _derived(config))
 
 
 def known_family(config: Any) -> Family | None:

@@ -30,7 +30,8 @@ class Keys:
         the model does not run."""
         try:
             # Made anew, because some classes check their values only then.
-            config = type(self.config).from_dict({**self.config.to_dict(), **values})
+            plain = {key: [*value] if isinstance(value, tuple) else value for key, value in values.items()}
+            config = type(self.config).from_dict({**self.config.to_dict(), **plain})
             config._experts_implementation = self.config._experts_implementation
             with quiet(), torch.device(device):
                 model = self._class._from_config(config).eval()
@@ -49,8 +50,10 @@ class Keys:
     def changed(self, key: str) -> Callable[[Getter], Any]:
         """Return a function that reads sizes of the block after a key was doubled or, where the class refuses this,
         raised or halved; sizes are None where the class refuses all of these."""
-        value = getattr(self.config, key)
-        variants = (self._variant(key, new) for new in (2 * value, value + 1, value // 2) if new)
+        own = getattr(self.config, key)
+        value = own[0] if isinstance(own, list) else own
+        news = (new for new in (2 * value, value + 1, value // 2) if new)
+        variants = (self._variant(key, new if value is own else (new,) * len(own)) for new in news)
         block = next((one for one in variants if one is not None), None)
         return lambda getter: None if block is None else getter(block)
 
@@ -62,7 +65,9 @@ class Keys:
             answers: Whether a block, read through the given function, shows the change.
         """
         for key, own in vars(self.config).items():
-            if type(own) is int and own == value and not key.startswith("_"):
+            # A list may hold the number of each block.
+            numbers = own if isinstance(own, list) else [own]
+            if not key.startswith("_") and numbers and all(type(one) is int and one == value for one in numbers):
                 variant = self.changed(key)
                 if variant(lambda block: block) is not None and answers(variant):
                     return key

@@ -32,11 +32,11 @@ class Sizes(NamedTuple):
     head: int
 
 
-TRIALS = Sizes(48, 16), Sizes(64, 16), Sizes(128, 32), None
+TRIALS = Sizes(48, 16), Sizes(96, 16), Sizes(192, 32), None
 """Sizes that are tried one after the other; None stands for the model's own."""
 LARGEST = 50_000_000
 """Most parameters of a twin with the model's own sizes."""
-HEADS, ROPE = 4, 8
+HEADS, ROPE = 6, 8
 """Number of heads, and the part of a head that latent attention rotates."""
 
 LAYERS = re.compile(r"(n|num|decoder|num_decoder|encoder|num_encoder|num_hidden)_(layers?|blocks)")
