@@ -60,10 +60,12 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "whole numbers": (whole_numbers, "up_proj.weight holds torch.int8: integers instead of weights; use an unq"),
     "no tokenizer": (lambda f: remove_tokenizer(f), "model: no tokenizer files; copy the model's into the folder"),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "model: the tokenizer does not load"),
-    "unknown": (other_family("ctrl"), "model type 'ctrl' is not supported; secateur families prints those that are"),
-    "another form": (other_family("ctrl"), "describe the family in a file and add --family FILE; see docs/extend.md"),
-    "mamba": (other_family("mamba"), "it has layers of linear attention, convolution or state space, for which there"),
-    "experts": (other_family("jetmoe"), "secateur families prints those that are (it has experts, for which"),
+    "mamba": (other_family("mamba"), "model type 'mamba' cannot be pruned: none of its modules has units that can be"),
+    "an encoder": (
+        other_family("bert", num_attention_heads=2),
+        "model type 'bert' cannot be pruned: its logits depend on later tokens",
+    ),
+    "experts": (other_family("jetmoe"), "model type 'jetmoe' cannot be pruned: none of its modules has units that can"),
 }
 
 

@@ -39,7 +39,6 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("widths", ["uniform", "adaptive"])
 def test_pruned_from_a_file(tmp_path, family, widths):
     folder = save("biogpt", tmp_path / "dense")
-    assert_error(r"secateur families prints those.*add --family FILE", prune, folder, tmp_path / "out", **SMALL)
     prune(folder, tmp_path / "out", **SMALL, family=family, sparsity=0.3, widths=widths, recovery="none")
     record = json.loads((tmp_path / "out" / "secateur.json").read_text())
     keeps = {block["block"]: selected(tuple(block["heads"]), tuple(block["channels"])) for block in record["blocks"]}

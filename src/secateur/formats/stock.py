@@ -144,7 +144,7 @@ def stock_config(raw_config: dict[str, Any], config: Any, *, width: Width, dtype
         if width.keys() >= set(along):
             # Some configs hold the number under two names.
             stored |= dict.fromkeys((key, *(name for name in others if name in stored)), width.product(along))
-    stored["tie_word_embeddings"] = bool(config.tie_word_embeddings)
+    stored["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
     stored["dtype"] = stored["torch_dtype"] = str(dtype).removeprefix("torch.")
     stored.update(_rope(stock, config))
     if stock.fallback is not None and config.hidden_size % width.product(HEADS):

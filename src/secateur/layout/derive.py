@@ -70,7 +70,7 @@ def _derived(config: Any, model_class: Any) -> Family:
         _check_causal(model)
         (probes, outside), (others, _) = (record(model, blocks, _ids(model, seed)) for seed in (0, 1))
         found: dict[str, Any] = {"blocks": blocks} | _final_norm(model, outside, first(probes[-1].calls[""].output))
-        # Versions of transformers before 5 know none of these models, so that their spellings are not needed.
+        # Spellings of older versions of transformers are facts of entries.
         stock: dict[str, Any] = {"theta_key": None, "head_counts": "dense"}
         mixers, counts = set[int](), set[tuple[int, int, int]]()
         for index, (probe, other) in enumerate(zip(probes, others, strict=True)):
@@ -125,9 +125,10 @@ def _check_causal(model: Any) -> None:
     """Raise `SecateurError` if logits depend on later tokens."""
     ids = _ids(model, 0)
     other = ids.clone()
-    other[0, -1] = ids[0, -1] % 8 + 5
+    other[0, -1] = int(ids[0, -1] == 0)
     before, after = (model(one, use_cache=False).logits[0, :-1] for one in (ids, other))
-    if not same(before, after):
+    # Some classes compute in float32, and round differently with other tokens in the row.
+    if (before - after).abs().max() > 1e-5 * before.abs().max():
         raise SecateurError("its logits depend on later tokens, so it is no decoder")
 
 
@@ -145,7 +146,7 @@ def _marker(probes: list[BlockProbe], path: str, mixers: set[int]) -> str | None
 def _ids(model: nn.Module, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return torch.randint(4, embedding.weight.shape[0] - 4, (1, LENGTH), generator=generator)
+    return torch.randint(embedding.weight.shape[0], (1, LENGTH), generator=generator)
 
 
 def _for_all(part: Part, found: Mapping[str, Any]) -> dict[str, Any]:

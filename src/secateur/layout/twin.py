@@ -32,11 +32,11 @@ class Sizes(NamedTuple):
     head: int
 
 
-TRIALS = Sizes(48, 16), Sizes(96, 16), Sizes(192, 32), None
+TRIALS = Sizes(48, 16), Sizes(128, 16), Sizes(256, 32), None
 """Sizes that are tried one after the other; None stands for the model's own."""
 LARGEST = 50_000_000
 """Most parameters of a twin with the model's own sizes."""
-HEADS, ROPE = 6, 8
+HEADS, ROPE = 8, 8
 """Number of heads, and the part of a head that latent attention rotates."""
 
 LAYERS = re.compile(r"(n|num|decoder|num_decoder|encoder|num_encoder|num_hidden)_(layers?|blocks)")
@@ -176,7 +176,7 @@ def _ready(model: Any) -> Any:
     """Return a model with random numbers in its tensors, which has run once."""
     model, generator = model.eval().requires_grad_(False), torch.Generator().manual_seed(0)
     _randomise(model, generator)
-    ids = torch.randint(4, VOCAB - 4, (ROWS, TOKENS), generator=generator)
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (ROWS, TOKENS), generator=generator)
     if not model(ids, use_cache=False).logits.isfinite().all():
         raise SecateurError("its logits are not finite")
     return model
