@@ -78,7 +78,7 @@ def test_equals_the_entry(name):
 ALONE = [kind for kind in DECODERS if kind not in FAMILIES and kind in CONFIG_MAPPING]
 SOME = ("exaone", "falcon_h1", "nemotron_h", "jamba", "deepseek_v32", "olmo_hybrid", "minimax", "afmoe", "gpt_bigcode")
 EVERY = bool(os.environ.get("EVERY_DECODER"))
-"""Whether all decoders are pruned, as `make test-decoders` does; it takes five minutes."""
+"""Whether all decoders are pruned: with EVERY_DECODER=1, which takes five minutes."""
 AT_LEAST = 120
 """Number of decoders, with and without an entry, that can be pruned."""
 
