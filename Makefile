@@ -44,7 +44,7 @@ LOCK := requirements.lock
 LOCKED := Linux x86_64 3.11
 
 .DELETE_ON_ERROR:
-.PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger fuzz lint gpu demo demo-heal docs lock sbom clean browser
+.PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger test-decoders fuzz lint gpu demo demo-heal docs lock sbom clean browser
 
 help:
 	@echo "make check      lint, and run the tests of what has changed on this branch; about a minute"
@@ -53,6 +53,7 @@ help:
 	@echo "make test-vllm  test pruned models in vLLM on the CPU"
 	@echo "make test-engines  run, train, quantise, merge and export pruned models in other tools"
 	@echo "make test-transformers4  load pruned models in transformers 4.57"
+	@echo "make test-decoders  prune a tiny model of every decoder in transformers that has no entry; five minutes"
 	@echo "make test-larger  prune a model of 2 GiB in less than 2 GiB of memory; half an hour"
 	@echo "make fuzz       damage 10,000 inputs (FUZZ=N: N inputs); each must give a right result or a one-line error; half an hour"
 	@echo "make lint       ruff and mypy"
@@ -76,6 +77,9 @@ test-lowest: $(LOWEST_VENV)/.installed
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest tests/serving
+
+test-decoders: $(VENV)/.installed-test
+	EVERY_DECODER=1 $(BIN)/python -m pytest -n auto tests/layout/test_derive.py
 
 test-engines: $(ENGINES_VENV)/.installed
 	$(ENGINES_VENV)/bin/python -m pytest tests/engines

@@ -70,7 +70,7 @@ assert summary.sparsity > 0.2
 from secateur.families.registry import FAMILIES
 from secateur.fit.recoveries import Refit
 from secateur.fit.recovery import all_recoveries
-assert FAMILIES["like_arcee"].gate is None
+assert FAMILIES["like_arcee"].gguf.architectures == ("arcee",)
 assert all_recoveries()["refit"] is Refit
 """
 

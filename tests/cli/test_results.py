@@ -199,8 +199,8 @@ def test_json_holds_the_results(place, run):
     assert found["parameters"] == record["sizes"]["parameters"]
     assert list(found["widths"].values()) == [block["width"] for block in record["blocks"]]
     assert run("families", "--json", "families.json").out
-    stock = {family["name"]: family["stock"] for family in json.loads((place / "families.json").read_text())["results"]}
-    assert (stock.keys(), stock["olmo2"]) == (FAMILIES.keys(), "as in the dense model")
+    gguf = {family["name"]: family["gguf"] for family in json.loads((place / "families.json").read_text())["results"]}
+    assert (gguf.keys(), gguf["olmo2"]) == (FAMILIES.keys(), "olmo2")
     assert "families.json: exists" in run("families", "--json", "families.json").err
     assert run("families", "--json", "families.json", "--overwrite").code == 0
     assert json.loads(run("plan", "model", *SMALL, "--json", "-").out)["sparsity"]["reached"] > 0

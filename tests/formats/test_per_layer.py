@@ -27,6 +27,7 @@ from models import (
     _config,
     blocks_of,
     build,
+    config_of,
     dense,
     layers_of,
     load_written,
@@ -44,7 +45,7 @@ from models import (
 from outputs import assert_error
 from secateur import BlockStream, open_checkpoint, prune
 from secateur.base.quiet import quiet
-from secateur.families.registry import FAMILIES
+from secateur.families.registry import FAMILIES, family_of
 from secateur.formats.format import PrunedModel
 from secateur.formats.per_layer import MODELING_FILE, HfFolder, per_layer_unsupported
 from secateur.formats.stock import StockFolder
@@ -417,7 +418,7 @@ def test_dense_blocks_that_differ(tmp_path, monkeypatch, name):
 def test_the_modeling_file_names_no_family_and_no_layer():
     tree = ast.parse(MODELING_FILE.read_text(encoding="utf-8"))
     written = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    names = {str(value) for entry in FAMILIES.values() for value in vars(entry).values()}
+    names = {str(value) for name in ROWS for value in vars(family_of(config_of(name))).values()}
     known = {*FAMILIES, *IN_MEMORY.values()} | names
     assert not written & (known | {part for name in known for part in name.split(".")}) - {"None", "True", "False"}
 

@@ -134,7 +134,7 @@ def logits(config, state: dict | None = None):
 
 
 def dense_of(config) -> Width:
-    if family_of(config).stock.head_counts != "dense":
+    if family_of(config).head_counts != "dense" or config.model_type == "phi3":
         return DENSE
     channels = {"gpt2": 192, "opt": 40, "gpt_neox": 40}[config.model_type]
     return wide(6, 1, getattr(config, "n_inner", None) or channels)
@@ -200,7 +200,7 @@ UNSUPPORTED: list[tuple[str, dict[str, bool], Width, str | None]] = [
     ),
     ("llama", {"attention_bias": True}, wide(1, 4, 40), None),
     ("gemma2 linear", {}, wide(1, 5, 40), "gemma2 supports only head counts that divide hidden_size 48, not 5"),
-    ("phi3 longrope", {}, wide(2, 2, 40), "phi3 ties its LongRoPE factors to hidden_size / heads"),
+    ("phi3 longrope", {}, wide(2, 2, 40), "phi3 derives its head size from hidden_size / heads"),
     ("phi3 longrope", {}, wide(3, 2, 8), None),
     ("gpt2", {}, wide(5, 1, 40), "gpt2 derives its head size .* keeps all 6 heads; prune channels only"),
     ("mistral window", {}, wide(0, 2, 40), "at least one head and one channel"),
@@ -212,7 +212,7 @@ UNSUPPORTED: list[tuple[str, dict[str, bool], Width, str | None]] = [
 @pytest.mark.parametrize(("case", "keys", "width", "message"), UNSUPPORTED)
 def test_unsupported_reasons(tmp_path, case, keys, width, message):
     config = load({**RAW[case], **keys}, tmp_path)
-    dense = EVERY_HEAD if family_of(config).stock.head_counts == "dense" else DENSE
+    dense = EVERY_HEAD if case == "gpt2" else DENSE
     reason = stock_unsupported(config, width, dense)
     assert reason is None if message is None else re.search(message, reason or "")
 
@@ -228,7 +228,7 @@ def with_more_heads(name: str):
     """A row's config with 8 heads, in 4 groups where it has any, on a residual stream of 64."""
     own = config_of(name)
     names = {type(own).attribute_map.get(key, key): value for key, value in HEADS.items()}
-    every = FAMILIES[own.model_type].latent or key_value_heads(own) == own.num_attention_heads
+    every = family_of(own).latent or key_value_heads(own) == own.num_attention_heads
     groups = {key: 8 if every else 4 for key in GROUPS if (getattr(own, key, None) or 1) > 1}
     # OPT's embedding need not be as wide as its residual stream; Bamba's heads of Mamba have the rest of it.
     keys = own.to_dict() | names | groups | {"word_embed_proj_dim": 64, "mamba_d_head": "auto"}
@@ -242,7 +242,7 @@ def test_the_class_takes_just_the_heads_that_the_table_says(name):
     """Each number of heads and of groups, opened on the meta device; blocks have the shapes that would be stored."""
     with quiet():
         config = with_more_heads(name)
-        layers = empty(config).get_submodule(FAMILIES[config.model_type].blocks)
+        layers = empty(config).get_submodule(family_of(config).blocks)
         blocks = [describe(config, layer) for layer in layers]
         free = next((block for block in blocks if not block.heads_locked), blocks[0])
         for width in head_widths(free, ("heads",)):
@@ -256,15 +256,16 @@ def empty(config):
 
 def opens(config, blocks, width) -> bool:
     """Whether the stock class makes blocks of a width; the classes that keep all heads are not asked for fewer."""
-    if family_of(config).stock.head_counts == "dense" and width.product(HEAD_AXES) < config.num_attention_heads:
+    if family_of(config).head_counts == "dense" and width.product(HEAD_AXES) < config.num_attention_heads:
         return False
     raw = json.loads(json.dumps(config.to_dict()))
     stored = stock_config(raw, config, width=width, dtype=torch.float32)
     try:
-        model = empty(CONFIG_MAPPING[stored["model_type"]].from_dict(stored))
+        narrow = CONFIG_MAPPING[stored["model_type"]].from_dict(stored)
+        model = empty(narrow)
     except StrictDataclassClassValidationError:
         return False
-    layers = model.get_submodule(FAMILIES[stored["model_type"]].blocks)
+    layers = model.get_submodule(family_of(narrow).blocks)
     for block, layer in zip(blocks, layers, strict=True):
         narrowed = {axis.name for axis in block.modules[0].axes if not axis.locked}
         keep = first_units(block, block.width | {axis: width[axis] for axis in narrowed})

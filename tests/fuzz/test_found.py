@@ -37,13 +37,10 @@ def test_invalid_family_files_are_refused(tmp_path, number):
     assert_error(r"family\.yaml", read_family, tmp_path / "family.yaml")
 
 
-DENSE = {"head_counts": "dense", "theta_key": None}
 ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "two layers in one": ({"gate": "fc1"}, "fc1.weight, which stands for two layers"),
     "the block itself": ({"gate": ""}, "which is no tensor of a block"),
-    "no such key": ({"stock": {"head_counts": "dense"}}, "no rope_parameters, so stock.theta_key must be null"),
-    "a key of others": ({"ungrouped": False}, "no num_key_value_heads, so ungrouped must be true"),
-    "another key of the width": ({"stock": DENSE | {"channels_key": "inner"}}, r"fc1.weight is .36, 48., but config.j"),
+    "another key of the width": ({"channels_key": "inner"}, r"fc1.weight is .36, 48., but config.j"),
 }
 
 

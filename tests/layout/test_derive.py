@@ -1,84 +1,47 @@
-"""Structure that is read off a class equals what entries declare; every decoder of transformers is read or refused."""
+"""Structure is read off a class as people wrote it down; every decoder of transformers is read or refused."""
 
 import os
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
 from models import MIXTURES, ROWS, SIMILAR, config_of, make_tokenizer
 from secateur import Options, SecateurError, prune
 from secateur.base.quiet import quiet
-from secateur.families.registry import FAMILIES, known_family
-from secateur.layout.derive import derive
+from secateur.families.registry import FAMILIES, family_of, known_family
 from secateur.layout.twin import tiny_twin
 
-NOT_DERIVED = {
-    # Facts about llama.cpp, vLLM, transformers 4.57 and GGUF files.
-    *("gguf", "vllm", "stock", "gating", "gates_sum_to_one", "stacked", "inputs_first", "alternating", "layer_type"),
-    # Names in checkpoints, which models without an entry have from transformers' conversions.
-    "renamed",
-    # Entries say them for all configs of a family: "if the config has this key".
-    *("pre_norm", "locked_if", "key_value_heads", "changes_residual", "activation", "heads_locked", "attention_fixed"),
-    # Derived only where another module has the same path.
-    "marker",
-    # Some routers take both shapes.
-    "batched_router",
-}
-"""Fields in which a derived description differs from an entry."""
-BENIGN = {
-    # Blocks without a latent vector of queries have the other layer.
-    "queries": ("q_b_proj", "q_proj"),
-    "latent_queries": ("q_proj", "q_b_proj"),
-    # transformers has two names for the key.
-    "number": ("num_local_experts", "num_experts"),
-}
-ALLOWED = {"falcon": {"ungrouped", "interleaved", "repeated"}, "codegen": {"interleaved"}, "opt after": {"final_norm"}}
-# Gates on the inputs of experts are not understood.
-ALLOWED["llama4_text"] = {"experts", "feed_forward", "others"}
-"""Fields that may differ, by case or family."""
-REFUSED = {"gemma4_text": "token|residual|single blocks"}
-"""Families whose entries say what cannot be derived, each with a part of the reason."""
+DESCRIPTIONS = Path(__file__).with_name("descriptions.yaml")
+"""What was found when people still wrote it down, and compared: by row, without the fields that have their defaults."""
 
 
-def differences(found: Any, declared: Any) -> dict[str, Any]:
-    """Return the fields of a derived description that differ from an entry, with both values."""
-    result: dict[str, Any] = {}
-    for one in fields(declared):
-        values = getattr(found, one.name), getattr(declared, one.name)
-        if one.name in NOT_DERIVED or values[0] == values[1] or values == BENIGN.get(one.name):
-            continue
-        if all(map(is_dataclass, values)):
-            result |= differences(*values)
-        else:
-            result[one.name] = values
-    return result
+def plain(value: Any) -> Any:
+    """Return a description, or a part of one, as YAML has it."""
+    if not is_dataclass(value):
+        return [plain(one) for one in value] if isinstance(value, tuple) else value
+    found = {one: getattr(value, one.name) for one in fields(value) if one.name != "entry"}
+    return {one.name: plain(own) for one, own in found.items() if own != one.default and not callable(own)}
 
 
-@pytest.mark.parametrize("name", [*ROWS, *SIMILAR, *MIXTURES])
-def test_equals_the_entry(name):
-    config = config_of(name)
-    kind = config.model_type
-    declared = FAMILIES[kind]
-    if kind in REFUSED:
-        with pytest.raises(SecateurError, match=REFUSED[kind]):
-            derive(config)
-        return
-    found = derive(config)
-    locked, wanted = found.heads_locked is not None, declared.lock(config) is not None
-    # Norms that differ from head to head are seen when a block is described. Falcon's entry computes its KV groups.
-    assert locked == wanted or declared.locked_if
-    assert found.keeps_residual(config) == declared.keeps_residual(config)
-    assert differences(found, declared).keys() <= ALLOWED.get(name, ALLOWED.get(kind, set()))
+@pytest.mark.parametrize(("name", "wanted"), yaml.safe_load(DESCRIPTIONS.read_text()).items())
+def test_is_what_people_wrote_down(name, wanted):
+    assert plain(family_of(config_of(name))) == wanted
+
+
+def test_every_row_was_written_down():
+    assert [*yaml.safe_load(DESCRIPTIONS.read_text())] == [*ROWS, *SIMILAR, *MIXTURES]
 
 
 ALONE = [kind for kind in DECODERS if kind not in FAMILIES and kind in CONFIG_MAPPING]
 SOME = ("exaone", "falcon_h1", "nemotron_h", "jamba", "deepseek_v32", "olmo_hybrid", "minimax", "afmoe", "gpt_bigcode")
 EVERY = bool(os.environ.get("EVERY_DECODER"))
-"""Whether all decoders are pruned: with EVERY_DECODER=1, which takes five minutes."""
+"""Whether all decoders are pruned, as `make test-decoders` does; it takes five minutes."""
 AT_LEAST = 120
 """Number of decoders, with and without an entry, that can be pruned."""
 
@@ -99,7 +62,7 @@ def test_every_decoder_is_read_or_refused():
         if (config := default_config(kind)) is None:
             continue
         try:
-            derived.append((kind, derive(config).blocks)[0])
+            derived.append((kind, family_of(config).blocks)[0])
         except SecateurError as error:
             refused[kind] = str(error)
     assert all(text.startswith(f"model type '{kind}' cannot be pruned: ") for kind, text in refused.items())

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from models import SIMILAR, SIZES, build, logits_of, masked, relative, save, selected, token_rows
 from outputs import assert_error, error_of
 from secateur import prune
 from secateur.base.quiet import quiet
-from secateur.families.registry import FAMILIES
-from secateur.formats.folder import unfit_fields
+from secateur.families.registry import FAMILIES, family_of
 from secateur.model.per_layer import model_class
 from secateur.steps.family_file import read_family
 
@@ -62,7 +61,7 @@ def test_pruned_from_a_file(tmp_path, family, widths):
         ("model_type: llama", "secateur knows llama; leave --family out"),
         (BIOGPT.replace("up:", "upp:"), "upp: no such field; there are blocks, attention"),
         (BIOGPT.replace("fc1", "3"), "up: 3: Input should be a valid string"),
-        (BIOGPT.replace(": dense", ": some"), "stock.head_counts: 'some': Input should be 'any', 'divisors' or"),
+        (BIOGPT.replace(": dense", ": some"), "head_counts: 'some': Input should be 'any', 'divisors' or"),
         (BIOGPT.replace("theta", "thetas"), "stock.thetas_key: no such field"),
         (BIOGPT.partition("stock")[0] + "stock: any", "stock is 'any'; write a mapping"),
         (f"{BIOGPT}token_mixer: {{}}\n", "token_mixer.path is missing"),
@@ -86,9 +85,9 @@ def test_a_layer_or_a_file_that_is_not_there(tmp_path, family):
     assert_error(said, prune, folder, out, **SMALL, family=tmp_path / "none.yaml")
 
 
-def test_fields_that_the_config_contradicts_are_named(monkeypatch):
-    assert unfit_fields(GPT2Config()) is None
-    monkeypatch.setitem(FAMILIES, "gpt2", FAMILIES["llama"])
-    said = unfit_fields(GPT2Config())
-    assert said is not None
-    assert "so ungrouped must be true and its config has no rope_parameters" in said
+def test_a_file_corrects_what_the_class_tells(tmp_path, family):
+    family.write_text("model_type: biogpt\nheads_locked: two of them belong together\n")
+    assert read_family(family) == "biogpt"
+    described = family_of(AutoConfig.for_model("biogpt", **SIZES))
+    assert (described.blocks, described.up) == ("biogpt.layers", "fc1")
+    assert described.heads_locked == "two of them belong together"

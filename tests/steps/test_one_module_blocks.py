@@ -24,7 +24,8 @@ FAMILY: dict[str, Any] = {
     "attention": "mixer",
     "feed_forward": "mixer",
     "gate": None,
-    "token_mixer": {"path": "mixer", "output": "out_proj", "layer_type": "linear_attention"},
+    "derived": False,
+    "token_mixer": {"path": "mixer", "output": "out_proj"},
     "final_norm": "model.norm_f",
     "stock": {"theta_key": None},
 }

@@ -70,10 +70,7 @@ LINEAGES = _with_others(
     "families",
     {
         name: f"secateur.families.{name}"
-        for name in (
-            *("llama", "gpt", "qwen", "mistral", "gemma", "deepseek", "glm", "phi", "olmo"),
-            *("granite", "exaone", "falcon", "bloom", "mpt", "gpt_oss", "hybrid"),
-        )
+        for name in ("llama", "gpt", "qwen", "mistral", "gemma", "deepseek", "glm", "bloom", "hybrid")
     },
 )
 """Modules with the entries of related families; see `secateur.families.registry`."""

@@ -41,7 +41,7 @@ from secateur.checkpoints.quantised import dequantised, quantisation, without_qu
 from secateur.checkpoints.stored import Stored
 from secateur.checkpoints.tokens import is_fault
 from secateur.checkpoints.weights import TensorInfo, Transposed, list_tensors
-from secateur.families.registry import FAMILIES, experts_of, known_family, twin_of
+from secateur.families.registry import experts_of, known_family, twin_of
 
 _BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Names of buffers that old checkpoints store and every model computes itself: causal masks and rotary tables."""
@@ -374,27 +374,28 @@ def open_checkpoint(
         tensors = dequantised(tensors, settings, folder)
     fields = described(raw, config)
     own = fields["config"]
-    if (twin := twin_of(own)) and twin.inputs_first:
-        tensors = {name: _upright(name, info, own.hidden_size) for name, info in tensors.items()}
-    aliases: dict[str, str] = {}
-    if own.model_type not in FAMILIES and not has_own_code(config):
-        tensors, aliases = converted(tensors, own.model_type, joins_experts=experts_of(own) is None)
-    checkpoint = Checkpoint(
-        source=source,
-        path=folder,
-        side_folder=folder,
-        **fields,
-        dtype=common_dtype(source, tensors),
-        tensors=tensors,
-        aliases=aliases,
-        trust_remote_code=trust_remote_code and has_own_code(config),
-        quantised=settings is not None,
-    )
+    stored_dtype = common_dtype(source, tensors)
     if own.num_hidden_layers > len(tensors):
         raise SecateurError(
             f"{folder / 'config.json'}: num_hidden_layers is {own.num_hidden_layers:,}, but only {len(tensors):,} "
             "tensors are stored; find the config.json of these weights"
         )
+    if (twin := twin_of(own)) and twin.inputs_first:
+        tensors = {name: _upright(name, info, own.hidden_size) for name, info in tensors.items()}
+    aliases: dict[str, str] = {}
+    if not has_own_code(config):
+        tensors, aliases = converted(tensors, own.model_type, joins_experts=lambda: experts_of(own) is None)
+    checkpoint = Checkpoint(
+        source=source,
+        path=folder,
+        side_folder=folder,
+        **fields,
+        dtype=stored_dtype,
+        tensors=tensors,
+        aliases=aliases,
+        trust_remote_code=trust_remote_code and has_own_code(config),
+        quantised=settings is not None,
+    )
     _check_links(folder, checkpoint.files)
     return checkpoint
 

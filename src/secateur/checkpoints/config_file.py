@@ -3,8 +3,8 @@
 import inspect
 import json
 import re
-from collections.abc import Iterator
-from functools import cache, partial
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ import transformers
 from accelerate import init_empty_weights
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
 )
 
 from secateur.base.errors import SecateurError
 from secateur.base.json_files import parse_json
 from secateur.base.quiet import first_line, quiet
-from secateur.checkpoints.modeling_secateur import SIZES, WIDTHS
+from secateur.checkpoints.modeling_secateur import PREFIX, SIZES, WIDTHS
 from secateur.checkpoints.quantised import quantisation, quantisation_unsupported
 from secateur.families.registry import FAMILIES, TWINS
 
@@ -35,7 +39,21 @@ TOWER_CONFIGS = ("vision_config", "audio_config", "speech_config", "encoder_conf
 """Keys of a multimodal model's config that hold the config of a tower."""
 _LARGE = 2**28
 """Entries of a tensor from which on it is certainly a parameter, and no buffer whose values are needed."""
-_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+MAPPINGS = {
+    "AutoModel": MODEL_MAPPING,
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+}
+"""Auto classes that load the pruned model, some with a new head, with transformers' stock classes by config class."""
+_OWN: dict[str, Any] = {}
+"""Config classes of checkpoints' own code that the user has allowed, by model_type."""
+_OWN_CLASSES: dict[type, dict[str, Any]] = {}
+"""The classes of models in that code, by config class and auto class."""
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+)
 _SIZE_KEY = re.compile("size|dim|embd|inner|rank|layer|head|expert|hidden|ffn|d_model|ratio|expan|group|conv|block")
 """Words in config keys of sizes."""
 _MOST, _MOST_EXPERTS = 2**24, 2**16
@@ -138,10 +156,10 @@ def empty_model(auto: Any, config: Any) -> Any:
         auto: An auto class of transformers, or the class of a model.
         config: The config object.
     """
+    # Classes of a checkpoint's own code are called without transformers' question about it.
+    own = has_own_code(config) and hasattr(auto, "_model_mapping")
+    auto = stock_class(auto._model_mapping, type(config)) if own else auto
     make = getattr(auto, "from_config", None) or auto._from_config
-    if has_own_code(config):
-        # The user has allowed the code, or the config object would not be there.
-        make = partial(make, trust_remote_code=True)
     # Without no_init_weights, drawing random values for parameters that have no memory would take most of the time.
     with init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
         return make(config, dtype=torch.float32).eval()
@@ -180,7 +198,47 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         _check_multimodal(file, raw, config, tower)
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_classes:
         raise SecateurError(f"{file}: {kind} has no causal language model class; use a decoder-only model")
+    if own_classes:
+        _learn_classes(folder, config, own_classes)
     return config
+
+
+def _learn_classes(folder: Path, config: Any, names: Mapping[str, Any]) -> None:
+    """Let `stock_class` find the classes of the checkpoint's own code.
+
+    transformers' own tables stay as they are: what they name comes before the code of a folder that somebody opens.
+
+    Raises:
+        SecateurError: The code is elsewhere, or does not run.
+    """
+    _OWN[config.model_type], own = type(config), dict[str, Any]()
+    for auto, name in names.items():
+        if auto not in MAPPINGS:
+            continue
+        if "--" in name:
+            raise SecateurError(f"{folder / 'config.json'}: {name} is code of another model; copy it into the folder")
+        try:
+            with quiet():
+                found = get_class_from_dynamic_module(name, folder)
+        except Exception as error:
+            raise SecateurError(f"{folder}: {name} cannot be imported ({first_line(error)}); correct it") from error
+        # The class of a pruned model is made of the one before.
+        own[auto] = found.__mro__[2] if found.__name__.startswith(PREFIX) else found
+    _OWN_CLASSES[type(config)] = own
+
+
+def stock_classes(config_class: type) -> dict[str, Any]:
+    """Return the stock classes of a config class by auto class."""
+    known = {auto: stock_class(found, config_class) for auto, found in MAPPINGS.items() if config_class in found}
+    return known or _OWN_CLASSES.get(config_class, {})
+
+
+def own_code(config: Any) -> dict[str, dict[str, str]]:
+    """Return the key of config.json that names the classes of the checkpoint's own code; empty for transformers'."""
+    classes = {"AutoConfig": type(config)} | stock_classes(type(config))
+    if not has_own_code(config):
+        return {}
+    return {"auto_map": {auto: f"{one.__module__.rpartition('.')[2]}.{one.__name__}" for auto, one in classes.items()}}
 
 
 def _check_readable(file: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:
@@ -220,9 +278,11 @@ def _config_object(folder: Path, own_code: bool) -> Any:
 
 
 def config_of(raw: dict[str, Any]) -> Any:
-    """Return the config object of the contents of a config.json whose model_type transformers knows."""
+    """Return the config object of the contents of a config.json whose class is known."""
+    kind = raw["model_type"]
     with quiet():
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(json.loads(json.dumps(raw), object_hook=_special_float))
+        values = json.loads(json.dumps(raw), object_hook=_special_float)
+        return (_OWN.get(kind) or CONFIG_MAPPING[kind]).from_dict(values)
 
 
 def prepared_config(raw: dict[str, Any]) -> Any:
@@ -241,8 +301,7 @@ def _special_float(value: dict[str, Any]) -> Any:
 
 def _check_sizes(file: Path, config: Any) -> None:
     """Raise `SecateurError` for a size that is not a whole number."""
-    experts = getattr(FAMILIES.get(_family_name(config.model_type)), "experts", None)
-    for key in (*_SIZES, *([experts.number] if experts else [])):
+    for key in _SIZES:
         # The stored value, under the name that the class has for the key.
         size = vars(config).get(config.attribute_map.get(key, key))
         if size is not None and (type(size) is not int or size < 0):
@@ -383,6 +442,8 @@ def stock_class(classes: Any, config_class: type) -> Any:
 
     `secateur.register` puts an object in its place.
     """
+    if own := _OWN_CLASSES.get(config_class):
+        return own[next(auto for auto, found in MAPPINGS.items() if found is classes)]
     found = classes[config_class]
     return getattr(found, "stock", found[0] if isinstance(found, tuple) else found)
 

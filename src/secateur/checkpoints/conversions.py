@@ -1,6 +1,6 @@
 """Names of stored tensors for which transformers has other names, by transformers' own list of conversions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -10,7 +10,7 @@ from secateur.checkpoints.weights import Computed, OneByOne, TensorInfo
 
 
 def converted(
-    tensors: Mapping[str, TensorInfo], kind: str, joins_experts: bool
+    tensors: Mapping[str, TensorInfo], kind: str, joins_experts: Callable[[], bool]
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Return the tensors of a checkpoint, and the names under which they are stored by transformers' names.
 
@@ -19,8 +19,8 @@ def converted(
     Args:
         tensors: Stored tensors by stored name.
         kind: The `model_type` in config.json.
-        joins_experts: Whether matrices that are stored expert by expert are joined too; else they keep names of their
-            own, see `matrices_of_experts`.
+        joins_experts: Function that returns whether matrices that are stored expert by expert are joined too; else
+            they keep names of their own, see `matrices_of_experts`.
     """
     conversions = get_checkpoint_conversion_mapping(kind) or []
     stored: dict[str, str] = {}
@@ -31,9 +31,9 @@ def converted(
                 name = conversion.rename_source_key(name)[0]
         stored[name] = old
     found = {name: tensors[old] for name, old in stored.items()}
-    for conversion in conversions if joins_experts else ():
-        if isinstance(conversion, WeightConverter):
-            found = _stacked(found, conversion)
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    for conversion in converters if converters and joins_experts() else ():
+        found = _stacked(found, conversion)
     for conversion in conversions:
         operations = getattr(conversion, "operations", [])
         if len(operations) == 1 and isinstance(operations[0], Concatenate):

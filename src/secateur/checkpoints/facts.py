@@ -1,4 +1,4 @@
-"""Sizes and functions that a family's entry reads from a config or a loaded block."""
+"""Sizes and functions that the description of a model finds in its config or in a loaded block."""
 
 from collections.abc import Callable
 from typing import Any

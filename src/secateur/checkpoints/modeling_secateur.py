@@ -13,6 +13,7 @@ meta device, where that costs nothing. This file knows no model family. config.j
     and its first axis is the length of the list.
   - `attributes`: attribute of any module → its value, as keys with factors.
   - `attentions`, `feed_forwards`: output layer → the key that is zero where nothing but the layer's bias is left.
+    `bare_attentions`, in some folders: the same for attentions that return no tuple.
   - `negative`, in some folders: the config key whose number is negative, so that the stock class fails.
 
 What must keep working:
@@ -80,7 +81,10 @@ class PerLayer(nn.Module):
         for index, layer in enumerate(layers):
             if own := overrides(config, index):
                 resize(layer, getattr(config, SIZES), own, config)
-        outputs, named = getattr(config, SIZES)["attentions"], [dict(layer.named_modules()) for layer in layers]
+                for part in (part for part in layer.modules() if isinstance(part, NoHeads)):
+                    part.layer_idx = index
+        sizes, named = getattr(config, SIZES), [dict(layer.named_modules()) for layer in layers]
+        outputs = {**sizes["attentions"], **sizes.get("bare_attentions", {})}
         parts = [(one.get(output.rpartition(".")[0]), output in one) for one in named for output in outputs]
         gone = [isinstance(part, NoHeads) for part, has_output in parts if has_output or isinstance(part, NoHeads)]
         if any(gone):
@@ -116,17 +120,25 @@ def positive(config: Any) -> Iterator[None]:
 
 def __getattr__(name: str) -> type[nn.Module]:
     """Make a class when it is first asked for."""
-    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    own = name.removeprefix(PREFIX)
+    # A model's own classes are imported at the end of the file that ships with it.
+    stock = (globals().get(own) or getattr(transformers, own, None)) if name.startswith(PREFIX) else None
     if stock is None:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    # `_auto_class` makes save_pretrained copy this file.
-    auto = next((auto for end, auto in AUTO.items() if name.endswith(end)), "AutoModelForCausalLM")
-    globals()[name] = type(name, (PerLayer, stock), {"__module__": __name__, "_auto_class": auto})
-    share_renames(stock.__name__, name, auto)
+    globals()[name] = per_layer(stock)
     return globals()[name]
 
 
-def share_renames(stock: str, ours: str, auto: str) -> None:
+def per_layer(stock: type[Any]) -> type[nn.Module]:
+    """Return the class that makes narrower layers than a stock class does."""
+    name = PREFIX + stock.__name__
+    # `_auto_class` makes save_pretrained copy this file.
+    auto = next((auto for end, auto in AUTO.items() if name.endswith(end)), "AutoModelForCausalLM")
+    share_renames(stock, name, auto)
+    return type(name, (PerLayer, stock), {"__module__": __name__, "_auto_class": auto})
+
+
+def share_renames(stock: type[Any], ours: str, auto: str) -> None:
     """Let a class read and write tensors under the names that its stock class gives them in checkpoints.
 
     transformers 5 keeps some renames by class name (GPT-NeoX's `embed_out` is its `lm_head`), and those do not reach
@@ -137,9 +149,9 @@ def share_renames(stock: str, ours: str, auto: str) -> None:
         from transformers import conversion_mapping as renames
     except ImportError:  # transformers 4 renames nothing
         return
-    found = renames.get_checkpoint_conversion_mapping(stock)
+    found = renames.get_checkpoint_conversion_mapping(stock.__name__)
     if found is None and auto in (IMAGES, "AutoModel"):
-        found = renames.get_checkpoint_conversion_mapping(getattr(transformers, stock).config_class.model_type)
+        found = renames.get_checkpoint_conversion_mapping(stock.config_class.model_type)
     if found:
         renames.register_checkpoint_conversion_mapping(ours, found, overwrite=True)
 
@@ -182,7 +194,12 @@ def resize(layer: nn.Module, sizes: dict[str, Any], own: dict[str, Any], config:
 
     for name, axes in sizes["shapes"].items():
         cut(layer, name, [number(axis) for axis in axes])
-    for stand_in, outputs in ((NoHeads, sizes["attentions"]), (NoChannels, sizes["feed_forwards"])):
+    bare = sizes.get("bare_attentions", {})
+    for stand_in, outputs in (
+        (NoHeads, sizes["attentions"]),
+        (NoHeadsAlone, bare),
+        (NoChannels, sizes["feed_forwards"]),
+    ):
         for output in (output for output, key in outputs.items() if own.get(key) == 0):
             replace(layer, output, stand_in)
     # Other modules, such as a token mixer beside an attention, may have attributes of the same names.
@@ -297,6 +314,7 @@ class NoHeads(NoChannels):
     """An attention without heads."""
 
     config: Any
+    layer_idx: int
 
     def __init__(self, attention: Any, output: str):
         super().__init__(attention, output)
@@ -317,3 +335,11 @@ class NoHeads(NoChannels):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
             attend(self, hidden_states, hidden_states, hidden_states, None)
         return super().forward(hidden_states), None
+
+
+class NoHeadsAlone(NoHeads):
+    """An attention without heads that returns no tuple."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """Return the bias of the output layer."""
+        return super().forward(*args, **kwargs)[0]

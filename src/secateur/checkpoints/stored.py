@@ -12,7 +12,7 @@ from secateur.base.errors import SecateurError
 from secateur.checkpoints.expert_matrices import BlockTensor, ExpertMatrices
 from secateur.checkpoints.modeling_secateur import overrides
 from secateur.checkpoints.weights import OneByOne, TensorInfo
-from secateur.families.entry import Experts
+from secateur.families.family import Experts
 from secateur.families.registry import experts_of, known_family
 
 _ALIASES = {"lm_head.": "embed_out."}
@@ -74,8 +74,6 @@ class Stored:
             starts = [(start, outer) for start, outer in _OUTER_STARTS if name.startswith(start)]
             candidates = [*(outer + name.removeprefix(start) for start, outer in starts), *candidates]
         candidates += [old + name.removeprefix(new) for new, old in _ALIASES.items() if name.startswith(new)]
-        for part, stored in self._experts.renamed if self._experts else ():
-            candidates += [candidate.replace(part, stored, 1) for candidate in candidates if part in candidate]
         return candidates
 
     def own_name(self, stored: str) -> str | None:

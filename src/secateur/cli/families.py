@@ -9,13 +9,7 @@ from secateur.cli.generate import Only, expand_options
 from secateur.cli.terminal import print_result
 from secateur.steps.options import RunOptions
 
-COLUMNS = (
-    "model_type",
-    "heads can be removed",
-    "feed-forward units",
-    "number of heads in --format stock",
-    "GGUF architecture",
-)
+COLUMNS = ("model_type", "GGUF architecture", "in vLLM")
 MODULE_COLUMNS = ("blocks", "module", "units", "layers", "keys in config.json", "locked because")
 
 
@@ -31,9 +25,9 @@ def families(
         ),
     ] = None,
 ) -> None:
-    """List the model families with an entry, what can be removed from each, and their formats; or describe MODEL.
+    """List the model families of which more is known than their class tells; or describe the modules of MODEL.
 
-    A model without an entry is described by its class: secateur families MODEL prints what was found.
+    What can be removed from a model is read off its class: secateur families MODEL prints what was found.
 
     Example: secateur families ./SmolLM2-135M
     """
@@ -52,7 +46,6 @@ def families(
         found,
         table,
         [
-            f"{len(found)} families. --format hf stores every pruned model of these families.",
-            "The structure of other decoders is read off their classes: secateur families MODEL",
+            f"{len(found)} families. Other decoders are pruned too; secateur families MODEL prints what is removed.",
         ],
     )

@@ -1,16 +1,12 @@
-"""`families`: the model families that can be pruned, the formats that hold the result, and the modules of one model."""
+"""`families`: the model families with an entry, and the modules of one model."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from secateur.checkpoints.checkpoint import open_checkpoint
-from secateur.families.entry import Family
 from secateur.families.registry import FAMILIES
 from secateur.model.axes import config_keys
 from secateur.model.stream import BlockStream
-
-STOCK_HEADS = {"any": "any number", "divisors": "divisors of the hidden size", "dense": "as in the dense model"}
-"""Numbers of heads that a stock class takes, in words."""
 
 
 class FamilyRow(NamedTuple):
@@ -18,46 +14,20 @@ class FamilyRow(NamedTuple):
 
     name: str
     """The `model_type` in config.json."""
-    heads: str
-    """Whether single heads can be removed, and why not if they cannot."""
-    feed_forward: str
-    """Kinds of units of the feed-forward that can be removed."""
-    stock: str
-    """Numbers of heads that the stock class takes."""
     gguf: str
     """Architectures of llama.cpp that can run the family, the preferred one first; empty if there is none."""
+    vllm: str
+    """Limit of vLLM for the family; empty if none is known."""
 
 
 def list_families() -> list[FamilyRow]:
-    """Return one row for each family, by name. The format `hf` holds whatever can be removed."""
+    """Return one row for each family with an entry, by name."""
     return [
         FamilyRow(
-            name,
-            _heads(family),
-            "channels" if family.experts is None else "experts, channels",
-            _stock(family),
-            ", ".join(family.gguf.architectures),
+            name, ", ".join(entry.gguf.architectures), entry.vllm.backend or entry.vllm.instead_of_fewer_heads or ""
         )
-        for name, family in sorted(FAMILIES.items())
+        for name, entry in sorted(FAMILIES.items())
     ]
-
-
-def _heads(family: Family) -> str:
-    """Return whether single heads can be removed, in words."""
-    if family.token_mixer is not None:
-        return "yes, in blocks with attention"
-    if family.heads_locked is None:
-        return "yes"
-    if family.locked_if is not None:
-        return f"yes; not with {family.locked_if}: {family.heads_locked}"
-    return f"{'no' if family.attention_fixed else 'all of a block or none'}: {family.heads_locked}"
-
-
-def _stock(family: Family) -> str:
-    """Return the numbers of heads that the stock class takes, in words."""
-    if family.stock.derives_channels:
-        return "not supported"
-    return STOCK_HEADS["dense" if family.heads_locked and not family.locked_if else family.stock.head_counts]
 
 
 class ModuleRow(NamedTuple):

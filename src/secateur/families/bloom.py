@@ -1,28 +1,21 @@
-"""BigScience's Bloom."""
+"""BigScience's Bloom, and families that were laid out as Bloom at first: TII's Falcon and MosaicML's MPT."""
 
-from secateur.families.entry import Family, Gguf, Stock
+from typing import Any
 
-ALIBI = "the position bias of a head depends on the index of the head (ALiBi)"
-BLOOM = Family(
-    blocks="transformer.h",
-    attention="self_attention",
-    fused="query_key_value",
-    interleaved=True,
-    output="dense",
-    ungrouped=True,
-    feed_forward=None,
-    up="mlp.dense_h_to_4h",
-    gate=None,
-    down="mlp.dense_4h_to_h",
-    activation="mlp.gelu_impl",
-    final_norm="transformer.ln_f",
-    heads_locked=ALIBI,
-    attention_fixed=True,
-    adds_residual=True,
-    returns_tuple=True,
-    repeated=("alibi",),
-    stock=Stock(channels_key="ffn_dim", derives_channels=True, head_counts="dense", theta_key=None),
-    gguf=Gguf(("bloom",), activation="gelu", epsilon="layer_norm_epsilon"),
-)
+from secateur.families.entry import Entry, Gguf, Stock
 
-FAMILIES = {"bloom": BLOOM}
+
+def _key_value_heads(config: Any) -> int:
+    """Return Falcon's number of key/value heads: one in multi-query models, except in the new architecture."""
+    return 1 if config.multi_query and not config.new_decoder_architecture else int(config.num_kv_heads)
+
+
+FAMILIES = {
+    "bloom": Entry({"channels_key": "ffn_dim"}, gguf=Gguf(("bloom",), activation="gelu", epsilon="layer_norm_epsilon")),
+    "falcon": Entry(
+        {"key_value_heads": _key_value_heads, "ungrouped": False, "attention_fixed": True},
+        stock=Stock(theta_key=None),
+        gguf=Gguf(("falcon",), activation="activation", epsilon="layer_norm_epsilon"),
+    ),
+    "mpt": Entry({"channels_key": "ffn_dim"}, gguf=Gguf(("mpt",), activation="gelu", epsilon="layer_norm_epsilon")),
+}

@@ -3,10 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock
-
-LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
-DEEPSEEK_EXPERTS = Experts(number="n_routed_experts", groups=("n_group", "topk_group"), shared_expert="shared_experts")
+from secateur.families.entry import Entry, Gguf, GgufInput, Stock
 
 
 def latent_attention(file: Any) -> dict[str, Any]:
@@ -29,28 +26,14 @@ def latent_attention(file: Any) -> dict[str, Any]:
 
 LATENT_KEYS = {"attention.kv_lora_rank": "kv_lora_rank"}
 LATENT_INPUT = GgufInput(keys={"rope.dimension_count": "qk_rope_head_dim"}, config=latent_attention)
-DEEPSEEK2 = Gguf(("deepseek2",), keys=LATENT_KEYS)
+DEEPSEEK2 = Gguf(("deepseek2",), keys=LATENT_KEYS, gating="sigmoid")
 
 FAMILIES = {
-    "deepseek_v2": Family(
-        latent=LATENT,
-        experts=replace(DEEPSEEK_EXPERTS, gating="softmax", gates_sum_to_one=False),
-        stock=Stock(head_counts="divisors"),
-        gguf=replace(DEEPSEEK2, input=LATENT_INPUT),
+    "deepseek_v2": Entry(gguf=replace(DEEPSEEK2, gating="softmax", gates_sum_to_one=False, input=LATENT_INPUT)),
+    "deepseek_v3": Entry(gguf=replace(DEEPSEEK2, input=LATENT_INPUT)),
+    "dots1": Entry(gguf=Gguf(("dots1",), gating="sigmoid", input=GgufInput(fixed={"sliding_window": None}))),
+    "solar_open": Entry(
+        stock=Stock(partial_rotary_key="partial_rotary_factor"), gguf=Gguf(("glm4moe",), gating="sigmoid")
     ),
-    "deepseek_v3": Family(
-        latent=LATENT,
-        experts=DEEPSEEK_EXPERTS,
-        gguf=replace(DEEPSEEK2, input=LATENT_INPUT),
-    ),
-    "dots1": Family(
-        experts=DEEPSEEK_EXPERTS,
-        gguf=Gguf(("dots1",), input=GgufInput(fixed={"sliding_window": None})),
-    ),
-    "solar_open": Family(
-        experts=DEEPSEEK_EXPERTS,
-        stock=Stock(channels_key="moe_intermediate_size", partial_rotary_key="partial_rotary_factor"),
-        gguf=Gguf(("glm4moe",)),
-    ),
-    "youtu": Family(latent=LATENT, gguf=DEEPSEEK2),
+    "youtu": Entry(gguf=replace(DEEPSEEK2, gating=None)),
 }

@@ -4,17 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.families.entry import Experts, Family, Gguf, GgufInput, KvSharing, Stock
+from secateur.families.entry import Entry, Gguf, GgufInput, Stock
+from secateur.families.family import Experts, KvSharing
 
 GEMMA_GGUF = Gguf(activation="hidden_activation")
-GEMMA2 = Family(
-    norm_offset=True,
-    norm_after_attention="post_attention_layernorm",
-    norm_after_feed_forward="post_feedforward_layernorm",
-    norm_before_attention="input_layernorm",
-    norm_before_feed_forward="pre_feedforward_layernorm",
-    stock=Stock(head_counts="divisors"),
-)
 CAP = {"attn_logit_softcapping": "attn_logit_softcapping"}
 GEMMA4_KEYS = {
     "attention.sliding_window": "sliding_window",
@@ -65,36 +58,38 @@ def _kv_sharing(config: Any, attention: Any) -> KvSharing | None:
 
 
 FAMILIES = {
-    "gemma": Family(
-        norm_offset=True,
-        gguf=Gguf(("gemma",), difference_inside={"paligemma": "attends to earlier tokens only"}),
-    ),
-    "gemma2": replace(GEMMA2, gguf=replace(GEMMA_GGUF, architectures=("gemma2",), keys=CAP, blocks_of_27b=46)),
-    "gemma3_text": replace(
-        GEMMA2,
-        stock=Stock(head_counts="divisors", local_theta_key="rope_local_base_freq"),
+    "gemma": Entry(gguf=Gguf(("gemma",), difference_inside={"paligemma": "attends to earlier tokens only"})),
+    "gemma2": Entry(gguf=replace(GEMMA_GGUF, architectures=("gemma2",), keys=CAP, blocks_of_27b=46)),
+    "gemma3_text": Entry(
+        stock=Stock(local_theta_key="rope_local_base_freq"),
         gguf=replace(GEMMA_GGUF, architectures=("gemma3",), blocks_of_27b=62),
     ),
-    "gemma4_text": replace(
-        GEMMA2,
-        norm_offset=False,
-        block_multiplier="layer_scalar",
-        heads_locked="its blocks with a window have different heads from its blocks with full attention",
-        per_layer_input="hidden_size_per_layer_input",
-        kv_sharing=_kv_sharing,
-        heads_by_layer_type=True,
-        experts=Experts(
-            router="router",
-            experts_per_token="top_k_experts",
-            parallel_norms=("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"),
-            gating="softmax",
-            gates_sum_to_one=True,
-            stacked=True,
-        ),
+    # Blocks take a second input that depends on the tokens, and use the keys of earlier blocks.
+    "gemma4_text": Entry(
+        {
+            "norm_after_attention": "post_attention_layernorm",
+            "norm_after_feed_forward": "post_feedforward_layernorm",
+            "norm_before_attention": "input_layernorm",
+            "norm_before_feed_forward": "pre_feedforward_layernorm",
+            "block_multiplier": "layer_scalar",
+            "heads_locked": "its blocks with a window have different heads from its blocks with full attention",
+            "per_layer_input": "hidden_size_per_layer_input",
+            "kv_sharing": _kv_sharing,
+            "heads_by_layer_type": True,
+            "experts": Experts(
+                router="router",
+                experts_per_token="top_k_experts",
+                parallel_norms=("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"),
+                stacked=True,
+            ),
+        },
+        derived=False,
         stock=Stock(theta_key=None, per_layer_by_type=True),
         gguf=replace(
             GEMMA_GGUF,
             architectures=("gemma4",),
+            gating="softmax",
+            gates_sum_to_one=True,
             input=GgufInput(
                 dense=True,
                 keys=GEMMA4_KEYS,
@@ -103,5 +98,5 @@ FAMILIES = {
             ),
         ),
     ),
-    "vaultgemma": Family(norm_offset=True, stock=Stock(head_counts="divisors")),
+    "vaultgemma": Entry(),
 }

@@ -5,10 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.families.entry import Experts, Family, Gguf, GgufInput, Stock, TokenMixer, Twin, Vllm
+from secateur.families.entry import DENSE_HEADS, Entry, Gguf, GgufInput, Stock, Twin, Vllm
 
 OTHERWISE = "serve it with --model-impl transformers, or write it with --format hf"
-LINEAR = TokenMixer("linear_attn", "out_proj", "linear_attention")
 LINEAR_KEYS = {
     "ssm.conv_kernel": "linear_conv_kernel_dim",
     "ssm.state_size": "linear_key_head_dim",
@@ -17,14 +16,6 @@ LINEAR_KEYS = {
 }
 SECTIONS = {"rope.dimension_sections": "mrope_section"}
 PARTIAL = Stock(partial_rotary_key="partial_rotary_factor")
-
-QWEN3_EXPERTS = Experts(gating="softmax")
-QWEN2_EXPERTS = replace(
-    QWEN3_EXPERTS,
-    shared_expert="shared_expert",
-    shared_expert_gate="shared_expert_gate",
-    shared_expert_width="shared_expert_intermediate_size",
-)
 
 
 def _one_window(config: Any) -> str | None:
@@ -51,49 +42,38 @@ def _linear_attention(file: Any) -> dict[str, int]:
 QWEN35_GGUF = Gguf(
     ("qwen35",),
     keys=LINEAR_KEYS,
+    token_mixers="linear_attention",
     input=GgufInput(dense=True, keys=SECTIONS, config=_linear_attention),
 )
 
 FAMILIES = {
-    "qwen2": Family(
+    "qwen2": Entry(
         gguf=Gguf(("qwen2", "llama", "deci")),
         vllm=Vllm(instead_of_fewer_heads=OTHERWISE, stock=_one_window),
     ),
-    "qwen3": Family(gguf=Gguf(("qwen3", "openelm"))),
-    "qwen2_moe": Family(
-        experts=QWEN2_EXPERTS,
-        stock=Stock(head_counts="dense"),
-        gguf=Gguf(("qwen2moe",), input=GgufInput()),
+    "qwen3": Entry(gguf=Gguf(("qwen3", "openelm"))),
+    "qwen2_moe": Entry(DENSE_HEADS, gguf=Gguf(("qwen2moe",), gating="softmax", input=GgufInput())),
+    "qwen3_moe": Entry(
+        {"experts": {"number": "num_experts"}}, gguf=Gguf(("qwen3moe",), gating="softmax", input=GgufInput())
     ),
-    "qwen3_moe": Family(
-        experts=QWEN3_EXPERTS,
-        gguf=Gguf(("qwen3moe",), input=GgufInput()),
-    ),
-    "qwen3_next": Family(
-        norm_offset=True,
-        token_mixer=LINEAR,
-        experts=QWEN2_EXPERTS,
+    "qwen3_next": Entry(
         stock=PARTIAL,
         gguf=Gguf(
             ("qwen3next",),
             keys=LINEAR_KEYS,
+            token_mixers="linear_attention",
+            gating="softmax",
             input=GgufInput(config=_linear_attention),
         ),
     ),
-    "qwen3_5_text": Family(
-        norm_offset=True,
-        token_mixer=LINEAR,
-        stock=PARTIAL,
-        gguf=QWEN35_GGUF,
-    ),
-    "qwen3_5_moe_text": Family(
-        norm_offset=True,
-        token_mixer=LINEAR,
-        experts=replace(QWEN2_EXPERTS, gates_sum_to_one=True),
+    "qwen3_5_text": Entry(stock=PARTIAL, gguf=QWEN35_GGUF),
+    "qwen3_5_moe_text": Entry(
         stock=PARTIAL,
         gguf=replace(
             QWEN35_GGUF,
             architectures=("qwen35moe",),
+            gating="softmax",
+            gates_sum_to_one=True,
             input=GgufInput(keys=SECTIONS, config=_linear_attention),
         ),
     ),
@@ -103,5 +83,7 @@ TWINS = {
     "qwen2_vl_text": Twin("qwen2", derives_head_size=True, gguf=Gguf(("qwen2vl",))),
     "qwen2_5_vl_text": Twin("qwen2", derives_head_size=True, gguf=Gguf(("qwen2vl",))),
     "qwen3_vl_text": Twin("qwen3", gguf=Gguf(("qwen3vl",))),
-    "qwen3_vl_moe_text": Twin("qwen3_moe", {"norm_topk_prob": True}, inputs_first=True, gguf=Gguf(("qwen3vlmoe",))),
+    "qwen3_vl_moe_text": Twin(
+        "qwen3_moe", {"norm_topk_prob": True}, inputs_first=True, gguf=Gguf(("qwen3vlmoe",), gating="softmax")
+    ),
 }

@@ -65,7 +65,7 @@ class ModuleTarget:
         config, recovery = state.stream.checkpoint.config, state.method.recovery
         # The error cannot be repaired if the residual stream itself is normalised, or if a second norm scales the
         # module's output together with another module's.
-        additive = state.stream.family.keeps_residual(config) and module.outer_norm is None
+        additive = not state.stream.family.changes_residual and module.outer_norm is None
         self.is_error_aware = additive and not recovery.fits_own_output
         self.multiplier = multiplier_of(config, state.layer)
         has_bias = module.bias is not None or recovery.biases == "added"

@@ -13,7 +13,7 @@ from secateur.base.quiet import first_line
 from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from secateur.checkpoints.config_file import TEXT
 from secateur.checkpoints.expert_matrices import whole
-from secateur.families.registry import family_of, twin_of
+from secateur.families.registry import twin_of
 from secateur.formats.format import Format, Loading, PrunedModel, format_class
 from secateur.formats.opened import check_written, network_of, planned_misfit
 from secateur.formats.vllm import vllm_unsupported
@@ -123,11 +123,12 @@ class Folder(Format):
             writer.close()
             biases = self._biases(writer)
             write_json(folder / "config.json", self.config(plan, biases))
-            for file in (*self.code, *checkpoint.files):
+            for file in checkpoint.files:
                 copy_into(folder, file)
+            self.write_code(folder)
             for file_name, record in pruned.records.items():
                 write_text_or_json(folder / file_name, record)
-            check_written(folder, out, self.advice)
+            check_written(folder, out, self.advice, checkpoint.trust_remote_code)
             return writer.total_bytes
 
     def build(self, pruned: PrunedModel) -> Any:
@@ -149,6 +150,9 @@ class Folder(Format):
             return own
         return self.whole_config(outer, own) | {"dtype": own["dtype"], "torch_dtype": own["torch_dtype"]}
 
+    def write_code(self, folder: Path) -> None:
+        """Write the code with which transformers opens the folder, besides files of the checkpoint's own."""
+
     def check_family(self) -> None:
         """Check a family's entry: open a config with narrower blocks, and compare the shapes that its class makes."""
         checkpoint, stream = self.stream.checkpoint, self.stream
@@ -160,7 +164,7 @@ class Folder(Format):
         plan = Plan({index: width_of(stream.blocks[index], keep) for index, keep in keeps.items()}, 0, 0)
         kind = checkpoint.config.model_type
         try:
-            why = unfit_fields(checkpoint.config) or planned_misfit(stream, keeps, self.config(plan, {}))
+            why = planned_misfit(stream, keeps, self.config(plan, {}))
         except Exception as error:
             why = first_line(error).removeprefix(f"{checkpoint.source}: ")
         if why is not None:
@@ -215,13 +219,3 @@ def format_of_folder(folder: Path) -> type[Folder]:
     kinds = map(format_class, FORMATS)
     own = (kind for kind in kinds if issubclass(kind, Folder))
     return next(kind for kind in own if all((folder / file.name).is_file() for file in kind.code))
-
-
-def unfit_fields(config: Any) -> str | None:
-    """Return the fields of a family's entry that its config contradicts, as a clause; None if there are none."""
-    family, lacking = family_of(config), []
-    if not (family.ungrouped or family.key_value_heads or hasattr(config, "num_key_value_heads")):
-        lacking.append("its config has no num_key_value_heads, so ungrouped must be true")
-    if family.stock.theta_key is not None and not hasattr(config, "rope_parameters"):
-        lacking.append("its config has no rope_parameters, so stock.theta_key must be null")
-    return " and ".join(lacking) or None

@@ -23,19 +23,20 @@ from secateur.model.structure import KeptUnits
 from secateur.model.surgery import slice_block
 
 
-def check_written(folder: Path, out: Path, advice: str) -> None:
+def check_written(folder: Path, out: Path, advice: str, trust_remote_code: bool) -> None:
     """Check that transformers opens a folder; only the language model of a multimodal model is opened.
 
     Args:
         folder: The folder, which still has a hidden name.
         out: The name that it will get.
         advice: End of the error message: what the user can do.
+        trust_remote_code: Whether the model's own code may run.
 
     Raises:
         SecateurError: The folder does not open.
     """
     try:
-        why = _misfit(open_checkpoint(folder))
+        why = _misfit(open_checkpoint(folder, trust_remote_code=trust_remote_code))
     except SecateurError as error:
         # The advice in this error is for models that were downloaded.
         why = str(error).replace(f"{folder}/", "").replace(f"{folder}: ", "").rpartition("; ")[0]

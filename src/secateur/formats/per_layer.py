@@ -12,17 +12,20 @@ from typing import Any
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
 from secateur.base.names import FORMATS
 from secateur.checkpoints import modeling_secateur
-from secateur.checkpoints.config_file import BIASES, GROUPS, PER_GROUP, TEXT, stock_class
+from secateur.checkpoints.config_file import (
+    BIASES,
+    GROUPS,
+    MAPPINGS,
+    PER_GROUP,
+    TEXT,
+    own_code,
+    stock_class,
+    stock_classes,
+)
 from secateur.checkpoints.facts import head_dim
 from secateur.checkpoints.modeling_secateur import IMAGES, PREFIX, SIZES, WIDTHS, overrides
 from secateur.families.registry import FAMILIES, family_of
@@ -38,14 +41,6 @@ from secateur.plan.problem import Plan
 
 MODELING_FILE = Path(modeling_secateur.__file__)
 """File that is written next to the weights."""
-
-MAPPINGS = {
-    "AutoModel": MODEL_MAPPING,
-    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-}
-"""Auto classes that load the pruned model, some with a new head, with transformers' stock classes by config class."""
 
 
 class HfFolder(Folder):
@@ -64,6 +59,14 @@ class HfFolder(Folder):
         """Return why a block cannot be written at its width, for the first such block."""
         reasons = (HfFolder(self.stream, block_range=range(i, i + 1)).unsupported_reason(w) for i, w in widths.items())
         return next(filter(None, reasons), None)
+
+    def write_code(self, folder: Path) -> None:
+        """Write the modeling file; it imports the classes of a model with code of its own."""
+        named = own_code(self.stream.checkpoint.config).get("auto_map", {})
+        files = {auto: name.rpartition(".") for auto, name in named.items() if auto in MAPPINGS}
+        lines = [f"from .{module} import {name}  # noqa: E402, F401\n" for module, _, name in files.values()]
+        text = MODELING_FILE.read_text(encoding="utf-8") + "".join(["\n", *lines] if lines else [])
+        (folder / MODELING_FILE.name).write_text(text, encoding="utf-8")
 
     def language_config(self, plan: Plan, biases: Biases) -> dict[str, Any]:
         """Return the stock model's config with the sizes that differ from block to block."""
@@ -118,14 +121,16 @@ def per_layer_config(
     stored = stock_config(stream.stock.raw_config, config, width=first, dtype=dtype)
     # GPT-2, OPT and GPT-NeoX derive the head size from the number of heads. Without head_dim, other tools would derive
     # it from each layer's own number. Falcon's config has a property of this name, and cannot be given a head size.
-    derived = isinstance(getattr(type(config), "head_dim", None), property)
+    # Nor does a class of the checkpoint's own need the key.
+    derived = isinstance(getattr(type(config), "head_dim", None), property) or bool(own_code(config))
     if not derived:
         stored["head_dim"] = stored.get("head_dim") or head_dim(config)
-    classes = _stock_classes(type(config))
+    classes = stock_classes(type(config))
     stored["architectures"] = [PREFIX + classes["AutoModelForCausalLM"].__name__]
-    stored["auto_map"] = {auto: f"{MODELING_FILE.stem}.{PREFIX}{stock.__name__}" for auto, stock in classes.items()}
+    ours = {auto: f"{MODELING_FILE.stem}.{PREFIX}{stock.__name__}" for auto, stock in classes.items()}
+    stored["auto_map"] = stored.get("auto_map", {}) | ours
     # Key of the number of the feed-forward's units, if the class reads it: of experts, if there are some.
-    key = None if family.stock.derives_channels else _feed_forward_key(first, keys)
+    key = None if family.derives_channels else _feed_forward_key(first, keys)
     negative = None
     if not any(map(_changes_shapes, blocks, final)):
         # A stock class that opens the folder by mistake warns of missing tensors and goes on with random ones. It fails
@@ -150,7 +155,7 @@ def per_layer_config(
             layers[str(index)] = differing
     # A class that derives head sizes fails in a layer without heads: the values go under a key that it does not read.
     under_own_key = (
-        family.stock.per_layer_by_type or derived or any(overrides(config, index) for index in range(len(dense)))
+        family.entry.stock.per_layer_by_type or derived or any(overrides(config, index) for index in range(len(dense)))
     )
     stored[WIDTHS if under_own_key else "per_layer_config"] = layers
     used = {key for values in layers.values() for key in values}
@@ -174,7 +179,7 @@ def register() -> None:
     Dense models keep their stock classes.
     """
     for config_class in (CONFIG_MAPPING[kind] for kind in FAMILIES):
-        classes = _stock_classes(config_class)
+        classes = stock_classes(config_class)
         for auto, stock in classes.items():
             # One class, not several: transformers cannot choose among several for a config without `architectures`.
             getattr(transformers, auto).register(config_class, _either(stock), exist_ok=True)
@@ -194,11 +199,6 @@ def _either(stock: Any) -> Any:
         from_pretrained=lambda *given, config, **named: chosen(config).from_pretrained(*given, config=config, **named),
         _from_config=lambda config, **named: chosen(config)._from_config(config, **named),
     )
-
-
-def _stock_classes(config_class: type) -> dict[str, Any]:
-    """Return the stock classes of a config class by auto class."""
-    return {auto: stock_class(found, config_class) for auto, found in MAPPINGS.items() if config_class in found}
 
 
 def _feed_forward_key(width: Width, keys: Keys) -> str | None:

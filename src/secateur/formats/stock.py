@@ -15,6 +15,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.base.names import FORMATS
+from secateur.checkpoints.config_file import own_code
 from secateur.checkpoints.facts import head_dim
 from secateur.families.entry import Stock
 from secateur.families.registry import family_of, twin_of
@@ -80,32 +81,29 @@ def stock_unsupported(config: Any, width: Width, dense: Width) -> str | None:
         width: Width of the blocks that have these axes.
         dense: Their width in the dense model.
     """
-    kind, stock = config.model_type, family_of(config).stock
+    kind, family = config.model_type, family_of(config)
     axes = [axis_kinds()[axis] for axis, number in width.items() if number != dense[axis]]
     narrowed = {axis.role for axis in axes}
-    in_config = {name for along in config_keys(family_of(config)) for name in along}
+    in_config = {name for along in config_keys(family) for name in along}
     if without := next((axis for axis in axes if axis.name not in in_config), None):
         return f"the config of {kind} has no key for the number of {without.label}; take --format hf"
     if min(width.values(), default=1) < 1:
         return "a stock class needs at least one head and one channel; keep one of each, or use --format hf"
     if getattr(config, "use_double_wide_mlp", False) and FEED_FORWARD in narrowed:
         return f"the last blocks of this {kind} are twice as wide as the others; use --format hf"
-    if stock.derives_channels and FEED_FORWARD in narrowed:
+    if family.derives_channels and FEED_FORWARD in narrowed:
         return f"{kind} derives its feed-forward width from hidden_size; use --format hf"
     return _heads_unsupported(config, width, dense) if ATTENTION in narrowed else None
 
 
 def _heads_unsupported(config: Any, width: Width, dense: Width) -> str | None:
     """Return why a stock class cannot have fewer heads, as `stock_unsupported` does."""
-    kind, stock, heads = config.model_type, family_of(config).stock, width.product(HEADS)
+    kind, family, heads = config.model_type, family_of(config), width.product(HEADS)
     bound = f"so a stock class keeps all {dense.product(HEADS)} heads; prune channels only, or use --format hf"
-    twin = twin_of(config)
-    if stock.head_counts == "dense" or (twin and twin.derives_head_size):
+    twin, stock = twin_of(config), family.entry.stock
+    if family.head_counts == "dense" or (twin and twin.derives_head_size):
         return f"{getattr(config, 'twin_of', kind)} derives its head size from hidden_size / heads, {bound}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if stock.fused_longrope and rope.get("rope_type") == "longrope":
-        return f"{kind} ties its LongRoPE factors to hidden_size / heads, {bound}"
-    if stock.head_counts == "divisors" and config.hidden_size % heads:
+    if family.head_counts == "divisors" and config.hidden_size % heads:
         takes = [number for number in range(1, dense.product(HEADS) + 1) if config.hidden_size % number == 0]
         refusal = f"{kind} supports only head counts that divide hidden_size {config.hidden_size}"
         instead = f"keep one of {', '.join(map(str, takes))} heads, or use --format hf"
@@ -129,13 +127,14 @@ def stock_config(raw_config: dict[str, Any], config: Any, *, width: Width, dtype
         A JSON-ready dictionary, read alike by transformers 4.57 and 5.
     """
     family = family_of(config)
-    stock, stored = family.stock, copy.deepcopy(raw_config)
-    # The stock class needs no code of the checkpoint's own, and the files that auto_map names are not copied.
+    stock, stored = family.entry.stock, copy.deepcopy(raw_config)
+    # transformers' classes need no code of the checkpoint's own, and the files that auto_map names are not copied.
     stored.pop("auto_map", None)
+    stored |= own_code(config)
     if family.ungrouped:
         # The class does not read it; other readers might.
         stored.pop("num_key_value_heads", None)
-    if stock.head_counts == "dense":
+    if family.head_counts == "dense":
         width = Width({axis: number for axis, number in width.items() if axis_kinds()[axis].role != ATTENTION})
     else:
         stored["head_dim"] = head_dim(config)
@@ -162,7 +161,7 @@ def stock_config(raw_config: dict[str, Any], config: Any, *, width: Width, dtype
 
 def _rope(stock: Stock, config: Any) -> dict[str, Any]:
     """Return the rotary settings in both spellings."""
-    if stock.theta_key is None:
+    if stock.theta_key is None or not getattr(config, "rope_parameters", None):
         return {}
     rope = copy.deepcopy(config.rope_parameters)
     keys: dict[str, Any] = {"rope_parameters": rope}

@@ -37,7 +37,7 @@ def _backend_limits(config: Any, widths: Sequence[Width], multimodal: bool) -> I
     """Yield limits of vLLM's transformers backend: whether a model is beyond a limit, and why it then cannot run."""
     family, kind = family_of(config), config.model_type
     yield multimodal, "its multimodal models need the same widths in all blocks; use --widths uniform"
-    yield True, family.vllm.backend
+    yield True, family.entry.vllm.backend
     yield (
         family.latent,
         "its transformers backend needs the same latent attention in all blocks; use --widths uniform",
@@ -68,7 +68,7 @@ def _stock_unsupported(config: Any, heads: int) -> str | None:
 
     That class may read fewer config keys than transformers' class.
     """
-    limits, dim = family_of(config).vllm, head_dim(config)
+    limits, dim = family_of(config).entry.vllm, head_dim(config)
     if limits.instead_of_fewer_heads is not None and config.hidden_size // heads != dim:
         return (
             f"its class for {config.model_type} derives the head size from hidden_size / heads, which {heads} heads of "

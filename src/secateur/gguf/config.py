@@ -18,7 +18,7 @@ from gguf import GGUFReader
 from transformers import AutoConfig
 
 from secateur.base.errors import SecateurError
-from secateur.families.entry import Family
+from secateur.families.entry import Entry
 from secateur.families.registry import FAMILIES
 from secateur.gguf.file import GgufFile, metadata_of
 from secateur.gguf.positions import FACTORS, layer_types, read_family_rope, read_rope
@@ -76,13 +76,13 @@ def read_config(file: GgufFile, reader: GGUFReader) -> Any:
     """
     kind = file.reading.model_type
     _check_keys(file)
-    if (experts := file.reading.family.experts) is not None:
+    if file.reading.gguf.gating is not None:
         gating = file.reading.gating
         if file.metadata.get("expert_gating_func", gating) != gating:
             key = f"{file.architecture}.expert_gating_func"
-            raise SecateurError(f"{key} is not {gating:d} ({experts.gating}), which {kind} needs")
+            raise SecateurError(f"{key} is not {gating:d} ({file.reading.gguf.gating}), which {kind} needs")
     default = AutoConfig.for_model(kind)
-    values = {**_stated(file, default), **_constants(file), **_computed(file)}
+    values = {**_stated(file, default), **_constants(file), **_computed(file, default)}
     for key in ("num_attention_heads", "num_key_value_heads"):
         if isinstance(values.get(key), list):
             raise SecateurError(f"{kind} has one {key} for all blocks, but the file states a list")
@@ -115,10 +115,9 @@ def _check_keys(file: GgufFile) -> None:
 
 def _constants(file: GgufFile) -> dict[str, Any]:
     """Return the config values that are constants in the code of the family's class or of llama.cpp's architecture."""
-    experts, reading = file.reading.family.experts, file.reading
-    sum_to_one = GATES_SUM_TO_ONE.get(file.architecture)
-    if experts is not None and experts.gates_sum_to_one is not None:
-        sum_to_one = experts.gates_sum_to_one
+    reading, sum_to_one = file.reading, GATES_SUM_TO_ONE.get(file.architecture)
+    if reading.gguf.gates_sum_to_one is not None:
+        sum_to_one = reading.gguf.gates_sum_to_one
     return {**({} if sum_to_one is None else {"norm_topk_prob": sum_to_one}), **reading.input.fixed}
 
 
@@ -143,7 +142,7 @@ def _stated(file: GgufFile, default: Any) -> dict[str, Any]:
     return values
 
 
-def _computed(file: GgufFile) -> dict[str, Any]:
+def _computed(file: GgufFile, default: Any) -> dict[str, Any]:
     """Return the config values that follow from tensors and metadata, under every name that config classes have for
     them."""
     metadata, tensors = file.metadata, file.tensors
@@ -168,7 +167,7 @@ def _computed(file: GgufFile) -> dict[str, Any]:
         **dict.fromkeys(("rms_norm_eps", "norm_eps"), metadata["attention.layer_norm_rms_epsilon"]),
         **dict.fromkeys(("attention_bias", "qkv_bias"), any(name.endswith("attn_k.bias") for name in tensors)),
         **({"layer_types": types} if types else {}),
-        **_experts(file),
+        **_experts(file, default),
         **_token_mixers(file),
         **file.reading.input.config(file),
         "bos_token_id": file.token_id("bos"),
@@ -185,24 +184,24 @@ def _largest(value: Any) -> int:
 def _token_mixers(file: GgufFile) -> dict[str, Any]:
     """Return `layer_types` and the number of key/value heads if some blocks have a token mixer: those without a key
     layer."""
-    if (mixer := file.reading.family.token_mixer) is None:
+    if not (mixers := file.reading.gguf.token_mixers):
         return {}
     attends = [f"blk.{index}.attn_k.weight" in file.tensors for index in range(file.blocks)]
     kv_heads = file.metadata.get("attention.head_count_kv", file.metadata["attention.head_count"])
     return {
         "num_key_value_heads": _largest(kv_heads),
-        "layer_types": ["full_attention" if attention else mixer.layer_type for attention in attends],
+        "layer_types": ["full_attention" if attention else mixers for attention in attends],
     }
 
 
-def _experts(file: GgufFile) -> Mapping[str, Any]:
+def _experts(file: GgufFile, default: Any) -> Mapping[str, Any]:
     """Return the config values of a mixture of experts; nothing for a file without experts.
 
     Raises:
         SecateurError: The metadata state zero experts per token, or more than there are experts.
     """
-    names, metadata = file.reading.family.experts, file.metadata
-    if names is None or not metadata.get("expert_count"):
+    metadata = file.metadata
+    if not file.reading.gguf.gating or not metadata.get("expert_count"):
         return {}
     blocks = range(file.blocks)
     dense = [index for index in blocks if f"blk.{index}.ffn_gate_inp.weight" not in file.tensors]
@@ -215,9 +214,10 @@ def _experts(file: GgufFile) -> Mapping[str, Any]:
     if not 0 < per_token <= count:
         raise SecateurError(f"its metadata state {per_token:,} experts per token, but there are {count:,} experts")
     return {
-        names.number: count,
-        names.experts_per_token: per_token,
-        names.expert_width: channels,
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), count),
+        **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"), per_token),
+        # A class without dense blocks may have one width.
+        "moe_intermediate_size" if hasattr(default, "moe_intermediate_size") else "intermediate_size": channels,
         "enable_moe_block": True,
         "shared_expert_intermediate_size": shared,
         "intermediate_size_mlp": metadata.get("feed_forward_length", 0),
@@ -237,7 +237,7 @@ def complete_config(config: Any, reader: GGUFReader) -> None:
     Raises:
         SecateurError: No config can describe the file's rotary settings.
     """
-    metadata, gguf = metadata_of(reader), FAMILIES.get(config.model_type, Family()).gguf
+    metadata, gguf = metadata_of(reader), FAMILIES.get(config.model_type, Entry()).gguf
     factors = {
         tensor.name: np.asarray(tensor.data, dtype=np.float64) for tensor in reader.tensors if tensor.name in FACTORS
     }

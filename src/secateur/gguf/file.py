@@ -16,7 +16,7 @@ from gguf import ExpertGatingFuncType, GGUFReader, ReaderTensor
 from torch import Tensor
 
 from secateur.base.errors import SecateurError
-from secateur.families.entry import Family, GgufInput
+from secateur.families.entry import Gguf, GgufInput
 from secateur.families.registry import FAMILIES
 from secateur.gguf.positions import FACTORS, layer_types
 
@@ -30,33 +30,32 @@ class Reading(NamedTuple):
     """Family whose entry is used to read a file."""
 
     model_type: str
-    family: Family
+    gguf: Gguf
     input: GgufInput
 
     @property
     def architecture(self) -> str:
         """llama.cpp's name of the architecture of such files."""
-        return self.family.gguf.architectures[0]
+        return self.gguf.architectures[0]
 
     @property
     def keys(self) -> dict[str, str]:
         """Metadata keys that files of the family must have, with the config keys of the same values."""
-        return {**self.family.gguf.keys, **self.input.keys}
+        return {**self.gguf.keys, **self.input.keys}
 
     @property
     def gating(self) -> ExpertGatingFuncType:
         """llama.cpp's number of the function from a router's logits to gates."""
-        assert self.family.experts is not None
-        return ExpertGatingFuncType[self.family.experts.gating.upper()]
+        return ExpertGatingFuncType[str(self.gguf.gating).upper()]
 
 
 @cache
 def readings() -> tuple[Reading, ...]:
     """Return all families of which secateur itself reads GGUF files."""
     return tuple(
-        Reading(name, family, family.gguf.input)
-        for name, family in FAMILIES.items()
-        if family.gguf.input is not None and family.gguf.architectures
+        Reading(name, entry.gguf, entry.gguf.input)
+        for name, entry in FAMILIES.items()
+        if entry.gguf.input is not None and entry.gguf.architectures
     )
 
 
@@ -70,7 +69,7 @@ def reading_of(reader: GGUFReader) -> Reading | None:
     known = [one for one in readings() if one.architecture == architecture]
     if not metadata.get("expert_count"):
         return next((one for one in known if one.input.dense), None)
-    mixtures = [one for one in known if one.family.experts]
+    mixtures = [one for one in known if one.gguf.gating]
     if not mixtures:
         raise SecateurError(f"mixtures of experts of the architecture {architecture!r} are not read from GGUF")
     # Files of DeepSeek V3 may not state the function; a bias on the choice of experts distinguishes them from files of

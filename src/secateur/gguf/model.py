@@ -10,7 +10,7 @@ from typing import Any
 from secateur.base.errors import SecateurError
 from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.checkpoints.facts import head_dim, positions_of
-from secateur.families.entry import Experts
+from secateur.families.family import Experts
 from secateur.families.registry import family_of, gguf_of
 from secateur.gguf.positions import pattern_of, rope_kind, rope_of
 from secateur.gguf.types import storage_of
@@ -216,7 +216,7 @@ class GgufModel:
     @property
     def gates_sum_to_one(self) -> bool:
         """Whether the model divides the gates of a token's experts by their sum."""
-        always = self.experts.gates_sum_to_one
+        always = self.source.gates_sum_to_one
         return bool(self.config.norm_topk_prob) if always is None else always
 
     @property

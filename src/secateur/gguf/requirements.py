@@ -47,7 +47,7 @@ def _experts(model: GgufModel, architecture: Architecture) -> Holds:
         ),
         # llama.cpp aborts without either.
         "needs blocks with attention, and blocks with a convolution or linear attention": (
-            model.family.token_mixer is None or len(mixers) == 2
+            not model.source.token_mixers or len(mixers) == 2
         ),
         "needs experts in all blocks after the first ones": (
             not architecture.leading_dense or experts == sorted(experts)
@@ -156,7 +156,7 @@ def _latent(model: GgufModel, config: Any) -> Holds:
             rope_kind(config) != "yarn" or (rope.get("mscale_all_dim") or 0) == rope.get("mscale")
         ),
         "chooses groups of experts by their best two experts, and this model by the best one": (
-            experts is None or experts.gating != "softmax" or not by_best
+            experts is None or model.source.gating != "softmax" or not by_best
         ),
     }
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from secateur.base.errors import SecateurError
 from secateur.checkpoints.config_file import empty_model
 from secateur.checkpoints.weights import INDEX
-from secateur.families.entry import Experts
+from secateur.families.family import Experts
 from secateur.families.registry import family_of
 from secateur.gguf.architectures import ARCHITECTURES
 from secateur.gguf.config import read_config
@@ -122,7 +122,7 @@ class _Sources:
 
     def _from_one(self, name: str, shape: tuple[int, ...]) -> Read:
         """Return the function that reads a parameter that is one tensor of the file."""
-        file, stored = self.file, _checkpoint_name(self.family.experts, name)
+        file, stored = self.file, self._checkpoint_name(name)
         names = (gguf_name(file.architecture, file.blocks, one) for one in (stored, name))
         if (found := next(filter(None, names), None)) is None:
             raise SecateurError(f"GGUF has no place for {name}")
@@ -181,13 +181,13 @@ class _Sources:
                 # Alternating rows are the first row of each part, then the second ones.
                 joined = torch.stack(tensors, 1).flatten(0, 1) if experts.alternating else torch.cat(tensors)
                 place.copy_(joined.T if transposed else joined)
-            yield _checkpoint_name(experts, name), stack
+            yield self._checkpoint_name(name), stack
 
         def read_one_by_one(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             """Yield the tensors of each expert."""
             for expert, tensors in enumerate(read_parts(dtype)):
                 for part, tensor in zip(parts, tensors, strict=True):
-                    yield _checkpoint_name(experts, f"{owner}.{expert}.{part}.weight"), tensor.clone()
+                    yield self._checkpoint_name(f"{owner}.{expert}.{part}.weight"), tensor.clone()
 
         return read_stacked if experts.stacked else read_one_by_one
 
@@ -198,9 +198,8 @@ class _Sources:
         if [size for size in found if size != 1] != [size for size in expected if size != 1]:
             raise SecateurError(f"tensor {names[0]} has the shape {list(found)}, but the model needs {list(expected)}")
 
-
-def _checkpoint_name(experts: Experts | None, name: str) -> str:
-    """Return the name of a parameter in checkpoints."""
-    for own, stored in experts.renamed if experts else ():
-        name = name.replace(own, stored, 1)
-    return name
+    def _checkpoint_name(self, name: str) -> str:
+        """Return the name of a parameter in checkpoints."""
+        for own, stored in self.file.reading.input.renamed:
+            name = name.replace(own, stored, 1)
+        return name

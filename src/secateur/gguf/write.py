@@ -154,7 +154,7 @@ def _routing_metadata(model: GgufModel) -> Values:
     return {
         "expert_weights_norm": model.gates_sum_to_one,
         "expert_weights_scale": float(getattr(model.config, "routed_scaling_factor", 1.0)),
-        "expert_gating_func": int(ExpertGatingFuncType[model.experts.gating.upper()]),
+        "expert_gating_func": int(ExpertGatingFuncType[str(model.source.gating).upper()]),
         "expert_group_count": groups,
         "expert_group_used_count": used,
     }

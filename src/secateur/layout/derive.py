@@ -1,5 +1,7 @@
-"""Description of a model that has no entry, read off a tiny twin of its class."""
+"""Description of a model's blocks, read off a tiny twin of its class."""
 
+import json
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -9,17 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import SecateurError
+from secateur.base.hashes import hash_json
 from secateur.base.quiet import first_line, quiet
-from secateur.checkpoints.modeling_secateur import SIZES
-from secateur.families.entry import NOWHERE, Family, Stock, TokenMixer
-from secateur.families.registry import assume
+from secateur.checkpoints.modeling_secateur import SIZES, WIDTHS, positive
+from secateur.families.entry import Entry
+from secateur.families.family import NOWHERE, Experts, Family, TokenMixer
+from secateur.families.registry import UNKNOWN, assume
 from secateur.layout.attention import Attention, output_of, read_attention
 from secateur.layout.feed_forward import read_feed_forward
 from secateur.layout.keys import OTHER, Keys, channels_key, factor_key, head_counts
 from secateur.layout.mixture import experts_in, read_mixture
 from secateur.layout.probe import LENGTH, BlockProbe, Call, find_blocks, first, is_matrix, record, same
 from secateur.layout.proof import disproved
-from secateur.layout.twin import tiny_twin
+from secateur.layout.twin import class_of, number_of_blocks, tiny_config, tiny_twin
 from secateur.model.describe import describe
 from secateur.model.structure import inputs_first
 
@@ -41,14 +45,58 @@ class Part(NamedTuple):
     """Numbers of heads and of KV groups, and the size of a head."""
 
 
-def derive(config: Any, model_class: Any = None) -> Family:
-    """Return the description of a model from its config.
+PER_LAYER = "per_layer_config"
+"""Config key of the values of single blocks."""
+IRRELEVANT = re.compile(
+    r"^_|token_id$|dtype$|^(architectures|auto_map|transformers_version|use_cache|id2label|label2id)$"
+)
+"""Config keys on which no description depends."""
+_FOUND: dict[str, Family | SecateurError] = {}
+"""Descriptions, and the reasons why there are none, by a hash of what they depend on."""
+
+
+def derive(config: Any, entry: Entry, model_class: Any = None) -> Family:
+    """Return the description of a model from its config and the entry of its family.
 
     Raises:
         SecateurError: The model cannot be pruned; with the reason that was found.
     """
+    config = _dense(config)
+    digest = _digest(config, entry, model_class)
+    if digest not in _FOUND:
+        try:
+            _FOUND[digest] = replace(_read(config, entry, model_class), entry=entry)
+        except SecateurError as error:
+            _FOUND[digest] = error
+    found = _FOUND[digest]
+    if isinstance(found, SecateurError):
+        raise found
+    return found
+
+
+def _digest(config: Any, entry: Entry, model_class: Any) -> str:
+    """Return a hash of what a description depends on: the class, and the config but for its sizes."""
     try:
-        return _derived(config, model_class)
+        small = tiny_config(config, range(number_of_blocks(config)))
+    except Exception:
+        # Whatever fails, the description will say so.
+        small = config
+    settings = {key: value for key, value in small.to_dict().items() if not IRRELEVANT.fullmatch(key)}
+    return hash_json([repr((class_of(config, model_class), entry)), json.loads(json.dumps(settings, default=str))])
+
+
+def _dense(config: Any) -> Any:
+    """Return the config of the stock model of which a pruned model's blocks are narrower copies."""
+    if not hasattr(config, SIZES):
+        return config
+    with quiet(), positive(config):
+        values = {key: value for key, value in config.to_dict().items() if key not in (SIZES, WIDTHS, PER_LAYER)}
+        return type(config).from_dict(values)
+
+
+def _read(config: Any, entry: Entry, model_class: Any) -> Family:
+    try:
+        return _derived(config, entry, model_class)
     except SecateurError as error:
         raise SecateurError(f"model type '{config.model_type}' cannot be pruned: {error}") from error
     except Exception as error:
@@ -58,8 +106,9 @@ def derive(config: Any, model_class: Any = None) -> Family:
         ) from error
 
 
-def _derived(config: Any, model_class: Any) -> Family:
-    if getattr(config, "is_heterogeneous", False) and not hasattr(config, SIZES):
+def _derived(config: Any, entry: Entry, model_class: Any) -> Family:
+    stated = entry.stated
+    if getattr(config, "is_heterogeneous", False):
         raise SecateurError("its config has values of its own for single blocks")
     twin = tiny_twin(config, model_class)
     model = twin.model
@@ -67,21 +116,21 @@ def _derived(config: Any, model_class: Any) -> Family:
     if model.config.num_hidden_layers != len(twin.layers):
         raise SecateurError("num_hidden_layers in its config is not the number of its blocks")
     with quiet(), torch.no_grad():
-        _check_causal(model)
+        if entry is UNKNOWN:
+            _check_causal(model)
         (probes, outside), (others, _) = (record(model, blocks, _ids(model, seed)) for seed in (0, 1))
-        found: dict[str, Any] = {"blocks": blocks} | _final_norm(model, outside, first(probes[-1].calls[""].output))
-        # Spellings of older versions of transformers are facts of entries.
-        stock: dict[str, Any] = {"theta_key": None, "head_counts": "dense"}
+        found: dict[str, Any] = {"blocks": blocks, "head_counts": "dense"}
+        found |= _final_norm(model, outside, first(probes[-1].calls[""].output))
         mixers, counts = set[int](), set[tuple[int, int, int]]()
-        for index, (probe, other) in enumerate(zip(probes, others, strict=True)):
+        for index, (probe, other) in enumerate(zip(probes[: twin.kinds], others, strict=False)):
             _check_inputs(probe, other)
-            keys = Keys(model, blocks, index)
+            keys = Keys(model, blocks, index, stated)
             parts = _parts(probe, keys, found)
             counts |= {part.numbers for part in parts if part.role == "attention"}
             mixers |= {index for part in parts if part.role == "token_mixer"}
             for part in parts:
                 _merge(found, _for_all(part, found))
-                stock |= _stock(probe, part, keys)
+                found |= _stock(probe, part, keys)
             sums = _sums(probe, parts, model.config)
             found["repeated"] = tuple(dict.fromkeys((*found.get("repeated", ()), *_repeated(probe))))
             found["changes_residual"] = found.get("changes_residual", False) or sums.pop("changes_residual", False)
@@ -93,10 +142,15 @@ def _derived(config: Any, model_class: Any) -> Family:
             raise SecateurError("none of its modules has units that can be removed")
         if len(counts) > 1:
             found.setdefault("heads_locked", "its blocks have different numbers of heads")
-        family = Family(**{"attention": NOWHERE, "feed_forward": NOWHERE, **found}, stock=Stock(**stock))
-        for probe in probes:
+        if isinstance(stated.get("experts"), Mapping) and "experts" in found:
+            stated = {**stated, "experts": replace(found["experts"], **stated["experts"])}
+        family = Family(**{"attention": NOWHERE, "feed_forward": NOWHERE, **found, **stated})
+        for probe in probes[: twin.kinds]:
             assume(model.config, family)
             for kind, reason in disproved(probe, describe(model.config, probe.block)).items():
+                # Experts of which the entry says everything may have other inputs than the router chose.
+                if kind == "experts" and isinstance(stated.get(kind), Experts):
+                    continue
                 if kind != "heads":
                     raise SecateurError(f"its {kind} cannot be removed: {reason}")
                 family = replace(family, heads_locked=reason, attention_fixed=family.adds_residual)
@@ -240,7 +294,7 @@ def _part(probe: BlockProbe, path: str, keys: Keys) -> Part:
     if own is None:
         return unread
     if _mixes_tokens(probe, path):
-        mixer = TokenMixer(path, own.removeprefix(f"{path}."), "", outputs=probe.outputs(path))
+        mixer = TokenMixer(path, own.removeprefix(f"{path}."), outputs=probe.outputs(path))
         return Part(path, own, "token_mixer", {"token_mixer": mixer})
     found = read_feed_forward(probe, path)
     if found is None or outputs > 1:
@@ -282,6 +336,8 @@ def _of_heads(attention: Attention, keys: Keys) -> dict[str, Any]:
     """Return the fields of an attention, with those that say where its numbers of heads come from."""
     config, fields, locked = keys.config, dict(attention.fields), attention.locked
     own, heads, groups = getattr(config, "num_key_value_heads", None), attention.heads, attention.groups
+    if (number := keys.stated.get("key_value_heads")) is not None:
+        own = number(config)
     if config.num_attention_heads != heads:
         locked = locked or "its config does not say how many heads a block has"
     if "latent" not in fields:
@@ -297,7 +353,8 @@ def _of_heads(attention: Attention, keys: Keys) -> dict[str, Any]:
 def _stock(probe: BlockProbe, part: Part, keys: Keys) -> dict[str, Any]:
     """Return which config keys the class reads for the widths of a module, and which widths it takes."""
     if part.role == "attention":
-        own = {} if "latent" in part.fields else {"head_dim": part.numbers[2]}
+        fixed = "latent" in part.fields or isinstance(getattr(type(keys.config), "head_dim", None), property)
+        own = {} if fixed else {"head_dim": part.numbers[2]}
         return {"head_counts": head_counts(keys, part.output, _input_axis(probe, part.output), own)}
     if part.role != "feed_forward" or "experts" in part.fields:
         return {}

@@ -18,8 +18,9 @@ Getter = Callable[[nn.Module], Any]
 class Keys:
     """Keys of a tiny model's config, and how they change one of its blocks."""
 
-    def __init__(self, model: Any, blocks: str, index: int):
-        """Take over a model, the path of its blocks, and the index of one of them."""
+    def __init__(self, model: Any, blocks: str, index: int, stated: Mapping[str, Any]):
+        """Take over a model, the path of its blocks, the index of one of them, and what the family's entry states."""
+        self.stated = stated
         self.config = model.config
         self._block = model.get_submodule(blocks)[index]
         self._class, self._blocks, self._index = type(model), blocks, index
@@ -66,8 +67,9 @@ class Keys:
         """
         for key, own in vars(self.config).items():
             # A list may hold the number of each block.
-            numbers = own if isinstance(own, list) else [own]
-            if not key.startswith("_") and numbers and all(type(one) is int and one == value for one in numbers):
+            each = isinstance(own, list) and len(own) == self.config.num_hidden_layers
+            number = own[self._index] if each else own
+            if not key.startswith("_") and type(number) is int and number == value:
                 variant = self.changed(key)
                 if variant(lambda block: block) is not None and answers(variant):
                     return key
@@ -111,7 +113,7 @@ def channels_key(keys: Keys, down: str, axis: int) -> str | None:
 
 
 def head_counts(keys: Keys, output: str, axis: int, values: Mapping[str, Any]) -> str:
-    """Return which numbers of heads a class takes: "any", "divisors" or "dense"; see `secateur.families.entry.Stock`.
+    """Return which numbers of heads a class takes: "any", "divisors" or "dense"; see `secateur.families.family.Family`.
 
     Args:
         keys: Keys of the model.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.checkpoints.conversions import matrices_of_experts
-from secateur.families.entry import Experts
+from secateur.families.family import Experts
 from secateur.layout.keys import OTHER, Keys, factor_key
 from secateur.layout.probe import BlockProbe, is_matrix, same
 
@@ -78,6 +78,8 @@ def read_mixture(probe: BlockProbe, path: str, keys: Keys) -> Experts | str:
     groups, stored = ("n_group", "topk_group"), matrices_of_experts(keys.config.model_type)
     if stored.keys() >= STORED.keys():
         fields["stored"] = tuple((leaf, stored[leaf]) for leaf in STORED)
+    else:
+        fields |= {"stacked": True, "alternating": not getattr(experts, "is_concatenated", True)}
     return Experts(
         experts=name,
         router=router,
@@ -88,6 +90,7 @@ def read_mixture(probe: BlockProbe, path: str, keys: Keys) -> Experts | str:
         experts_per_token=top_k_key,
         expert_width=width_key,
         groups=groups if all(isinstance(getattr(keys.config, key, None), int) for key in groups) else None,
+        inputs_first=bool(getattr(experts, "is_transposed", False)),
         returns_scores=isinstance(probe.calls[path].output, tuple),
         **fields,
     )

@@ -1,6 +1,6 @@
 """Recorded run of a tiny model: what its modules received and returned, and which outputs feed which inputs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -145,13 +145,14 @@ class BlockProbe:
             self.run()
             inputs = seen[0].reshape(-1, seen[0].shape[-1])
             columns = inputs.sum(0) if every_token else inputs[-1]
-            found: dict[str, list[Tensor]] = {path: [] for path in leaves}
-            for column in columns if columns.requires_grad else ():
-                grads = torch.autograd.grad(column, [*leaves.values()], retain_graph=True, allow_unused=True)
-                for (path, leaf), grad in zip(leaves.items(), grads, strict=True):
-                    full = torch.zeros_like(leaf) if grad is None else grad
-                    found[path].append(full.detach().reshape(-1, full.shape[-1]) != 0)
-        tables = {path: torch.stack(rows) for path, rows in found.items() if rows}
+            if not columns.requires_grad:
+                return {}
+            grads = _gradients(columns, [*leaves.values()])
+        tables = {
+            path: (grad != 0).reshape(len(columns), -1, grad.shape[-1])
+            for path, grad in zip(leaves, grads, strict=True)
+            if grad is not None
+        }
         result = {path: Feeds(table[:, -1], table[:, :-1].any(1)) for path, table in tables.items()}
         return {path: feeds for path, feeds in result.items() if bool(feeds.any.any())}
 
@@ -194,6 +195,17 @@ class _Softmax(TorchFunctionMode):
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _gradients(columns: Tensor, leaves: list[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients of each column with respect to each tensor (columns x the tensor's shape)."""
+    every = torch.eye(len(columns), dtype=columns.dtype)
+    try:
+        return torch.autograd.grad(columns, leaves, every, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    except RuntimeError:
+        # Not every function can be computed for several columns at once.
+        rows = [torch.autograd.grad(columns, leaves, one, retain_graph=True, allow_unused=True) for one in every]
+        return [None if grads[0] is None else torch.stack(grads) for grads in zip(*rows, strict=True)]
 
 
 def find_blocks(model: nn.Module, number: int) -> str:

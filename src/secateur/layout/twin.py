@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import first_line, quiet
+from secateur.checkpoints.config_file import stock_class
 
 MOST_KINDS = 8
 """Most blocks of a twin."""
@@ -35,7 +37,9 @@ class Sizes(NamedTuple):
 TRIALS = Sizes(48, 16), Sizes(128, 16), Sizes(256, 32), None
 """Sizes that are tried one after the other; None stands for the model's own."""
 LARGEST = 50_000_000
-"""Most parameters of a twin with the model's own sizes."""
+"""Most parameters of a small model with all blocks."""
+MOST_BLOCKS = 1000
+"""Most blocks of the model that a twin stands for."""
 HEADS, ROPE = 8, 8
 """Number of heads, and the part of a head that latent attention rotates."""
 
@@ -48,7 +52,9 @@ FIRST = re.compile(
 """Numbers of blocks, counted from the first, that are of another kind than the rest."""
 LAST = re.compile(r"num_kv_shared_layers")
 """The same, counted from the last."""
-UNCHANGED = re.compile(r"kernel|conv|pattern|period|offset|interval|step|expand|seed|_idx|iters|labels|rate$|factor")
+UNCHANGED = re.compile(
+    r"multiple_size|kernel|conv|pattern|period|offset|interval|step|expand|seed|_idx|iters|labels|rate$|factor"
+)
 POSITIONAL = re.compile(r"inv_freq|position|rotary|rope|mask")
 RULES = {
     r"vocab": VOCAB,
@@ -73,7 +79,14 @@ RULES = {
     r"multiple_of": 8,
     r"per_layer_input": 18,
 }
-"""Patterns of config keys, with the size that a twin has at most. Numbers below two stay what they are."""
+"""Patterns of config keys, with the size that a twin has. Numbers below two stay what they are."""
+
+
+LIMITS = (
+    r"position|n_ctx|seq_len|max_length|context_length|extent|window|chunk|block_size|attention|compress|top_?k|tok$|moe_k"
+    r"|group|shared_experts$"
+)
+"""Patterns of the keys of numbers that a twin may have smaller."""
 
 
 class Twin(NamedTuple):
@@ -81,11 +94,13 @@ class Twin(NamedTuple):
 
     model: Any
     layers: list[int]
+    kinds: int
+    """Number of its first blocks that show all kinds."""
 
 
 def kept_layers(config: Any, model_class: Any = None) -> list[int]:
     """Return the first block of each kind of a model."""
-    return _tried(config, model_class, lambda sizes: _kinds(config, _class(config, model_class), sizes)[0])
+    return _tried(config, model_class, lambda sizes: _kinds(config, class_of(config, model_class), sizes)[0])
 
 
 def tiny_twin(config: Any, model_class: Any = None) -> Twin:
@@ -98,7 +113,7 @@ def tiny_twin(config: Any, model_class: Any = None) -> Twin:
     Raises:
         SecateurError: No size that was tried gives a model that runs.
     """
-    return _tried(config, model_class, lambda sizes: _twin(config, _class(config, model_class), sizes))
+    return _tried(config, model_class, lambda sizes: _twin(config, class_of(config, model_class), sizes))
 
 
 def tiny_config(config: Any, layers: Sequence[int], sizes: Sizes | None = TRIALS[0]) -> Any:
@@ -110,8 +125,9 @@ def tiny_config(config: Any, layers: Sequence[int], sizes: Sizes | None = TRIALS
     return small
 
 
-def _class(config: Any, model_class: Any) -> Any:
-    return model_class or AutoModelForCausalLM._model_mapping[type(config)]
+def class_of(config: Any, model_class: Any = None) -> Any:
+    """Return the class of a model: the given one, or the one for causal language models."""
+    return model_class or stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config))
 
 
 def _tried(config: Any, model_class: Any, make: Any) -> Any:
@@ -135,7 +151,8 @@ def _twin(config: Any, model_class: Any, sizes: Sizes | None) -> Twin:
         for double in (True, False):
             try:
                 model = make()
-                return Twin(_ready(model.double() if double else model), layers)
+                count = 1 if all(kind == kinds[0] for kind in kinds) else len(layers)
+                return Twin(_ready(model.double() if double else model), layers, count)
             except Exception as error:
                 errors.append(error)
     raise errors[0]
@@ -150,7 +167,7 @@ def _candidates(
         return _built(model_class, tiny_config(config, layers, sizes), "cpu")
 
     def cut() -> Any:
-        model = _built(model_class, tiny_config(config, range(_count(config)), sizes), "cpu")
+        model = _built(model_class, tiny_config(config, range(number_of_blocks(config)), sizes), "cpu")
         _cut(model, layers)
         return model
 
@@ -196,12 +213,11 @@ def _built(model_class: Any, config: Any, device: str) -> Any:
 
 def _kinds(config: Any, model_class: Any, sizes: Sizes | None) -> tuple[list[int], list[Any]]:
     """Return the first block of each kind, and the kind of each block."""
-    whole = tiny_config(config, range(_count(config)), sizes)
-    if sizes is None:
-        parameters = sum(p.numel() for p in _built(model_class, copy.deepcopy(whole), "meta").parameters())
-        if parameters > LARGEST:
-            raise SecateurError(f"{parameters} parameters are too many")
-    kinds = _signatures(_built(model_class, whole, "meta"))
+    whole = tiny_config(config, range(number_of_blocks(config)), sizes)
+    model = _built(model_class, whole, "meta")
+    if (parameters := sum(p.numel() for p in model.parameters())) > LARGEST:
+        raise SecateurError(f"{parameters} parameters are too many")
+    kinds = _signatures(model)
     lists = [value for value in vars(config).values() if isinstance(value, list | tuple) and len(value) == len(kinds)]
     lists, own = [values for values in lists if not _ascending(values)], _overrides(config)
     first: dict[str, int] = {}
@@ -244,7 +260,7 @@ def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 def _blocks(model: nn.Module) -> nn.ModuleList:
     """Return the list of modules with most parameters."""
     lists = [*_lists(model).values()]
-    lists = [blocks for blocks in lists if len(blocks) == _count(model.config)] or lists
+    lists = [blocks for blocks in lists if len(blocks) == number_of_blocks(model.config)] or lists
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
@@ -258,10 +274,10 @@ def _cut(model: nn.Module, layers: Sequence[int]) -> None:
         for name, value in list(vars(module).items()):
             if INDEX.search(name) and value in layers:
                 setattr(module, name, layers.index(value))
-    whole = _count(model.config)
+    whole = number_of_blocks(model.config)
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     for config in configs.values():
-        if type(config) is type(model.config) and _count(config) == whole:
+        if type(config) is type(model.config) and number_of_blocks(config) == whole:
             _pick(config, layers)
 
 
@@ -284,16 +300,19 @@ def _ascending(values: Sequence[Any]) -> bool:
     return all(type(value) is int for value in values) and list(values) == sorted(set(values))
 
 
-def _count(config: Any) -> int:
+def number_of_blocks(config: Any) -> int:
+    """Return the number of blocks of a decoder."""
     for name in ("decoder_layers", getattr(config, "attribute_map", {}).get("num_hidden_layers"), "num_hidden_layers"):
-        if name and type(getattr(config, name, None)) is int:
-            return int(getattr(config, name))
+        if name and type(count := getattr(config, name, None)) is int:
+            if count > MOST_BLOCKS:
+                raise SecateurError(f"its config has {count:,} blocks")
+            return count
     raise SecateurError("its config has no number of blocks")
 
 
 def _pick(config: Any, layers: Sequence[int]) -> None:
     """Keep some blocks of a config: in numbers of blocks, lists with an entry for each block, and lists of blocks."""
-    count, own = _count(config), _overrides(config)
+    count, own = number_of_blocks(config), _overrides(config)
     for key, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and value and _ascending(value) and re.search("layer|idx|indices", key):
             setattr(config, key, type(value)(layers.index(layer) for layer in value if layer in layers))
@@ -416,7 +435,8 @@ def _number(key: str, value: int, whole: Mapping[str, Any], sizes: Sizes) -> int
         return value * whole["num_attention_heads"] * sizes.hidden // (whole["hidden_size"] * HEADS)
     for pattern, size in RULES.items():
         if re.search(pattern, key):
-            return min(size, value)
+            # Small sizes could be equal, and would not show which is which.
+            return min(size, value) if re.search(LIMITS, key) else size
     if re.search(r"head_?dim|head_size|d_head|dim_head|kv_channels", key):
         if rope and "linear" not in key:
             return value * ROPE // rope

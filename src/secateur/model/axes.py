@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.base.names import UNITS, find
 
 if TYPE_CHECKING:
-    from secateur.families.entry import Family
+    from secateur.families.family import Family
 
 ConfigKeys = Mapping[tuple[str, ...], tuple[str, ...]]
 """Config keys of numbers of units, by the nested axes along which the units lie: first the key that the family's class

@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.base.errors import SecateurError
 from secateur.base.words import first_duplicate
-from secateur.families.entry import NOWHERE, submodule
+from secateur.families.family import NOWHERE, submodule
 from secateur.families.registry import family_of
 from secateur.model.axes import ATTENTION, FEED_FORWARD, ROLES
 from secateur.model.structure import Block, PrunableModule, described

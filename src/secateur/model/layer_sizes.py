@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 from secateur.checkpoints.config_file import BIASES, GROUPS, PER_GROUP, QUERY_HEADS
-from secateur.model.axes import ROLES, Width, axis_kinds
+from secateur.model.axes import ATTENTION, ROLES, Width, axis_kinds
 from secateur.model.structure import Block, PrunableModule
 from secateur.model.units.heads import HEADS, HEADS_PER_GROUP, KV_GROUPS
 
@@ -44,7 +44,8 @@ def layer_sizes(block: Block, keys: Keys = IN_MEMORY) -> dict[str, Any]:
     sizes: dict[str, Any] = {"shapes": {}, "attributes": {}, "attentions": {}, "feed_forwards": {}}
     for module in block.modules:
         if not module.fixed:
-            sizes[_STAND_INS[module.role]][module.output_layer] = keys[module.output_projection.along]
+            part = "bare_attentions" if module.role == ATTENTION and module.outputs == 1 else _STAND_INS[module.role]
+            sizes.setdefault(part, {})[module.output_layer] = keys[module.output_projection.along]
         if not module.locked:
             sizes["shapes"] |= _axes(module, block, keys)
             sizes["attributes"] |= _attributes(module, keys)

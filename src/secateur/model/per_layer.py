@@ -29,6 +29,7 @@ from secateur.checkpoints.config_file import (
     TEXT,
     config_of,
     empty_model,
+    has_own_code,
     prepared_config,
     stock_class,
 )
@@ -59,6 +60,8 @@ def model_class(config: Any, multimodal_config: Mapping[str, Any] | None = None)
     is registered.
     """
     if ours := _own_classes(config, multimodal_config):
+        if has_own_code(config):
+            return modeling_secateur.per_layer(stock_class(MODEL_FOR_CAUSAL_LM_MAPPING, type(config)))
         try:
             return getattr(modeling_secateur, ours[0])
         except (AttributeError, TypeError) as error:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.families.entry import Family, submodule
+from secateur.families.family import Family, submodule
 from secateur.model.arena import Activations, Arena
 from secateur.model.rows import Batch, Rows
 

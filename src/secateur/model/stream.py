@@ -28,7 +28,7 @@ from secateur.base.services import Services
 from secateur.checkpoints.checkpoint import Checkpoint, tied_weights
 from secateur.checkpoints.expert_matrices import BlockTensor
 from secateur.checkpoints.weights import read_ahead
-from secateur.families.entry import submodule
+from secateur.families.family import submodule
 from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION, FEED_FORWARD
@@ -58,8 +58,11 @@ class BlockStream:
     def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", services: Services | None = None):
         self.checkpoint, self.services = checkpoint, services or Services()
         self.device = torch.device(device)
-        self.family = family_of(checkpoint.config)
+        # Before its blocks are described, so that a config of no model is called that.
         self.model: Any = empty_decoder(checkpoint)
+        if not checkpoint.config.num_hidden_layers:
+            raise SecateurError(f"{checkpoint.source}: the model has no blocks; find the config.json of these weights")
+        self.family = family_of(checkpoint.config)
         self.model.requires_grad_(False)
         self._matrices_of_experts = tuple(dict(self.family.experts.stored)) if self.family.experts else ()
         """Endings of the names of tensors that hold the matrices of all experts."""
@@ -72,8 +75,6 @@ class BlockStream:
                 f"{checkpoint.source}: the entry for {checkpoint.config.model_type} names a layer that does not exist "
                 f"({first_line(error)}); correct the entry"
             ) from error
-        if not self.blocks:
-            raise SecateurError(f"{checkpoint.source}: the model has no blocks; find the config.json of these weights")
         self.width: int = checkpoint.config.hidden_size
         """Residual width d."""
         self.side_inputs = SideInputs(checkpoint.config, self.family, [*self.layers.children()], self.width)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.model.axes import Axis, Width, axis_kinds, load_units
 
 if TYPE_CHECKING:
-    from secateur.families.entry import Family
+    from secateur.families.family import Family
 
 KeptUnits = Mapping[str, tuple[int, ...]]
 """Sorted indices of the units that a block keeps, by kind of units.

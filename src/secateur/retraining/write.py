@@ -121,7 +121,7 @@ def write_retrained(
         for name in checkpoint.tensors:
             writer.add(name, weights[name] if name in weights else checkpoint.read(name))
         writer.close()
-        more = [MODELING_FILE] if is_per_layer(checkpoint.config) else []
+        more = [source / MODELING_FILE.name] if is_per_layer(checkpoint.config) else []
         more += [file for file in [source / MAP_FILE] if file.is_file()]
         write_json(partial / "config.json", checkpoint.raw_config)
         for file in (*checkpoint.files, *more):

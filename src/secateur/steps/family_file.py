@@ -1,11 +1,13 @@
-"""A family that a user describes in a YAML file, with the fields of `secateur.families.entry.Family`.
+"""A family that a user describes in a YAML file, with the fields of `secateur.families.family.Family`.
+
+Fields that the file leaves out are derived from the model's class; with `derived: false` they have their defaults.
 
 model_type: imaginary
-blocks: imaginary.layers
-stock: {head_counts: dense}
+heads_locked: its heads share a norm
+gguf: {architectures: [llama]}
 """
 
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -15,7 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from secateur.base.errors import SecateurError
 from secateur.base.names import find
-from secateur.families.entry import Family
+from secateur.families.entry import Entry
+from secateur.families.family import Family
 from secateur.families.registry import FAMILIES
 
 KIND = "model_type"
@@ -63,7 +66,9 @@ def read_family(path: Path) -> str:
     kind = raw.pop(KIND)
     if kind in FAMILIES and kind not in _READ:
         raise SecateurError(f"{path}: secateur knows {kind}; leave --family out")
-    family: Family = _entry(path, Family, raw, "")
+    facts = {name: raw.pop(name) for name in ("derived", "stock", "gguf", "vllm") if name in raw}
+    described, entry = _entry(path, Family, raw, ""), _entry(path, Entry, facts, "")
+    family: Entry = replace(entry, stated={name: getattr(described, name) for name in raw})
     # Found here, so that models are opened without the code of GGUF.
     known = find("secateur.gguf.architectures:ARCHITECTURES")
     if unknown := [name for name in family.gguf.architectures if name not in known]:
@@ -79,7 +84,7 @@ def _entry(path: Path, owner: type[Any], raw: Any, place: str) -> Any:
     """Return an entry of a family, or of a part of one, from a mapping."""
     if not isinstance(raw, dict):
         raise SecateurError(f"{path}: {place.rstrip('.')} is {raw!r}; write a mapping")
-    known, hints = [field.name for field in fields(owner)], get_type_hints(owner)
+    known, hints = [field.name for field in fields(owner) if field.name != "entry"], get_type_hints(owner)
     for name in raw:
         if name not in known:
             raise SecateurError(f"{path}: {place}{name}: no such field; there are {', '.join(known)}")

@@ -17,7 +17,6 @@ from secateur.base.progress import Watcher, busy_reading
 from secateur.base.run_folder import PARTIAL_OUTPUT, run_folder_path
 from secateur.base.services import Services
 from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from secateur.checkpoints.config_file import has_own_code
 from secateur.checkpoints.tokens import begins_with_bos
 from secateur.criteria.registry import Criteria, UnitScores
 from secateur.fit.recovery import Recovery
@@ -191,11 +190,6 @@ def open_run(
 ) -> OpenRun:
     """Return the run of an open checkpoint, and check the options against it; see `open_model`."""
     started = time.perf_counter()
-    if has_own_code(checkpoint.config):
-        raise SecateurError(
-            f"{checkpoint.source}: transformers does not include {checkpoint.config.model_type}, so that no smaller "
-            "model of it can be written; secateur eval alone takes such models"
-        )
     checkpoint, vocabulary = with_vocabulary(
         checkpoint,
         options.vocabulary,

@@ -488,15 +488,13 @@ class RunOptions:
     family: Path | None = option(
         None,
         COMPUTING,
-        "YAML file that describes the model family of MODEL, if secateur families does not list it; see "
-        "docs/extend.md.",
+        "YAML file that corrects what is read off the class of MODEL, or describes its blocks; see docs/extend.md.",
         default_text="none",
     )
     trust_remote_code: bool = option(
         False,
         COMPUTING,
-        "Run Python code from the model's folder, for models that transformers does not include. Such models can only "
-        "be measured (secateur eval).",
+        "Run Python code from the model's folder, for models that transformers does not include.",
     )
 
 

@@ -79,7 +79,7 @@ def trim(
         given |= {} if calibration == GENERAL else {"calibration": calibration}
         given |= {} if length == LENGTH else {"length": str(length)}
         _write(cut, kept, command_line("trim", checkpoint.source, given), folder, services.watcher)
-        check_written(folder, target.path, "report this as a bug in secateur")
+        check_written(folder, target.path, "report this as a bug in secateur", checkpoint.trust_remote_code)
     loading = format_of_folder(checkpoint.path).how_to_load(checkpoint.auto_class.__name__, str(out))
     return Trimmed(
         str(target.path),
@@ -133,7 +133,7 @@ def _write(cut: Checkpoint, vocabulary: KeptVocabulary, command: str, folder: Pa
     # This also corrects what config.json says about tied tensors.
     cut.check_shapes(empty_decoder(cut))
     write_json(folder / "config.json", cut.whole_config)
-    for file in (*cut.files, *format_of_folder(cut.path).code):
+    for file in (*cut.files, *(cut.path / one.name for one in format_of_folder(cut.path).code)):
         copy_into(folder, file)
     ids = original_ids(cut) or []
     (folder / MAP_FILE).write_text(map_contents(ids), encoding="utf-8")

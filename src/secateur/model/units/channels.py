@@ -8,7 +8,7 @@ from secateur.model.axes import FEED_FORWARD, Axis, axis_kind
 from secateur.model.structure import PrunableModule, describes, input_projection, inputs_first, output_projection
 
 if TYPE_CHECKING:
-    from secateur.families.entry import Family
+    from secateur.families.family import Family
 
 CHANNELS = axis_kind(
     "channels",
@@ -16,7 +16,7 @@ CHANNELS = axis_kind(
     FEED_FORWARD,
     "channels",
     "feed-forward channels",
-    config_keys=lambda family: {("channels",): (family.stock.channels_key, *family.stock.channels_aliases)},
+    config_keys=lambda family: {("channels",): (family.channels_key, *family.entry.stock.channels_aliases)},
 )
 
 

@@ -12,7 +12,7 @@ from secateur.model.axes import FEED_FORWARD, Axis, axis_kind
 from secateur.model.structure import PrunableModule, Slab, describes, input_projection, output_projection
 
 if TYPE_CHECKING:
-    from secateur.families.entry import Experts, Family
+    from secateur.families.family import Experts, Family
 
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS = axis_kind(

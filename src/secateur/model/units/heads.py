@@ -14,7 +14,7 @@ from secateur.model.axes import ATTENTION, Axis, axis_kind
 from secateur.model.structure import PrunableModule, Slab, describes, input_projection, inputs_first, output_projection
 
 if TYPE_CHECKING:
-    from secateur.families.entry import Family
+    from secateur.families.family import Family
 
 HEADS_PER_GROUP = axis_kind(
     "heads_per_group",
@@ -57,8 +57,8 @@ def attention(config: Any, family: Family, layer: Any) -> PrunableModule | None:
         return None
     heads, groups = config.num_attention_heads, key_value_heads(config)
     path, after = family.attention, family.norm_after(layer, "attention")
-    if (why := family.lock(config)) is not None:
-        return _locked(config, family, layer, why)
+    if family.heads_locked is not None:
+        return _locked(config, family, layer, family.heads_locked)
     output, bias = output_projection(layer, f"{path}.{family.output}", HEADS, heads)
     projections = _input_projections(family, layer, heads, groups, output.size)
     inside = {*(slab.name for slab in projections), output.name, bias}
