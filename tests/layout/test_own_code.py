@@ -14,6 +14,7 @@ from models import make_tokenizer
 from outputs import assert_error, record_of
 from secateur import prune
 from secateur.commands.families import describe_model
+from secateur.layout.proof import INEXACT
 from secateur.measure.evaluation import evaluate
 
 HOW: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "effort": "quick", "round": 1}
@@ -107,11 +108,11 @@ def test_what_was_found_is_printed(tmp_path):
     for kind in KINDS:
         dense(kind, tmp_path / kind)
         rows = describe_model(str(tmp_path / kind), trust_remote_code=True)
-        found[kind] = [(row.module, row.layers, bool(row.locked)) for row in rows]
-    free = ("mixes", "asks, holds, gives, joins", False)
-    assert found["Biased"] == [("mixes", "joins", True), ("inner", "second, first, last", False)]
-    assert found["Chain"] == [free, ("inner", "widens, leaves", False)]
-    assert found["Listed"] == [free]
+        found[kind] = [(row.module, row.layers, row.locked) for row in rows]
+    free = ("mixes", "asks, holds, gives, joins", "")
+    assert found["Biased"] == [("mixes", "joins", INEXACT), ("inner", "second, first, last", "")]
+    assert found["Chain"] == [free, ("inner", "widens, leaves", "")]
+    assert found["Listed"] == [free, ("inner", "", "its experts are a list of layers")]
 
 
 def test_the_code_runs_only_if_the_user_says_so(tmp_path):

@@ -44,7 +44,7 @@ class ModuleRow(NamedTuple):
     keys: str
     """Config keys of the numbers of units in the format `stock`; empty if only the format `hf` can change them."""
     locked: str
-    """Why single units cannot be removed; empty if they can."""
+    """Why single units, or in a row without units all of the module, cannot be removed; empty if they can."""
 
 
 def describe_model(model: str, *, trust_remote_code: bool = False) -> list[ModuleRow]:
@@ -73,6 +73,8 @@ def describe_model(model: str, *, trust_remote_code: bool = False) -> list[Modul
                 module.locked or "",
             )
             found.setdefault(row, []).append(index)
+        for other in stream.others(index):
+            found.setdefault((other.path, "", "", "", other.why), []).append(index)
     return [ModuleRow(_ranges(blocks), *row) for row, blocks in found.items()]
 
 

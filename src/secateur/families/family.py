@@ -23,6 +23,16 @@ def submodule(layer: Any, path: str | None) -> Any:
     return reduce(lambda part, name: getattr(part, name, None), filter(None, (path or "").split(".")), layer)
 
 
+class Other(NamedTuple):
+    """Submodule of a block that adds to the residual stream and is never pruned."""
+
+    path: str
+    outputs: int
+    """Number of values that it returns."""
+    why: str
+    """Why it is never pruned."""
+
+
 @dataclass(frozen=True)
 class Experts:
     """Mixture of experts in the feed-forward's place, in all blocks or in some."""
@@ -168,9 +178,8 @@ class Family:
     """Further layers of the attention with rows for each query head: gates on the outputs of heads."""
     changes_residual: bool = False
     """Whether blocks change the residual stream otherwise than by adding their modules' outputs to it."""
-    others: tuple[tuple[str, int], ...] = ()
-    """Submodules that add to the residual stream and are never pruned, each with the number of values that it
-    returns."""
+    others: tuple[Other, ...] = ()
+    """Submodules that add to the residual stream and are never pruned."""
     attention_outputs: int = 2
     """Number of values that the attention returns, the output first."""
     token_mixer: TokenMixer | None = None

@@ -15,7 +15,7 @@ from secateur.base.hashes import hash_json
 from secateur.base.quiet import first_line, quiet
 from secateur.checkpoints.modeling_secateur import SIZES, WIDTHS, positive
 from secateur.families.entry import Entry
-from secateur.families.family import NOWHERE, Experts, Family, TokenMixer
+from secateur.families.family import NOWHERE, Experts, Family, Other, TokenMixer
 from secateur.families.registry import UNKNOWN, assume
 from secateur.layout.attention import Attention, output_of, read_attention
 from secateur.layout.feed_forward import read_feed_forward
@@ -27,6 +27,9 @@ from secateur.layout.twin import class_of, number_of_blocks, tiny_config, tiny_t
 from secateur.model.describe import describe
 from secateur.model.structure import inputs_first
 
+NO_CHANNELS = "no row of its layers feeds one channel alone"
+SECOND = "another module of the block is pruned in its role"
+BESIDE = "its block has an attention, too"
 OTHER_INPUTS = "its blocks take further inputs that depend on the tokens"
 
 
@@ -43,6 +46,8 @@ class Part(NamedTuple):
     """Fields of the description."""
     numbers: tuple[int, int, int] = (0, 0, 0)
     """Numbers of heads and of KV groups, and the size of a head."""
+    kept: str = ""
+    """Why it is never pruned."""
 
 
 PER_LAYER = "per_layer_config"
@@ -249,15 +254,16 @@ def _parts(probe: BlockProbe, keys: Keys, found: Mapping[str, Any]) -> list[Part
     parts = [_part(probe, path, keys) for path in matrices]
     if len(loose) > 1:
         own = read_feed_forward(probe, None, loose[-1])
-        parts.append(Part(None, loose[-1], "unread" if own is None else "feed_forward", own or {}))
+        loosely = Part(None, loose[-1], "feed_forward", own or {})
+        parts.append(_unread(loosely, NO_CHANNELS) if own is None else loosely)
     for role in ("attention", "feed_forward"):
         several = [part for part in parts if part.role == role]
         # The one at the place that other blocks have it; else the one with experts; else the first.
         several.sort(key=lambda part: (found.get(role) != part.fields[role], "experts" not in part.fields))
-        parts = [_unread(part) if part in several[1:] else part for part in parts]
+        parts = [_unread(part, SECOND) if part in several[1:] else part for part in parts]
     if any(part.role == "attention" for part in parts):
         # A token mixer beside an attention is no module of the block, which then has one module in each role.
-        parts = [_unread(part) if part.role == "token_mixer" else part for part in parts]
+        parts = [_unread(part, BESIDE) if part.role == "token_mixer" else part for part in parts]
     # A norm with matrices adds nothing to the residual stream.
     inputs = [_input_of(probe, part) for part in parts if part.role != "unread"]
     return [
@@ -267,9 +273,9 @@ def _parts(probe: BlockProbe, keys: Keys, found: Mapping[str, Any]) -> list[Part
     ]
 
 
-def _unread(part: Part) -> Part:
+def _unread(part: Part, why: str) -> Part:
     """Return a module as one that is never pruned."""
-    return part._replace(output=part.path or part.output, role="unread", fields={})
+    return part._replace(output=part.path or part.output, role="unread", fields={}, kept=why)
 
 
 def _has_matrices(module: nn.Module) -> bool:
@@ -278,27 +284,28 @@ def _has_matrices(module: nn.Module) -> bool:
 
 def _part(probe: BlockProbe, path: str, keys: Keys) -> Part:
     """Return what a module of a block is."""
-    unread, outputs = Part(path, path, "unread", {}), probe.outputs(path)
+    part, outputs = Part(path, path, "", {}), probe.outputs(path)
     if outputs == 0:
-        return unread
+        return _unread(part, "it returns no tensor")
     if experts_in(probe.block.get_submodule(path)) is not None:
         experts = read_mixture(probe, path, keys)
         if isinstance(experts, str):
-            return unread
-        return Part(path, path, "feed_forward", {"feed_forward": path, "experts": experts})
+            return _unread(part, experts)
+        return part._replace(role="feed_forward", fields={"feed_forward": path, "experts": experts})
     attention = read_attention(probe, path)
     if attention is not None:
         fields = _of_heads(attention, keys) | {"attention_outputs": outputs}
         return Part(path, f"{path}.{attention.fields['output']}", "attention", fields, attention[1:4])
     own = output_of(probe, path)
     if own is None:
-        return unread
+        is_listed = any(isinstance(one, nn.ModuleList) for one in probe.block.get_submodule(path).modules())
+        return _unread(part, "its experts are a list of layers" if is_listed else "its output is not that of one layer")
     if _mixes_tokens(probe, path):
         mixer = TokenMixer(path, own.removeprefix(f"{path}."), outputs=probe.outputs(path))
         return Part(path, own, "token_mixer", {"token_mixer": mixer})
     found = read_feed_forward(probe, path)
     if found is None or outputs > 1:
-        return unread
+        return _unread(part, NO_CHANNELS)
     joins = same(probe.output(path), probe.output(own))
     return Part(path if joins else None, own, "feed_forward", found if joins else _of_block(found, path))
 
@@ -394,7 +401,9 @@ def _sums(probe: BlockProbe, parts: list[Part], config: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {
         "returns_tuple": not isinstance(probe.calls[""].output, Tensor),
-        "others": tuple((part.output, probe.outputs(part.output)) for part in parts if part.role == "unread"),
+        "others": tuple(
+            Other(part.output, probe.outputs(part.output), part.kept) for part in parts if part.role == "unread"
+        ),
     }
     if probe.hidden.dim() != 3 or not isinstance(probe.output(""), Tensor):
         raise SecateurError("its blocks have several residual streams")

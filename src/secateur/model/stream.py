@@ -28,7 +28,7 @@ from secateur.base.services import Services
 from secateur.checkpoints.checkpoint import Checkpoint, tied_weights
 from secateur.checkpoints.expert_matrices import BlockTensor
 from secateur.checkpoints.weights import read_ahead
-from secateur.families.family import submodule
+from secateur.families.family import Other, submodule
 from secateur.families.registry import family_of
 from secateur.model.arena import Activations, Arena
 from secateur.model.axes import ATTENTION, FEED_FORWARD
@@ -393,12 +393,15 @@ class BlockStream:
         number of its outputs."""
         if self.side_inputs.has_token_inputs:
             yield self.family.per_layer_output, 1
-        own = [module.path for module in self.blocks[index].modules]
-        for path, outputs in self.family.others:
-            if path not in own and submodule(self.layers[index], path) is not None:
-                yield path, outputs
+        yield from ((other.path, other.outputs) for other in self.others(index))
         if any(module.outer_norm is not None for module in self.blocks[index].modules):
             yield str(self.family.feed_forward), 1
+
+    def others(self, index: int) -> list[Other]:
+        """Return the submodules of a block that add to the residual stream and are never pruned."""
+        own, layer = [module.path for module in self.blocks[index].modules], self.layers[index]
+        has = (other for other in self.family.others if submodule(layer, other.path) is not None)
+        return [other for other in has if other.path not in own]
 
     def run_through(self, index: int, layer: nn.Module, hidden_btc: Tensor, group: int, **options: Any) -> Tensor:
         """Run a block to its end, and check that all values are finite (b x t x c).
