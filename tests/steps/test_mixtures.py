@@ -204,13 +204,6 @@ def test_a_config_with_experts_in_no_block_is_pruned(tmp_path):
     assert {layer.mlp.down_proj.in_features for layer in layers} == {found.pruned_widths()[0].channels}
 
 
-def test_a_config_without_groups_of_experts():
-    model = build("deepseek_v3 plain")
-    model.config.n_group = model.config.topk_group = None
-    mixture = blocks_of(model)[-1].modules[-1]
-    assert (mixture.groups, mixture.min_units) == (1, model.config.num_experts_per_tok)
-
-
 HYBRIDS = ("qwen3_5_text", "lfm2")
 QUICK: dict[str, Any] = {"samples": 8, "length": 16, "calibration": "random", "device": "cpu", "effort": "quick"}
 

@@ -101,7 +101,9 @@ def _dense(config: Any) -> Any:
 
 def _read(config: Any, entry: Entry, model_class: Any) -> Family:
     try:
-        return _derived(config, entry, model_class)
+        # Rebuilt models draw random weights, which must not change the caller's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            return _derived(config, entry, model_class)
     except SecateurError as error:
         raise SecateurError(f"model type '{config.model_type}' cannot be pruned: {error}") from error
     except Exception as error:

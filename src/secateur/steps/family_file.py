@@ -22,6 +22,8 @@ from secateur.families.family import Family
 from secateur.families.registry import FAMILIES
 
 KIND = "model_type"
+DEEPEST = 20
+"""Largest number of lists and mappings inside each other. A parser needs minutes for thousands of them."""
 _READ: set[str] = set()
 """Families that were read from files; such a family may be read again."""
 
@@ -30,24 +32,27 @@ def _read_yaml(path: Path) -> Any:
     """Return the value of a YAML file.
 
     Raises:
-        SecateurError: The file cannot be read, is not valid YAML, or has aliases, a few lines of which can expand to
-            billions of values.
+        SecateurError: The file cannot be read, is not valid YAML, is nested too deeply, or has aliases, a few lines of
+            which can expand to billions of values.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SecateurError(f"{path}: cannot be read ({error}); name a YAML file") from error
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise SecateurError(f"{path}: has aliases, which begin with *; write the values themselves")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise SecateurError(f"{path}: has aliases, which begin with *; write the values themselves")
+            if depth > DEEPEST:
+                raise SecateurError(f"{path}: nested too deeply; correct it")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" line {mark.line + 1}"
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise SecateurError(f"{path}{line}: not valid YAML ({problem}); correct it") from error
-    except RecursionError as error:
-        raise SecateurError(f"{path}: nested too deeply; correct it") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         # For example the 31st of February, or a number with more digits than Python reads.
         raise SecateurError(f"{path}: a value cannot be read ({error}); correct it") from error

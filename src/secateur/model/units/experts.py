@@ -114,7 +114,7 @@ def experts_per_token(config: Any, names: Experts) -> int:
 
 def _groups(config: Any, names: Experts, per_token: int) -> tuple[int, int]:
     """Return the number of groups of experts, and the fewest experts with which the router works."""
-    groups, chosen = (int(getattr(config, key) or 1) for key in names.groups) if names.groups else (1, 1)
+    groups, chosen = (int(getattr(config, key)) for key in names.groups) if names.groups else (1, 1)
     # Routers compare groups by their two best experts, and the chosen groups must hold all experts of a token.
     each = max(-(-per_token // chosen), 2 if groups > 1 else 1)
     return groups, each * groups
