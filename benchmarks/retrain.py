@@ -94,7 +94,7 @@ def main() -> None:
     rows, profiles = [], []
     for rank in given.ranks:
         products = fast_dtype(device)
-        network = load(checkpoint, products if rank else torch.float32, device, whole=True)
+        network = load(checkpoint, products if rank else torch.float32, device)
         floor = product_seconds(network, rank, given.batch * given.length, products)
         own = adapter_seconds(network, rank, given.batch * given.length, products)
         student = Student(checkpoint, rank=rank, products=products, device=device, processes=Processes())

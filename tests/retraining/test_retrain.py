@@ -19,26 +19,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from models import ROWS, build, load_written, logits_of, relative, token_rows
 from outputs import Notes, assert_error, edit_json, edited_weights, error_of, record_of, weights_of
 from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.memory import available_bytes, rss_bytes
+from secateur.base.processes import Processes
 from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
 from secateur.checkpoints import checkpoint
 from secateur.checkpoints.checkpoint import open_checkpoint
+from secateur.checkpoints.config_file import empty_model
 from secateur.gguf.export import export
 from secateur.measure import perplexity
 from secateur.measure.loading import load
 from secateur.model import pass_checkpoint
+from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
 from secateur.retraining import memory, student
 from secateur.retraining import retrain as steps
 from secateur.retraining.adapters import adapted_layers
+from secateur.retraining.loss import LOGITS_AT_ONCE
 from secateur.retraining.options import ADAPTERS, Training
 from secateur.retraining.retrain import retrain
 from secateur.retraining.rows import training_rows
@@ -497,13 +502,13 @@ def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypat
 
     def fails(writer: Any, name: str, tensor: Any) -> None:
         added.append(name)
-        if len(added) > 100:
+        if len(added) > 200:
             raise OSError(errno.ENOSPC, "No space left on device")
         add(writer, name, tensor)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "add", fails)
-        with pytest.raises(StoppedError, match=r"checkpoint-2: the disk is full; free some space and run the"):
+        with pytest.raises(StoppedError, match=r"\.out\.run/training: the disk is full; free some space and run the"):
             train("out", tokens="512")
     assert [path.name for path in tmp_path.glob(".out.run/training/checkpoint-*")] == ["checkpoint-1"]
     train("out", tokens="512")
@@ -581,6 +586,50 @@ def test_a_retrained_folder_becomes_a_gguf_file(letters_folder, tmp_path, train)
     export(out, tmp_path / "out.gguf", type="f32")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
     assert relative(logits_of(opened, token_rows()), logits_of(network_of(out), token_rows())) < 1e-5
+
+
+@pytest.fixture
+def started(request: pytest.FixtureRequest) -> Iterator[Processes]:
+    """The first of several processes, of which the others do not exist."""
+    size = request.param
+    if size > 1:
+        torch.distributed.init_process_group("fake", rank=0, world_size=size)
+    yield Processes(0, size)
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("started", [1, 2, 4], indirect=True)
+def test_the_formula_of_the_memory_holds(llama, started, rank):
+    """Weights, gradients and moments of the first process take the bytes that docs/cluster.md says."""
+    how: dict[str, Any] = {"products": torch.bfloat16, "device": torch.device("cpu"), "processes": started}
+    checkpoint = open_checkpoint(llama)
+    student = Student(checkpoint, rank=rank, **how)
+    own = {
+        name: value.to_local() if isinstance(value, DTensor) else value for name, value in student.named_parameters()
+    }
+    found = sum(value.nbytes * (4 if value.requires_grad else 1) for value in own.values())
+    network = checkpoint.empty(model_class(checkpoint.config))
+    blocks = network.get_submodule("model.layers").children()
+    largest = max(sum(value.numel() for value in block.parameters()) for block in blocks)
+    gathered = 0 if started.size == 1 else 4 * largest * (2 if rank else 4)
+    planned = memory.fixed_bytes(network, rank, torch.bfloat16, started.size) - gathered
+    assert found == pytest.approx(planned - LOGITS_AT_ONCE * memory.LOSS_BYTES, rel=0.05)
+
+
+def test_the_table_of_the_memory_follows_from_the_formula():
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {"8B": (128256, 4096, 14336, 32, 32), "70B": (128256, 8192, 28672, 80, 64)}
+    page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    for name, values in sizes.items():
+        config = LlamaConfig(**dict(zip(names, values, strict=True)), num_key_value_heads=8)
+        network = empty_model(AutoModelForCausalLM, config)
+        for rank, trained in ((0, "all weights"), (16, "adapters, `--rank 16`")):
+            found = (memory.fixed_bytes(network, rank, torch.bfloat16, size) / 1e9 for size in (1, 4, 8, 64))
+            assert f"| {name} | {trained} | {' | '.join(f'{one:.0f}' for one in found)} |" in page
+        rows = (one / 1e9 for one in memory._row_bytes(network, 128, torch.bfloat16))
+        assert all(f"{one:.1f} GB" in page or f"{one:.1f} and" in page for one in rows)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from secateur.base.device import to_device
@@ -51,7 +51,7 @@ def fill(
     whole = set(network.parameters()) - set(network.get_submodule(blocks).parameters())
     for index, layer in enumerate(network.get_submodule(blocks).children()):
         _fill_block(layer, f"{blocks}.{index}.", checkpoint, products, device)
-        _divide(layer, mesh)
+        _divide_block(layer, mesh, products)
     network.to(device)
     _divide(network.get_submodule(blocks.rpartition(".")[0]), mesh, ignored_params=whole)
 
@@ -83,9 +83,22 @@ def _read(checkpoint: Checkpoint, name: str, products: torch.dtype, device: torc
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _divide(module: nn.Module, mesh: DeviceMesh | None, **options: Any) -> None:
-    if mesh is not None:
-        fully_shard(module, mesh=mesh, **options)
+def _divide_block(layer: nn.Module, mesh: DeviceMesh | None, products: torch.dtype) -> None:
+    """Divide a block. If all of it is trained, its matrices are sent in the dtype of products, because autocast would
+    keep copies of all blocks; modules such as norms, which have vectors alone, are sent in float32."""
+    is_trained = all(value.requires_grad for value in layer.parameters())
+    for module in layer.modules():
+        own = [*module.parameters(recurse=False)]
+        if is_trained and own and all(value.dim() < 2 for value in own):
+            _divide(module, mesh)
+    _divide(layer, mesh, products if is_trained else None)
+
+
+def _divide(module: nn.Module, mesh: DeviceMesh | None, sent: torch.dtype | None = None, **options: Any) -> None:
+    """Divide a module among processes, which send weights in a dtype; gradients are added up in float32."""
+    if mesh is not None and not isinstance(module, FSDPModule):
+        policy = MixedPrecisionPolicy(sent, torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, **options)
 
 
 @contextmanager

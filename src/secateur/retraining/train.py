@@ -188,14 +188,15 @@ class _State:
 
     def _read(self, place: Path) -> None:
         """Fill weights and moments from a checkpoint."""
-        for parameter in self._trained.values():
-            moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS}
-            done = torch.tensor(float(self.done), device=parameter.device)
-            self._optimizer.state[parameter] = {"step": done, **moments}
         try:
             stored = list_tensors(place)
-            for name, value in self._tensors():
-                set_share(value, stored[name].read())
+            for name, value in self._trained.items():
+                if f"{name}.{MOMENTS[0]}" in stored:
+                    moments = {moment: torch.zeros_like(value, requires_grad=False) for moment in MOMENTS}
+                    done = torch.tensor(float(self.done), device=value.device)
+                    self._optimizer.state[value] = {"step": done, **moments}
+            for name, tensor in self._tensors():
+                set_share(tensor, stored[name].read())
         except (SecateurError, OSError, KeyError) as error:
             raise damaged_state(place) from error
 
@@ -203,7 +204,8 @@ class _State:
         """Yield weights and moments by their names in a checkpoint."""
         for name, value in self._trained.items():
             yield name, value.detach()
-            for moment in MOMENTS:
+            # The norm before a module that lost all units gets no gradient.
+            for moment in MOMENTS if value in self._optimizer.state else ():
                 yield f"{name}.{moment}", self._optimizer.state[value][moment]
 
 

@@ -42,7 +42,7 @@ class Curve:
         """Return the course of a training.
 
         Args:
-            history: Entries of the Trainer's log: `loss` or `held_out`, each with `step`.
+            history: Entries that `train` returns: `loss` or `held_out`, each with `step`.
             after: Perplexity of the weights as they are written.
             teacher_loss: Loss of the teacher on held-out rows, in nats per token.
         """
