@@ -42,7 +42,7 @@ def measured(source: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return parameters, seconds per token of decoding, and bits per byte on each kind of text of one model."""
     checkpoint = open_checkpoint(source)
     basket = Basket(checkpoint, arguments.texts, arguments.tokens, checkpoint.max_positions or 1 << 20)
-    network = load(checkpoint, getattr(torch, arguments.dtype), torch.device("cpu"), memory="90%")
+    network = load(checkpoint, getattr(torch, arguments.dtype), torch.device("cpu"), whole=True)
     return {
         "parameters": network.num_parameters(),
         "seconds": 1 / speeds([network], prompt=PROMPT, new=NEW, repeats=REPEATS)[0].decode,

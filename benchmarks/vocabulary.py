@@ -64,7 +64,7 @@ def bits(checkpoint: Checkpoint, texts: dict[str, str]) -> dict[str, float]:
 
 def speed_ratios(whole: Path, cut: Path, files: tuple[Path, Path], repeats: int) -> list[float]:
     """Return the ratios of speeds to the whole model: prefill and decoding in transformers, then in llama.cpp."""
-    models = [load(open_checkpoint(folder), torch.bfloat16, CPU, memory="90%") for folder in (whole, cut)]
+    models = [load(open_checkpoint(folder), torch.bfloat16, CPU, whole=True) for folder in (whole, cut)]
     found = speeds(models, prompt=PROMPT, new=NEW, repeats=repeats)
     with opened(files[0], 1) as before, opened(files[1], 1) as after:
         turns = [[turn(context, 1) for context in (before, after)] for _ in range(repeats + 1)]

@@ -46,6 +46,7 @@ def load(
     device: torch.device,
     *,
     memory: str | None = None,
+    whole: bool = False,
     watcher: Watcher | None = None,
 ) -> Any:
     """Load a model to score it.
@@ -57,6 +58,7 @@ def load(
         dtype: Dtype to compute in.
         device: Device to compute on.
         memory: Limit on the memory of the process; see `parse_memory`.
+        whole: Whether the whole model is loaded into memory, however large it is.
         watcher: Progress output.
 
     Raises:
@@ -67,7 +69,7 @@ def load(
         watcher.note(f"{model.source} runs in llama.cpp on the CPU, because transformers cannot read it")
         return LlamaCppModel(model)
     size = model.entries * dtype.itemsize
-    offloads = device.type == "cpu" and size > parse_memory(memory) - rss_bytes()
+    offloads = not whole and device.type == "cpu" and size > parse_memory(memory) - rss_bytes()
     options: dict[str, Any] = {}
     if offloads:
         if model.quantised:
