@@ -23,6 +23,7 @@ aten = torch.ops.aten
 NAME = "second"
 CROSSING = {aten._to_copy.default, aten.to.device, aten.to.dtype_layout, aten.copy_.default}
 """Operations that copy tensors from one device to another."""
+HAS_FLOAT64 = True
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 """Operations that accept indices on the CPU."""
 
@@ -108,6 +109,11 @@ def _check(func: Any, args: Any, kwargs: Any) -> None:
         raise RuntimeError(f"{func} is given tensors of both devices")
 
 
+def _refuse_float64(value: Any) -> None:
+    if isinstance(value, Tensor) and value.dtype == torch.float64:
+        raise TypeError(f"{NAME} has no float64")
+
+
 def _carried_out(func: Any, args: Any, kwargs: Any) -> Any:
     _check(func, args, kwargs)
     if func is aten.copy_.default:
@@ -117,6 +123,8 @@ def _carried_out(func: Any, args: Any, kwargs: Any) -> Any:
     devices = [value for value in leaves if isinstance(value, torch.device)]
     goes = devices[0].type == NAME if devices else any(isinstance(value, There) for value in leaves)
     found = func(*tree_map(_here, args), **tree_map(_here, kwargs))
+    if goes and not HAS_FLOAT64:
+        tree_map(_refuse_float64, found)
     known = {id(_here(value)): value for value in leaves if isinstance(value, Tensor)}
 
     def outer(value: Any) -> Any:
@@ -166,17 +174,19 @@ def main() -> None:
     prepare()
     from secateur.cli.app import app
 
-    outcomes = []
-    for case in json.load(sys.stdin):
-        outcome = ""
-        for device in ("cpu", NAME):
+    global HAS_FLOAT64
+    cases = json.load(sys.stdin)
+    outcomes = [""] * len(cases)
+    # The last, whose name is that of the second device too, has no float64.
+    for device in ("cpu", NAME, "third"):
+        HAS_FLOAT64 = device != "third"
+        for number, case in enumerate(cases):
             arguments = [part.replace("{device}", device) for part in case]
             try:
-                with second_device() if device == NAME else contextlib.nullcontext():
-                    app([*arguments, "--device", device], standalone_mode=False)
+                with contextlib.nullcontext() if device == "cpu" else second_device():
+                    app([*arguments, "--device", device.replace("third", NAME)], standalone_mode=False)
             except Exception:
-                outcome += f"{device}: {traceback.format_exc()}"
-        outcomes.append(outcome)
+                outcomes[number] += f"{device}: {traceback.format_exc()}"
     Path(sys.argv[1]).write_text(json.dumps(outcomes))
 
 

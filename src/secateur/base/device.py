@@ -10,6 +10,7 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.launcher import process_place
 from secateur.base.memory import available_bytes, rss_bytes
+from secateur.base.without_float64 import sum_on_cpu
 
 
 def pick_device(name: str) -> torch.device:
@@ -20,7 +21,7 @@ def pick_device(name: str) -> torch.device:
             local rank of this process.
 
     Raises:
-        SecateurError: The device does not exist here, or cannot hold float64.
+        SecateurError: The device does not exist here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,15 +32,12 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SecateurError(f"device '{name}' is not available here; use --device auto or cpu") from error
-    try:
-        torch.empty(1, dtype=torch.float64, device=device)
-    except (RuntimeError, TypeError) as error:
-        # GPUs of Apple.
-        raise SecateurError(
-            f"device '{name}' does not support float64, in which secateur computes sums; use --device cpu"
-        ) from error
     if device.type == "meta":
         raise SecateurError("device 'meta' computes nothing; use --device auto or cpu")
+    try:
+        torch.empty(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        sum_on_cpu(device)
     return device
 
 
