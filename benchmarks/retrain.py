@@ -21,6 +21,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from secateur.base.device import fast_dtype
+from secateur.base.processes import Processes
 from secateur.formats.folder import open_folder
 from secateur.measure.loading import load
 from secateur.model.arena import Activations
@@ -93,10 +94,10 @@ def main() -> None:
     rows, profiles = [], []
     for rank in given.ranks:
         products = fast_dtype(device)
-        network = load(checkpoint, products if rank else torch.float32, device, whole=True)
+        network = load(checkpoint, products if rank else torch.float32, device)
         floor = product_seconds(network, rank, given.batch * given.length, products)
         own = adapter_seconds(network, rank, given.batch * given.length, products)
-        student = Student(network, rank=rank, products=products)
+        student = Student(checkpoint, rank=rank, products=products, device=device, processes=Processes())
         student.rows = torch.randint(checkpoint.config.vocab_size, (given.batch, given.length))
         student.targets = random_targets(student.rows, checkpoint.config.vocab_size)
         optimizer = torch.optim.AdamW(student.trained().values(), lr=1e-6, fused=True)

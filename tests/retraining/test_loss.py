@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from models import ROWS, token_rows
+from secateur.base.processes import Processes
 from secateur.checkpoints.checkpoint import open_checkpoint
-from secateur.measure.loading import load
 from secateur.model.arena import Activations
 from secateur.retraining import loss as losses
 from secateur.retraining.loss import distribution_loss
@@ -28,8 +28,8 @@ def head() -> torch.nn.Linear:
 
 def student(folder: Path, rank: int) -> Student:
     torch.manual_seed(0)
-    network: Any = load(open_checkpoint(folder), torch.float32, torch.device("cpu"))
-    return Student(network, rank=rank, products=torch.float32)
+    how: dict[str, Any] = {"products": torch.float32, "device": torch.device("cpu"), "processes": Processes()}
+    return Student(open_checkpoint(folder), rank=rank, **how)
 
 
 @pytest.fixture

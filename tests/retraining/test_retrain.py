@@ -1,5 +1,6 @@
 """Retraining: the loss falls, and the written folder holds the trained weights in the same format."""
 
+import errno
 import importlib.util
 import json
 import random
@@ -18,31 +19,37 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from models import ROWS, build, load_written, logits_of, relative, token_rows
 from outputs import Notes, assert_error, edit_json, edited_weights, error_of, record_of, weights_of
 from secateur.base.device import memory_of
 from secateur.base.errors import SecateurError, StoppedError
 from secateur.base.memory import available_bytes, rss_bytes
+from secateur.base.processes import Processes
 from secateur.base.progress import Silent
 from secateur.base.run_folder import RunFolder
 from secateur.base.services import Services
 from secateur.checkpoints import checkpoint
 from secateur.checkpoints.checkpoint import open_checkpoint
+from secateur.checkpoints.config_file import empty_model
 from secateur.gguf.export import export
-from secateur.measure import loading, perplexity
+from secateur.measure import perplexity
 from secateur.measure.loading import load
 from secateur.model import pass_checkpoint
+from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
-from secateur.retraining import memory
+from secateur.retraining import memory, student
 from secateur.retraining import retrain as steps
 from secateur.retraining.adapters import adapted_layers
+from secateur.retraining.loss import LOGITS_AT_ONCE
 from secateur.retraining.options import ADAPTERS, Training
 from secateur.retraining.retrain import retrain
 from secateur.retraining.rows import training_rows
 from secateur.retraining.student import Student
 from secateur.steps.prune import prune
+from secateur.write.shards import ShardWriter
 
 SMALL: dict[str, Any] = {
     "tokens": "1536",
@@ -182,11 +189,11 @@ def test_experts_are_trained(checkpoint_folder, tmp_path, text, train, name, ran
 @pytest.mark.parametrize("widths", ["adaptive", "uniform"])
 def test_the_reloaded_model_equals_the_trained_one(checkpoint_folder, tmp_path, train, monkeypatch, widths):
     folder, loaded = pruned(checkpoint_folder("llama"), tmp_path / "pruned", widths, dtype="bfloat16"), list[Any]()
-    monkeypatch.setattr(loading, "load", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1])
+    monkeypatch.setattr(steps, "Student", lambda *given, **named: loaded.append(Student(*given, **named)) or loaded[-1])
     train("out", folder)
     found, trained, before = (
         logits_of(network, token_rows())
-        for network in (load_written(tmp_path / "out"), loaded[0].float(), network_of(folder))
+        for network in (load_written(tmp_path / "out"), loaded[0].network.float(), network_of(folder))
     )
     assert relative(found, trained) < 1e-5
     assert relative(found, before) > 1e-2
@@ -219,15 +226,15 @@ def test_an_interrupted_training_resumes(checkpoint_folder, tmp_path, text, trai
     message = error_of(train, "out", **how | {"tokens": "512", "learning_rate": 1e-3})
     assert ".out.run: the unfinished run has tokens 1536, this command has 512; use the same" in message
     assert "needs at least" in error_of(train, "out", memory="1MB", **how)
-    assert (state / "trainer_state.json").exists()
+    assert (state / "state.json").exists()
     (state.parent / "checkpoint-99").mkdir()
-    words, damaged = text.read_text(), (state / "optimizer.pt").read_bytes()
+    words, damaged = text.read_text(), (state / "model.safetensors").read_bytes()
     text.write_text(words.replace("w3", "w4", 1))
     assert "the rows of this text are not the rows of the run that was stopped" in error_of(train, "out", **how)
     text.write_text(words)
-    (state / "optimizer.pt").write_bytes(damaged[:-9])
+    (state / "model.safetensors").write_bytes(damaged[:-9])
     assert f"{state}: damaged, so the run cannot be resumed; add --restart" in error_of(train, "out", **how)
-    (state / "optimizer.pt").write_bytes(damaged)
+    (state / "model.safetensors").write_bytes(damaged)
     train("out", watcher=(progress := Counting()), **how)
     assert (progress.done, progress.left) == (int(state.name.split("-")[1]), 24 - progress.done)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "out")
@@ -296,7 +303,7 @@ def test_a_teacher_has_the_same_sizes_but_may_have_more_blocks(checkpoint_folder
 
 def test_the_teacher_is_never_loaded_whole(llama, train, monkeypatch, calls_of):
     """One of its blocks at a time is in memory, and all of the pruned model once."""
-    loaded, filled, real = calls_of(loading, "load"), list[int](), BlockStream.filled
+    loaded, filled, real = calls_of(student, "fill"), list[int](), BlockStream.filled
 
     @contextmanager
     def counted(stream: BlockStream, index: int) -> Iterator[Any]:
@@ -308,7 +315,7 @@ def test_the_teacher_is_never_loaded_whole(llama, train, monkeypatch, calls_of):
 
     monkeypatch.setattr(BlockStream, "filled", counted)
     train("out", teacher=None)
-    assert [checkpoint.source for checkpoint, *_ in loaded] == [str(llama)]
+    assert [checkpoint.source for _, __, checkpoint, *___ in loaded] == [str(llama)]
     assert filled == [0, 1, 2]
 
 
@@ -376,7 +383,7 @@ def test_the_fastest_way_that_fits_is_taken(checkpoint_folder, text, monkeypatch
     training = Training(calibration=str(text), length=16, batch=4, tokens="1536", rank=rank)
 
     def planned(limit: str | None, device: str = "cpu", **how: Any) -> Any:
-        how = {"device": torch.device(device), "products": torch.float32, "share": 4, "memory": limit} | how
+        how = {"device": torch.device(device), "products": torch.float32, "processes": 1, "memory": limit} | how
         return memory.plan_memory(checkpoint, network, training, **how)
 
     limit = planned("1000GB").bytes
@@ -404,7 +411,7 @@ def test_adapters_take_half_of_the_free_memory_where_that_is_enough(checkpoint_f
         "_plans",
         lambda _, rank, *__: [memory.MemoryPlan(rank, rows, False, size) for rows, size in sizes[rank]],
     )
-    checkpoint, how = open_checkpoint(checkpoint_folder("llama")), {"products": torch.float32, "share": 4}
+    checkpoint, how = open_checkpoint(checkpoint_folder("llama")), {"products": torch.float32, "processes": 1}
     plan = memory.plan_memory(checkpoint, None, Training(), device=torch.device("cpu"), memory=None, **how)
     assert (plan.way, plan.bytes, plan.spare_bytes) == ((ADAPTERS, 2, False), 4, 1)
 
@@ -454,7 +461,7 @@ def test_a_gpu_has_memory_of_its_own(checkpoint_folder, text, monkeypatch):
     assert memory_of(device) == (300, 1000)
     checkpoint = open_checkpoint(checkpoint_folder("llama"))
     network, training = checkpoint.empty(AutoModelForCausalLM), Training(calibration=str(text))
-    how: dict[str, Any] = {"products": torch.float32, "share": 8, "memory": None}
+    how: dict[str, Any] = {"products": torch.float32, "processes": 1, "memory": None}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**12, 10**12))
     needed = memory.plan_memory(checkpoint, network, training, device=device, **how).bytes
     for room, fits in ((1.3, True), (1.2, False)):
@@ -466,15 +473,15 @@ def test_a_gpu_has_memory_of_its_own(checkpoint_folder, text, monkeypatch):
 
 def test_adapters_are_trained_if_all_weights_do_not_fit(tmp_path, train, monkeypatch):
     """A resumed run goes on with adapters, however much memory is free then."""
-    watcher, bytes_of = Notes(), memory._fixed_bytes
-    monkeypatch.setattr(memory, "_fixed_bytes", lambda network, rank, products: 1e6 if rank else 1e15)
+    watcher, bytes_of = Notes(), memory.fixed_bytes
+    monkeypatch.setattr(memory, "fixed_bytes", lambda network, rank, *_: 1e6 if rank else 1e15)
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda _: None)
         message = error_of(train, "out", rank=None)
     assert re.search(r"all weights do not fit into memory, and LoRA .* pip install \"secateur\[lora\]", message)
     with pytest.raises(KeyboardInterrupt):
         train("out", watcher=Interrupting(), rank=None)
-    monkeypatch.setattr(memory, "_fixed_bytes", bytes_of)
+    monkeypatch.setattr(memory, "fixed_bytes", bytes_of)
     for out, more, rank in (("out", {}, ADAPTERS), ("all", {"tokens": "64"}, 0)):
         train(out, watcher=watcher, rank=None, **more)
         assert record_of(tmp_path / out)["retrained"][0]["options"]["rank"] == rank
@@ -484,26 +491,26 @@ def test_adapters_are_trained_if_all_weights_do_not_fit(tmp_path, train, monkeyp
 
 
 def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypatch):
-    """The message of torch.save is that of a full disk. An incomplete checkpoint is removed by the next run."""
+    """An incomplete checkpoint is removed by the next run."""
     train("whole", tokens="512")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
         message = r"needs 82\d\.\d\d MB of disk space, but 100\.00 MB are free; free some space or choose another path"
         assert_error(message, train, "out", teacher=None, tokens="1M")
     monkeypatch.setattr(pass_checkpoint, "SPENT", float("inf"))
-    save, saved = torch.save, list[Any]()
+    add, added = ShardWriter.add, list[str]()
 
-    def fails(what: Any, file: Any) -> None:
-        saved.append(file)
-        if len(saved) > 6:
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
-        save(what, file)
+    def fails(writer: Any, name: str, tensor: Any) -> None:
+        added.append(name)
+        if len(added) > 200:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(writer, name, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fails)
+        patch.setattr(ShardWriter, "add", fails)
         with pytest.raises(StoppedError, match=r"\.out\.run/training: the disk is full; free some space and run the"):
             train("out", tokens="512")
-    assert len(list(tmp_path.glob(".out.run/training/checkpoint-*"))) == 2
+    assert [path.name for path in tmp_path.glob(".out.run/training/checkpoint-*")] == ["checkpoint-1"]
     train("out", tokens="512")
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "out")
 
@@ -524,7 +531,7 @@ def test_a_full_disk_stops_the_training_which_resumes(tmp_path, train, monkeypat
         ({"calibration": "random"}, "random token ids teach nothing; name a text or data set"),
         ({"calibration": "missing.txt"}, "missing.txt does not exist"),
         ({"teacher": "missing"}, "missing"),
-        ({"device": "cuda:1"}, "device is 'cuda:1', but the Trainer always takes the first GPU; use auto, cpu or cuda"),
+        ({"device": "cuda:9"}, "device 'cuda:9' is not available here; use --device auto or cpu"),
     ],
 )
 def test_wrong_options_raise_an_error_and_leave_no_files(tmp_path, train, wishes, message):
@@ -533,7 +540,7 @@ def test_wrong_options_raise_an_error_and_leave_no_files(tmp_path, train, wishes
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_wrong_folders_and_engines_raise_an_error(checkpoint_folder, tmp_path, train, monkeypatch):
+def test_wrong_folders_raise_an_error(checkpoint_folder, tmp_path, train):
     assert "not a folder with a config.json; name a folder that secateur prune" in error_of(train, "out", tmp_path)
     folder = shutil.copytree(pruned(checkpoint_folder("llama"), tmp_path / "pruned"), tmp_path / "folder")
     for place in (folder, checkpoint_folder("llama")):
@@ -548,8 +555,6 @@ def test_wrong_folders_and_engines_raise_an_error(checkpoint_folder, tmp_path, t
         (folder / "secateur.json").write_text(json.dumps(record | damaged))
         message = error_of(train, "out", folder)
         assert re.search(r"secateur\.json: not a record that secateur prune wrote .*restore the file", message)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "accelerate is configured for FSDP, which divides a model" in error_of(train, "out")
 
 
 def test_a_training_that_diverges_raises_an_error(tmp_path, train, monkeypatch):
@@ -581,6 +586,50 @@ def test_a_retrained_folder_becomes_a_gguf_file(letters_folder, tmp_path, train)
     export(out, tmp_path / "out.gguf", type="f32")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
     assert relative(logits_of(opened, token_rows()), logits_of(network_of(out), token_rows())) < 1e-5
+
+
+@pytest.fixture
+def started(request: pytest.FixtureRequest) -> Iterator[Processes]:
+    """The first of several processes, of which the others do not exist."""
+    size = request.param
+    if size > 1:
+        torch.distributed.init_process_group("fake", rank=0, world_size=size)
+    yield Processes(0, size)
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("started", [1, 2, 4], indirect=True)
+def test_the_formula_of_the_memory_holds(llama, started, rank):
+    """Weights, gradients and moments of the first process take the bytes that docs/cluster.md says."""
+    how: dict[str, Any] = {"products": torch.bfloat16, "device": torch.device("cpu"), "processes": started}
+    checkpoint = open_checkpoint(llama)
+    student = Student(checkpoint, rank=rank, **how)
+    own = {
+        name: value.to_local() if isinstance(value, DTensor) else value for name, value in student.named_parameters()
+    }
+    found = sum(value.nbytes * (4 if value.requires_grad else 1) for value in own.values())
+    network = checkpoint.empty(model_class(checkpoint.config))
+    blocks = network.get_submodule("model.layers").children()
+    largest = max(sum(value.numel() for value in block.parameters()) for block in blocks)
+    gathered = 0 if started.size == 1 else 4 * largest * (2 if rank else 4)
+    planned = memory.fixed_bytes(network, rank, torch.bfloat16, started.size) - gathered
+    assert found == pytest.approx(planned - LOGITS_AT_ONCE * memory.LOSS_BYTES, rel=0.05)
+
+
+def test_the_table_of_the_memory_follows_from_the_formula():
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {"8B": (128256, 4096, 14336, 32, 32), "70B": (128256, 8192, 28672, 80, 64)}
+    page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    for name, values in sizes.items():
+        config = LlamaConfig(**dict(zip(names, values, strict=True)), num_key_value_heads=8)
+        network = empty_model(AutoModelForCausalLM, config)
+        for rank, trained in ((0, "all weights"), (16, "adapters, `--rank 16`")):
+            found = (memory.fixed_bytes(network, rank, torch.bfloat16, size) / 1e9 for size in (1, 4, 8, 64))
+            assert f"| {name} | {trained} | {' | '.join(f'{one:.0f}' for one in found)} |" in page
+        rows = (one / 1e9 for one in memory._row_bytes(network, 128, torch.bfloat16))
+        assert all(f"{one:.1f} GB" in page or f"{one:.1f} and" in page for one in rows)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])

@@ -134,9 +134,6 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         # numpy gives no number: "1114112 requested and 926624 written".
         return error.errno in codes or (error.errno is None and "requested and" in str(error))
-    # torch.save does not say why it cannot write on; a full disk is by far the likeliest reason.
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):
-        return True
     # safetensors wraps the error of the operating system.
     return type(error).__name__ == "SafetensorError" and any(f"os error {code})" in str(error) for code in codes)
 

@@ -79,7 +79,8 @@ def with_adapters(network: Any, rank: int) -> Any:
         fan_in_fan_out=isinstance(network.get_submodule(layers[0]), Conv1D),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(network, config)
+    # The network has no weights yet.
+    return get_peft_model(network, config, low_cpu_mem_usage=True)
 
 
 def adapters_of(network: Any) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from secateur.retraining.options import Training
 
 STATES = 16
 """Bytes per trained parameter: the weight in float32, its gradient and two moments of AdamW."""
-SENT = 8
-"""More bytes per trained parameter if several processes add up their gradients: two copies in float32."""
+AT_ONCE = 4
+"""Number of copies of the largest block that a process needs if several divide the blocks: weights of a block and of
+the next, what was sent of them, and gradients."""
 TOKEN_BYTES = 8
 """Bytes of a token id, of which all rows are in memory."""
 LOSS_BYTES = 12
@@ -73,7 +74,7 @@ def plan_memory(
     *,
     device: torch.device,
     products: torch.dtype,
-    share: int,
+    processes: int,
     memory: str | None,
     way: Sequence[int] = (),
 ) -> MemoryPlan:
@@ -85,7 +86,7 @@ def plan_memory(
         training: Rank, batch and length.
         device: Device of the training, whose memory is planned.
         products: Dtype of matrix products.
-        share: Rows of a batch that this process runs.
+        processes: Number of processes, which divide the batch and the blocks.
         memory: Most memory that the process may take; see `parse_memory`. By default half of the free memory, or
             `GPU_SHARE` of a GPU's; if that is too little for the smallest plan, as much as this plan needs.
         way: Rank, rows that run together and whether blocks are computed again, as the run began; other rows only if
@@ -98,7 +99,7 @@ def plan_memory(
     held, available = memory_of(device)
     limit = parse_memory(GPU_SHARE if memory is None and on_gpu else memory, available)
     for rank in way[:1] or training.ranks:
-        plans = _plans(network, rank, training, products, share, held)
+        plans = _plans(network, rank, training, products, processes, held)
         plans = [plan for plan in plans if (plan.micro_batch, plan.recompute) == tuple(way[1:])] or plans
         least = plans[-1].bytes
         allowed = limit if memory is not None else max(limit, min(round(least), available))
@@ -115,14 +116,14 @@ def plan_memory(
 
 
 def _plans(
-    network: Any, rank: int, training: Training, products: torch.dtype, share: int, held: int
+    network: Any, rank: int, training: Training, products: torch.dtype, processes: int, held: int
 ) -> list[MemoryPlan]:
     """Return all ways to run a step with adapters of one rank; the fastest is first and the smallest last.
 
     `held` is the number of bytes that this process holds now.
     """
-    sent = 0 if share == training.batch else SENT * entries_trained(network, rank)
-    fixed = held + _fixed_bytes(network, rank, products) + sent + TOKEN_BYTES * training.token_count
+    share = training.batch // processes
+    fixed = held + fixed_bytes(network, rank, products, processes) + TOKEN_BYTES * training.token_count
     whole, outside = _row_bytes(network, training.length, products)
     divisors = {size for size in range(1, isqrt(share) + 1) if share % size == 0}
     sizes = sorted(divisors | {share // size for size in divisors}, reverse=True)
@@ -131,12 +132,22 @@ def _plans(
     return plans + [MemoryPlan(rank, size, True, fixed + size * outside) for size in sizes]
 
 
-def _fixed_bytes(network: Any, rank: int, products: torch.dtype) -> float:
-    """Return the bytes of weights, their states and the loss."""
-    trained = entries_trained(network, rank)
-    frozen = sum(value.numel() for value in network.parameters()) - (0 if rank else trained)
+def fixed_bytes(network: Any, rank: int, products: torch.dtype, processes: int = 1) -> float:
+    """Return the bytes of weights, their states and the loss in one of several processes."""
+    blocks = network.get_submodule(family_of(network.config).blocks)
+    trained, inside = entries_trained(network, rank), _entries(blocks)
+    outside, frozen = _entries(network) - inside, inside if rank else 0
+    divided = frozen * products.itemsize + trained * STATES
+    # Products of the largest block, in the dtype in which its weights are kept.
+    largest = max(map(_entries, blocks.children())) * (products.itemsize if rank else 4)
+    gathered = 0 if processes == 1 else AT_ONCE * largest
     vocabulary = network.get_output_embeddings().weight.shape[0]
-    return frozen * products.itemsize + trained * STATES + max(LOGITS_AT_ONCE, vocabulary) * LOSS_BYTES
+    logits = max(LOGITS_AT_ONCE, vocabulary) * LOSS_BYTES
+    return outside * products.itemsize + divided / processes + gathered + logits
+
+
+def _entries(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
 
 
 def _row_bytes(network: Any, length: int, products: torch.dtype) -> tuple[float, float]:

@@ -6,7 +6,6 @@ teacher, which runs block by block from disk before the training starts.
 """
 
 import importlib.util
-import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +31,6 @@ from secateur.base.run_folder import CHOICE, run_folder_path
 from secateur.base.services import Services
 from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.formats.folder import open_folder
-from secateur.measure import loading
 from secateur.model.arena import Arena
 from secateur.model.per_layer import model_class
 from secateur.model.stream import BlockStream
@@ -53,10 +51,6 @@ from secateur.write.record import read_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-"""Environment variables by which accelerate chooses an engine that is not supported."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ def retrain(
             the memory is too small, the training diverges, or the output cannot be written.
     """
     training, services = given_or_made(Training, training, settings, "seed=1"), Services.join(watcher)
-    check_retraining(device, training.rank)
+    check_adapters(training.rank)
     where = pick_device(device)
     checkpoint, target = _open_folder(folder, out, overwrite, services.watcher)
     teacher = open_teacher(checkpoint, training.teacher, services.watcher)
@@ -137,7 +131,7 @@ def retrain(
         plan, trained = _plan_memory(checkpoint, training, where, services, memory)
         training = replace(training, rank=plan.rank)
         services = replace(services, budget=MemoryBudget(plan.spare_bytes))
-        student = _load(checkpoint, where, plan, services.watcher)
+        student = _load(checkpoint, where, plan, services)
         dense = None if teacher is None else BlockStream(teacher, device=where, services=services)
         tokens = training.token_count
         state_bytes = 2 * CHECKPOINT_BYTES * trained
@@ -158,13 +152,14 @@ def retrain(
             held_out=rows.held_out,
             micro_batch=plan.micro_batch,
             services=services,
-            device=where,
         )
         weights = TrainedWeights(checkpoint, student, plan.rank)
         curve = Curve.of(history, student.perplexity(rows.held_out), student.targets.held_out_loss)
         if services.processes.is_first:
             command = command_line("retrain", checkpoint.source, changed_options(training))
             write_retrained(checkpoint, target, weights, _record_of(training, curve, rows), command)
+        else:
+            weights.send()
         # A script may open the output next, in any process.
         services.processes.wait()
     return Retrained(target.path, rows.train.numel(), trained, curve)
@@ -194,27 +189,18 @@ def _out_of_device_memory() -> Iterator[None]:
         ) from error
 
 
-def check_retraining(device: str, rank: int | None, reason: str = "") -> None:
-    """Check the device and the installation, without a model.
+def check_adapters(rank: int | None, reason: str = "") -> None:
+    """Check that adapters can be trained.
 
     Args:
-        device: The value of `--device`.
         rank: Rank of the adapters; 0 or None if none are asked for.
         reason: Beginning of the message if peft is missing.
 
     Raises:
-        SecateurError: Peft is missing, or the Trainer cannot use the device or accelerate's configuration.
+        SecateurError: Peft is missing.
     """
     if rank and importlib.util.find_spec("peft") is None:
         raise SecateurError(f'{reason}LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
-    for variable, engine in ENGINES.items():
-        if os.environ.get(variable, "").lower() in ("true", "1"):
-            raise SecateurError(
-                f"accelerate is configured for {engine}, which divides a model among processes; start retrain with "
-                "torchrun, which gives each process the whole model, and use --rank 16 or --memory if it does not fit"
-            )
-    if device not in ("auto", "cpu", "cuda"):
-        raise SecateurError(f"device is '{device}', but the Trainer always takes the first GPU; use auto, cpu or cuda")
 
 
 def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watcher) -> tuple[Checkpoint, Output]:
@@ -248,23 +234,22 @@ def _plan_memory(
         raise SecateurError(f"rank is {training.rank}, but no matrix has more than {largest}; use a smaller one, or 0")
 
     def planned(way: Sequence[int] = ()) -> MemoryPlan:
-        how: dict[str, Any] = {"share": training.batch // processes, "memory": memory, "way": way}
+        how: dict[str, Any] = {"processes": processes, "memory": memory, "way": way}
         return plan_memory(checkpoint, network, training, device=device, products=fast_dtype(device), **how)
 
     # A resumed run goes on as it began, even if less memory is free, and all processes do the same.
     way = services.saved_result(CHOICE, lambda: planned().way)
     plan = planned(services.processes.broadcast(lambda: planned(way).way))
-    check_retraining("auto", plan.rank, "" if training.rank else "all weights do not fit into memory, and ")
+    check_adapters(plan.rank, "" if training.rank else "all weights do not fit into memory, and ")
     services.watcher.note(plan.describe(training, trained := entries_trained(network, plan.rank)))
     return plan, trained
 
 
-def _load(checkpoint: Checkpoint, device: torch.device, plan: MemoryPlan, watcher: Watcher) -> Student:
+def _load(checkpoint: Checkpoint, device: torch.device, plan: MemoryPlan, services: Services) -> Student:
     """Return the pruned model, ready to be trained."""
-    products = fast_dtype(device)
-    with watcher.busy(f"Loading {checkpoint.source}"):
-        network = loading.load(checkpoint, products if plan.rank else torch.float32, device, whole=True)
-    student = Student(network, rank=plan.rank, products=products)
+    how: dict[str, Any] = {"rank": plan.rank, "products": fast_dtype(device), "device": device}
+    with services.watcher.busy(f"Loading {checkpoint.source}"):
+        student = Student(checkpoint, **how, processes=services.processes)
     if plan.recompute:
         student.recompute()
     return student

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from secateur.base.processes import Processes
 from secateur.base.quiet import quiet
+from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.families.registry import experts_of, family_of
 from secateur.measure.perplexity import device_of, perplexity
-from secateur.model.per_layer import widths_of
+from secateur.model.per_layer import model_class
 from secateur.retraining.adapters import with_adapters
 from secateur.retraining.loss import distribution_loss
+from secateur.retraining.shares import fill, whole
 from secateur.retraining.targets import Targets
 
 
@@ -36,24 +39,25 @@ class Student(nn.Module):
 
     rows: Tensor
     targets: Targets
-    _keys_to_ignore_on_save = None
-    """Attribute that the Trainer looks up when it resumes."""
 
-    def __init__(self, network: Any, *, rank: int, products: torch.dtype):
-        """Prepare a network for training.
+    def __init__(
+        self, checkpoint: Checkpoint, *, rank: int, products: torch.dtype, device: torch.device, processes: Processes
+    ):
+        """Load the pruned model for training.
 
         Args:
-            network: The pruned model.
+            checkpoint: The pruned model.
             rank: Rank of the adapters; 0 to train all weights of the blocks.
             products: Dtype of matrix products.
+            device: Device of the training.
+            processes: Processes that share the weights of the blocks.
         """
         super().__init__()
+        network = checkpoint.empty(model_class(checkpoint.config))
         self.family, self.products = family_of(network.config), products
-        for name, value in network.named_parameters():
-            is_frozen = bool(rank) or not name.startswith(f"{self.family.blocks}.")
-            value.data = value.data.to(products if is_frozen and value.dim() > 1 else torch.float32)
         with quiet():
             self.network, self.adapted = network, with_adapters(network, rank)
+        fill(network, self.family.blocks, checkpoint, products, device, processes)
         self._decoder = self.family.blocks.rpartition(".")[0]
         """Path of the module that holds the blocks, from embedding to final norm."""
         self.vocabulary: int = network.get_output_embeddings().weight.shape[0]
@@ -63,22 +67,14 @@ class Student(nn.Module):
             network.set_experts_implementation("eager")
         self.eval()
 
-    def train(self, mode: bool = True) -> "Student":
-        """Stay in evaluation mode, whatever is asked."""
-        return super().train(False)
-
-    @property
-    def lacks_modules(self) -> bool:
-        """Whether a block has lost its whole attention or feed-forward."""
-        return any(0 in width.values() for width in widths_of(self.network.config))
-
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the training changes, by name."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return the trained parameters only, which is all that a checkpoint of the training has to hold."""
-        return {name: value.detach() for name, value in self.trained().items()}
+    def whole(self, name: str) -> AbstractContextManager[None]:
+        """Gather all weights of the block with a parameter in every process."""
+        blocks = f"{self.family.blocks}."
+        return whole(self.network.get_submodule(blocks + name.removeprefix(blocks).partition(".")[0]))
 
     def recompute(self) -> None:
         """Keep only the inputs of blocks for the backward pass, and compute their insides again (one forward more)."""

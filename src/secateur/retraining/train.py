@@ -1,28 +1,29 @@
-"""Training loop of transformers (Trainer), with checkpoints in a folder from which a stopped training resumes."""
+"""Training loop: AdamW with a rising and falling rate, and checkpoints in a folder from which a stopped training
+resumes, with any number of processes."""
 
-import json
+import math
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
-from zipfile import BadZipFile, ZipFile
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import remove
-from secateur.base.json_files import damaged_state
+from secateur.base.json_files import damaged_state, read_hashed, write_hashed
 from secateur.base.processes import Processes, connection_errors
 from secateur.base.quiet import quiet
 from secateur.base.run_folder import saving_state
 from secateur.base.services import Services
+from secateur.checkpoints.weights import list_tensors
 from secateur.model import pass_checkpoint
 from secateur.retraining.options import Training
+from secateur.retraining.shares import gathered, set_share
 from secateur.retraining.student import Student
+from secateur.write.shards import ShardWriter
 
 MEASUREMENTS = 10
 """Largest number of measurements of perplexity during a training."""
@@ -30,10 +31,14 @@ STEPS_BETWEEN = 16
 """Smallest number of steps between two measurements of perplexity, each of which takes as long as half a step."""
 CHECKPOINT_BYTES = 12
 """Bytes of a trained parameter in a checkpoint: the weight and two moments of AdamW, in float32."""
-LAST_FILE = "trainer_state.json"
-"""Last file that the Trainer writes of a checkpoint."""
+STATE = "state.json"
+"""Last file that is written of a checkpoint: number of steps, and what was measured."""
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises."""
+LARGEST_NORM = 1.0
+"""Length to which longer gradients are cut."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's moments."""
 
 
 def train(
@@ -44,7 +49,6 @@ def train(
     held_out: Tensor,
     micro_batch: int,
     services: Services,
-    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Train a network in place.
 
@@ -55,7 +59,6 @@ def train(
         held_out: Rows on which perplexity is measured before the first step and now and then (rows x length).
         micro_batch: Rows that run through the network together.
         services: Processes that share each batch, and progress output.
-        device: Device of the training.
 
     Returns:
         Entries with `step`, and `loss` (nats per token) or `held_out` (perplexity).
@@ -64,128 +67,159 @@ def train(
         SecateurError: The loss of a step, or the perplexity after it, is NaN or infinite.
         StoppedError: A checkpoint cannot be written, or another process has stopped.
     """
-    steps, last = len(student.rows) // training.batch, _last_checkpoint(folder)
-    if services.processes.is_first:
-        _remove_incomplete(folder)
+    steps, processes = len(student.rows) // training.batch, services.processes
     every = max(-(-steps // MEASUREMENTS), STEPS_BETWEEN)
-    done = 0 if last is None else _step_of(last)
-    bar = cast("Generator[int, None, None]", services.watcher.track(range(done, steps), "Retrain", done))
+    order = torch.randperm(steps * training.batch, generator=torch.Generator().manual_seed(training.seed))
+    state = _State(student, folder, processes, quick=training.highest_rate)
+    bar = cast("Generator[int, None, None]", services.watcher.track(range(state.done, steps), "Retrain", state.done))
+    lost = nullcontext() if processes.is_single else connection_errors()
     # If the training fails, the bar is closed at once, so that it is not drawn after the error.
-    with closing(bar), quiet():
-        numbers: Any = [{"at": torch.tensor(row)} for row in range(steps * training.batch)]
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=1,
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=training.batch // (micro_batch * services.processes.size),
-            learning_rate=training.highest_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=round(WARM_UP * steps),
-            optim="adamw_torch_fused",
-            seed=training.seed,
-            logging_steps=1,
-            # With the filter, the Trainer would log the mean of earlier steps in place of NaN.
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            save_total_limit=1,
-            label_names=[],
-            remove_unused_columns=False,
-            # The norm before a module that lost all units gets no gradient.
-            ddp_find_unused_parameters=student.lacks_modules,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=device.type == "cpu",
-            dataloader_pin_memory=False,
-        )
-        # The Trainer would spread a batch over all GPUs of the machine.
-        arguments._n_gpu = min(1, arguments.n_gpu)
-        watch = _Watch(student, held_out, every, bar, services.processes)
-        trainer = Trainer(model=student, args=arguments, train_dataset=numbers, callbacks=[watch])
-        # This callback prints the loss of every step.
-        trainer.remove_callback(PrinterCallback)
-        with nullcontext() if services.processes.is_single else connection_errors(), saving_state(folder):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        next(bar, None)
-    return list(trainer.state.log_history)
+    with closing(bar), quiet(), lost:
+        if not state.done:
+            state.history.append(_measured(student, held_out, 0))
+        for step in bar:
+            state.set_rate(training.highest_rate * _rate(step, steps))
+            rows = order[step * training.batch :][: training.batch].view(processes.size, -1)[processes.rank]
+            parts = rows.split(micro_batch)
+            losses = [_descended(student, part, len(parts)) for part in parts]
+            loss = processes.total([sum(losses) / processes.size])
+            if not math.isfinite(loss):
+                raise SecateurError(f"the loss of step {step + 1} is {loss}; use a smaller --learning-rate")
+            state.step()
+            state.history.append({"step": step + 1, "loss": loss})
+            is_last = step + 1 == steps
+            if (step + 1) % every == 0 and not is_last:
+                state.history.append(_measured(student, held_out, step + 1))
+            state.save(is_last)
+    return state.history
 
 
-class _Watch(TrainerCallback):
-    """Callback that advances the progress bar, measures perplexity, asks for checkpoints, and stops a divergence.
-
-    Perplexity on held-out rows is measured before the first step and then in equal distances. A checkpoint is written
-    after the first and the last step, and in between as often as is cheap.
-    """
-
-    def __init__(self, student: Student, held_out: Tensor, every: int, bar: Iterator[int], processes: Processes):
-        self._student, self._held_out, self._every = student, held_out, every
-        self._bar, self._processes = bar, processes
-        self._asked = self._since = self._cost = 0.0
-
-    def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        if state.global_step == 0:
-            self._measure(state)
-        self._since = perf_counter()
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        next(self._bar, None)
-
-    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-        is_last = state.global_step == state.max_steps
-        if state.global_step % self._every == 0 and not is_last:
-            self._measure(state)
-        self._asked = perf_counter()
-        is_cheap = self._asked - self._since >= self._cost / pass_checkpoint.SPENT
-        control.should_save = self._processes.broadcast(lambda: is_cheap or is_last)
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self._since = perf_counter()
-        self._cost = self._since - self._asked
-
-    def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, Any] | None = None, **___: Any) -> None:
-        loss = float((logs or {}).get("loss", 0.0))
-        if not abs(loss) < float("inf"):
-            raise SecateurError(f"the loss of step {state.global_step} is {loss}; use a smaller --learning-rate")
-
-    def _measure(self, state: Any) -> None:
-        try:
-            value = self._student.perplexity(self._held_out)
-        except SecateurError as error:
-            if not state.global_step:
-                raise
-            raise SecateurError(
-                f"the perplexity after step {state.global_step} is not finite; use a smaller --learning-rate"
-            ) from error
-        state.log_history.append({"step": state.global_step, "held_out": value})
+def _rate(step: int, steps: int) -> float:
+    """Return the learning rate of a step, divided by the highest: it rises linearly, then falls as a cosine."""
+    rising = round(WARM_UP * steps)
+    if step < rising:
+        return step / rising
+    return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
 
 
-def _remove_incomplete(folder: Path) -> None:
-    """Remove checkpoints that were not written to the end, for example because the disk was full."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if not (checkpoint / LAST_FILE).exists():
-            remove(checkpoint)
+def _descended(student: Student, rows: Tensor, parts: int) -> float:
+    """Add the gradient of the mean loss of some rows, divided by the number of parts; return this loss so divided."""
+    loss = student(rows)["loss"] / parts
+    loss.backward()
+    return float(loss.detach())
 
 
-def _step_of(checkpoint: Path) -> int:
-    """Return the number of steps after which a checkpoint was written, which is part of the folder's name."""
-    return int(checkpoint.name.split("-")[1])
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """Return the folder of the last complete checkpoint.
-
-    Raises:
-        SecateurError: A file of the checkpoint is damaged, for example after a power failure.
-    """
-    checkpoints = [file.parent for file in folder.glob(f"checkpoint-*/{LAST_FILE}")]
-    if not checkpoints:
-        return None
-    last = max(checkpoints, key=_step_of)
+def _measured(student: Student, held_out: Tensor, step: int) -> dict[str, Any]:
+    """Return the perplexity of held-out rows after a step."""
     try:
-        json.loads((last / LAST_FILE).read_bytes())
-        for weights in last.glob("*.safetensors"):
-            safe_open(weights, "pt")
-        for states in last.glob("*.pt*"):
-            ZipFile(states).close()
-    except (ValueError, OSError, SafetensorError, BadZipFile) as error:
-        raise damaged_state(last) from error
-    return last
+        return {"step": step, "held_out": student.perplexity(held_out)}
+    except SecateurError as error:
+        if not step:
+            raise
+        raise SecateurError(f"the perplexity after step {step} is not finite; use a smaller --learning-rate") from error
+
+
+class _State:
+    """Weights, moments and history of a training, in memory and in the last checkpoint.
+
+    A checkpoint is written after the first and the last step, and in between as often as is cheap.
+
+    Attributes:
+        done: Number of steps that the checkpoint had.
+        history: What `train` returns.
+    """
+
+    def __init__(self, student: Student, folder: Path, processes: Processes, quick: float):
+        """Read the last complete checkpoint.
+
+        Raises:
+            SecateurError: A file of the checkpoint is damaged, for example after a power failure.
+        """
+        self._folder, self._processes = folder, processes
+        self._trained = student.trained()
+        self._optimizer = torch.optim.AdamW(self._trained.values(), lr=quick, weight_decay=0.0, fused=True)
+        found = processes.broadcast(lambda: _last(folder))
+        self.done: int = found["done"]
+        self.history: list[dict[str, Any]] = found["history"]
+        if self.done:
+            self._read(_checkpoint(folder, self.done))
+        self._saved, self._since, self._cost = self.done, perf_counter(), 0.0
+        self._steps = self.done
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of the next step."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self) -> None:
+        """Change the weights along the sum of gradients, which is then forgotten."""
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), LARGEST_NORM)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._steps += 1
+
+    def save(self, is_last: bool) -> None:
+        """Write a checkpoint and remove the one before, unless that would take too much of the time."""
+        start = perf_counter()
+        is_cheap = start - self._since >= self._cost / pass_checkpoint.SPENT
+        if not self._processes.broadcast(lambda: is_cheap or is_last):
+            return
+        place = _checkpoint(self._folder, self._steps)
+        with saving_state(self._folder, place):
+            self._write(place)
+        if self._processes.is_first and self._saved:
+            remove(_checkpoint(self._folder, self._saved))
+        self._saved, self._since = self._steps, perf_counter()
+        self._cost = self._since - start
+
+    def _write(self, place: Path) -> None:
+        """Write a checkpoint in process 0, with the shares of all processes."""
+        writer = None
+        if self._processes.is_first:
+            place.mkdir(parents=True)
+            writer = ShardWriter(place)
+        for name, value in self._tensors():
+            whole = gathered(value)
+            if writer is not None:
+                writer.add(name, whole)
+        if writer is not None:
+            writer.close()
+            write_hashed(place / STATE, {"done": self._steps, "history": self.history})
+
+    def _read(self, place: Path) -> None:
+        """Fill weights and moments from a checkpoint."""
+        try:
+            stored = list_tensors(place)
+            for name, value in self._trained.items():
+                if f"{name}.{MOMENTS[0]}" in stored:
+                    moments = {moment: torch.zeros_like(value, requires_grad=False) for moment in MOMENTS}
+                    done = torch.tensor(float(self.done), device=value.device)
+                    self._optimizer.state[value] = {"step": done, **moments}
+            for name, tensor in self._tensors():
+                set_share(tensor, stored[name].read())
+        except (SecateurError, OSError, KeyError) as error:
+            raise damaged_state(place) from error
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield weights and moments by their names in a checkpoint."""
+        for name, value in self._trained.items():
+            yield name, value.detach()
+            # The norm before a module that lost all units gets no gradient.
+            for moment in MOMENTS if value in self._optimizer.state else ():
+                yield f"{name}.{moment}", self._optimizer.state[value][moment]
+
+
+def _checkpoint(folder: Path, steps: int) -> Path:
+    """Return the folder of the checkpoint after some steps."""
+    return folder / f"checkpoint-{steps}"
+
+
+def _last(folder: Path) -> dict[str, Any]:
+    """Return the state of the last complete checkpoint, and remove those that were not written to the end."""
+    found: dict[str, Any] = {"done": 0, "history": []}
+    for place in folder.glob("checkpoint-*"):
+        if not (place / STATE).exists():
+            remove(place)
+        elif (state := read_hashed(place / STATE))["done"] > found["done"]:
+            found = state
+    return found

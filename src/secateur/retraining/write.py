@@ -19,6 +19,7 @@ from secateur.formats.per_layer import MODELING_FILE
 from secateur.model.per_layer import is_per_layer
 from secateur.report.folder import readme_and_report
 from secateur.retraining.adapters import adapters_of, trained_parameters
+from secateur.retraining.shares import gathered, set_share
 from secateur.retraining.student import Student
 from secateur.write.files import copy_into, write_json, write_text_or_json
 from secateur.write.record import MAP_FILE, RECORD, read_record
@@ -41,7 +42,7 @@ class Curve:
         """Return the course of a training.
 
         Args:
-            history: Entries of the Trainer's log: `loss` or `held_out`, each with `step`.
+            history: Entries that `train` returns: `loss` or `held_out`, each with `step`.
             after: Perplexity of the weights as they are written.
             teacher_loss: Loss of the teacher on held-out rows, in nats per token.
         """
@@ -67,7 +68,7 @@ class TrainedWeights:
         Raises:
             SecateurError: A weight is NaN or infinite.
         """
-        self._checkpoint, self._network = checkpoint, student.network
+        self._checkpoint, self._network, self._student = checkpoint, student.network, student
         # Pieces of the few parameters that hold a block's experts alternate in the file.
         self._pieces = lru_cache(maxsize=4)(self._pieces_of)
         self._adapters = adapters_of(student.network) if rank else {}
@@ -76,10 +77,10 @@ class TrainedWeights:
         names = trained_parameters(self._network, rank)
         self._owners = {stored: name for name in names for stored in checkpoint.pieces(name)}
         for name in names:
-            value = self._network.get_parameter(name).data
-            value.copy_(self._merged(name) if rank else value.to(self._dtype(name)))
+            value = self._whole(name)
             if not torch.isfinite(value.sum()):
                 raise SecateurError(f"{name}: NaN or infinite after the training; use a smaller --learning-rate")
+            set_share(self._network.get_parameter(name).data, value)
 
     def __contains__(self, stored: str) -> bool:
         return stored in self._owners
@@ -88,19 +89,25 @@ class TrainedWeights:
         """Return a tensor by its stored name."""
         return self._pieces(self._owners[stored])[stored].to(self._checkpoint.tensors[stored].dtype)
 
+    def send(self) -> None:
+        """Send this process's shares to the process that writes."""
+        for stored in self._checkpoint.tensors:
+            if stored in self:
+                self[stored]
+
     def _pieces_of(self, name: str) -> dict[str, Tensor]:
         """Return a parameter by stored names: its pieces, if the matrices of experts are stored one by one."""
-        weight = self._merged(name) if self._adapters else self._network.get_parameter(name).data
-        return {stored: whole(part) for stored, part in self._checkpoint.split(name, weight)}
+        return {stored: whole(part) for stored, part in self._checkpoint.split(name, self._whole(name))}
 
-    def _merged(self, name: str) -> Tensor:
-        """Return a stored matrix with its adapter added, rounded to the stored dtype."""
-        weight, adapter = self._checkpoint.parameter(name).read(), self._adapters[name]
-        delta = adapter.get_delta_weight("default").detach().to("cpu", torch.float32)
+    def _whole(self, name: str) -> Tensor:
+        """Return a trained parameter, rounded to the stored dtype; an adapter is added to the stored matrix."""
+        stored = self._checkpoint.parameter(name)
+        if name not in self._adapters:
+            return gathered(self._network.get_parameter(name).data).to(stored.dtype)
+        weight = stored.read()
+        with self._student.whole(name):
+            delta = self._adapters[name].get_delta_weight("default").detach().to("cpu", torch.float32)
         return (weight.float() + delta.view(weight.shape)).to(weight.dtype)
-
-    def _dtype(self, name: str) -> torch.dtype:
-        return self._checkpoint.parameter(name).dtype
 
 
 def write_retrained(
