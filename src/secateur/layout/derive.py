@@ -86,7 +86,7 @@ def _digest(config: Any, entry: Entry, model_class: Any) -> str:
     except Exception:
         # Whatever fails, the description will say so.
         small = config
-    settings = {key: value for key, value in small.to_dict().items() if not IRRELEVANT.fullmatch(key)}
+    settings = {key: value for key, value in small.to_dict().items() if not IRRELEVANT.search(key)}
     return hash_json([repr((class_of(config, model_class), entry)), json.loads(json.dumps(settings, default=str))])
 
 
