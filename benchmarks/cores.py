@@ -117,7 +117,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     how = {name: getattr(given, name) for name in ("calibration", "samples", "effort", "blocks")}
-    dtype, found = fast_dtype(torch.device("cpu")), {}
+    dtype = fast_dtype(torch.device("cpu"))
+    found: dict[int, tuple[Mapping[str, float], float]] = {}
     for threads in given.threads:
         torch.set_num_threads(threads)
         clock, before = Clock(), product_rate(dtype=dtype)

@@ -1,7 +1,8 @@
 """A second torch device that, like a GPU, refuses operations with tensors of two devices; it computes on the CPU.
 
-`python second_device.py OUTCOMES < CASES` runs command lines of secateur, a JSON list, on the CPU and on the second
-device, with the name of the device in place of `{device}`. It writes a list of the same length with what went wrong.
+`python second_device.py OUTCOMES < CASES` runs command lines of secateur, a JSON list of pairs: the words of a command
+and the devices on which it runs. The name of the device is put in place of `{device}`. Devices are `cpu`, `second`, and
+`second without float64`, which refuses float64. The script writes a list with what went wrong in each case.
 The script needs a process of its own, since a device stays registered in torch.
 """
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
-NAME = "second"
+NAME, WITHOUT = "second", "second without float64"
 CROSSING = {aten._to_copy.default, aten.to.device, aten.to.dtype_layout, aten.copy_.default}
 """Operations that copy tensors from one device to another."""
 HAS_FLOAT64 = True
@@ -170,21 +171,38 @@ def prepare() -> None:
     torch.cpu.get_capabilities = dict
 
 
+def check_blocks() -> None:
+    """Let every block that runs check that its weights are on the device of the run."""
+    from secateur.model.stream import BlockStream
+
+    run = BlockStream.run
+
+    def checked(stream: Any, index: int, layer: Any, *given: Any, **named: Any) -> Any:
+        places = {value.device.type for value in layer.parameters()}
+        assert places <= {stream.device.type}, f"block {index} has weights on {places}"
+        return run(stream, index, layer, *given, **named)
+
+    BlockStream.run = checked  # type: ignore[method-assign]
+
+
 def main() -> None:
     prepare()
     from secateur.cli.app import app
 
+    check_blocks()
+
     global HAS_FLOAT64
     cases = json.load(sys.stdin)
     outcomes = [""] * len(cases)
-    # The last, whose name is that of the second device too, has no float64.
-    for device in ("cpu", NAME, "third"):
-        HAS_FLOAT64 = device != "third"
-        for number, case in enumerate(cases):
+    for device in ("cpu", NAME, WITHOUT):
+        HAS_FLOAT64 = device != WITHOUT
+        for number, (case, devices) in enumerate(cases):
+            if device not in devices:
+                continue
             arguments = [part.replace("{device}", device) for part in case]
             try:
                 with contextlib.nullcontext() if device == "cpu" else second_device():
-                    app([*arguments, "--device", device.replace("third", NAME)], standalone_mode=False)
+                    app([*arguments, "--device", device.replace(WITHOUT, NAME)], standalone_mode=False)
             except Exception:
                 outcomes[number] += f"{device}: {traceback.format_exc()}"
     Path(sys.argv[1]).write_text(json.dumps(outcomes))

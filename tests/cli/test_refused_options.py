@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -125,20 +124,6 @@ def test_wrong_arguments_are_refused_before_any_work(arguments, message, place, 
 @pytest.mark.parametrize("arguments", [["prune", "model", "out", *SMALL], ["eval", "model"]], ids=["prune", "eval"])
 def test_an_absent_device_is_refused(arguments, place, run, no_work):
     refused(run(*arguments, "--device", "cuda:7"), "device 'cuda:7' is not available here; use")
-
-
-def test_a_device_without_float64_is_refused(place, run, no_work, monkeypatch):
-    """GPUs of Apple are such devices."""
-    empty = torch.empty
-
-    def narrow(*size: Any, dtype: torch.dtype = torch.float32, **how: Any) -> torch.Tensor:
-        if dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        return empty(*size, dtype=dtype, device="cpu")
-
-    monkeypatch.setattr(torch, "empty", narrow)
-    message = "device 'mps' does not support float64, in which secateur computes sums; use --device cpu"
-    refused(run("prune", "model", "out", *SMALL, "--device", "mps"), message)
 
 
 def test_a_real_process_prints_one_line_and_exits_with_code_2(place):

@@ -48,6 +48,17 @@ PRUNE: dict[str, tuple[str, str]] = {
     "experts by norms": ("mixtral", "--sparsity 0.2 --modules experts --criterion reap --effort quick --samples 4"),
 }
 """Name → model, and what is asked beside what all ask."""
+CPU, SECOND, WITHOUT = DEVICES = ("cpu", "second", "second without float64")
+SOME = (
+    "FLAP",
+    "two fits",
+    "similar heads, norms behind",
+    "the paper's recovery, rows apart",
+    "experts",
+    "survey",
+    "eval",
+)
+"""Cases that run on a device without float64, too."""
 
 
 def words_of(name: str, ratios: Path) -> list[str]:
@@ -63,10 +74,10 @@ class CarriedOut(NamedTuple):
     outcomes: dict[str, str]
     """Error of each command line, by name; empty if there was none."""
 
-    def both(self, name: str) -> tuple[Path, Path]:
-        """Return the outputs on the second device and on the CPU; fail if there was an error."""
+    def both(self, name: str, device: str = SECOND) -> tuple[Path, Path]:
+        """Return the outputs on a device and on the CPU; fail if there was an error."""
         assert not self.outcomes[name], self.outcomes[name]
-        return self.place / f"second {name}", self.place / f"cpu {name}"
+        return self.place / f"{device} {name}", self.place / f"{CPU} {name}"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +102,8 @@ def carried_out(checkpoint_folder: CheckpointFolder, tmp_path_factory: pytest.Te
     cases["latency"] += ["--effort", "quick"]
     script, outcomes = Path(__file__).parents[1] / "second_device.py", place / "outcomes.json"
     command = [sys.executable, str(script), str(outcomes)]
-    done = subprocess.run(command, input=json.dumps(list(cases.values())), capture_output=True, text=True)
+    given = [(words, DEVICES if name in SOME else (CPU, SECOND)) for name, words in cases.items()]
+    done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return CarriedOut(place, dict(zip(cases, json.loads(outcomes.read_text()), strict=True)))
 
@@ -108,18 +120,21 @@ def assert_alike(out: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("name", PRUNE)
 def test_a_second_device_prunes_alike(carried_out, name):
-    assert_alike(*carried_out.both(name))
+    for device in (SECOND, WITHOUT) if name in SOME else (SECOND,):
+        assert_alike(*carried_out.both(name, device))
 
 
-def test_a_second_device_measures_the_same_errors(carried_out):
-    found, wanted = (json.loads((path / "survey.json").read_text()) for path in carried_out.both("survey"))
+@pytest.mark.parametrize("device", [SECOND, WITHOUT])
+def test_a_second_device_measures_the_same_errors(carried_out, device):
+    found, wanted = (json.loads((path / "survey.json").read_text()) for path in carried_out.both("survey", device))
     assert len(found["curves"]) == len(wanted["curves"]) > 0
     for one, other in zip(found["curves"], wanted["curves"], strict=True):
         assert one["errors"] == pytest.approx(other["errors"], rel=1e-3, abs=1e-5 * other["energy"])
 
 
-def test_a_second_device_gives_the_same_figures(carried_out):
-    found, wanted = (json.loads(path.read_text()) for path in carried_out.both("eval"))
+@pytest.mark.parametrize("device", [SECOND, WITHOUT])
+def test_a_second_device_gives_the_same_figures(carried_out, device):
+    found, wanted = (json.loads(path.read_text()) for path in carried_out.both("eval", device))
     assert len(found["models"]) == len(wanted["models"]) == 2
     for one, other in zip(found["models"], wanted["models"], strict=True):
         for text, score in other["texts"].items():

@@ -155,9 +155,9 @@ class Processes:
         self, tensors: Mapping[str, Tensor] | None, owner: int, device: torch.device
     ) -> dict[str, Tensor]:
         """Return, at every rank, the tensors of the owner rank; other ranks pass None."""
+        sent = {name: tensor.to(device).contiguous() for name, tensor in (tensors or {}).items()}
         if self.is_single:
-            return dict(tensors or {})
-        sent = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
+            return sent
         layout = self.broadcast(
             lambda: [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in sent.items()], owner
         )

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+_AS_IS = {"__get__", "__set__", "_has_compatible_shallow_copy_type"}
+"""Functions whose tensors may be on different devices."""
 _IN_PLACE = {"__getitem__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 _ENTERED: set[str] = set()
 
@@ -32,20 +34,27 @@ class SumsOnCpu(TorchFunctionMode):
         self._kind = kind
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch, with its tensors moved to one device."""
+        """Call a function of torch, with its tensors moved to one device if they must be."""
         kwargs = kwargs or {}
+        place = self._place(func, args, kwargs)
+        return func(*args, **kwargs) if place is None else self._called(func, place, args, kwargs)
+
+    def _place(self, func: Any, args: Any, kwargs: Any) -> torch.device | None:
+        """Return where a call happens; None if it stays as it is."""
         values = [*_flat((*args, *kwargs.values()))]
         tensors = [value for value in values if isinstance(value, Tensor)]
+        kinds = {value.device.type for value in tensors if value.dim() or value.device.type == self._kind}
         is_sent = any(self._names_it(value) for value in values)
-        if not is_sent and all(value.device.type != self._kind for value in tensors):
-            return func(*args, **kwargs)
-        dtypes = [value for value in values if isinstance(value, torch.dtype)] or [value.dtype for value in tensors[:1]]
-        if func is Tensor.double or (is_sent and torch.float64 in dtypes) or torch.float64 in values:
-            return self._called(func, CPU, args, kwargs)
-        if is_sent or all(value.device.type == self._kind or not value.dim() for value in tensors):
-            return func(*args, **kwargs)
-        owner = kwargs.get("out", args[0] if args else None)
-        return self._called(func, owner.device if "out" in kwargs or _stays(func.__name__) else CPU, args, kwargs)
+        if func.__name__ in _AS_IS or not (is_sent or self._kind in kinds):
+            return None
+        asked = [value for value in values if isinstance(value, torch.dtype)]
+        dtypes = asked or ([value.dtype for value in tensors[:1]] if is_sent else [])
+        if func is Tensor.double or torch.float64 in dtypes:
+            return CPU
+        if is_sent or len(kinds) == 1:
+            return None
+        owner = kwargs["out"] if "out" in kwargs else args[0] if _stays(func.__name__) else None
+        return CPU if owner is None else owner.device
 
     def _names_it(self, value: Any) -> bool:
         """Return whether a value names the device."""

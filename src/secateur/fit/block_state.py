@@ -217,7 +217,7 @@ class BlockState:
         for name, tensor in tensors.items():
             rounded = tensor.to(self.dtype)
             self.changed[name] = rounded.cpu()
-            self.tensors[name] = rounded.float()
+            self.tensors[name] = rounded.float().to(self.stream.device)
             assign(self.layer, name, self.tensors[name])
 
     def changeable(self, name: str) -> "ChangedMatrices":

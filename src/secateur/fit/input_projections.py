@@ -134,6 +134,7 @@ class GaussNewtonStep:
 
         def curvature(direction: list[Tensor]) -> list[Tensor]:
             """Return (J'J + penalty) V, summed over all processes."""
+            direction = [v.to(self.weight_kd.device) for v in direction]
             sums = [torch.zeros_like(v, dtype=torch.float64) for v in direction]
             for rows in parts():
                 for one, part in zip(sums, self._vjp(rows, self._jvp(rows, direction)), strict=True):

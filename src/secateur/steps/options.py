@@ -473,7 +473,8 @@ class RunOptions:
     device: str = option(
         "auto",
         COMPUTING,
-        "Device to compute on: auto (a CUDA GPU if there is one, otherwise the CPU), cpu, cuda or cuda:1.",
+        "Device to compute on: auto (a CUDA GPU if there is one, otherwise the CPU), cpu, cuda, cuda:1, mps or another "
+        "device of torch.",
     )
     memory: str | None = option(
         None,
