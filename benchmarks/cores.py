@@ -139,7 +139,7 @@ def table(found: dict[int, tuple[Mapping[str, float], float]]) -> list[str]:
     (first, rate), (last, fast) = found[counts[0]], found[counts[-1]]
     share = rate / fast
     lines = [
-        "| step | " + " | ".join(f"{count} threads, s" for count in counts) + f" | serial, s | {CORES} cores, s |",
+        "| step | " + " | ".join(f"threads: {count}, s" for count in counts) + f" | serial, s | {CORES} cores, s |",
         "|" + "---|" * (len(counts) + 3),
     ]
     total = [0.0, 0.0]
