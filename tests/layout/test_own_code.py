@@ -16,6 +16,7 @@ from secateur import prune
 from secateur.commands.families import describe_model
 from secateur.layout.proof import INEXACT
 from secateur.measure.evaluation import evaluate
+from secateur.retraining.retrain import retrain
 
 HOW: dict[str, Any] = {"calibration": "random", "samples": 8, "length": 16, "effort": "quick", "round": 1}
 KINDS = ("Biased", "Chain", "Listed")
@@ -73,6 +74,18 @@ def test_is_pruned_with_its_own_code(tmp_path, kind):
     assert parameters(opened(own(tmp_path, "again"))) < parameters(small)
     small.save_pretrained(own(tmp_path, "saved"))
     assert parameters(opened(own(tmp_path, "saved"))) == parameters(small)
+
+
+def test_a_pruned_folder_is_retrained(tmp_path):
+    dense("Chain", own(tmp_path, "dense"))
+    prune(own(tmp_path, "dense"), own(tmp_path, "out"), **HOW, sparsity=0.2, trust_remote_code=True)
+    (tmp_path / "text.txt").write_text("".join(f"w{3 * (i % 7)} " for i in range(900)))
+    how = {"calibration": str(tmp_path / "text.txt"), "tokens": 1024, "length": 16, "learning_rate": 5e-3}
+    folders = own(tmp_path, "out"), own(tmp_path, "trained")
+    assert_error("pass trust_remote_code", retrain, *folders, **how)
+    before, after = retrain(*folders, **how, trust_remote_code=True).perplexity
+    assert after < before
+    assert parameters(opened(folders[1])) == parameters(opened(folders[0]))
 
 
 @pytest.mark.parametrize("kind", ["Biased", "Chain"])

@@ -11,8 +11,8 @@ from secateur.cli.terminal import print_result
 from secateur.retraining.options import Training
 from secateur.steps.options import RunOptions
 
+OPTIONS = ("device", "memory", "overwrite", "restart", "trust_remote_code")
 TEXTS = {
-    "device": {"help": "Device to compute on: auto (the first CUDA GPU, otherwise the CPU), cpu or cuda."},
     "memory": {
         "help": "Upper bound on the memory of this process, of the GPU if it trains there: an amount such as 8GB, or a "
         "share of the free memory such as 50%. What does not fit is computed again.",
@@ -26,7 +26,7 @@ def retrain(
     folder: PrunedFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
     training: Training,
-    run_options: Annotated[RunOptions, Only(("device", "memory", "overwrite", "restart"), texts=TEXTS)],
+    run_options: Annotated[RunOptions, Only(OPTIONS, texts=TEXTS)],
 ) -> None:
     """Train a pruned model for a while, so that it recovers some of the quality that pruning has cost.
 
@@ -47,6 +47,7 @@ def retrain(
         memory=run_options.memory,
         overwrite=run_options.overwrite,
         restart=run_options.restart,
+        trust_remote_code=run_options.trust_remote_code,
         watcher=bars,
     )
     before, after = done.perplexity

@@ -202,15 +202,19 @@ class Folder(Format):
         }
 
 
-def open_folder(folder: Path) -> Checkpoint:
+def open_folder(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Open a model's folder.
+
+    Args:
+        folder: The folder.
+        trust_remote_code: Whether the model's own code may run.
 
     Raises:
         SecateurError: The folder has no model, or a broken one.
     """
     if not (folder / "config.json").is_file():
         raise SecateurError(f"{folder}: not a folder with a config.json; name a folder that secateur prune wrote")
-    return open_checkpoint(folder)
+    return open_checkpoint(folder, trust_remote_code=trust_remote_code)
 
 
 def format_of_folder(folder: Path) -> type[Folder]:

@@ -92,6 +92,7 @@ def retrain(
     memory: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    trust_remote_code: bool = False,
     watcher: Watcher | None = None,
     **settings: Any,
 ) -> Retrained:
@@ -108,6 +109,7 @@ def retrain(
             `secateur.base.memory.parse_memory`.
         overwrite: Whether to replace a model folder at `out`.
         restart: Whether to discard the state of an earlier, stopped training.
+        trust_remote_code: Whether the own code of the folder's model, and of the teacher, may run.
         watcher: Receives progress.
 
     Raises:
@@ -117,8 +119,8 @@ def retrain(
     training, services = given_or_made(Training, training, settings, "seed=1"), Services.join(watcher)
     check_adapters(training.rank)
     where = pick_device(device)
-    checkpoint, target = _open_folder(folder, out, overwrite, services.watcher)
-    teacher = open_teacher(checkpoint, training.teacher, services.watcher)
+    checkpoint, target = _open_folder(folder, out, overwrite, services.watcher, trust_remote_code)
+    teacher = open_teacher(checkpoint, training.teacher, services.watcher, trust_remote_code=trust_remote_code)
     if teacher is not None:
         Output(target.path, overwrite=overwrite, source=teacher.path).check()
     with ExitStack() as stack:
@@ -203,13 +205,15 @@ def check_adapters(rank: int | None, reason: str = "") -> None:
         raise SecateurError(f'{reason}LoRA retraining needs peft, which is not installed; pip install "secateur[lora]"')
 
 
-def _open_folder(folder: str | Path, out: str | Path, overwrite: bool, watcher: Watcher) -> tuple[Checkpoint, Output]:
+def _open_folder(
+    folder: str | Path, out: str | Path, overwrite: bool, watcher: Watcher, trust_remote_code: bool
+) -> tuple[Checkpoint, Output]:
     """Open the pruned folder, and check that the new folder can be written."""
     if Path(out).suffix == ".gguf":
         raise SecateurError(f"{out}: retrain writes a folder; name one, then export it with secateur export")
     source = local_path(folder)
     with watcher.busy(f"Opening {folder}"):
-        checkpoint = open_folder(source)
+        checkpoint = open_folder(source, trust_remote_code=trust_remote_code)
     if checkpoint.multimodal_config is not None:
         raise SecateurError(f"{folder}: retrain cannot train multimodal models; name a language model")
     target = Output(Path(out), overwrite=overwrite, source=checkpoint.path, expected_bytes=checkpoint.bytes)

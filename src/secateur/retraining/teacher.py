@@ -21,13 +21,16 @@ SIZES = ("vocab_size", "hidden_size")
 model of which another tool removed whole blocks can learn from the whole model."""
 
 
-def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -> Checkpoint | None:
+def open_teacher(
+    checkpoint: Checkpoint, wanted: str | None, watcher: Watcher, *, trust_remote_code: bool = False
+) -> Checkpoint | None:
     """Open the dense model whose distributions the pruned model learns.
 
     Args:
         checkpoint: The pruned folder.
         wanted: The value of `--teacher`; None for the model that the record names.
         watcher: Progress output.
+        trust_remote_code: Whether the teacher's own code may run.
 
     Returns:
         The teacher; None where the text itself is to be learned.
@@ -41,7 +44,10 @@ def open_teacher(checkpoint: Checkpoint, wanted: str | None, watcher: Watcher) -
     record = {} if wanted else read_record(checkpoint.path)
     source = wanted or _recorded_source(checkpoint.path, record)
     with watcher.busy(f"Opening {source}"):
-        teacher = open_checkpoint(source) if wanted else _open_recorded(checkpoint, source, record)
+        if wanted:
+            teacher = open_checkpoint(source, trust_remote_code=trust_remote_code)
+        else:
+            teacher = _open_recorded(checkpoint, source, record, trust_remote_code)
     teacher = _with_tokens_of(checkpoint, teacher)
     for key in SIZES:
         pruned, dense = (getattr(one.config, key, None) for one in (checkpoint, teacher))
@@ -69,14 +75,16 @@ def _with_tokens_of(checkpoint: Checkpoint, teacher: Checkpoint) -> Checkpoint:
     return cut_as_before(teacher, [places[token] for token in kept])
 
 
-def _open_recorded(checkpoint: Checkpoint, source: str, record: Mapping[str, Any]) -> Checkpoint:
+def _open_recorded(
+    checkpoint: Checkpoint, source: str, record: Mapping[str, Any], trust_remote_code: bool
+) -> Checkpoint:
     """Open the model from which a folder was pruned, with the same dtype.
 
     Raises:
         SecateurError: The model cannot be opened, or has changed since then.
     """
     dtype = getattr(torch, str((record.get("options") or {}).get("dtype")), torch.bfloat16)
-    teacher = open_checkpoint(source, dtype=dtype)
+    teacher = open_checkpoint(source, dtype=dtype, trust_remote_code=trust_remote_code)
     if record.get("fingerprint") not in (None, fingerprint_of(teacher)):
         raise SecateurError(
             f"{source} has other weights than the model that {checkpoint.source} was pruned from; restore them, or "
