@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from secateur.base.quiet import quiet
+from secateur.layout.twin import built_on
 
 OTHER = "no key"
 """Result of `factor_key` for a factor that no key holds."""
@@ -34,7 +35,7 @@ class Keys:
             plain = {key: [*value] if isinstance(value, tuple) else value for key, value in values.items()}
             config = type(self.config).from_dict({**self.config.to_dict(), **plain})
             config._experts_implementation = self.config._experts_implementation
-            with quiet(), torch.device(device):
+            with quiet(), built_on(device):
                 model = self._class._from_config(config).eval()
                 if device == "cpu":
                     model(torch.zeros(1, 4, dtype=torch.long), use_cache=False)

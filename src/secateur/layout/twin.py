@@ -7,12 +7,14 @@ as the class allows, so that its shapes show which size is which.
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.base.errors import SecateurError
@@ -203,12 +205,19 @@ def _built(model_class: Any, config: Any, device: str) -> Any:
     """Return a new model in evaluation mode, with plain code for attention and experts where the class has it."""
     config.use_cache = False
     config._experts_implementation = "eager"
-    with torch.device(device):
+    with built_on(device):
         try:
             eager = {"attn_implementation": "eager"}
             return model_class._from_config(copy.deepcopy(config), dtype=torch.float64, **eager)
         except ValueError:
             return model_class._from_config(config, dtype=torch.float64)
+
+
+@contextmanager
+def built_on(device: str) -> Iterator[None]:
+    """Build models on a device; on the meta device no random values are drawn, which would take most of the time."""
+    with torch.device(device), no_init_weights() if device == "meta" else nullcontext():
+        yield
 
 
 def _kinds(config: Any, model_class: Any, sizes: Sizes | None) -> tuple[list[int], list[Any]]:
