@@ -240,7 +240,6 @@ def test_version_and_help_list_commands_options_and_panels(run):
         assert "--type " not in text or command != "sizes"
         assert ("survey.json in the folder of" in text) == (command == "sizes")
         assert "Replace the file of --json" in text or command not in ("eval", "doctor")
-        assert "cuda:1" not in text or command != "retrain"
     panels = ["Target", "Method", "Calibration", "Output", "Computing", "Messages", "The paper's variants"]
     assert re.findall("─ ([A-Z][\\w' ]+) ─", run("prune", "--help").out)[2:] == panels
 
