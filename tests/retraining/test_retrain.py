@@ -303,7 +303,7 @@ def test_a_teacher_has_the_same_sizes_but_may_have_more_blocks(checkpoint_folder
 
 def test_the_teacher_is_never_loaded_whole(llama, train, monkeypatch, calls_of):
     """One of its blocks at a time is in memory, and all of the pruned model once."""
-    loaded, filled, real = calls_of(student, "fill"), list[int](), BlockStream.filled
+    loaded, filled, real = calls_of(student, "load_shares"), list[int](), BlockStream.filled
 
     @contextmanager
     def counted(stream: BlockStream, index: int) -> Iterator[Any]:

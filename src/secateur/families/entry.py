@@ -1,7 +1,7 @@
 """The entry of a model family: facts about llama.cpp, vLLM and older spellings, which a class does not tell.
 
 How the blocks of a family are laid out is derived from its class; see `secateur.layout.derive`. An entry states what
-this cannot see.
+cannot be derived.
 """
 
 from collections.abc import Callable, Mapping
@@ -127,7 +127,7 @@ class Entry:
 
 
 DENSE_HEADS = {"head_counts": "dense"}
-"""What entries state if the class computes the head size as hidden_size / heads in transformers 4.57 only."""
+"""Statement of an entry whose class computes the head size as hidden_size / heads in transformers 4.57 only."""
 
 
 @dataclass(frozen=True)

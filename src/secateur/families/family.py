@@ -211,7 +211,7 @@ class Family:
     """Numbers of heads that the class accepts: any number; divisors of hidden_size; or the dense number only, because
     the class computes the head size as hidden_size / heads."""
     entry: Entry = field(default_factory=Entry)
-    """What the class does not tell."""
+    """Facts that the class does not tell."""
 
     @property
     def base(self) -> str:

@@ -9,7 +9,7 @@ blocks have side inputs (`secateur.model.side_inputs`).
 """
 
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
@@ -43,6 +43,15 @@ from secateur.model.surgery import assign
 MIXED = 4
 """Factor on the tokens of a batch in mixtures whose matrices are converted to float32 expert by expert: with ordinary
 batches, the conversion took a quarter of a forward pass."""
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+    """Set tensors of a model by what `read` returns for their names; tied tensors share the memory of those to which
+    they are tied, and come last."""
+    tied = tied_weights(model)
+    for name in sorted(names, key=lambda name: checkpoint.resolve(name) is None):
+        is_tied = checkpoint.resolve(name) is None and name in tied
+        assign(model, name, model.get_parameter(tied[name]).data if is_tied else read(name))
 
 
 class BlockStream:
@@ -319,16 +328,9 @@ class BlockStream:
         prefix = "" if part is self.model else self.family.base
         names = [name for name, _ in part.named_parameters(prefix=prefix, remove_duplicate=False)]
         outside = [name for name in names if name not in inside]
-        tied = tied_weights(self.model)
         setattr(parent, child, nn.ModuleList(recorders))
         try:
-            # Tied tensors come last, so that they can share the memory of the tensors to which they are tied.
-            for name in sorted(outside, key=lambda name: self.checkpoint.resolve(name) is None):
-                if self.checkpoint.resolve(name) is None and name in tied:
-                    value = self.model.get_parameter(tied[name]).data
-                else:
-                    value = self.read(name).to(self.device, torch.float32)
-                assign(self.model, name, value)
+            fill(self.model, self.checkpoint, outside, lambda name: self.read(name).to(self.device, torch.float32))
             part.to(self.device)
             yield recorders
         finally:

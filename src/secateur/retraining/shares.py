@@ -17,16 +17,17 @@ from torch.distributed.tensor import DTensor
 
 from secateur.base.device import to_device
 from secateur.base.processes import Processes
-from secateur.checkpoints.checkpoint import Checkpoint, tied_weights
+from secateur.checkpoints.checkpoint import Checkpoint
+from secateur.model.stream import fill
 from secateur.model.surgery import assign
 
 ADAPTER = ".lora_"
 """Part of the names of adapters."""
 BASE = ".base_layer"
-"""What adapters add to the names of the weights beside them."""
+"""Part that adapters insert into the names of the weights that they wrap."""
 
 
-def fill(
+def load_shares(
     network: Any, blocks: str, checkpoint: Checkpoint, products: torch.dtype, device: torch.device, processes: Processes
 ) -> None:
     """Load a model that has no weights yet, and divide its blocks among processes.
@@ -40,20 +41,14 @@ def fill(
         processes: The processes.
     """
     mesh = None if processes.is_single else init_device_mesh(device.type, (processes.size,))
-    outside = {name: value for name, value in network.state_dict().items() if not name.startswith(f"{blocks}.")}
-    tied = tied_weights(network)
-    # Tied tensors come last, so that they can share the memory of the tensors to which they are tied.
-    for name in sorted(outside, key=lambda name: checkpoint.resolve(name) is None):
-        if checkpoint.resolve(name) is None and name in tied:
-            assign(network, name, network.get_parameter(tied[name]).data)
-        else:
-            assign(network, name, _read(checkpoint, name, products, device))
-    whole = set(network.parameters()) - set(network.get_submodule(blocks).parameters())
+    outside = [name for name in network.state_dict() if not name.startswith(f"{blocks}.")]
+    fill(network, checkpoint, outside, lambda name: _read(checkpoint, name, products, device))
+    undivided = set(network.parameters()) - set(network.get_submodule(blocks).parameters())
     for index, layer in enumerate(network.get_submodule(blocks).children()):
         _fill_block(layer, f"{blocks}.{index}.", checkpoint, products, device)
         _divide_block(layer, mesh, products)
     network.to(device)
-    _divide(network.get_submodule(blocks.rpartition(".")[0]), mesh, ignored_params=whole)
+    _divide(network.get_submodule(blocks.rpartition(".")[0]), mesh, ignored_params=undivided)
 
 
 def _fill_block(

@@ -21,7 +21,7 @@ from secateur.measure.perplexity import device_of, perplexity
 from secateur.model.per_layer import model_class
 from secateur.retraining.adapters import with_adapters
 from secateur.retraining.loss import distribution_loss
-from secateur.retraining.shares import fill, whole
+from secateur.retraining.shares import load_shares, whole
 from secateur.retraining.targets import Targets
 
 
@@ -57,7 +57,7 @@ class Student(nn.Module):
         self.family, self.products = family_of(network.config), products
         with quiet():
             self.network, self.adapted = network, with_adapters(network, rank)
-        fill(network, self.family.blocks, checkpoint, products, device, processes)
+        load_shares(network, self.family.blocks, checkpoint, products, device, processes)
         self._decoder = self.family.blocks.rpartition(".")[0]
         """Path of the module that holds the blocks, from embedding to final norm."""
         self.vocabulary: int = network.get_output_embeddings().weight.shape[0]

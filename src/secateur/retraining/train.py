@@ -70,7 +70,7 @@ def train(
     steps, processes = len(student.rows) // training.batch, services.processes
     every = max(-(-steps // MEASUREMENTS), STEPS_BETWEEN)
     order = torch.randperm(steps * training.batch, generator=torch.Generator().manual_seed(training.seed))
-    state = _State(student, folder, processes, quick=training.highest_rate)
+    state = _State(student, folder, processes)
     bar = cast("Generator[int, None, None]", services.watcher.track(range(state.done, steps), "Retrain", state.done))
     lost = nullcontext() if processes.is_single else connection_errors()
     # If the training fails, the bar is closed at once, so that it is not drawn after the error.
@@ -125,11 +125,11 @@ class _State:
     A checkpoint is written after the first and the last step, and in between as often as is cheap.
 
     Attributes:
-        done: Number of steps that the checkpoint had.
+        done: Number of steps so far.
         history: What `train` returns.
     """
 
-    def __init__(self, student: Student, folder: Path, processes: Processes, quick: float):
+    def __init__(self, student: Student, folder: Path, processes: Processes):
         """Read the last complete checkpoint.
 
         Raises:
@@ -137,14 +137,13 @@ class _State:
         """
         self._folder, self._processes = folder, processes
         self._trained = student.trained()
-        self._optimizer = torch.optim.AdamW(self._trained.values(), lr=quick, weight_decay=0.0, fused=True)
+        self._optimizer = torch.optim.AdamW(self._trained.values(), weight_decay=0.0, fused=True)
         found = processes.broadcast(lambda: _last(folder))
         self.done: int = found["done"]
         self.history: list[dict[str, Any]] = found["history"]
         if self.done:
             self._read(_checkpoint(folder, self.done))
         self._saved, self._since, self._cost = self.done, perf_counter(), 0.0
-        self._steps = self.done
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the next step."""
@@ -156,7 +155,7 @@ class _State:
         torch.nn.utils.clip_grad_norm_(self._trained.values(), LARGEST_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._steps += 1
+        self.done += 1
 
     def save(self, is_last: bool) -> None:
         """Write a checkpoint and remove the one before, unless that would take too much of the time."""
@@ -164,12 +163,12 @@ class _State:
         is_cheap = start - self._since >= self._cost / pass_checkpoint.SPENT
         if not self._processes.broadcast(lambda: is_cheap or is_last):
             return
-        place = _checkpoint(self._folder, self._steps)
+        place = _checkpoint(self._folder, self.done)
         with saving_state(self._folder, place):
             self._write(place)
         if self._processes.is_first and self._saved:
             remove(_checkpoint(self._folder, self._saved))
-        self._saved, self._since = self._steps, perf_counter()
+        self._saved, self._since = self.done, perf_counter()
         self._cost = self._since - start
 
     def _write(self, place: Path) -> None:
@@ -184,7 +183,7 @@ class _State:
                 writer.add(name, whole)
         if writer is not None:
             writer.close()
-            write_hashed(place / STATE, {"done": self._steps, "history": self.history})
+            write_hashed(place / STATE, {"done": self.done, "history": self.history})
 
     def _read(self, place: Path) -> None:
         """Fill weights and moments from a checkpoint."""
