@@ -1,14 +1,22 @@
-"""Files that secateur keeps in the cache of the user: dequantised models, cut vocabularies, measured times."""
+"""Files that secateur keeps in the cache of the user: dequantised models, cut vocabularies, measured times, descriptions
+of classes."""
 
 import json
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from secateur.base.errors import SecateurError
-from secateur.base.files import remove, replace_atomically
+from secateur.base.files import remove, replace_atomically, write_atomically
+from secateur.base.hashes import hash_json
+
+T = TypeVar("T")
 
 _LIST = ".files.json"
 """File in each folder of the cache with the sizes of the others."""
@@ -59,6 +67,30 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             f"{folder.parent}: the cache cannot be written ({error.strerror or error}); {ADVICE}"
         ) from error
     return folder
+
+
+def cached_value(folder: str, facts: Any, kind: type[T], make: Callable[[], T]) -> T:
+    """Return a value of a dataclass, from the cache if that has one of the same facts; else it is made and kept.
+
+    Args:
+        folder: Name of the folder of such values.
+        facts: Everything on which the value depends, as JSON can hold it.
+        kind: The dataclass; pydantic checks the fields of cached values. Fields that JSON cannot hold have defaults.
+        make: Computes the value.
+    """
+    adapter = _adapter(kind)
+    with suppress(OSError, ValueError, SecateurError):
+        return adapter.validate_json((cache_folder() / folder / f"{hash_json(facts)}.json").read_bytes())
+    value = make()
+    # If the folder is not writable, the next run computes the value again.
+    with suppress(OSError, SecateurError):
+        file = cache_folder() / folder / f"{hash_json(facts)}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, adapter.dump_json(value, indent=1))
+    return value
+
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 
 
 def _is_whole(folder: Path) -> bool:

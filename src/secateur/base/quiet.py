@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import DEBUG, getLogger
+from logging import DEBUG, ERROR, getLogger
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging
@@ -20,14 +20,17 @@ def quiet() -> Iterator[None]:
         logging.is_progress_bar_enabled(),
         are_progress_bars_disabled(),
     )
-    logging.set_verbosity_error()
+    # A change of the level makes Python look at every logger, which took as long as a forward pass of a tiny model.
+    if verbosity != ERROR:
+        logging.set_verbosity(ERROR)
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        if verbosity != ERROR:
+            logging.set_verbosity(verbosity)
         if bars:
             # This enables the bars of the hub client, too, which may have been disabled before.
             logging.enable_progress_bar()

@@ -4,12 +4,18 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from inspect import getsource
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+import secateur
+from secateur.base.cache import cached_value
 from secateur.base.errors import SecateurError
 from secateur.base.hashes import hash_json
 from secateur.base.quiet import first_line, quiet
@@ -56,8 +62,16 @@ IRRELEVANT = re.compile(
     r"^_|token_id$|dtype$|^(architectures|auto_map|transformers_version|use_cache|id2label|label2id)$"
 )
 """Config keys on which no description depends."""
-_FOUND: dict[str, Family | SecateurError] = {}
-"""Descriptions, and the reasons why there are none, by a hash of what they depend on."""
+_FOUND: dict[str, "Found"] = {}
+"""What was found, by a hash of what it depends on."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the cache keeps of a class: its description without functions and entry, or why there is none."""
+
+    family: Family | None = None
+    reason: str = ""
 
 
 def derive(config: Any, entry: Entry, model_class: Any = None) -> Family:
@@ -66,28 +80,45 @@ def derive(config: Any, entry: Entry, model_class: Any = None) -> Family:
     Raises:
         SecateurError: The model cannot be pruned; with the reason that was found.
     """
-    config = _dense(config)
-    digest = _digest(config, entry, model_class)
-    if digest not in _FOUND:
+    config, hooks = _dense(config), {name: value for name, value in entry.stated.items() if callable(value)}
+
+    def read() -> Found:
         try:
-            _FOUND[digest] = replace(_read(config, entry, model_class), entry=entry)
+            family = _read(config, entry, model_class)
         except SecateurError as error:
-            _FOUND[digest] = error
+            return Found(reason=str(error))
+        return Found(replace(family, **dict.fromkeys(hooks)))
+
+    facts = _facts(config, entry, model_class)
+    if (digest := hash_json(facts)) not in _FOUND:
+        # The code of others changes without a new version of transformers.
+        is_stock = class_of(config, model_class).__module__.startswith("transformers.models.")
+        _FOUND[digest] = cached_value("classes", facts, Found, read) if is_stock else read()
     found = _FOUND[digest]
-    if isinstance(found, SecateurError):
-        raise found
-    return found
+    if found.family is None:
+        raise SecateurError(found.reason)
+    return replace(found.family, entry=entry, **hooks)
 
 
-def _digest(config: Any, entry: Entry, model_class: Any) -> str:
-    """Return a hash of what a description depends on: the class, and the config but for its sizes."""
+def _facts(config: Any, entry: Entry, model_class: Any) -> list[Any]:
+    """Return what a description depends on: the class, the config but for its sizes, the entry and the code."""
     try:
         small = tiny_config(config, range(number_of_blocks(config)))
     except Exception:
         # Whatever fails, the description will say so.
         small = config
     settings = {key: value for key, value in small.to_dict().items() if not IRRELEVANT.search(key)}
-    return hash_json([repr((class_of(config, model_class), entry)), json.loads(json.dumps(settings, default=str))])
+    stated = {key: getsource(value) if callable(value) else repr(value) for key, value in entry.stated.items()}
+    known = [repr(class_of(config, model_class)), entry is UNKNOWN, entry.derived, stated]
+    return [*_versions(), *known, json.loads(json.dumps(settings, default=str))]
+
+
+@cache
+def _versions() -> list[Any]:
+    """Return the versions of the libraries, and of this package with the files as they are."""
+    files = sorted(Path(secateur.__file__).parent.rglob("*.py"))
+    stamps = hash_json([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    return [torch.__version__, transformers.__version__, secateur.__version__, stamps]
 
 
 def _dense(config: Any) -> Any:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import platform
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,16 +24,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import transformers
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
-from secateur.base.cache import cache_folder
+from secateur.base.cache import cached_value
 from secateur.base.device import clock
-from secateur.base.errors import SecateurError
-from secateur.base.files import write_atomically
-from secateur.base.hashes import hash_json
-from secateur.base.json_files import parse_json
 from secateur.base.progress import Watcher
 from secateur.base.quiet import quiet
 from secateur.checkpoints.facts import positions_of
@@ -110,20 +105,12 @@ def latency_table(
         dtype: Dtype of weights and activations.
         watcher: Display of progress.
     """
-    facts = _cache_key(stream, index, kind, dtype)
-    file = cache_folder() / "latency" / f"{hash_json(facts)}.json"
-    with suppress(OSError, ValueError):
-        stored = parse_json(file.read_text(encoding="utf-8"))
-        cached = TypeAdapter(LatencyTable).validate_python(stored)
-        if stored.get("facts") == facts:
-            return cached
-    with watcher.busy(f"Measuring how fast this machine runs a block ({kind})"):
-        table = _measure(stream, index, kind, dtype)
-    # If the folder is not writable, the next run measures again.
-    with suppress(OSError, SecateurError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps({**asdict(table), "facts": facts}, indent=1))
-    return table
+
+    def measured() -> LatencyTable:
+        with watcher.busy(f"Measuring how fast this machine runs a block ({kind})"):
+            return _measure(stream, index, kind, dtype)
+
+    return cached_value("latency", _cache_key(stream, index, kind, dtype), LatencyTable, measured)
 
 
 def stopwatch(device: torch.device) -> Timer:
