@@ -1,7 +1,7 @@
 """Structure is read off a class as people wrote it down; every decoder of transformers is read or refused."""
 
 import os
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from models import MIXTURES, ROWS, SIMILAR, config_of, make_tokenizer
 from secateur import Options, SecateurError, prune
 from secateur.base.quiet import quiet
-from secateur.families.registry import FAMILIES, family_of, known_family
+from secateur.families.registry import FAMILIES, UNKNOWN, family_of, known_family
+from secateur.layout import derive
 from secateur.layout.twin import tiny_twin
 
 DESCRIPTIONS = Path(__file__).with_name("descriptions.yaml")
@@ -44,6 +45,33 @@ EVERY = bool(os.environ.get("EVERY_DECODER"))
 """Whether all decoders are pruned, as `make test-decoders` does; it takes five minutes."""
 AT_LEAST = 120
 """Number of decoders, with and without an entry, that can be pruned."""
+
+
+def test_a_description_is_derived_once(tmp_path, monkeypatch, calls_of):
+    """Another process reads it from the cache, unless the file is damaged or the entry says something else."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    reads = calls_of(derive, "_read")
+
+    def read(name: str, **stated: Any) -> Any:
+        monkeypatch.setattr(derive, "_FOUND", {})
+        entry = FAMILIES.get(name, UNKNOWN)
+        entry = replace(entry, stated=entry.stated | stated) if stated else entry
+        try:
+            return derive.derive(CONFIG_MAPPING[name](), entry)
+        except SecateurError as error:
+            return str(error)
+
+    # Its numbers of heads are a function of the config.
+    assert callable(read("falcon").key_value_heads)
+    assert read("falcon_mamba").startswith("model type 'falcon_mamba' cannot be pruned: ")
+    for name in ("falcon", "qwen2_moe", "falcon_mamba"):
+        assert read(name) == read(name)
+    assert len(reads) == 3
+    for file in (tmp_path / "secateur" / "classes").iterdir():
+        file.write_text(file.read_text()[:-9])
+    assert read("falcon") == read("falcon")
+    assert read("falcon", heads_locked="no").heads_locked == "no"
+    assert len(reads) == 5
 
 
 def default_config(kind: str) -> Any:

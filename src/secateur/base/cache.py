@@ -1,5 +1,4 @@
-"""Files that secateur keeps in the cache of the user: dequantised models, cut vocabularies, measured times, descriptions
-of classes."""
+"""Files in the cache of the user: dequantised models, cut vocabularies, measured times, descriptions of classes."""
 
 import json
 import os

@@ -80,14 +80,16 @@ def derive(config: Any, entry: Entry, model_class: Any = None) -> Family:
     Raises:
         SecateurError: The model cannot be pruned; with the reason that was found.
     """
-    config, hooks = _dense(config), {name: value for name, value in entry.stated.items() if callable(value)}
+    config = _dense(config)
+    hooks: dict[str, Any] = {name: value for name, value in entry.stated.items() if callable(value)}
 
     def read() -> Found:
         try:
             family = _read(config, entry, model_class)
         except SecateurError as error:
             return Found(reason=str(error))
-        return Found(replace(family, **dict.fromkeys(hooks)))
+        without: dict[str, Any] = dict.fromkeys(hooks)
+        return Found(replace(family, **without))
 
     facts = _facts(config, entry, model_class)
     if (digest := hash_json(facts)) not in _FOUND:
@@ -108,9 +110,16 @@ def _facts(config: Any, entry: Entry, model_class: Any) -> list[Any]:
         # Whatever fails, the description will say so.
         small = config
     settings = {key: value for key, value in small.to_dict().items() if not IRRELEVANT.search(key)}
-    stated = {key: getsource(value) if callable(value) else repr(value) for key, value in entry.stated.items()}
+    stated = {key: _source(value) if callable(value) else repr(value) for key, value in entry.stated.items()}
     known = [repr(class_of(config, model_class)), entry is UNKNOWN, entry.derived, stated]
     return [*_versions(), *known, json.loads(json.dumps(settings, default=str))]
+
+
+def _source(function: Any) -> str:
+    """Return the source of a function; if there is none, text that no other process has."""
+    with suppress(OSError, TypeError):
+        return getsource(function)
+    return repr(function)
 
 
 @cache
