@@ -33,6 +33,7 @@ LOWEST_VENV ?= .venv-lowest
 LOWEST_TESTS := tests/model tests/write tests/text tests/numerics tests/report tests/cli/test_security.py \
 	tests/formats/test_stock.py tests/formats/test_per_layer.py
 BILL_VENV ?= .venv-sbom
+WHEEL_VENV ?= .venv-wheel
 
 # Tools that write the lock and the bill of materials and install the oldest versions. They are not tested themselves.
 TOOLS := uv==0.13.9 cyclonedx-bom==7.5.0
@@ -44,7 +45,7 @@ LOCK := requirements.lock
 LOCKED := Linux x86_64 3.11
 
 .DELETE_ON_ERROR:
-.PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger test-decoders fuzz lint gpu demo demo-heal docs lock sbom clean browser
+.PHONY: help check test test-lowest test-vllm test-engines test-transformers4 test-larger test-decoders fuzz lint gpu demo demo-heal docs lock wheel sbom clean browser
 
 help:
 	@echo "make check      lint, and run the tests of what has changed on this branch; about a minute"
@@ -62,6 +63,7 @@ help:
 	@echo "make demo-heal  train the demo's pruned model for five minutes, and evaluate it again"
 	@echo "make docs       build the pages of docs/ into site/"
 	@echo "make lock       update $(LOCK), whose packages make test installs"
+	@echo "make wheel      build the wheel into dist/, install it alone into a fresh environment, and prune a tiny model with it"
 	@echo "make sbom       write out/sbom.json, a bill of materials of an installed secateur"
 	@echo "make clean      delete what these commands create: $(VENV)*, $(OLDER_DIR), out/demo, out/sbom.json, site, build, dist, caches"
 
@@ -130,6 +132,15 @@ lock: $(TOOLS_VENV)/.installed
 COMPILE = $(TOOLS_VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate \
 	--python-version $(lastword $(LOCKED)) --python-platform x86_64-manylinux_2_28
 
+# Nothing of the repository but the one script is there; see tests/wheel.py.
+wheel: $(VENV)/.installed-test
+	rm -rf dist $(WHEEL_VENV)
+	$(BIN)/python -m hatchling build -t wheel
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/$(INSTALL) dist/*.whl
+	mkdir $(WHEEL_VENV)/work
+	$(WHEEL_VENV)/bin/python -P tests/wheel.py $(WHEEL_VENV)/work
+
 # The bill of materials lists the packages of an ordinary installation, and no others.
 sbom: $(TOOLS_VENV)/.installed
 	rm -rf $(BILL_VENV)
@@ -139,7 +150,7 @@ sbom: $(TOOLS_VENV)/.installed
 	$(TOOLS_VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file out/sbom.json $(BILL_VENV)
 
 clean:
-	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) $(ENGINES_VENV) $(BILL_VENV) $(TOOLS_VENV) $(OLDER_DIR) out/demo out/sbom.json site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) $(ENGINES_VENV) $(BILL_VENV) $(WHEEL_VENV) $(TOOLS_VENV) $(OLDER_DIR) out/demo out/sbom.json site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/pip:

@@ -1,6 +1,10 @@
-"""The Makefile, its help and requirements.lock agree."""
+"""The Makefile, its help and requirements.lock agree; the wheel is complete."""
 
+import os
 import re
+import subprocess
+import sys
+import zipfile
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -51,3 +55,17 @@ def test_make_check_finds_the_tests_of_every_folder(folder: str) -> None:
     paths = paths_of(f"src/secateur/{folder}/__init__.py")
     assert paths
     assert not [path for path in paths if not (ROOT / path.partition("::")[0]).exists()]
+
+
+def test_the_wheel_prunes_without_the_repository(tmp_path: Path) -> None:
+    """`make wheel` does the same in a fresh environment; here the other packages are those of the tests."""
+    built, site, place = tmp_path / "built", tmp_path / "site", tmp_path / "place"
+    place.mkdir()
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(built)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = built.iterdir()
+    zipfile.ZipFile(wheel).extractall(site)
+    command = [sys.executable, str(ROOT / "tests" / "wheel.py"), str(place)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(site / "secateur" / "__init__.py")
