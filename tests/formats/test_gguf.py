@@ -28,6 +28,7 @@ import tiny_tokenizers
 from models import LENGTH, blocks_of, build, logits_of, narrowed, relative, selected, some_keep, write_pruned
 from outputs import assert_error, edited_weights
 from secateur import BlockStream, open_checkpoint, prune
+from secateur.base.cache import cache_folder
 from secateur.base.quiet import quiet
 from secateur.gguf import export as gguf_export
 from secateur.gguf.export import Exported, export
@@ -255,6 +256,11 @@ def _llama_cpp() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def cached_models() -> list[Path]:
+    """Return the files in the cache that are no descriptions of classes."""
+    return [entry for entry in cache_folder().rglob("*") if entry.is_file() and entry.parent.name != "classes"]
 
 
 @contextmanager
@@ -670,7 +676,7 @@ def test_reading_rotary_scaling(facts, expected):
 def test_files_that_transformers_cannot_read(exported, tmp_path, name):
     _, done = exported(name)
     assert_error(re.escape(f"gguf: {NOT_READ[name]}"), folder_of, done.path, torch.float32)
-    assert not [entry for entry in (tmp_path / "cache").rglob("*") if entry.is_file()]
+    assert not cached_models()
 
 
 @pytest.mark.parametrize(
