@@ -26,7 +26,7 @@ def main() -> None:
     def run(*words: str) -> str:
         # Neither the folder of this file nor the current one is searched for packages.
         apart = os.environ | {"PYTHONSAFEPATH": "1"}
-        return subprocess.run([sys.executable, *words], cwd=place, env=apart, text=True, check=True, stdout=-1).stdout
+        return subprocess.check_output([sys.executable, *words], cwd=place, env=apart, text=True)
 
     # The default text, which comes with the package.
     run("-m", "secateur", "prune", "dense", "out", "--samples", "4", "--length", "32", "--effort", "quick")

@@ -77,19 +77,22 @@ def cached_value(folder: str, facts: Any, kind: type[T], make: Callable[[], T]) 
         kind: The dataclass; pydantic checks the fields of cached values. Fields that JSON cannot hold have defaults.
         make: Computes the value.
     """
-    adapter = _adapter(kind)
+    adapter, name = _adapter(kind), f"{folder}/{hash_json(facts)}.json"
     with suppress(OSError, ValueError, SecateurError):
-        return adapter.validate_json((cache_folder() / folder / f"{hash_json(facts)}.json").read_bytes())
+        return adapter.validate_json((cache_folder() / name).read_bytes())
     value = make()
     # If the folder is not writable, the next run computes the value again.
     with suppress(OSError, SecateurError):
-        file = cache_folder() / folder / f"{hash_json(facts)}.json"
+        file = cache_folder() / name
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, adapter.dump_json(value, indent=1))
     return value
 
 
-_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Return pydantic's reader and writer of a dataclass; to build one takes longer than to read a file."""
+    return TypeAdapter(kind)
 
 
 def _is_whole(folder: Path) -> bool:

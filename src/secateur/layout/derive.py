@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from inspect import getsource
 from pathlib import Path
@@ -62,16 +62,8 @@ IRRELEVANT = re.compile(
     r"^_|token_id$|dtype$|^(architectures|auto_map|transformers_version|use_cache|id2label|label2id)$"
 )
 """Config keys on which no description depends."""
-_FOUND: dict[str, "Found"] = {}
-"""What was found, by a hash of what it depends on."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the cache keeps of a class: its description without functions and entry, or why there is none."""
-
-    family: Family | None = None
-    reason: str = ""
+_FOUND: dict[str, Family | SecateurError] = {}
+"""Descriptions without functions and entry, and the reasons why there are none, by a hash of their facts."""
 
 
 def derive(config: Any, entry: Entry, model_class: Any = None) -> Family:
@@ -81,29 +73,28 @@ def derive(config: Any, entry: Entry, model_class: Any = None) -> Family:
         SecateurError: The model cannot be pruned; with the reason that was found.
     """
     config = _dense(config)
+    model_class = class_of(config, model_class)
     hooks: dict[str, Any] = {name: value for name, value in entry.stated.items() if callable(value)}
 
-    def read() -> Found:
-        try:
-            family = _read(config, entry, model_class)
-        except SecateurError as error:
-            return Found(reason=str(error))
+    def read() -> Family:
         without: dict[str, Any] = dict.fromkeys(hooks)
-        return Found(replace(family, **without))
+        return replace(_read(config, entry, model_class), **without)
 
-    facts = _facts(config, entry, model_class)
-    if (digest := hash_json(facts)) not in _FOUND:
+    if (digest := hash_json(_facts(config, entry, model_class))) not in _FOUND:
         # The code of others changes without a new version of transformers.
-        is_stock = class_of(config, model_class).__module__.startswith("transformers.models.")
-        _FOUND[digest] = cached_value("classes", facts, Found, read) if is_stock else read()
+        is_stock = model_class.__module__.startswith("transformers.models.")
+        try:
+            _FOUND[digest] = cached_value("classes", digest, Family, read) if is_stock else read()
+        except SecateurError as error:
+            _FOUND[digest] = error
     found = _FOUND[digest]
-    if found.family is None:
-        raise SecateurError(found.reason)
-    return replace(found.family, entry=entry, **hooks)
+    if isinstance(found, SecateurError):
+        raise found
+    return replace(found, entry=entry, **hooks)
 
 
 def _facts(config: Any, entry: Entry, model_class: Any) -> list[Any]:
-    """Return what a description depends on: the class, the config but for its sizes, the entry and the code."""
+    """Return all that a description depends on: the class, the config but for its sizes, the entry and the code."""
     try:
         small = tiny_config(config, range(number_of_blocks(config)))
     except Exception:
@@ -111,7 +102,7 @@ def _facts(config: Any, entry: Entry, model_class: Any) -> list[Any]:
         small = config
     settings = {key: value for key, value in small.to_dict().items() if not IRRELEVANT.search(key)}
     stated = {key: _source(value) if callable(value) else repr(value) for key, value in entry.stated.items()}
-    known = [repr(class_of(config, model_class)), entry is UNKNOWN, entry.derived, stated]
+    known = [repr(model_class), entry is UNKNOWN, stated]
     return [*_versions(), *known, json.loads(json.dumps(settings, default=str))]
 
 
