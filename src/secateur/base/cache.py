@@ -89,10 +89,8 @@ def cached_value(folder: str, facts: Any, kind: type[T], make: Callable[[], T]) 
     return value
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    """Return pydantic's reader and writer of a dataclass; to build one takes longer than to read a file."""
-    return TypeAdapter(kind)
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+"""Pydantic's reader and writer of a dataclass; to build one takes longer than to read a file."""
 
 
 def _is_whole(folder: Path) -> bool:
