@@ -49,7 +49,7 @@ HISTORY = "docs/log.md"
 """Page that names options and files that no longer exist."""
 ELSEWHERE = {
     r"pip install .+": "installs packages",
-    r"torchrun .+": "starts processes, as tests/steps/test_team.py does",
+    r"secateur .+ --processes .+": "starts processes, as tests/steps/test_team.py does",
     r"vllm serve .+": "vLLM has an environment of its own, make test-vllm",
     r"llama-(server|quantize) .+": "these are llama.cpp's own programs",
     r"secateur doctor .+": "it starts a process for each engine, as tests/commands/test_doctor.py does",

@@ -231,16 +231,32 @@ def test_a_speed_target_needs_one_process(monkeypatch, checkpoint_folder):
     )
 
 
-def test_torchrun_starts_the_processes(tmp_path, checkpoint_folder):
+def test_an_option_starts_the_processes(tmp_path, checkpoint_folder):
+    """By torch's launcher, as torchrun does; one of them is killed at first."""
     words = ["prune", str(checkpoint_folder("llama")), str(tmp_path / "out"), "--calibration", "random"]
-    words += ["--samples", str(SAMPLES), "--length", str(LENGTH), "--effort", "quick"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "secateur"]
-    found = subprocess.run([*launcher, *words], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    words += ["--samples", str(SAMPLES), "--length", str(LENGTH), "--effort", "quick", "--processes", "2"]
+    killing = tmp_path / "sitecustomize.py"
+    killing.write_text('import os\nif os.environ.get("RANK") == "1":\n    os.kill(os.getpid(), 9)\n')
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    for code in (2, 0):
+        command = [sys.executable, "-m", "secateur", *words]
+        found = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)
+        assert found.returncode == code, found.stderr
+        killing.unlink(missing_ok=True)
+        if code:
+            assert found.stderr.splitlines()[-1].startswith("error: process 1 was ended by signal 9; if memory ran out")
+            assert not (tmp_path / "out").exists()
     # One of them speaks.
     assert found.stdout.count("Written to") == 1
     assert found.stderr.count("Opened") == 1
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_number_of_processes_is_the_launchers(monkeypatch, checkpoint_folder, tmp_path):
+    set_variables(monkeypatch)
+    words = ["survey", str(checkpoint_folder("llama")), "--out", str(tmp_path / "out"), "--processes", "3"]
+    found = CliRunner().invoke(app, words)
+    assert str(found.exception) == "--processes is 3, but a launcher has started 2 processes: leave out --processes"
 
 
 VARIABLES = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}

@@ -7,6 +7,7 @@ import typer
 
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Model, expand_options
+from secateur.cli.processes import ProcessOptions, run_in_processes
 from secateur.cli.terminal import print_result
 from secateur.steps.options import Options, RunOptions
 
@@ -24,11 +25,13 @@ def prune(
     ],
     options: Options,
     run_options: RunOptions,
+    process_options: ProcessOptions,
 ) -> None:
     """Prune MODEL and write a smaller checkpoint to OUT.
 
     Example: secateur prune ./SmolLM2-135M ./SmolLM2-pruned --sparsity 0.25 --calibration text.txt
     """
+    run_in_processes(process_options)
     bars = Bars()
     with bars.loading():
         from secateur.report.tables import prune_table

@@ -7,6 +7,7 @@ import typer
 
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Only, PrunedFolder, expand_options
+from secateur.cli.processes import ProcessOptions, run_in_processes
 from secateur.cli.terminal import print_result
 from secateur.retraining.options import Training
 from secateur.steps.options import RunOptions
@@ -27,6 +28,7 @@ def retrain(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
     training: Training,
     run_options: Annotated[RunOptions, Only(OPTIONS, texts=TEXTS)],
+    process_options: ProcessOptions,
 ) -> None:
     """Train a pruned model for a while, so that it recovers some of the quality that pruning has cost.
 
@@ -35,6 +37,7 @@ def retrain(
 
     Example: secateur retrain ./SmolLM2-pruned ./SmolLM2-healed --tokens 256k
     """
+    run_in_processes(process_options)
     bars = Bars()
     with bars.loading():
         from secateur.retraining.retrain import retrain as run

@@ -8,6 +8,7 @@ import typer
 from secateur.base.errors import SecateurError
 from secateur.cli.bars import Bars
 from secateur.cli.generate import Model, Only, expand_options, other_options
+from secateur.cli.processes import ProcessOptions, run_in_processes
 from secateur.cli.terminal import print_result
 from secateur.criteria.choice import parse_choice
 from secateur.steps.options import OUTPUT, SURVEYED, Options, RunOptions
@@ -29,6 +30,7 @@ def survey(
     run_options: Annotated[
         RunOptions, Only(("device", "memory", "revision", "family", "trust_remote_code", "overwrite", "restart"))
     ],
+    process_options: ProcessOptions,
     out: Annotated[
         Path, typer.Option(help="Folder to write; it appears only once it is complete.", rich_help_panel=OUTPUT)
     ] = Path("survey"),
@@ -37,6 +39,7 @@ def survey(
 
     Example: secateur survey ./SmolLM2-135M --out survey --calibration text.txt
     """
+    run_in_processes(process_options)
     bars = Bars()
     with bars.loading():
         from secateur.commands.survey import survey_page
