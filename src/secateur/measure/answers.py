@@ -15,7 +15,6 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,8 +34,6 @@ FILE = Path(__file__).with_name("prompts.txt")
 ANSWER_TOKENS = 96
 LOOP = 8
 """Number of tokens of a run that makes an answer count as a loop if the run occurs twice."""
-BATCH = 20
-"""Number of prompts that are answered together."""
 TIMED_STEPS = 4
 """Number of steps after which the time of all steps is estimated. The first one also reads the prompts."""
 LONG = 60.0
@@ -144,33 +141,26 @@ def greedy_answers(
         prompts: Token ids of each prompt.
         ends: Ids of the tokens that end an answer.
         watcher: Progress output.
-        what: Label of the progress bar, which counts tokens of a batch of answers.
+        what: Label of the progress bar, which counts the tokens of an answer.
     """
-    written: list[list[int]] = []
-    starts = range(0, len(prompts), BATCH)
-    with closing(_steps(watcher or Silent(), len(starts) * ANSWER_TOKENS, what)) as steps:
-        for start in starts:
-            of_batch = islice(steps, ANSWER_TOKENS)
-            written += greedy_tokens(
-                network,
-                prompts[start : start + BATCH],
-                ends=ends,
-                new_tokens=ANSWER_TOKENS,
-                on_step=partial(next, of_batch, None),
-            )
-            # All answers of a batch may end early.
-            deque(of_batch, maxlen=0)
+    # In one batch, because every step reads all weights.
+    with closing(_steps(watcher or Silent(), what)) as steps:
+        written = greedy_tokens(
+            network, prompts, ends=ends, new_tokens=ANSWER_TOKENS, on_step=partial(next, steps, None)
+        )
+        # All answers may end early.
+        deque(steps, maxlen=0)
     return written
 
 
-def _steps(watcher: Watcher, total: int, what: str) -> Generator[int, None, None]:
+def _steps(watcher: Watcher, what: str) -> Generator[int, None, None]:
     """Yield the number of each step, with progress, and with a note about the time of all steps if that is long."""
     start = 0.0
-    for step in watcher.track(range(total), what):
+    for step in watcher.track(range(ANSWER_TOKENS), what):
         if step == 1:
             start = perf_counter()
-        if step == TIMED_STEPS and (seconds := (perf_counter() - start) / (TIMED_STEPS - 1) * total) > LONG:
-            watcher.note(f"{what}: up to {seconds / 60:,.0f} min for {total:,} steps; {SKIP}")
+        if step == TIMED_STEPS and (each := (perf_counter() - start) / (TIMED_STEPS - 1)) * ANSWER_TOKENS > LONG:
+            watcher.note(f"{what}: up to {each * ANSWER_TOKENS / 60:,.0f} min for {ANSWER_TOKENS} steps; {SKIP}")
         yield step
 
 
@@ -187,7 +177,7 @@ def agreement(network: Any, prompts: Sequence[Sequence[int]], answers: Sequence[
     """
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
     longest = max((len(prompt) + len(answer) for prompt, answer in pairs), default=1)
-    batch = rows_per_forward(network, longest, BATCH)
+    batch = rows_per_forward(network, longest, len(pairs))
     hits = [_hits(network, pairs[start : start + batch]) for start in range(0, len(pairs), batch)]
     return float(torch.cat(hits).double().mean()) if hits else 1.0
 
