@@ -8,10 +8,12 @@ import inspect
 import io
 import json
 import re
+import runpy
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -33,6 +35,7 @@ from paper.__main__ import parser as paper_parser
 from secateur.base.quiet import quiet
 from secateur.cli.app import app
 from secateur.families.registry import FAMILIES
+from secateur.measure import evaluation
 from secateur.model import axes
 from secateur.model.structure import _DESCRIBERS, axis_kinds
 from secateur.plan.target import parse_target
@@ -390,3 +393,19 @@ def test_the_notebook_runs(letters_folder, tmp_path, monkeypatch, capsys):
     sizes = [names[model].num_parameters() for model in ("model", "smaller")]
     assert "{:,} parameters before, {:,} after".format(*sizes) in printed
     assert (tmp_path / "smaller.gguf").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["in_python", "for_llama_cpp"])
+def test_a_script_runs(letters_folder, tmp_path, monkeypatch, capsys, name):
+    """The tiny model has few positions. tests/serving runs the script for vLLM."""
+    monkeypatch.setattr(secateur, "prune", partial(secateur.prune, samples=4, length=16), raising=False)
+    monkeypatch.setattr(secateur, "speeds", partial(secateur.speeds, prompt=16, new=4), raising=False)
+    monkeypatch.setattr(evaluation, "evaluate", partial(evaluation.evaluate, length=16))
+    out, text = tmp_path / f"out{'.gguf' if name == 'for_llama_cpp' else ''}", tmp_path / "text.txt"
+    text.write_text("a b c d e " * 200)
+    words = [str(letters_folder("llama")), str(out), *([str(text)] if name == "in_python" else [])]
+    monkeypatch.setattr(sys, "argv", [name, *words, "--calibration", "random"])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert out.exists()
+    assert ("parameters before" in printed and "out: perplexity" in printed) or "tokens/s read" in printed

@@ -5,9 +5,12 @@ vLLM needs its own torch and transformers, so these tests have an environment of
 
 import gc
 import os
+import runpy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import models as tiny
+import secateur
 from models import _config, blocks_of, build, own_axes, relative, save, token_rows, wide, write_pruned
 from secateur import open_checkpoint, trim
 from secateur.base.quiet import quiet
@@ -326,3 +330,13 @@ def units_at(block: Block, width: Width) -> KeptUnits:
         shared = range(fed.shared_multiple * width.channels)
         units["channels"] = (*own, *(full.experts * full.channels + channel for channel in shared))
     return units
+
+
+def test_the_example_runs(trimmed, tmp_path, monkeypatch, capsys):
+    """The tiny model has few positions."""
+    model, _, _ = trimmed
+    script = Path(__file__).parents[2] / "examples" / "for_vllm.py"
+    monkeypatch.setattr(secateur, "prune", partial(secateur.prune, samples=4, length=16), raising=False)
+    monkeypatch.setattr(sys, "argv", [str(script), str(model), str(tmp_path / "out"), "--calibration", "random"])
+    runpy.run_path(str(script))["main"](dtype="float32", enforce_eager=True, max_model_len=64)
+    assert f"vllm serve {tmp_path / 'out'}" in capsys.readouterr().out
