@@ -395,6 +395,7 @@ def test_the_notebook_runs(letters_folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "smaller.gguf").stat().st_size > 0
 
 
+@pytest.mark.usefixtures("restored_registries")
 @pytest.mark.parametrize("name", ["in_python", "for_llama_cpp"])
 def test_a_script_runs(letters_folder, tmp_path, monkeypatch, capsys, name):
     """The tiny model has few positions. tests/serving runs the script for vLLM."""

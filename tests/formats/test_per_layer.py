@@ -311,6 +311,16 @@ ours.save_pretrained(place)
 assert type(auto.from_pretrained(place)) is type(ours)
 from secateur import BlockStream, open_checkpoint
 assert len(BlockStream(open_checkpoint(folders[1]))) == 3
+# A config.json that names the stock class does not fit these weights, whatever was registered.
+import json, pathlib, shutil
+config = pathlib.Path(shutil.copytree(folders[0], f"{place}/other"), "config.json")
+config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["LlamaForCausalLM"]}))
+try:
+    BlockStream(open_checkpoint(config.parent))
+except secateur.SecateurError as error:
+    assert "tensors missing from the weights" in str(error)
+else:
+    raise AssertionError
 """
 
 

@@ -31,8 +31,8 @@ from secateur.checkpoints.config_file import (
     empty_model,
     has_own_code,
     load_config,
+    made_by,
     read_config,
-    stock_class,
 )
 from secateur.checkpoints.conversions import converted
 from secateur.checkpoints.facts import positions_of
@@ -179,8 +179,7 @@ class Checkpoint(Stored):
             if self.quantised:
                 del config.quantization_config
             values = {name: self.read(name).to(dtype) for name in self.weights}
-            own = stock_class(auto._model_mapping, type(config)) if hasattr(auto, "_model_mapping") else auto
-            return own.from_pretrained(None, state_dict=values, **options)
+            return made_by(auto, config).from_pretrained(None, state_dict=values, **options)
 
     @contextmanager
     def model_errors(self) -> Iterator[None]:

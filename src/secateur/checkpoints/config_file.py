@@ -156,10 +156,7 @@ def empty_model(auto: Any, config: Any) -> Any:
         auto: An auto class of transformers, or the class of a model.
         config: The config object.
     """
-    # Classes of a checkpoint's own code are called without transformers' question about it.
-    own = has_own_code(config) and hasattr(auto, "_model_mapping")
-    auto = stock_class(auto._model_mapping, type(config)) if own else auto
-    make = getattr(auto, "from_config", None) or auto._from_config
+    make = made_by(auto, config)._from_config
     # Without no_init_weights, drawing random values for parameters that have no memory would take most of the time.
     with init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
         return make(config, dtype=torch.float32).eval()
@@ -446,6 +443,15 @@ def stock_class(classes: Any, config_class: type) -> Any:
         return own[next(auto for auto, found in MAPPINGS.items() if found is classes)]
     found = classes[config_class]
     return getattr(found, "stock", found[0] if isinstance(found, tuple) else found)
+
+
+def made_by(auto: Any, config: Any) -> Any:
+    """Return the class of a model that an auto class makes of a config; the class of a model makes its own.
+
+    Classes of a checkpoint's own code are found without transformers' question about it, and stock classes also after
+    `secateur.register`.
+    """
+    return stock_class(auto._model_mapping, type(config)) if hasattr(auto, "_model_mapping") else auto
 
 
 def _no_config(folder: Path) -> str:

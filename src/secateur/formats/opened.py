@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.base.errors import SecateurError
 from secateur.base.quiet import quiet
 from secateur.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from secateur.checkpoints.config_file import TEXT, config_of, stock_class
+from secateur.checkpoints.config_file import TEXT, config_of, made_by
 from secateur.checkpoints.weights import TensorInfo
 from secateur.model.per_layer import empty_decoder, model_class
 from secateur.model.stream import BlockStream
@@ -71,8 +71,7 @@ def network_of(raw_config: dict[str, Any], tensors: dict[str, Tensor], dtype: to
     config = config_of(raw_config)
     with quiet():
         auto = model_class(config, raw_config if raw_config.get(TEXT) else None)
-        own = stock_class(auto._model_mapping, type(config)) if hasattr(auto, "_model_mapping") else auto
-        network, info = own.from_pretrained(
+        network, info = made_by(auto, config).from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
     wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
