@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from command_line import TEXT
+from gguf import GGUFReader
 
 from models import relative, token_rows
 from outputs import error_of
@@ -48,6 +49,12 @@ def test_both_have_the_same_figures(pair, tmp_path):
     if "gemma4" not in str(open_to_measure(str(pair.folder)).config.model_type):
         assert file.parameters == folder.parameters
     assert any("f32 on cpu" in line for line in eval_table(result)[1])
+    figures = {figure.label: figure.values for figure in result.figures()}
+    assert figures["bytes as stored"] == [
+        sum(int(one.n_bytes) for one in GGUFReader(pair.file).tensors),
+        2 * folder.bytes,
+    ]
+    assert figures["bits per weight"] == pytest.approx([32, 32], rel=0.01)
 
 
 def test_logits_are_those_of_transformers(pair):

@@ -174,7 +174,7 @@ def test_one_width_of_several_blocks(row, where):
 def test_notes_name_the_models():
     """The columns of a card are in another order than those of `eval`."""
     loops = AnswerScore(40, 9, 0.0, 0.5)
-    scores = [ModelScore(name, 1, 1, "float32", False, {}, [], answers=loops) for name in ("x", "y")]
+    scores = [ModelScore(name, 1, 1, "float32", 4, False, {}, [], answers=loops) for name in ("x", "y")]
     scores[0].written, scores[0].chat_template = {"Who?": "I."}, True
     answers, prompts = measurement_notes(Evaluation(scores), ("this model", "the base model"))
     assert "share of the answer tokens of the base model that this model ranks first." in answers

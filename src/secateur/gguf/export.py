@@ -1,12 +1,13 @@
 """`export`: write a folder that `prune` wrote, or that was fine-tuned since, as a GGUF file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor
 
 from secateur.base.errors import SecateurError
 from secateur.base.files import existing_path, local_path, real_path
@@ -18,7 +19,8 @@ from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.formats.folder import open_folder
 from secateur.gguf.architecture import Architecture
 from secateur.gguf.architectures import choose_architecture
-from secateur.gguf.llama_cpp import LLAMA_TYPES, library, quantise
+from secateur.gguf.importance import Importance, importance_rows, measured, read_importance
+from secateur.gguf.llama_cpp import LLAMA_TYPES, NEEDING_IMPORTANCE, library, quantise
 from secateur.gguf.model import GgufModel
 from secateur.gguf.tensors import FileTensor, file_tensors
 from secateur.gguf.tokenizer import Vocabulary, vocabulary_of
@@ -54,10 +56,11 @@ def export(
     out: str | Path,
     *,
     type: str = "f16",
+    calibration: str | None = None,
+    imatrix: str | Path | None = None,
+    device: str = "auto",
     overwrite: bool = False,
     watcher: Watcher | None = None,
-    at: Path | None = None,
-    name: str | None = None,
 ) -> Exported:
     """Convert a folder that `prune` wrote to a GGUF file, which appears complete or not at all.
 
@@ -67,22 +70,69 @@ def export(
         out: The file, `*.gguf`.
         type: Type of its weights: f32, f16, bf16, q8_0 or q4_0; or a type that llama.cpp's library makes, such as
             q4_k_m, if the library is installed; or as-input for the types of the .gguf file that was pruned.
+        calibration: Source of text as for `prune`. llama.cpp's library then rounds weights with importances, which are
+            measured on this text.
+        imatrix: File of llama.cpp's llama-imatrix with such importances, in place of `calibration`.
+        device: Device on which importances are measured; `auto` for a GPU if there is one.
         overwrite: Replace a file that exists.
         watcher: Shows the progress.
-        at: Path of the file until it is complete; by default a hidden name in the folder of `out`.
-        name: Name of the model in the file; by default the name of the file.
 
     Raises:
-        SecateurError: The folder holds no model, llama.cpp cannot compute the model, GGUF cannot hold its tokenizer, or
-            the output cannot be written.
+        SecateurError: The folder holds no model, llama.cpp cannot compute the model, GGUF cannot hold its tokenizer, a
+            source of importances cannot be read, or the output cannot be written.
     """
-    watcher = watcher or Silent()
-    folder, path = local_path(folder), real_path(out)
+    watcher, folder, importance = watcher or Silent(), local_path(folder), None
     check_type(type)
-    if type in LLAMA_TYPES:
-        return _quantised(folder, path, type=type, overwrite=overwrite, watcher=watcher)
+    _check_importance(type, calibration, imatrix)
+    if calibration is not None:
+        rows = importance_rows(open_folder(folder), calibration, watcher)
+        importance = partial(measured, rows=rows, device=device)
+    elif imatrix is not None:
+        importance = partial(_as_given, read_importance(imatrix))
+    return convert(folder, real_path(out), type=type, importance=importance, overwrite=overwrite, watcher=watcher)
+
+
+def _as_given(importance: Importance, *_: Any) -> Importance:
+    return importance
+
+
+def _check_importance(type: str, calibration: str | None, imatrix: str | Path | None) -> None:
+    """Raise `SecateurError` for a source of importances that the type does not use, or for one that it lacks."""
+    given = [name for name, value in {"calibration": calibration, "imatrix": imatrix}.items() if value is not None]
+    if len(given) > 1:
+        raise SecateurError("calibration and imatrix both give importances; leave one of them out")
+    if given and type not in LLAMA_TYPES:
+        raise SecateurError(f"{given[0]} is only for types that llama.cpp's library makes, such as q4_k_m, not {type}")
+    if not given and type in NEEDING_IMPORTANCE:
+        raise SecateurError(f"type {type} needs importances; name a text with calibration, or a file with imatrix")
+
+
+def convert(
+    folder: Path,
+    path: Path,
+    *,
+    type: str,
+    overwrite: bool,
+    watcher: Watcher,
+    importance: Callable[[Checkpoint, Watcher], Importance] | None = None,
+    at: Path | None = None,
+    name: str | None = None,
+) -> Exported:
+    """Convert a folder to a file; arguments and errors that `export` has too are described there.
+
+    Args:
+        importance: Function that returns the importances of the columns of matrices; it is called when the model is
+            known to be one that llama.cpp computes.
+        at: Path of the file until it is complete; by default a hidden name in the folder of `path`.
+        name: Name of the model in the file; by default the name of the file.
+    """
     target = _output(folder, path, overwrite)
+    if type in LLAMA_TYPES:
+        library()
     target.check()
+    if type in LLAMA_TYPES:
+        target.resume_path = at
+        return _quantised(folder, target, type, importance, watcher)
     with watcher.busy(f"Opening {folder}"):
         checkpoint = open_folder(folder)
         checkpoint.check_shapes(empty_decoder(checkpoint))
@@ -99,31 +149,51 @@ def export(
     _note(watcher, model, architecture, tensors)
     size = sum(tensor.bytes for tensor in tensors)
     target.expected_bytes, target.resume_path = size, at
-    with target as partial:
-        write_gguf(partial, model, architecture, tensors, vocabulary, name=name or path.stem, watcher=watcher)
-        if (difference := check_tensors(partial, tensors)) is not None:
+    with target as unfinished:
+        write_gguf(unfinished, model, architecture, tensors, vocabulary, name=name or path.stem, watcher=watcher)
+        if (difference := check_tensors(unfinished, tensors)) is not None:
             raise SecateurError(
-                f"{out}: the written file was not as planned ({difference}), so it was deleted; report this as a bug"
+                f"{path}: the written file was not as planned ({difference}), so it was deleted; report this as a bug"
             )
     return Exported(path, size, architecture.name, context_length(model, architecture))
 
 
-def _quantised(folder: Path, path: Path, *, type: str, overwrite: bool, watcher: Watcher) -> Exported:
-    """Write a file of a type that llama.cpp's library makes, from a file in the dtype of the folder; see `export`."""
-    library()
-    target = _output(folder, path, overwrite)
-    target.check()
-    with target as partial:
-        exact = partial.with_name(f"{partial.name}.exact.gguf")
+def _quantised(
+    folder: Path,
+    target: Output,
+    type: str,
+    importance: Callable[[Checkpoint, Watcher], Importance] | None,
+    watcher: Watcher,
+) -> Exported:
+    """Write a file of a type that llama.cpp's library makes, from a file in the dtype of the folder; see `convert`."""
+    with target as unfinished:
+        exact = unfinished.with_name(f"{unfinished.name}.exact.gguf")
         try:
-            exact_type = EXACT.get(open_folder(folder).dtype, "f32")
-            done = export(folder, exact, type=exact_type, name=path.stem, watcher=watcher)
+            checkpoint = open_folder(folder)
+            options: dict[str, Any] = {"overwrite": False, "name": target.path.stem, "watcher": watcher}
+            done = convert(folder, exact, type=EXACT.get(checkpoint.dtype, "f32"), **options)
+            found = None if importance is None else importance(checkpoint, watcher)
             with watcher.busy(f"Converting to {type}"):
-                quantise(exact, partial, type)
+                quantise(exact, unfinished, type, found)
         finally:
             exact.unlink(missing_ok=True)
-        size = sum(int(tensor.n_bytes) for tensor in GGUFReader(partial).tensors)
-    return replace(done, path=path, bytes=size)
+        tensors = GGUFReader(unfinished).tensors
+        _note_smaller_blocks(watcher, type, tensors)
+    return replace(done, path=target.path, bytes=sum(int(tensor.n_bytes) for tensor in tensors))
+
+
+def _note_smaller_blocks(watcher: Watcher, type: str, tensors: Sequence[ReaderTensor]) -> None:
+    """Note how many matrices have another type because their rows do not fill the type's blocks."""
+    block = int(GGML_QUANT_SIZES[LLAMA_TYPES[type]][0])
+    others = [one for one in tensors if len(one.shape) > 1 and int(one.shape[0]) % block]
+    others = [one for one in others if one.tensor_type != GGMLQuantizationType.F32]
+    if others:
+        weights, size = (sum(int(getattr(one, name)) for one in tensors) for name in ("n_elements", "n_bytes"))
+        kinds = ", ".join(sorted({one.tensor_type.name.lower() for one in others}))
+        watcher.note(
+            f"{len(others)} of {len(tensors)} tensors are {kinds}, because their rows are no multiple of {block} long; "
+            f"the file has {8 * size / weights:.2f} bits per weight"
+        )
 
 
 def _output(folder: Path, path: Path, overwrite: bool) -> Output:

@@ -15,7 +15,7 @@ from secateur.base.progress import Watcher
 from secateur.formats.converted import Converted
 from secateur.formats.format import Loading
 from secateur.gguf.architectures import OUTPUT_LAYERS, choose_architecture, gguf_unsupported
-from secateur.gguf.export import export
+from secateur.gguf.export import convert
 from secateur.gguf.model import STATED_AXES, GgufModel, filled
 from secateur.gguf.tensors import block_tensors, file_tensors
 from secateur.gguf.tokenizer import vocabulary_of
@@ -168,4 +168,4 @@ class GgufFormat(Converted):
     def convert(self, folder: Path, output: Output, watcher: Watcher) -> int:
         """Convert the folder as `secateur export` does, and return the bytes of its weights."""
         options: dict[str, Any] = {"overwrite": output.overwrite, "watcher": watcher, "at": output.resume_path}
-        return export(folder, output.path, type=self.type, **options).bytes
+        return convert(folder, output.path, type=self.type, **options).bytes

@@ -1,6 +1,7 @@
 """llama.cpp's library, which converts the tensors of a GGUF file to types of its own, such as K-quants."""
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,14 +11,26 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
+from torch import Tensor
 
 from secateur.base.errors import SecateurError
 
-LLAMA_TYPES = (
-    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
-    *("q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"),
-)
-"""Types that the library makes, by the names that `--type` takes."""
+_T = GGMLQuantizationType
+_NAMES = {
+    _T.Q2_K: "q2_k q2_k_s",
+    _T.Q3_K: "q3_k_s q3_k_m q3_k_l",
+    _T.Q4_K: "q4_k_s q4_k_m",
+    _T.Q5_K: "q5_k_s q5_k_m",
+    _T.IQ3_S: "iq3_xs iq3_s iq3_m",
+    _T.IQ2_S: "iq2_m",
+    _T.IQ2_XS: "iq2_xs iq2_s",
+}
+_ALONE = (_T.Q6_K, _T.Q4_1, _T.Q5_0, _T.Q5_1, _T.IQ4_NL, _T.IQ4_XS, _T.IQ3_XXS, _T.IQ2_XXS, _T.IQ1_M, _T.IQ1_S)
+LLAMA_TYPES = {name: type for type, names in _NAMES.items() for name in names.split()}
+LLAMA_TYPES |= {type.name.lower(): type for type in _ALONE}
+"""Types that the library makes, by the names that `--type` takes, with the type of most matrices."""
+NEEDING_IMPORTANCE = frozenset({"q2_k_s", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs"})
+"""Types that the library makes only with importances."""
 
 
 @cache
@@ -43,7 +56,7 @@ def _silence(ffi: Any) -> Any:
     return ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
 
 
-def quantise(source: Path, out: Path, type: str) -> None:
+def quantise(source: Path, out: Path, type: str, importance: Mapping[str, Tensor] | None = None) -> None:
     """Write a GGUF file again with tensors of another type, as llama.cpp's llama-quantize does.
 
     Tensors whose rows do not fill the type's blocks get a similar type with smaller blocks.
@@ -52,6 +65,7 @@ def quantise(source: Path, out: Path, type: str) -> None:
         source: File of type f32, f16 or bf16.
         out: The new file.
         type: Name of the type, one of `LLAMA_TYPES`.
+        importance: Importances of the columns of matrices, by name; None for equal ones.
 
     Raises:
         SecateurError: The library is not installed, or it cannot convert the file.
@@ -60,6 +74,13 @@ def quantise(source: Path, out: Path, type: str) -> None:
     settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
     settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{type.upper()}")
     settings.nthread = torch.get_num_threads()
+    # The library reads the entries until it finds one without a name. `kept` keeps their memory.
+    entries, kept = ffi.new("struct llama_model_imatrix_data[]", len(importance or {}) + 1), list[Any]()
+    for entry, (name, values) in zip(entries, (importance or {}).items(), strict=False):
+        kept += (own_name := ffi.new("char[]", name.encode())), (numbers := values.float().contiguous().numpy())
+        entry.name, entry.size = own_name, numbers.size
+        entry.data = ffi.cast("const float *", numbers.ctypes.data)
+    settings.imatrix = entries if importance else ffi.NULL
     if lib.llama_model_quantize(str(source).encode(), str(out).encode(), settings):
         raise SecateurError(f"{out}: llama.cpp cannot convert the model to {type}; use another --type")
 

@@ -16,7 +16,7 @@ from secateur.checkpoints.tokens import begins_with_bos
 from secateur.measure.answers import AnswerTest
 from secateur.measure.figures import Evaluation, ModelScore, short
 from secateur.measure.generation import generate
-from secateur.measure.loading import Model, load, open_to_measure
+from secateur.measure.loading import Model, load, open_to_measure, stored_bytes
 from secateur.measure.perplexity import perplexity
 from secateur.measure.speed import speeds
 from secateur.measure.tasks import OpenTask, open_tasks, zero_shot
@@ -163,6 +163,7 @@ def _score(
         parameters,
         parameters * stored_dtype.itemsize,
         str(stored_dtype).removeprefix("torch."),
+        stored_bytes(model),
         begins_with_bos=tokenizer is not None and begins_with_bos(tokenizer),
         texts=texts,
         tasks=results,

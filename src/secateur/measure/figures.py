@@ -21,6 +21,8 @@ class ModelScore:
     """Size of the parameters in bytes if all were stored in `dtype`."""
     dtype: str
     """Dtype in which the first model is stored; of a quantised model, the dtype in which it is read."""
+    stored_bytes: int
+    """Number of bytes of the tensors in the folder or file."""
     begins_with_bos: bool
     """Whether rows begin with BOS."""
     texts: dict[str, Perplexity]
@@ -70,6 +72,10 @@ class Evaluation:
             Figure.of("parameters", [model.parameters for model in models], "{:,}"),
             Figure.of(f"bytes in {models[0].dtype}", [model.bytes for model in models], "{:,}"),
         ]
+        if any(model.name.endswith(".gguf") for model in models):
+            bits = [8 * model.stored_bytes / model.parameters for model in models]
+            figures.append(Figure.of("bytes as stored", [model.stored_bytes for model in models], "{:,}"))
+            figures.append(Figure.of("bits per weight", bits, "{:.2f}"))
         for text in models[0].texts:
             perplexities, name = [model.texts[text].perplexity for model in models], self.name_of(text)
             figures.append(Figure.of(f"perplexity {name}", perplexities, "{:,.3f}"))

@@ -7,8 +7,10 @@ import weakref
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import local_path
 from secateur.base.memory import parse_memory, rss_bytes
 from secateur.base.progress import Silent, Watcher
 from secateur.base.quiet import quiet
@@ -38,6 +40,13 @@ def open_to_measure(model: str, *, revision: str | None = None, trust_remote_cod
         except SecateurError as missing:
             raise SecateurError(f"{error}; llama.cpp may be able to run it, but {missing}") from error
         return file
+
+
+def stored_bytes(model: Model) -> int:
+    """Return the number of bytes of a model's tensors in its folder or file."""
+    if isinstance(model, Checkpoint) and not model.source.endswith(".gguf"):
+        return model.bytes
+    return sum(int(tensor.n_bytes) for tensor in GGUFReader(local_path(model.source)).tensors)
 
 
 def load(

@@ -8,7 +8,7 @@ Gate and up projection of an expert are one layer, as in transformers, so that o
 Shapes: n tokens, d residual width, k experts per token, f channels of an expert.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
@@ -32,7 +32,11 @@ class Experts(nn.Module):
     Attributes:
         gate_up_proj, down_proj: Matrices of all experts.
         numbers: Numbers in the dense block of the experts that exist.
+        see: Function that is called with the name of a layer of an expert, the expert's number, and the layer's input
+            in a forward pass of the block; None for no function.
     """
+
+    see: Callable[[str, int, Tensor], None] | None = None
 
     def __init__(self, original: Any, gate_up_proj: ExpertMatrices, down_proj: ExpertMatrices):
         """Take over activation and layout of the module with the tensors of all experts."""
@@ -121,8 +125,11 @@ class Expert(Mapping[str, Tensor]):
     def __call__(self, x_nd: Tensor) -> Tensor:
         """Return the output (n x d). As in transformers, biases are added after the products, which rounds twice."""
         gate_up, bias = self._product_matrix(self._experts.gate_up_proj), self._bias("gate_up_proj")
-        y = self._experts.activated(_plus(x_nd @ gate_up, bias)) @ self.weight
-        return _plus(y, self.bias)
+        inner = self._experts.activated(_plus(x_nd @ gate_up, bias))
+        if self._experts.see is not None:
+            self._experts.see("gate_up_proj", self._number, x_nd)
+            self._experts.see("down_proj", self._number, inner)
+        return _plus(inner @ self.weight, self.bias)
 
     def rows(self, x_nd: Tensor) -> Tensor:
         """Return the inputs of the output projection (n x f)."""
