@@ -1,114 +1,100 @@
-"""Compare pruning before quantising with quantising alone at equal bytes: perplexity over the original model's.
+"""Compare GGUF files of a model, quantised, pruned or both: size, speed and quality in llama.cpp.
 
-    python benchmarks/quantised.py MODEL --calibration general --evaluate a.txt --evaluate b.txt
+    python benchmarks/quantised.py --dither MODEL FOLDER
+    python benchmarks/quantised.py DENSE.gguf FILE.gguf ... --texts TEXTS
 
-In every row the blocks take as many bytes as the dense model's blocks in the type `--base`: a type with more bits per
-weight is used on a model with fewer weights. The matrices of the blocks are quantised to a type of llama.cpp and back
-by the gguf package, the embedding and the output layer to q8_0 and back. Numbers of channels are multiples of 32, the
-size of a quantisation group.
+DENSE is the dense model in bf16, and TEXTS is a folder that texts.py wrote. The table has, for each file:
 
-Weights in packages have been quantised already, so that quantising them again costs almost nothing. With `--dither 4`
-each weight is first moved at random within its 4-bit cell (groups of 32), and the resulting model is the original.
+- its size in MB and its bits per weight;
+- tokens per second of a prompt of 512 tokens, and of 32 tokens that follow, one row: medians over turns, in which all
+  files are run one after the other;
+- bits per byte: the mean over the kinds of text that the calibration text `general` does not contain;
+- KL: the Kullback-Leibler divergence from DENSE's next-token distribution, in nats, a mean over the same tokens.
+
+Weights in packages have been quantised to 4 bits already, so that quantising them again costs almost nothing.
+`--dither` writes a folder of MODEL in which each weight is moved at random within its 4-bit cell (groups of 32). Such a
+model stands for one that was never quantised.
 """
 
 import argparse
-import tempfile
+import math
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import gguf
 import torch
 from torch import nn
 
-from secateur import open_checkpoint, prune
-from secateur.measure.evaluation import scored_rows
-from secateur.measure.loading import load
-from secateur.measure.perplexity import perplexity
+from basket import GROUPS, Basket
+from secateur import open_checkpoint
+from secateur.measure.llama_cpp import LlamaCppFile, LlamaCppModel
+from secateur.measure.loading import load, stored_bytes
+from secateur.measure.speed import speeds
 from tables import put
 
-GROUP = 32
+GROUP, LEVELS = 32, 15
+AT_ONCE = 4
+"""Rows that run together."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluate", action="append", required=True)
-    parser.add_argument("--base", default="q4_0")
-    parser.add_argument("--types", nargs="+", default=["q4_1", "q5_0", "q8_0"])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--effort", default="normal")
-    parser.add_argument("--dither", type=int, default=0)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--dither", action="store_true")
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        source = given.model if not given.dither else dithered(given.model, given.dither, Path(place) / "dithered")
-        lines = rows(source, given, Path(place) / "out")
-    print("\n".join(lines))
+    if given.dither:
+        dither(*given.files)
+    else:
+        compare(given)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Print the table, and put it into the file that `--out` names."""
+    files = [LlamaCppFile(one) for one in given.files]
+    lines = ["| file | MB | bits per weight | prompt, tokens/s | new tokens/s | bits per byte | KL |", "|---" * 7 + "|"]
+    networks = [LlamaCppModel(file) for file in files]
+    found = speeds(networks, prompt=512, new=32, repeats=given.repeats)
+    basket: Any = Basket(files[0], given.texts, given.tokens, 128, GROUPS["unseen"])  # type: ignore[arg-type]
+    for file, network, speed in zip(files, networks, found, strict=True):
+        size, weights = stored_bytes(file), sum(value.numel() for value in network.parameters())
+        scores = [score(network, networks[0], rows, basket.tokenizer) for rows in basket.rows.values()]
+        bits, divergence = map(mean, zip(*scores, strict=True))
+        sizes = f"{size / 1e6:,.1f} | {8 * size / weights:.2f} | {speed.prefill:,.0f} | {speed.decode:,.1f}"
+        lines.append(f"| {Path(file.source).stem} | {sizes} | {bits:.4f} | {divergence:.4f} |")
+        print(lines[-1], flush=True)
     if given.out:
         put(given.out, "quantised", lines)
 
 
-def rows(source: str, given: argparse.Namespace, out: Path) -> list[str]:
-    dense = open_checkpoint(source)
-    tokenizer = dense.tokenizer()
-    texts = {Path(text).stem: scored_rows(dense, tokenizer, text, 128, given.tokens).ids for text in given.evaluate}
-
-    def scores(model: Any) -> list[float]:
-        return [perplexity(model, ids).perplexity for ids in texts.values()]
-
-    whole = scores(opened(source))
-    print("original: " + ", ".join(f"{value:.2f}" for value in whole), flush=True)
-    names = ["type of the blocks", "sparsity", "MB of blocks", *texts]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for name in (given.base, *given.types):
-        share, model = 1 - bits(given.base) / bits(name), source
-        if share:
-            how = {"calibration": given.calibration, "effort": given.effort, "round": GROUP, "overwrite": True}
-            share, model = prune(source, out, sparsity=share, **how).sparsity, str(out)
-        network = opened(model)
-        size = quantise(network, name)
-        cells = [name, f"{share:.1%}", f"{size / 1e6:,.1f}"]
-        cells += [f"{value / before:.3f}" for value, before in zip(scores(network), whole, strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    return lines
+@torch.inference_mode()
+def score(network: Any, dense: Any, rows: torch.Tensor, tokenizer: Any) -> tuple[float, float]:
+    """Return the bits per byte of a kind of text, and the divergence from the dense model in nats per token."""
+    nats, divergence = 0.0, 0.0
+    for ids in rows.split(AT_ONCE):
+        q = network(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        p = dense(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        nats -= float(q.gather(-1, ids[:, 1:, None]).sum())
+        divergence += float((p.exp() * (p - q)).sum())
+    text = "".join(tokenizer.batch_decode(rows[:, 1:], clean_up_tokenization_spaces=False))
+    return nats / math.log(2) / len(text.encode()), divergence / rows[:, 1:].numel()
 
 
-def opened(model: str) -> Any:
-    return load(open_checkpoint(model), torch.float32, torch.device("cpu"))
-
-
-def bits(name: str) -> float:
-    entries, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
-    return 8 * size / entries
-
-
-def quantise(model: nn.Module, name: str) -> float:
-    """Quantise the weights in place; return the bytes of the blocks' matrices."""
-    total = 0.0
-    for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear | nn.Embedding):
-            inside = ".layers." in path
-            kind = gguf.GGMLQuantizationType[(name if inside else "q8_0").upper()]
-            found = gguf.quants.dequantize(gguf.quants.quantize(layer.weight.data.numpy(), kind), kind)
-            layer.weight.data = torch.from_numpy(found)
-            total += layer.weight.numel() * bits(name) / 8 if inside else 0.0
-    return total
-
-
-def dithered(model: str, width: int, out: Path) -> str:
-    """Write the model with each weight moved at random within its cell of `width` bits; return the folder."""
-    network = opened(model)
+def dither(model: str, out: str) -> None:
+    """Write the model in bfloat16 with each weight moved at random within its cell of 4 bits."""
+    checkpoint = open_checkpoint(model)
+    network: Any = load(checkpoint, torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Embedding):
             groups = layer.weight.data.unflatten(-1, (-1, GROUP))
-            step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**width - 1)
+            step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / LEVELS
             groups += step * (torch.rand(groups.shape, generator=generator) - 0.5)
-    network.save_pretrained(out)
-    open_checkpoint(model).tokenizer().save_pretrained(out)
-    return str(out)
+    network.to(torch.bfloat16).save_pretrained(out)
+    checkpoint.tokenizer().save_pretrained(out)
 
 
 if __name__ == "__main__":

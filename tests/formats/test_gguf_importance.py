@@ -15,12 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 import models as tiny
 from outputs import Notes, assert_error, edited_weights
+from secateur import prune
 from secateur.base.progress import Silent
 from secateur.formats.folder import open_folder
 from secateur.gguf import export as exporting
 from secateur.gguf.export import export
 from secateur.gguf.importance import measured, read_importance
 from secateur.gguf.llama_cpp import LLAMA_TYPES, NEEDING_IMPORTANCE, quantise
+from secateur.text.calibration import calibration_rows
 
 NAMES = {
     "llama": {
@@ -94,7 +96,7 @@ def test_each_matrix_has_an_importance_for_each_column(name, tmp_path, letters_f
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a model whose rows fill blocks of 256, with inputs of very different size."""
     folder = tmp_path_factory.mktemp("wide") / "model"
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=tiny.VOCAB, **sizes)).save_pretrained(folder)
     tiny.make_letters().save_pretrained(folder)
@@ -204,3 +206,27 @@ def test_the_command_line_takes_a_text(place, run, letters_folder):
     )
     assert done.code == 0, done.err
     assert (place / "out.gguf").is_file()
+
+
+def test_prune_writes_types_of_the_library(wide, tmp_path, monkeypatch):
+    """The importances are those of the rows in the pruned model, and channels fill the type's blocks of 256."""
+    used = list[Any]()
+    monkeypatch.setattr(exporting, "quantise", lambda *given: (used.append(given[-1]), quantise(*given)))
+    how: dict[str, Any] = {"calibration": "random", "samples": 32, "length": 8, "recovery": "none", "device": "cpu"}
+    how |= {"modules": ("channels",), "sparsity": 0.3}
+    prune(wide, tmp_path / "out.gguf", format="gguf", type="iq2_xxs", **how)
+    prune(wide, tmp_path / "out", round=256, **how)
+    channels = [int(one.shape[0]) for one in GGUFReader(tmp_path / "out.gguf").tensors if "ffn_down" in one.name]
+    assert min(channels) < 1024
+    assert not any(number % 256 for number in channels)
+    tokenizer = open_folder(wide).tokenizer()
+    rows = calibration_rows(tokenizer, "random", samples=32, length=8, seed=0, vocab_size=tiny.VOCAB)
+    wanted = measured(open_folder(tmp_path / "out"), Silent(), rows=rows, device="cpu")
+    assert used[0].keys() == wanted.keys()
+    assert all(torch.equal(used[0][name], values) for name, values in wanted.items())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.gguf"]
+
+
+def test_bytes_of_types_of_the_library_are_no_target(wide, tmp_path):
+    how: dict[str, Any] = {"calibration": "random", "samples": 4, "length": 8, "format": "gguf", "type": "q4_k_m"}
+    assert_error("bytes of type q4_k_m are known only", prune, wide, tmp_path / "o.gguf", target="bytes=1MB", **how)

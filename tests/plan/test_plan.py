@@ -152,6 +152,16 @@ def test_wide_modules_are_rounded_to_32_by_default():
     assert multiples(256, (255, 256, 1024)) == [1, 32, 32]
 
 
+def test_channels_fill_the_blocks_of_the_format_by_default():
+    def multiples(*numbers: int) -> int:
+        axes = [Axis("channels", number, rounded=True, rounds_from=1024) for number in numbers]
+        return default_multiple([*axes, Axis("heads", 9)], 256)
+
+    assert multiples(2048, 1024) == 256
+    assert multiples(2048, 2016) == 32
+    assert multiples(2048, 512) == 1
+
+
 def test_experts_keep_at_least_some_channels(make_problem):
     block = make_problem(0.2, "qwen2_moe").blocks[-1]
     found = module_widths(block, block.modules[-1], 1, lambda _: None, ("channels",))

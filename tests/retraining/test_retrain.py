@@ -43,6 +43,7 @@ from secateur.model.stream import BlockStream
 from secateur.retraining import memory, student
 from secateur.retraining import retrain as steps
 from secateur.retraining.adapters import adapted_layers
+from secateur.retraining.halved import HalvedAdamW, can_halve
 from secateur.retraining.loss import LOGITS_AT_ONCE
 from secateur.retraining.options import ADAPTERS, Training
 from secateur.retraining.retrain import retrain
@@ -211,13 +212,14 @@ def test_the_seed_alone_decides_the_bytes(tmp_path, train):
     assert one == two != other
 
 
-@pytest.mark.parametrize("rank", [8, 0])
-def test_an_interrupted_training_resumes(checkpoint_folder, tmp_path, text, train, rank):
+@pytest.mark.parametrize(("rank", "halved"), [(8, False), (0, False), (0, True)])
+def test_an_interrupted_training_resumes(checkpoint_folder, tmp_path, text, train, monkeypatch, rank, halved):
     """The resumed training writes the same bytes as an uninterrupted one, and leaves no checkpoint.
 
     Neither requests that are refused in between, nor a checkpoint that is half written, change that.
     """
-    how = {"rank": rank, "teacher": str(checkpoint_folder("llama"))}
+    how, plan = {"rank": rank, "teacher": str(checkpoint_folder("llama"))}, steps.plan_memory
+    monkeypatch.setattr(steps, "plan_memory", lambda *given, **named: plan(*given, **named)._replace(halved=halved))
     train("whole", **how)
     with pytest.raises(KeyboardInterrupt):
         train("out", watcher=Interrupting(), **how)
@@ -374,6 +376,55 @@ def test_memory_decides_how_a_step_is_run(checkpoint_folder, tmp_path, train, mo
         torch.testing.assert_close(parts[name], value, atol=2e-3 * float(value.abs().max()), rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_training_in_bfloat16_is_nearly_as_good(checkpoint_folder, tmp_path, train, monkeypatch, products):
+    """Rounded to the nearest number, most weights would stay as they are."""
+    plan = steps.plan_memory
+    monkeypatch.setattr(steps, "fast_dtype", lambda _: products)
+    losses, changed = [], []
+    before = tensors_of(pruned(checkpoint_folder("llama"), tmp_path / "pruned"))[0]
+    for dtype in (None, "bfloat16"):
+        halved = {"halved": dtype is not None}
+        monkeypatch.setattr(steps, "plan_memory", lambda *given, to=halved, **how: plan(*given, **how)._replace(**to))
+        losses.append(train(f"{dtype}", tmp_path / "pruned", rank=0, learning_rate=3e-4).perplexity)
+        after = tensors_of(tmp_path / f"{dtype}")[0]
+        changed.append(sum(int((after[name] != value).sum()) for name, value in before.items()))
+        assert record_of(tmp_path / f"{dtype}")["retrained"][0].get("trained_in") == dtype
+    (start, exact), (_, rounded) = losses
+    assert exact < 0.9 * start
+    assert rounded == pytest.approx(exact, rel=0.01)
+    assert changed[1] > 0.9 * changed[0]
+
+
+def test_values_are_rounded_without_a_mean_error():
+    value, exact = torch.nn.Parameter(torch.ones(40_000, 10, dtype=torch.bfloat16)), torch.nn.Parameter(torch.ones(1))
+    optimizers = HalvedAdamW([value], seed=0), torch.optim.AdamW([exact], weight_decay=0.0)
+    for step in range(5):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3
+                for one in group["params"]:
+                    one.grad = torch.full_like(one, 1.0 + step)
+            optimizer.step()
+    # The next smaller number of bfloat16 is 0.996, almost as far as the weight has moved.
+    assert set(value.float().unique().tolist()) > {1.0, 0.99609375}
+    assert float(value.detach().float().mean()) == pytest.approx(float(exact.detach()), abs=2e-5)
+    moments = [
+        float(optimizer.state[one]["exp_avg_sq"].float().mean())
+        for optimizer, one in zip(optimizers, (value, exact), strict=True)
+    ]
+    assert moments[0] == pytest.approx(moments[1], rel=1e-3)
+
+
+def test_modules_with_other_matrices_are_trained_in_bfloat16_only_where_products_are(checkpoint_folder):
+    def possible(name: str, products: torch.dtype) -> bool:
+        return can_halve(open_checkpoint(checkpoint_folder(name)).empty(AutoModelForCausalLM), path[name], products)
+
+    path = {"gpt2": "transformer.h", "mixtral": "model.layers", "qwen2": "model.layers"}
+    assert [possible(name, torch.float32) for name in path] == [False, False, True]
+    assert all(possible(name, torch.bfloat16) for name in path)
+
+
 @pytest.mark.parametrize("rank", [0, 8])
 def test_the_fastest_way_that_fits_is_taken(checkpoint_folder, text, monkeypatch, rank):
     """As many rows as possible, then one block's insides at a time; more than half of the free memory if need be."""
@@ -394,26 +445,34 @@ def test_the_fastest_way_that_fits_is_taken(checkpoint_folder, text, monkeypatch
         if ways[-1] != (1, True):
             limit = planned(f"{limit - 1}B").bytes
     assert ways == [(4, False), (2, False), (1, False), (2, True), (1, True)]
+    if rank == 0:
+        # Training in bfloat16 comes next, and its smallest way is the last one.
+        plan = planned(f"{limit - 1}B")
+        while plan.way != (0, True, 1, True):
+            assert plan.halved
+            plan = planned(f"{plan.bytes - 1}B")
+        limit = plan.bytes
     # A run goes on as it began, and a limit that a message names is enough.
-    assert planned("1000GB", way=[rank, 2, True]).way == (rank, 2, True)
+    assert planned("1000GB", way=[rank, False, 2, True]).way == (rank, False, 2, True)
     assert planned(re.search(r"at least ([\d.]+ GB)", error_of(planned, "1B"))[1]).rank == rank
     assert ("train adapters with --rank 16" in error_of(planned, f"{limit - 1}B")) == (rank == 0)
     monkeypatch.setattr(memory, "memory_of", lambda _: (0, limit))
-    assert planned(None).way == planned(None, "cuda").way == (rank, 1, True)
+    assert planned(None).way == planned(None, "cuda").way == (rank, rank == 0, 1, True)
 
 
 def test_adapters_take_half_of_the_free_memory_where_that_is_enough(checkpoint_folder, monkeypatch):
     """Although all weights were tried first, with all of the free memory."""
-    sizes = {0: [(1, 20)], ADAPTERS: [(4, 9), (2, 4)]}
+    sizes = {(0, False): [(1, 20)], (0, True): [(1, 11)], (ADAPTERS, False): [(4, 9), (2, 4)]}
     monkeypatch.setattr(memory, "memory_of", lambda _: (0, 10))
     monkeypatch.setattr(
         memory,
         "_plans",
-        lambda _, rank, *__: [memory.MemoryPlan(rank, rows, False, size) for rows, size in sizes[rank]],
+        lambda _, *way: [memory.MemoryPlan(*way[:2], rows, False, size) for rows, size in sizes[way[:2]]],
     )
     checkpoint, how = open_checkpoint(checkpoint_folder("llama")), {"products": torch.float32, "processes": 1}
-    plan = memory.plan_memory(checkpoint, None, Training(), device=torch.device("cpu"), memory=None, **how)
-    assert (plan.way, plan.bytes, plan.spare_bytes) == ((ADAPTERS, 2, False), 4, 1)
+    network = checkpoint.empty(AutoModelForCausalLM)
+    plan = memory.plan_memory(checkpoint, network, Training(), device=torch.device("cpu"), memory=None, **how)
+    assert (plan.way, plan.bytes, plan.spare_bytes) == ((ADAPTERS, False, 2, False), 4, 1)
 
 
 def test_a_device_without_memory_gives_an_error(train, monkeypatch, tmp_path):
@@ -467,7 +526,7 @@ def test_a_gpu_has_memory_of_its_own(checkpoint_folder, text, monkeypatch):
     for room, fits in ((1.3, True), (1.2, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, room=room: (round(room * needed), 10**12))
         plan = memory.plan_memory(checkpoint, network, training, device=device, **how)
-        assert (plan.way == (0, 8, False)) == fits
+        assert (plan.way == (0, False, 8, False)) == fits
         assert abs(plan.spare_bytes - available_bytes() / 2 + rss_bytes()) < available_bytes() / 4
 
 
@@ -599,13 +658,13 @@ def started(request: pytest.FixtureRequest) -> Iterator[Processes]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize(("rank", "halved"), [(0, False), (0, True), (8, False)])
 @pytest.mark.parametrize("started", [1, 2, 4], indirect=True)
-def test_the_formula_of_the_memory_holds(llama, started, rank):
+def test_the_formula_of_the_memory_holds(llama, started, rank, halved):
     """Weights, gradients and moments of the first process take the bytes that docs/cluster.md says."""
     how: dict[str, Any] = {"products": torch.bfloat16, "device": torch.device("cpu"), "processes": started}
     checkpoint = open_checkpoint(llama)
-    student = Student(checkpoint, rank=rank, **how)
+    student = Student(checkpoint, rank=rank, halved=halved, **how)
     own = {
         name: value.to_local() if isinstance(value, DTensor) else value for name, value in student.named_parameters()
     }
@@ -614,7 +673,7 @@ def test_the_formula_of_the_memory_holds(llama, started, rank):
     blocks = network.get_submodule("model.layers").children()
     largest = max(sum(value.numel() for value in block.parameters()) for block in blocks)
     gathered = 0 if started.size == 1 else 4 * largest * (2 if rank else 4)
-    planned = memory.fixed_bytes(network, rank, torch.bfloat16, started.size) - gathered
+    planned = memory.fixed_bytes(network, rank, torch.bfloat16, started.size, halved) - gathered
     assert found == pytest.approx(planned - LOGITS_AT_ONCE * memory.LOSS_BYTES, rel=0.05)
 
 

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 from secateur.base.output import Output
-from secateur.base.progress import Watcher
 from secateur.formats.format import Format, PrunedModel
 from secateur.formats.per_layer import HfFolder
 from secateur.model.axes import Width
@@ -25,7 +24,7 @@ class Converted(Format):
     """Format of files, each converted from a folder of the format `hf`."""
 
     @abstractmethod
-    def convert(self, folder: Path, output: Output, watcher: Watcher) -> int:
+    def convert(self, folder: Path, output: Output, pruned: PrunedModel) -> int:
         """Convert a folder to the file (`with output as path: ...`), and return the bytes of its weights."""
 
     @cached_property
@@ -68,7 +67,7 @@ class Converted(Format):
         try:
             if not folder.exists():
                 self.folder.write(folder, replace(pruned, overwrite=False))
-            return self.convert(folder, output, pruned.watcher)
+            return self.convert(folder, output, pruned)
         finally:
             if state is None:
                 shutil.rmtree(folder, ignore_errors=True)

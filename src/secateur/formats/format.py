@@ -53,6 +53,8 @@ class PrunedModel:
     written."""
     fit_checkpoint: PassCheckpoint | None = None
     """Checkpoint of the pass that fits the blocks; it also saves how much of the files is written."""
+    rows: Tensor | None = None
+    """Calibration rows to which weights were fitted, for formats that round weights by what they read."""
     state: Path | None = None
     """Folder of the run's state, from which an interrupted run resumes."""
     overwrite: bool = False
@@ -138,6 +140,15 @@ class Format(ABC):
     def byte_meter(self) -> Meter:
         """Return the meter of the bytes of weights in the output, without headers."""
         return byte_meter(self.stream, self.dtype, self.biases)
+
+    def target_meter(self) -> Meter:
+        """Return the meter of the bytes of weights for a target; it raises `SecateurError` if they are not known."""
+        return self.byte_meter()
+
+    @property
+    def row_multiple(self) -> int:
+        """Number of weights of a row that the format stores together, to which channels are rounded by default."""
+        return 1
 
     def cache_meter(self) -> Meter:
         """Return the meter of the KV cache of an engine that runs the output."""

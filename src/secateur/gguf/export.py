@@ -20,7 +20,7 @@ from secateur.formats.folder import open_folder
 from secateur.gguf.architecture import Architecture
 from secateur.gguf.architectures import choose_architecture
 from secateur.gguf.importance import Importance, importance_rows, measured, read_importance
-from secateur.gguf.llama_cpp import LLAMA_TYPES, NEEDING_IMPORTANCE, library, quantise
+from secateur.gguf.llama_cpp import LLAMA_TYPES, NEEDING_IMPORTANCE, quantise
 from secateur.gguf.model import GgufModel
 from secateur.gguf.tensors import FileTensor, file_tensors
 from secateur.gguf.tokenizer import Vocabulary, vocabulary_of
@@ -127,8 +127,6 @@ def convert(
         name: Name of the model in the file; by default the name of the file.
     """
     target = _output(folder, path, overwrite)
-    if type in LLAMA_TYPES:
-        library()
     target.check()
     if type in LLAMA_TYPES:
         target.resume_path = at

@@ -2,20 +2,22 @@
 
 from collections.abc import Mapping
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGML_QUANT_SIZES
 
 from secateur.base.errors import SecateurError
 from secateur.base.names import FORMATS
 from secateur.base.output import Output
-from secateur.base.progress import Watcher
 from secateur.formats.converted import Converted
-from secateur.formats.format import Loading
+from secateur.formats.format import Loading, PrunedModel
 from secateur.gguf.architectures import OUTPUT_LAYERS, choose_architecture, gguf_unsupported
 from secateur.gguf.export import convert
+from secateur.gguf.importance import measured
+from secateur.gguf.llama_cpp import LLAMA_TYPES
 from secateur.gguf.model import STATED_AXES, GgufModel, filled
 from secateur.gguf.tensors import block_tensors, file_tensors
 from secateur.gguf.tokenizer import vocabulary_of
@@ -109,7 +111,7 @@ class GgufFormat(Converted):
     @classmethod
     def check_type(cls, type: str) -> None:
         """Raise `SecateurError` for a type that cannot be written here."""
-        check_type(type, cls.declaration.types)
+        check_type(type)
 
     @classmethod
     def how_to_load(cls, auto_class: str, path: str) -> Loading:
@@ -120,7 +122,14 @@ class GgufFormat(Converted):
     def file_bytes(self) -> int:
         """Approximate bytes of the dense model's weights in the file."""
         checkpoint = self.stream.checkpoint
-        return int(checkpoint.bytes / checkpoint.dtype.itemsize * storage_of(self.type, checkpoint).bytes)
+        # A file in the dtype of the folder is written before llama.cpp's library makes another of it.
+        before = checkpoint.bytes if self.type in LLAMA_TYPES else 0
+        return before + int(checkpoint.bytes / checkpoint.dtype.itemsize * storage_of(self.type, checkpoint).bytes)
+
+    @property
+    def row_multiple(self) -> int:
+        """Number of weights in a block of a K or I type; else 1."""
+        return int(GGML_QUANT_SIZES[LLAMA_TYPES[self.type]][0]) if self.type in LLAMA_TYPES else 1
 
     def unsupported_reason(self, width: Width) -> str | None:
         """Return why the file cannot hold one block of this width (with uniform widths: all pruned blocks); None if it
@@ -162,10 +171,27 @@ class GgufFormat(Converted):
         return cache_meter(self.stream, torch.float16)
 
     def byte_meter(self) -> Meter:
-        """Return the meter of the bytes of tensors, without the tokenizer."""
+        """Return the meter of the bytes of tensors, without the tokenizer; an estimate for a type of llama.cpp's
+        library."""
         return gguf_byte_meter(self.stream, self.type, self.biases)
 
-    def convert(self, folder: Path, output: Output, watcher: Watcher) -> int:
-        """Convert the folder as `secateur export` does, and return the bytes of its weights."""
-        options: dict[str, Any] = {"overwrite": output.overwrite, "watcher": watcher, "at": output.resume_path}
+    def target_meter(self) -> Meter:
+        """Return the meter of the bytes of tensors.
+
+        Raises:
+            SecateurError: The bytes are only an estimate.
+        """
+        if self.type in LLAMA_TYPES:
+            raise SecateurError(
+                f"the bytes of type {self.type} are known only when llama.cpp has chosen the type of each tensor; give "
+                "--sparsity or --target params=N instead, or take another --type"
+            )
+        return self.byte_meter()
+
+    def convert(self, folder: Path, output: Output, pruned: PrunedModel) -> int:
+        """Convert the folder as `secateur export` does, with importances of the calibration rows, and return the bytes
+        of its weights."""
+        options: dict[str, Any] = {"overwrite": output.overwrite, "watcher": pruned.watcher, "at": output.resume_path}
+        if pruned.rows is not None and self.type in LLAMA_TYPES:
+            options["importance"] = partial(measured, rows=pruned.rows, device=str(self.stream.device))
         return convert(folder, output.path, type=self.type, **options).bytes

@@ -4,7 +4,7 @@ With `--type as-input`, tensors get the types that they had in the GGUF file tha
 as in that file are copied from there byte by byte, and are not rounded twice.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from secateur.base.errors import SecateurError
 from secateur.base.files import local_path
 from secateur.checkpoints.checkpoint import Checkpoint
-from secateur.gguf.llama_cpp import LLAMA_TYPES, check_quantises, quantised_rows
+from secateur.gguf.llama_cpp import LLAMA_TYPES, check_quantises, library, quantised_rows
 from secateur.write.record import original_model
 
 AS_INPUT = "as-input"
@@ -99,24 +99,42 @@ TYPES: dict[str, Storage] = {
 """Types that can be written for every model, by name."""
 
 
-def check_type(type: str, known: Collection[str] = (*TYPES, *LLAMA_TYPES, AS_INPUT)) -> None:
-    """Raise `SecateurError` for a type that cannot be written.
-
-    Args:
-        type: Value of `--type`.
-        known: Types that the command writes.
-    """
+def check_type(type: str) -> None:
+    """Raise `SecateurError` for a type that cannot be written: an unknown one, or one that needs llama.cpp's library if
+    that is not installed."""
+    known = (*TYPES, *LLAMA_TYPES, AS_INPUT)
+    if type in LLAMA_TYPES:
+        library()
     if type in known:
         return
     if type.lower() in known:
         raise SecateurError(f"type is '{type}'; write it {type.lower()}")
-    if type.lower() in LLAMA_TYPES:
-        raise SecateurError(f"type {type} is only for secateur export: prune to a folder, then export that")
     raise SecateurError(f"no type {type!r}; choose one of {', '.join(known)}")
 
 
 _SMALLER_BLOCKS = {_T.Q4_K: _T.Q5_0, _T.Q5_K: _T.Q5_1, _T.Q6_K: _T.Q8_0}
 """Types with blocks of 32 weights that llama.cpp takes for rows which blocks of 256 weights do not fill."""
+
+
+def _filled_by(length: int, type: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Return the type, or a similar one whose blocks fill rows of a length."""
+    while length % gguf.GGML_QUANT_SIZES[type][0]:
+        type = _SMALLER_BLOCKS.get(type, _T.IQ4_NL if gguf.GGML_QUANT_SIZES[type][0] > 32 else _T.F16)
+    return type
+
+
+class LlamaStorage(Storage):
+    """Types of the tensors in a file that llama.cpp's library makes, for an estimate of its size: the library gives
+    some tensors a larger type."""
+
+    @property
+    def block(self) -> int:
+        """Number of weights by which the length of rows must be divisible: any length is possible."""
+        return 1
+
+    def type_of(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
+        """Return the type of one tensor, or a similar one whose blocks fill its rows."""
+        return _filled_by(shape[-1], super().type_of(name, shape))
 
 
 @dataclass(frozen=True)
@@ -143,10 +161,7 @@ class InputStorage(Storage):
         """Return the type of one tensor, or a similar one whose blocks fill its rows."""
         if name not in self.tensors:
             return TYPES["f16"].type_of(name, shape)
-        type = self.tensors[name].tensor_type
-        while shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
-            type = _SMALLER_BLOCKS.get(type, _T.IQ4_NL if gguf.GGML_QUANT_SIZES[type][0] > 32 else _T.F16)
-        return type
+        return _filled_by(shape[-1], self.tensors[name].tensor_type)
 
     def types_in(self, index: int) -> tuple[str, ...]:
         """Return the types of the tensors in a block."""
@@ -173,6 +188,8 @@ def storage_of(type: str, checkpoint: Checkpoint) -> Storage:
     Raises:
         SecateurError: The file that was pruned is not there, is broken, or has a type that cannot be made.
     """
+    if type in LLAMA_TYPES:
+        return LlamaStorage(LLAMA_TYPES[type], _T.Q6_K, 0)
     if type != AS_INPUT:
         return TYPES[type]
     file = _input_file(checkpoint)

@@ -10,14 +10,18 @@ UnsupportedReason = Callable[[Width], "str | None"]
 """Function that returns why the output format cannot hold a width, or None if the format can."""
 
 
-def default_multiple(axes: Sequence[Axis]) -> int:
+def default_multiple(axes: Sequence[Axis], stored: int = 1) -> int:
     """Return the default of `--round`: the multiple to which rounded axes are cut.
 
-    The multiple is 32 if all rounded axes are wide, else 1. Matrix products in bfloat16 take a third longer at odd
-    multiples of 8, and quantised GGUF types store 32 numbers at a time. Narrow modules would have too few widths left
-    to choose from.
+    The multiple is `stored`, the number of weights that the output format stores together, if this is more than 32 and
+    every rounded axis has a multiple of it, at least four times. Otherwise it is 32 if all rounded axes are wide, else
+    1. Matrix products in bfloat16 take a third longer at odd multiples of 8, and quantised GGUF types store 32 numbers
+    at a time. Narrow modules would have too few widths left to choose from.
     """
-    return 32 if all(axis.units >= axis.rounds_from for axis in axes if axis.rounded) else 1
+    rounded = [axis for axis in axes if axis.rounded]
+    if stored > 32 and all(axis.units % stored == 0 and axis.units >= 4 * stored for axis in rounded):
+        return stored
+    return 32 if all(axis.units >= axis.rounds_from for axis in rounded) else 1
 
 
 def module_widths(

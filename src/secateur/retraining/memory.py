@@ -16,11 +16,12 @@ from secateur.checkpoints.checkpoint import Checkpoint
 from secateur.families.registry import experts_of, family_of
 from secateur.model.units.experts import experts_per_token
 from secateur.retraining.adapters import entries_trained
+from secateur.retraining.halved import can_halve
 from secateur.retraining.loss import LOGITS_AT_ONCE
 from secateur.retraining.options import Training
 
 STATES = 16
-"""Bytes per trained parameter: the weight in float32, its gradient and two moments of AdamW."""
+"""Bytes per trained parameter in float32: the weight, its gradient and two moments of AdamW."""
 AT_ONCE = 4
 """Number of copies of the largest block that a process needs if several divide the blocks: weights of a block and of
 the next, what was sent of them, and gradients."""
@@ -40,6 +41,8 @@ class MemoryPlan(NamedTuple):
 
     rank: int
     """Rank of the adapters; 0 if all weights of the blocks are trained."""
+    halved: bool
+    """Whether all weights of the blocks, their gradients and moments are bfloat16."""
     micro_batch: int
     """Rows that run through the network together."""
     recompute: bool
@@ -50,9 +53,9 @@ class MemoryPlan(NamedTuple):
     """Bytes of the machine's memory that it may take beyond them, for activations and targets of the teacher."""
 
     @property
-    def way(self) -> tuple[int, int, bool]:
-        """Rank, rows that run together, and whether blocks are computed again: what decides the result."""
-        return self[:3]
+    def way(self) -> tuple[int, bool, int, bool]:
+        """Rank, dtype, rows that run together, and whether blocks are computed again: what decides the result."""
+        return self[:4]
 
     def describe(self, training: Training, trained: int) -> str:
         """Return a note about what is trained, why, and in how much memory.
@@ -63,6 +66,7 @@ class MemoryPlan(NamedTuple):
         """
         what = f"adapters of rank {self.rank}" if self.rank else "all weights of the blocks"
         why = ", as all weights do not fit into memory," if self.rank and training.rank is None else ""
+        what += " in bfloat16" if self.halved else ""
         how = ", which recomputes activations of blocks" if self.recompute else ""
         return f"Training {what}{why} ({format_count(trained)} parameters) in about {self.bytes / 1e9:,.1f} GB{how}"
 
@@ -89,8 +93,8 @@ def plan_memory(
         processes: Number of processes, which divide the batch and the blocks.
         memory: Most memory that the process may take; see `parse_memory`. By default half of the free memory, or
             `GPU_SHARE` of a GPU's; if that is too little for the smallest plan, as much as this plan needs.
-        way: Rank, rows that run together and whether blocks are computed again, as the run began; other rows only if
-            the number of processes has changed.
+        way: `MemoryPlan.way` with which the run began; other rows run together only if the number of processes has
+            changed.
 
     Raises:
         SecateurError: One row at a time, or the way in which the run began, needs more than that.
@@ -98,9 +102,12 @@ def plan_memory(
     on_gpu = device.type == "cuda"
     held, available = memory_of(device)
     limit = parse_memory(GPU_SHARE if memory is None and on_gpu else memory, available)
-    for rank in way[:1] or training.ranks:
-        plans = _plans(network, rank, training, products, processes, held)
-        plans = [plan for plan in plans if (plan.micro_batch, plan.recompute) == tuple(way[1:])] or plans
+    halvable = can_halve(network, family_of(network.config).blocks, products)
+    for rank, halved in [way[:2]] if way else training.ways:
+        if halved and not halvable:
+            continue
+        plans = _plans(network, rank, bool(halved), training, products, processes, held)
+        plans = [plan for plan in plans if plan.way[2:] == tuple(way[2:])] or plans
         least = plans[-1].bytes
         allowed = limit if memory is not None else max(limit, min(round(least), available))
         if found := next((plan for plan in plans if plan.bytes <= allowed), None):
@@ -116,28 +123,28 @@ def plan_memory(
 
 
 def _plans(
-    network: Any, rank: int, training: Training, products: torch.dtype, processes: int, held: int
+    network: Any, rank: int, halved: bool, training: Training, products: torch.dtype, processes: int, held: int
 ) -> list[MemoryPlan]:
     """Return all ways to run a step with adapters of one rank; the fastest is first and the smallest last.
 
     `held` is the number of bytes that this process holds now.
     """
     share = training.batch // processes
-    fixed = held + fixed_bytes(network, rank, products, processes) + TOKEN_BYTES * training.token_count
+    fixed = held + fixed_bytes(network, rank, products, processes, halved) + TOKEN_BYTES * training.token_count
     whole, outside = _row_bytes(network, training.length, products)
     divisors = {size for size in range(1, isqrt(share) + 1) if share % size == 0}
     sizes = sorted(divisors | {share // size for size in divisors}, reverse=True)
     # Keeping everything is faster than larger products; recomputing is the last resort.
-    plans = [MemoryPlan(rank, size, False, fixed + size * whole) for size in sizes]
-    return plans + [MemoryPlan(rank, size, True, fixed + size * outside) for size in sizes]
+    plans = [MemoryPlan(rank, halved, size, False, fixed + size * whole) for size in sizes]
+    return plans + [MemoryPlan(rank, halved, size, True, fixed + size * outside) for size in sizes]
 
 
-def fixed_bytes(network: Any, rank: int, products: torch.dtype, processes: int = 1) -> float:
+def fixed_bytes(network: Any, rank: int, products: torch.dtype, processes: int = 1, halved: bool = False) -> float:
     """Return the bytes of weights, their states and the loss in one of several processes."""
     blocks = network.get_submodule(family_of(network.config).blocks)
     trained, inside = entries_trained(network, rank), _entries(blocks)
     outside, frozen = _entries(network) - inside, inside if rank else 0
-    divided = frozen * products.itemsize + trained * STATES
+    divided = frozen * products.itemsize + trained * STATES / (2 if halved else 1)
     # Products of the largest block, in the dtype in which its weights are kept.
     largest = max(map(_entries, blocks.children())) * (products.itemsize if rank else 4)
     gathered = 0 if processes == 1 else AT_ONCE * largest

@@ -99,9 +99,10 @@ class Training:
         return count
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        """Ranks of which the first one that fits into memory is taken."""
-        return (0, ADAPTERS) if self.rank is None else (self.rank,)
+    def ways(self) -> tuple[tuple[int, bool], ...]:
+        """Ranks, each with whether the blocks are trained in bfloat16; the first one that fits into memory is taken."""
+        whole = ((0, False), (0, True))
+        return (*whole, (ADAPTERS, False)) if self.rank is None else (((self.rank, False),) if self.rank else whole)
 
     @property
     def highest_rate(self) -> float:

@@ -159,7 +159,7 @@ def retrain(
         curve = Curve.of(history, student.perplexity(rows.held_out), student.targets.held_out_loss)
         if services.processes.is_first:
             command = command_line("retrain", checkpoint.source, changed_options(training))
-            write_retrained(checkpoint, target, weights, _record_of(training, curve, rows), command)
+            write_retrained(checkpoint, target, weights, _record_of(training, plan, curve, rows), command)
         else:
             weights.send()
         # A script may open the output next, in any process.
@@ -251,7 +251,7 @@ def _plan_memory(
 
 def _load(checkpoint: Checkpoint, device: torch.device, plan: MemoryPlan, services: Services) -> Student:
     """Return the pruned model, ready to be trained."""
-    how: dict[str, Any] = {"rank": plan.rank, "products": fast_dtype(device), "device": device}
+    how: dict[str, Any] = {"rank": plan.rank, "halved": plan.halved, "products": fast_dtype(device), "device": device}
     with services.watcher.busy(f"Loading {checkpoint.source}"):
         student = Student(checkpoint, **how, processes=services.processes)
     if plan.recompute:
@@ -294,12 +294,13 @@ def _inputs_of(
     }
 
 
-def _record_of(training: Training, curve: Curve, rows: TrainingRows) -> dict[str, Any]:
+def _record_of(training: Training, plan: MemoryPlan, curve: Curve, rows: TrainingRows) -> dict[str, Any]:
     """Return the entry for the list `retrained` of the record secateur.json."""
     return {
         "secateur": secateur.__version__,
         **({"peft": version("peft")} if training.rank else {}),
         "options": asdict(training),
+        **({"trained_in": "bfloat16"} if plan.halved else {}),
         "tokens": rows.train.numel(),
         "passes": round(rows.passes, 3),
         "perplexity": {

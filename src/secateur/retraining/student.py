@@ -20,6 +20,7 @@ from secateur.families.registry import experts_of, family_of
 from secateur.measure.perplexity import device_of, perplexity
 from secateur.model.per_layer import model_class
 from secateur.retraining.adapters import with_adapters
+from secateur.retraining.halved import convert_in_products
 from secateur.retraining.loss import distribution_loss
 from secateur.retraining.shares import load_shares, whole
 from secateur.retraining.targets import Targets
@@ -41,7 +42,14 @@ class Student(nn.Module):
     targets: Targets
 
     def __init__(
-        self, checkpoint: Checkpoint, *, rank: int, products: torch.dtype, device: torch.device, processes: Processes
+        self,
+        checkpoint: Checkpoint,
+        *,
+        rank: int,
+        products: torch.dtype,
+        device: torch.device,
+        processes: Processes,
+        halved: bool = False,
     ):
         """Load the pruned model for training.
 
@@ -51,13 +59,17 @@ class Student(nn.Module):
             products: Dtype of matrix products.
             device: Device of the training.
             processes: Processes that share the weights of the blocks.
+            halved: Whether all weights of the blocks are trained in bfloat16.
         """
         super().__init__()
         network = checkpoint.empty(model_class(checkpoint.config))
-        self.family, self.products = family_of(network.config), products
+        self.family, self.products, self.halved = family_of(network.config), products, halved
         with quiet():
             self.network, self.adapted = network, with_adapters(network, rank)
-        load_shares(network, self.family.blocks, checkpoint, products, device, processes)
+        trained = torch.bfloat16 if halved else torch.float32
+        load_shares(network, self.family.blocks, checkpoint, products, device, processes, trained)
+        if halved and products == torch.float32:
+            convert_in_products(network.get_submodule(self.family.blocks))
         self._decoder = self.family.blocks.rpartition(".")[0]
         """Path of the module that holds the blocks, from embedding to final norm."""
         self.vocabulary: int = network.get_output_embeddings().weight.shape[0]

@@ -20,6 +20,7 @@ from secateur.base.run_folder import saving_state
 from secateur.base.services import Services
 from secateur.checkpoints.weights import list_tensors
 from secateur.model import pass_checkpoint
+from secateur.retraining.halved import MOMENTS, HalvedAdamW
 from secateur.retraining.options import Training
 from secateur.retraining.shares import gathered, set_share
 from secateur.retraining.student import Student
@@ -37,8 +38,6 @@ WARM_UP = 0.1
 """Share of the steps in which the learning rate rises."""
 LARGEST_NORM = 1.0
 """Length to which longer gradients are cut."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Names of AdamW's moments."""
 
 
 def train(
@@ -70,7 +69,7 @@ def train(
     steps, processes = len(student.rows) // training.batch, services.processes
     every = max(-(-steps // MEASUREMENTS), STEPS_BETWEEN)
     order = torch.randperm(steps * training.batch, generator=torch.Generator().manual_seed(training.seed))
-    state = _State(student, folder, processes)
+    state = _State(student, folder, processes, training.seed)
     bar = cast("Generator[int, None, None]", services.watcher.track(range(state.done, steps), "Retrain", state.done))
     lost = nullcontext() if processes.is_single else connection_errors()
     # If the training fails, the bar is closed at once, so that it is not drawn after the error.
@@ -129,7 +128,7 @@ class _State:
         history: What `train` returns.
     """
 
-    def __init__(self, student: Student, folder: Path, processes: Processes):
+    def __init__(self, student: Student, folder: Path, processes: Processes, seed: int):
         """Read the last complete checkpoint.
 
         Raises:
@@ -137,7 +136,11 @@ class _State:
         """
         self._folder, self._processes = folder, processes
         self._trained = student.trained()
-        self._optimizer = torch.optim.AdamW(self._trained.values(), weight_decay=0.0, fused=True)
+        self._optimizer: torch.optim.Optimizer = (
+            HalvedAdamW(self._trained.values(), seed)
+            if student.halved
+            else torch.optim.AdamW(self._trained.values(), weight_decay=0.0, fused=True)
+        )
         found = processes.broadcast(lambda: _last(folder))
         self.done: int = found["done"]
         self.history: list[dict[str, Any]] = found["history"]

@@ -120,7 +120,8 @@ class Options:
         TARGET,
         "Channel counts of pruned modules are multiples of this number. Kernels are slow unless channel counts are "
         "multiples of 16, GGUF stores weights in groups of 32, and some GPUs are fastest with multiples of 64 or 128.",
-        default_text="32 if every feed-forward has at least 1,024 channels and every expert 256; else 1, for experts 8",
+        default_text="256 if the output has blocks of 256 weights and all dense numbers are multiples of 256; else 32 "
+        "if every feed-forward has at least 1,024 channels and every expert 256; else 1, for experts 8",
         minimum=1,
     )
     criterion: str = option(
@@ -185,7 +186,8 @@ class Options:
         OUTPUT,
         "Data type of the tensors "
         + "; ".join(f"with --format {one.name}: {', '.join(one.types)}" for one in FORMATS.values() if one.types)
-        + ". as-input: the type that a tensor has in MODEL, a .gguf file.",
+        + ", or q2_k to q6_k, q4_k_m, iq3_xxs and others that llama.cpp's library makes (pip install "
+        "'secateur[llama]'). as-input: the type that a tensor has in MODEL, a .gguf file.",
     )
     dtype: str | None = option(
         None,

@@ -70,7 +70,7 @@ def check_request(stream: BlockStream, options: Options, dtype: torch.dtype) -> 
             watcher.note(
                 f"The speed-up is measured with torch on this machine; {format.other_kernels} may gain more or less"
             )
-        of_output = {"bytes": format.byte_meter, "kv": format.cache_meter}
+        of_output = {"bytes": format.target_meter, "kv": format.cache_meter}
         meter = meter_of(target, stream, of_output, dtype, watcher, options.adds_biases)
         problem = replace(problem, meter=meter)
     return CheckedRequest(problem, None, format, _needs_survey(problem, options))
@@ -111,6 +111,7 @@ def check_plan(format: Format, problem: PlanProblem, plan: Plan, file: str | Non
 def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProblem:
     """Return the target, counted in parameters, and every width that the format can hold."""
     parameters = parameter_meter(stream, options.adds_biases)
+    axes = [axis for block in stream.blocks for axis in block.axes]
     return PlanProblem(
         blocks=stream.blocks,
         pruned_blocks=options.block_range(len(stream)),
@@ -118,7 +119,7 @@ def _problem(stream: BlockStream, options: Options, format: Format) -> PlanProbl
         target=options.size_target,
         meter=parameters,
         kinds=_kinds(stream, options),
-        multiple=options.round or default_multiple([axis for block in stream.blocks for axis in block.axes]),
+        multiple=options.round or default_multiple(axes, format.row_multiple),
         unsupported_reason=cache(format.unsupported_reason),
     )
 

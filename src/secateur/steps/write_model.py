@@ -63,7 +63,7 @@ def _write(
 ) -> None:
     """Write the output, upload it if requested, and print notes."""
     with pruned_model(run, plan, blocks, done) as pruned:
-        run.request.format.write(out, replace(pruned, records=_records(run, rows, plan, blocks, done)))
+        run.request.format.write(out, replace(pruned, records=_records(run, rows, plan, blocks, done), rows=rows.fit))
     if (note := unfitted_experts_note(done)) is not None:
         run.watcher.note(note)
     if run.run_options.push_to_hub is not None:
