@@ -186,7 +186,7 @@ class Options:
         OUTPUT,
         "Data type of the tensors "
         + "; ".join(f"with --format {one.name}: {', '.join(one.types)}" for one in FORMATS.values() if one.types)
-        + ", or q2_k to q6_k, q4_k_m, iq3_xxs and others that llama.cpp's library makes (the extra llama of the package). "
+        + ", or q2_k to q6_k, q4_k_m, iq3_xxs and others that llama.cpp's library makes (the package's extra llama). "
         "as-input: the type that a tensor has in MODEL, a .gguf file.",
     )
     dtype: str | None = option(
