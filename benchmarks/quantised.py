@@ -30,6 +30,7 @@ from secateur import open_checkpoint
 from secateur.measure.llama_cpp import LlamaCppFile, LlamaCppModel
 from secateur.measure.loading import load, stored_bytes
 from secateur.measure.speed import speeds
+from sibling import text_bytes
 from tables import put
 
 GROUP, LEVELS = 32, 15
@@ -79,8 +80,7 @@ def score(network: Any, dense: Any, rows: torch.Tensor, tokenizer: Any) -> tuple
         p = dense(input_ids=ids).logits[:, :-1].log_softmax(-1)
         nats -= float(q.gather(-1, ids[:, 1:, None]).sum())
         divergence += float((p.exp() * (p - q)).sum())
-    text = "".join(tokenizer.batch_decode(rows[:, 1:], clean_up_tokenization_spaces=False))
-    return nats / math.log(2) / len(text.encode()), divergence / rows[:, 1:].numel()
+    return nats / math.log(2) / text_bytes(rows, tokenizer), divergence / rows[:, 1:].numel()
 
 
 def dither(model: str, out: str) -> None:

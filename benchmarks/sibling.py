@@ -53,8 +53,12 @@ def measured(source: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def bits_per_byte(network: Any, rows: torch.Tensor, tokenizer: Any) -> float:
     """Return the bits per byte of the text of all tokens except each row's first, which is not predicted."""
     score = perplexity(network, rows)
-    text = "".join(tokenizer.batch_decode(rows[:, 1:], clean_up_tokenization_spaces=False))
-    return score.nll * score.tokens / math.log(2) / len(text.encode())
+    return score.nll * score.tokens / math.log(2) / text_bytes(rows, tokenizer)
+
+
+def text_bytes(rows: torch.Tensor, tokenizer: Any) -> int:
+    """Return the bytes of the text of all tokens except each row's first."""
+    return len("".join(tokenizer.batch_decode(rows[:, 1:], clean_up_tokenization_spaces=False)).encode())
 
 
 class Line:

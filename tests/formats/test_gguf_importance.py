@@ -106,6 +106,19 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_imatrix(file: Path, matrix: dict[str, tuple[Any, Any]]) -> Path:
+    """Write sums of squares and counts of tokens by tensor, as llama-imatrix does."""
+    writer = GGUFWriter(file, "llama")
+    for name, (sums, counts) in matrix.items():
+        writer.add_tensor(f"{name}.in_sum2", sums.astype(np.float32))
+        writer.add_tensor(f"{name}.counts", counts.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
 def error(file: Path, folder: Path, importance: Tensor) -> float:
     """Return the error of a layer's weights, weighted by the importances of its columns."""
     tensor = next(one for one in GGUFReader(file).tensors if one.name == "blk.0.ffn_up.weight")
@@ -128,28 +141,16 @@ def test_an_importance_matrix_of_llama_cpp_gives_the_same_file(wide, tmp_path, m
     used = list[Any]()
     monkeypatch.setattr(exporting, "quantise", lambda *given: (used.append(given[-1]), quantise(*given)))
     ours = export(wide, tmp_path / "model.gguf", type="iq2_xxs", calibration="random", device="cpu").path
-    writer = GGUFWriter(tmp_path / "imatrix.gguf", "llama")
-    for name, values in used[0].items():
-        writer.add_tensor(f"{name}.in_sum2", values[None].numpy() * 512)
-        writer.add_tensor(f"{name}.counts", np.full((1, 1), 512, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    matrix = {name: (values[None].numpy() * 512, np.full((1, 1), 512)) for name, values in used[0].items()}
+    written = write_imatrix(tmp_path / "imatrix.gguf", matrix)
     (tmp_path / "other").mkdir()
-    given = export(wide, tmp_path / "other" / "model.gguf", type="iq2_xxs", imatrix=tmp_path / "imatrix.gguf").path
+    given = export(wide, tmp_path / "other" / "model.gguf", type="iq2_xxs", imatrix=written).path
     assert ours.read_bytes() == given.read_bytes()
 
 
 def test_an_expert_without_tokens_has_equal_importances(tmp_path):
-    writer = GGUFWriter(tmp_path / "imatrix.gguf", "llama")
-    writer.add_tensor("blk.0.ffn_up_exps.weight.in_sum2", np.array([[2.0, 4.0], [0.0, 0.0]], np.float32))
-    writer.add_tensor("blk.0.ffn_up_exps.weight.counts", np.array([[2.0], [0.0]], np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    (found,) = read_importance(tmp_path / "imatrix.gguf").values()
+    matrix = {"blk.0.ffn_up_exps.weight": (np.array([[2.0, 4.0], [0.0, 0.0]]), np.array([[2.0], [0.0]]))}
+    (found,) = read_importance(write_imatrix(tmp_path / "imatrix.gguf", matrix)).values()
     assert found.tolist() == [1.0, 2.0, 1.0, 1.0]
 
 

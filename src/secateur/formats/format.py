@@ -54,7 +54,7 @@ class PrunedModel:
     fit_checkpoint: PassCheckpoint | None = None
     """Checkpoint of the pass that fits the blocks; it also saves how much of the files is written."""
     rows: Tensor | None = None
-    """Calibration rows to which weights were fitted, for formats that round weights by what they read."""
+    """Calibration rows to which weights were fitted; a format may measure on them how much each weight matters."""
     state: Path | None = None
     """Folder of the run's state, from which an interrupted run resumes."""
     overwrite: bool = False

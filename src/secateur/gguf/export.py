@@ -24,7 +24,7 @@ from secateur.gguf.llama_cpp import LLAMA_TYPES, NEEDING_IMPORTANCE, quantise
 from secateur.gguf.model import GgufModel
 from secateur.gguf.tensors import FileTensor, file_tensors
 from secateur.gguf.tokenizer import Vocabulary, vocabulary_of
-from secateur.gguf.types import check_type
+from secateur.gguf.types import bytes_per_weight, check_type
 from secateur.gguf.write import check_tensors, context_length, write_gguf
 from secateur.model.axes import alike
 from secateur.model.per_layer import empty_decoder, widths_of
@@ -183,14 +183,11 @@ def _quantised(
 def _note_smaller_blocks(watcher: Watcher, type: str, tensors: Sequence[ReaderTensor]) -> None:
     """Note how many matrices have another type because their rows do not fill the type's blocks."""
     block = int(GGML_QUANT_SIZES[LLAMA_TYPES[type]][0])
-    others = [one for one in tensors if len(one.shape) > 1 and int(one.shape[0]) % block]
-    others = [one for one in others if one.tensor_type != GGMLQuantizationType.F32]
-    if others:
-        weights, size = (sum(int(getattr(one, name)) for one in tensors) for name in ("n_elements", "n_bytes"))
-        kinds = ", ".join(sorted({one.tensor_type.name.lower() for one in others}))
+    quantised = [one for one in tensors if len(one.shape) > 1 and one.tensor_type != GGMLQuantizationType.F32]
+    if others := [one.tensor_type.name.lower() for one in quantised if int(one.shape[0]) % block]:
         watcher.note(
-            f"{len(others)} of {len(tensors)} tensors are {kinds}, because their rows are no multiple of {block} long; "
-            f"the file has {8 * size / weights:.2f} bits per weight"
+            f"{len(others)} of {len(tensors)} tensors are {', '.join(sorted(set(others)))}, because their rows are no "
+            f"multiple of {block} long; the file has {8 * bytes_per_weight(tensors):.2f} bits per weight"
         )
 
 

@@ -1,7 +1,7 @@
 """Importances of the columns of matrices, by which llama.cpp's library rounds them: mean squares of a layer's inputs.
 
-They are what llama.cpp calls an importance matrix. A stand-in for the model, with mean squares in place of its weights,
-goes the way of the weights into the file, so that layers that a file splits, fuses or reorders need no code here.
+They are what llama.cpp calls an importance matrix. A stand-in for the model has mean squares in place of its weights.
+It is converted as the model is, so that layers that a file splits, fuses or reorders need no code here.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,8 +30,7 @@ from secateur.model.experts import Experts
 from secateur.model.per_layer import widths_of
 from secateur.model.rows import Rows
 from secateur.model.stream import BlockStream
-from secateur.text.calibration import SampleOption, calibration_rows
-from secateur.text.sources import RANDOM
+from secateur.text.calibration import calibration_rows
 
 Importance = Mapping[str, Tensor]
 """Importances by llama.cpp's name of a matrix, float32: one for each column; of experts, expert after expert."""
@@ -54,13 +53,12 @@ def importance_rows(checkpoint: Checkpoint, source: str, watcher: Watcher) -> Te
     length = min(LENGTH, checkpoint.max_positions or LENGTH)
     with busy_reading(watcher, "Reading", source):
         return calibration_rows(
-            None if source == RANDOM and not checkpoint.has_tokenizer else checkpoint.tokenizer(),
+            checkpoint.tokenizer(),
             source,
             samples=ROWS,
             length=length,
             seed=0,
             vocab_size=checkpoint.config.vocab_size,
-            option=SampleOption("calibration"),
             to_train=True,
         )
 
@@ -71,19 +69,19 @@ class _MeanSquares:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Sums of squares, float32."""
-    counts: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     """Number of tokens."""
 
     def add(self, name: str, inputs: Tensor, _: Tensor | None = None) -> None:
         """Add the inputs of a layer (... x columns)."""
         squares = inputs.detach().float().flatten(0, -2).square()
         self.sums[name] = self.sums.get(name, 0.0) + squares.sum(dim=0).cpu()
-        self.counts[name] = self.counts.get(name, 0.0) + len(squares)
+        self.counts[name] = self.counts.get(name, 0) + len(squares)
 
-    def of(self, name: str) -> Tensor:
-        """Return the mean squares of a layer's inputs; ones if no token reached it."""
-        mean = self.sums[name] / max(1.0, self.counts[name])
-        return mean if mean.any() else torch.ones_like(mean)
+    def of(self, name: str, columns: int) -> Tensor:
+        """Return the mean squares of a layer's inputs (columns); ones if no token reached it, or all were zero."""
+        total = self.sums.get(name)
+        return torch.ones(columns) if total is None or not total.any() else total / self.counts[name]
 
     def watch(self, layer: nn.Module) -> dict[str, Callable[[Tensor, Tensor], None]]:
         """Return functions that add the inputs of a block's layers, by path; experts call them themselves."""
@@ -98,15 +96,15 @@ class _MeanSquares:
         result = dict[str, Tensor]()
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear | Conv1D) and f"{path}.weight" in self.sums:
-                mean, shape = self.of(f"{path}.weight"), module.weight.shape
-                result[f"{path}.weight"] = (mean[:, None] if isinstance(module, Conv1D) else mean).expand(shape)
+                inputs_first, shape = isinstance(module, Conv1D), module.weight.shape
+                mean = self.of(f"{path}.weight", shape[0 if inputs_first else 1])
+                result[f"{path}.weight"] = (mean[:, None] if inputs_first else mean).expand(shape)
             if isinstance(module, Experts):
                 for leaf in ("gate_up_proj", "down_proj"):
                     shape = torch.Size(getattr(module, leaf).shape)
-                    columns = shape[1] if module.layout.inputs_first else shape[2]
-                    names = [f"{path}.{leaf}.{number}" for number in range(shape[0])]
-                    means = torch.stack([self.of(one) if one in self.sums else torch.ones(columns) for one in names])
-                    result[f"{path}.{leaf}"] = means.unsqueeze(2 if module.layout.inputs_first else 1).expand(shape)
+                    inputs, outputs = (1, 2) if module.layout.inputs_first else (2, 1)
+                    means = [self.of(f"{path}.{leaf}.{number}", shape[inputs]) for number in range(shape[0])]
+                    result[f"{path}.{leaf}"] = torch.stack(means).unsqueeze(outputs).expand(shape)
         return result
 
 

@@ -4,7 +4,7 @@ With `--type as-input`, tensors get the types that they had in the GGUF file tha
 as in that file are copied from there byte by byte, and are not rounded twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -116,6 +116,11 @@ _SMALLER_BLOCKS = {_T.Q4_K: _T.Q5_0, _T.Q5_K: _T.Q5_1, _T.Q6_K: _T.Q8_0}
 """Types with blocks of 32 weights that llama.cpp takes for rows which blocks of 256 weights do not fill."""
 
 
+def bytes_per_weight(tensors: Collection[ReaderTensor]) -> float:
+    """Return the bytes of the tensors of a file divided by the number of their weights."""
+    return sum(int(one.n_bytes) for one in tensors) / sum(int(one.n_elements) for one in tensors)
+
+
 def _filled_by(length: int, type: GGMLQuantizationType) -> GGMLQuantizationType:
     """Return the type, or a similar one whose blocks fill rows of a length."""
     while length % gguf.GGML_QUANT_SIZES[type][0]:
@@ -154,8 +159,7 @@ class InputStorage(Storage):
     @property
     def bytes(self) -> float:
         """Bytes per weight of the file."""
-        tensors = self.tensors.values()
-        return sum(int(one.n_bytes) for one in tensors) / sum(int(one.n_elements) for one in tensors)
+        return bytes_per_weight(self.tensors.values())
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
         """Return the type of one tensor, or a similar one whose blocks fill its rows."""

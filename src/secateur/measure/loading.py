@@ -46,7 +46,8 @@ def stored_bytes(model: Model) -> int:
     """Return the number of bytes of a model's tensors in its folder or file."""
     if isinstance(model, Checkpoint) and not model.source.endswith(".gguf"):
         return model.bytes
-    return sum(int(tensor.n_bytes) for tensor in GGUFReader(local_path(model.source)).tensors)
+    reader = model.reader if isinstance(model, LlamaCppFile) else GGUFReader(local_path(model.source))
+    return sum(int(tensor.n_bytes) for tensor in reader.tensors)
 
 
 def load(

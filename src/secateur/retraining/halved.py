@@ -11,15 +11,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.optim.adamw import adamw
+
+from secateur.retraining.shares import share_of
 
 AT_ONCE = 2**17
 """Number of weights that are float32 at once during a step: few enough for the processor's cache."""
 LOST = 0xFFFF
 """Bits of float32 that bfloat16 lacks."""
 SETTINGS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+SETTINGS |= {"amsgrad": False, "maximize": False}
+"""Settings of AdamW, torch's defaults but for the decay."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments."""
 
@@ -87,23 +90,17 @@ class HalvedAdamW(torch.optim.Optimizer):
             state.update(
                 {moment: torch.zeros_like(value) for moment in MOMENTS}, step=torch.zeros((), device=value.device)
             )
-        tensors = [_own_part(one) for one in (value, *(state[moment] for moment in MOMENTS), value.grad)]
+        tensors = [share_of(one) for one in (value, *(state[moment] for moment in MOMENTS), value.grad)]
         # The same numbers after a training was resumed.
         random = torch.Generator(tensors[0].device).manual_seed(hash((self._seed, int(state["step"]), number)) % 2**63)
         for weights, mean, square, gradient in zip(*(one.view(-1).split(AT_ONCE) for one in tensors), strict=True):
-            exact, done = [[one.float()] for one in (weights, gradient, mean, square)], state["step"].clone()
-            cast(Any, adamw)(*exact, [], [done], fused=True, amsgrad=False, maximize=False, lr=rate, **SETTINGS)
+            exact = new_weights, _, new_mean, new_square = [one.float() for one in (weights, gradient, mean, square)]
+            cast(Any, adamw)(*([one] for one in exact), [], [state["step"].clone()], fused=True, lr=rate, **SETTINGS)
             noise = torch.empty_like(weights, dtype=torch.int32).random_(generator=random)
-            weights.copy_(_rounded(exact[0][0], noise & LOST))
-            mean.copy_(exact[2][0])
-            square.copy_(_rounded(exact[3][0], noise >> 15))
+            weights.copy_(_rounded(new_weights, noise & LOST))
+            mean.copy_(new_mean)
+            square.copy_(_rounded(new_square, noise >> 15))
         state["step"] += 1
-
-
-def _own_part(value: Any) -> Tensor:
-    """Return this process's share of a tensor."""
-    own: Tensor = value.to_local() if isinstance(value, DTensor) else value.detach()
-    return own
 
 
 def _rounded(values: Tensor, noise: Tensor) -> Tensor:

@@ -101,8 +101,10 @@ class Training:
     @property
     def ways(self) -> tuple[tuple[int, bool], ...]:
         """Ranks, each with whether the blocks are trained in bfloat16; the first one that fits into memory is taken."""
+        if self.rank:
+            return ((self.rank, False),)
         whole = ((0, False), (0, True))
-        return (*whole, (ADAPTERS, False)) if self.rank is None else (((self.rank, False),) if self.rank else whole)
+        return whole if self.rank == 0 else (*whole, (ADAPTERS, False))
 
     @property
     def highest_rate(self) -> float:

@@ -28,43 +28,31 @@ BASE = ".base_layer"
 
 
 def load_shares(
-    network: Any,
-    blocks: str,
-    checkpoint: Checkpoint,
-    products: torch.dtype,
-    device: torch.device,
-    processes: Processes,
-    trained: torch.dtype,
+    network: Any, blocks: str, checkpoint: Checkpoint, products: torch.dtype, device: torch.device, processes: Processes
 ) -> None:
     """Load a model that has no weights yet, and divide its blocks among processes.
 
     Args:
-        network: The model, with adapters or without.
+        network: The model, with adapters or without; weights that are trained get the dtype that they have here.
         blocks: Path of its list of blocks.
         checkpoint: Its weights.
         products: Dtype of matrices that are not trained; all else is float32.
         device: Device of the weights.
         processes: The processes.
-        trained: Dtype of the blocks' weights that are trained.
     """
     mesh = None if processes.is_single else init_device_mesh(device.type, (processes.size,))
     outside = [name for name in network.state_dict() if not name.startswith(f"{blocks}.")]
     fill(network, checkpoint, outside, lambda name: _read(checkpoint, name, products, device))
     undivided = set(network.parameters()) - set(network.get_submodule(blocks).parameters())
     for index, layer in enumerate(network.get_submodule(blocks).children()):
-        _fill_block(layer, f"{blocks}.{index}.", checkpoint, products, device, trained)
+        _fill_block(layer, f"{blocks}.{index}.", checkpoint, products, device)
         _divide_block(layer, mesh, products)
     network.to(device)
     _divide(network.get_submodule(blocks.rpartition(".")[0]), mesh, ignored_params=undivided)
 
 
 def _fill_block(
-    layer: nn.Module,
-    prefix: str,
-    checkpoint: Checkpoint,
-    products: torch.dtype,
-    device: torch.device,
-    trained: torch.dtype,
+    layer: nn.Module, prefix: str, checkpoint: Checkpoint, products: torch.dtype, device: torch.device
 ) -> None:
     """Load a block, and give its adapters their first values."""
     for name, value in layer.state_dict(keep_vars=True).items():
@@ -73,7 +61,7 @@ def _fill_block(
         else:
             own = prefix + name.replace(BASE, "")
             filled = _read(checkpoint, own, torch.float32 if value.requires_grad else products, device)
-            filled = filled.to(trained) if value.requires_grad else filled
+            filled = filled.to(value.dtype) if value.requires_grad else filled
         assign(layer, name, filled)
         if value.requires_grad:
             layer.get_parameter(name).requires_grad_()
@@ -134,4 +122,10 @@ def set_share(value: Tensor, whole: Tensor) -> None:
         return
     shares, rank = whole.chunk(value.device_mesh.size()), value.device_mesh.get_rank()
     if rank < len(shares):
-        value.to_local().copy_(shares[rank])
+        share_of(value).copy_(shares[rank])
+
+
+def share_of(value: Any) -> Tensor:
+    """Return this process's share of a tensor that may be divided among processes."""
+    share: Tensor = value.to_local() if isinstance(value, DTensor) else value.detach()
+    return share

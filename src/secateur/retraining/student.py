@@ -66,8 +66,10 @@ class Student(nn.Module):
         self.family, self.products, self.halved = family_of(network.config), products, halved
         with quiet():
             self.network, self.adapted = network, with_adapters(network, rank)
-        trained = torch.bfloat16 if halved else torch.float32
-        load_shares(network, self.family.blocks, checkpoint, products, device, processes, trained)
+        if halved:
+            for value in self.trained().values():
+                value.data = value.data.bfloat16()
+        load_shares(network, self.family.blocks, checkpoint, products, device, processes)
         if halved and products == torch.float32:
             convert_in_products(network.get_submodule(self.family.blocks))
         self._decoder = self.family.blocks.rpartition(".")[0]
