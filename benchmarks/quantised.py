@@ -60,27 +60,33 @@ def compare(given: argparse.Namespace) -> None:
     networks = [LlamaCppModel(file) for file in files]
     found = speeds(networks, prompt=512, new=32, repeats=given.repeats)
     basket: Any = Basket(files[0], given.texts, given.tokens, 128, GROUPS["unseen"])  # type: ignore[arg-type]
-    for file, network, speed in zip(files, networks, found, strict=True):
+    scores = [score(networks, rows, basket.tokenizer) for rows in basket.rows.values()]
+    for file, network, speed, of_kinds in zip(files, networks, found, zip(*scores, strict=True), strict=True):
         size, weights = stored_bytes(file), sum(value.numel() for value in network.parameters())
-        scores = [score(network, networks[0], rows, basket.tokenizer) for rows in basket.rows.values()]
-        bits, divergence = map(mean, zip(*scores, strict=True))
+        bits, divergence = map(mean, zip(*of_kinds, strict=True))
         sizes = f"{size / 1e6:,.1f} | {8 * size / weights:.2f} | {speed.prefill:,.0f} | {speed.decode:,.1f}"
         lines.append(f"| {Path(file.source).stem} | {sizes} | {bits:.4f} | {divergence:.4f} |")
-        print(lines[-1], flush=True)
+    print("\n".join(lines))
     if given.out:
         put(given.out, "quantised", lines)
 
 
 @torch.inference_mode()
-def score(network: Any, dense: Any, rows: torch.Tensor, tokenizer: Any) -> tuple[float, float]:
-    """Return the bits per byte of a kind of text, and the divergence from the dense model in nats per token."""
-    nats, divergence = 0.0, 0.0
+def score(networks: list[Any], rows: torch.Tensor, tokenizer: Any) -> list[tuple[float, float]]:
+    """Return, for each model, the bits per byte of a kind of text, and the divergence from the first in nats per token.
+
+    The models read the same few rows one after the other, so that the logits of the first are computed only once.
+    """
+    nats, divergence = [0.0] * len(networks), [0.0] * len(networks)
     for ids in rows.split(AT_ONCE):
-        q = network(input_ids=ids).logits[:, :-1].log_softmax(-1)
-        p = dense(input_ids=ids).logits[:, :-1].log_softmax(-1)
-        nats -= float(q.gather(-1, ids[:, 1:, None]).sum())
-        divergence += float((p.exp() * (p - q)).sum())
-    return nats / math.log(2) / text_bytes(rows, tokenizer), divergence / rows[:, 1:].numel()
+        dense = None
+        for at, network in enumerate(networks):
+            found = network(input_ids=ids).logits[:, :-1].log_softmax(-1)
+            dense = found if dense is None else dense
+            nats[at] -= float(found.gather(-1, ids[:, 1:, None]).sum())
+            divergence[at] += float((dense.exp() * (dense - found)).sum())
+    size, tokens = text_bytes(rows, tokenizer), rows[:, 1:].numel()
+    return [(one / math.log(2) / size, other / tokens) for one, other in zip(nats, divergence, strict=True)]
 
 
 def dither(model: str, out: str) -> None:

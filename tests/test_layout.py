@@ -30,7 +30,7 @@ def folder_of(name: str) -> str | None:
     return rest[0] if first == "secateur" and rest and (ROOT / rest[0]).is_dir() else None
 
 
-LINES, FILES_OF_SRC = 36_341, 266
+LINES, FILES_OF_SRC = 36_362, 266
 """Size of the package. Whoever raises a number says in the commit why the package has to grow."""
 
 

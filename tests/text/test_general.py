@@ -1,5 +1,8 @@
 """Rows of the source `general`: kinds of text, and `general+TEXT` for half of each."""
 
+import json
+import lzma
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from models import BOS, VOCAB, make_tokenizer
 from outputs import assert_error
 from secateur import calibration_rows
-from secateur.text.general import SHARES, rows_per_kind
+from secateur.text.general import SHARES, TRAINING_FILE, general_documents, rows_per_kind
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
 
@@ -65,6 +68,23 @@ def test_every_kind_of_text_occurs():
     text = "\n".join(map(read, draw("general", 600, 500)))
     for sign in ("def ", " @-@ ", "The answer is ", "self."):
         assert sign in text, sign
+
+
+def test_a_training_reads_more_documents_of_more_kinds():
+    calibration, training = (general_documents(Letters(), to_train) for to_train in (False, True))
+    assert set(training) > set(calibration)
+    for kind, documents in calibration.items():
+        assert len(training[kind]) > len(documents)
+    texts = [text for documents in training.values() for text in documents]
+    assert len(set(texts)) == len(texts)
+    assert sum(map(len, texts)) > 8_000_000
+
+
+def test_the_source_of_every_document_of_a_training_is_listed():
+    listed = set(re.findall(r"`(\S+)` (\S+) \(", TRAINING_FILE.with_name("general_training.md").read_text("utf-8")))
+    with lzma.open(TRAINING_FILE, "rt", encoding="utf-8") as lines:
+        packages = {json.loads(line)["source"].split(": ")[0] for line in lines}
+    assert {tuple(package.split(" ")[:2]) for package in packages} - {("python-stdlib", "3.11.7")} == listed
 
 
 def test_a_conversation_follows_the_chat_template():

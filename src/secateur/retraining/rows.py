@@ -60,7 +60,7 @@ def _tokens_of_text(checkpoint: Checkpoint, training: Training) -> tuple[int, in
     """
     tokenizer, vocabulary, text = checkpoint.tokenizer(), checkpoint.config.vocab_size, training.calibration
     sources = [GENERAL, added] if (added := text_added_to_general(text)) else [text]
-    shortest = min(sum(map(len, text_ids(tokenizer, source, vocabulary))) for source in sources)
+    shortest = min(sum(map(len, text_ids(tokenizer, source, vocabulary, to_train=True))) for source in sources)
     return len(sources) * shortest, shortest
 
 

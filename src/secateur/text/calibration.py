@@ -27,6 +27,8 @@ _CHARACTERS_PER_TOKEN = 16
 """Number of characters read for each token that evaluation needs; this is enough in every script."""
 _MIN_CHARACTERS = 1_000_000
 """Smallest number of characters read for evaluation, for texts with unusual words."""
+_CHARACTERS_AT_ONCE = 1_000_000
+"""Number of characters that are tokenized together; a tokenizer needs 200 times as many bytes of memory."""
 _cache: ContextVar[dict[Any, dict[str, Tensor]] | None] = ContextVar("_cache", default=None)
 """Token ids of sources that were read inside `cached_token_ids`."""
 
@@ -98,7 +100,6 @@ def calibration_rows(
     seed: int,
     vocab_size: int,
     max_positions: int | None = None,
-    split: Split = "calibration",
     option: SampleOption = SAMPLES,
     portion: Portion = WHOLE,
     to_train: bool = False,
@@ -117,12 +118,11 @@ def calibration_rows(
         length: Tokens in a row, BOS included.
         vocab_size: Number of rows of the model's embedding; every id is below it.
         max_positions: The longest row that the model's positions allow; None for no limit.
-        split: The part of a data set that is read.
         option: The option that sets the number of rows, for error messages.
         portion: The part of the text from which rows are drawn.
-        to_train: Whether a model is trained on the rows. Then all tokens of `general` are drawn alike, without the rows
-            that hold a passage twice; and a text with too few tokens is drawn from several times, cut into other rows
-            each time.
+        to_train: Whether a model is trained on the rows. Then `general` has more text, all of which is drawn alike,
+            without the rows that hold a passage twice; and a text with too few tokens is drawn from several times, cut
+            into other rows each time.
 
     Returns:
         Token ids, int64 (samples x length).
@@ -147,7 +147,7 @@ def calibration_rows(
             allowed = _plain_ids(tokenizer, vocab_size)
             return allowed[torch.randint(len(allowed), (count, body), generator=generator)]
         required = _require(tokenizer, source)
-        kinds = {kind: portion.of(ids) for kind, ids in _ids_of_kinds(required, source, split, vocab_size).items()}
+        kinds = {kind: portion.of(ids) for kind, ids in _ids_of_kinds(required, source, vocab_size, to_train).items()}
         if source == GENERAL and not to_train:
             return general_rows(kinds, samples=count, body=body, generator=generator)
         ids = torch.cat([*kinds.values()])
@@ -246,16 +246,19 @@ def _with_bos(bos: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([bos.expand(len(rows), -1), rows], dim=1)
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int) -> list[Tensor]:
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int, *, to_train: bool = False
+) -> list[Tensor]:
     """Return all token ids of a source of text, without `random` and `self`: one tensor for each kind of text in it.
 
     Args:
         tokenizer: The model's tokenizer.
         source: A source as in `calibration_rows`.
         vocab_size: Number of rows of the model's embedding; every id is below it.
+        to_train: Whether `general` has the text that only a training reads.
     """
     parts = [GENERAL, text] if (text := text_added_to_general(source)) else [source]
-    return [ids for part in parts for ids in _ids_of_kinds(tokenizer, part, "calibration", vocab_size).values()]
+    return [ids for part in parts for ids in _ids_of_kinds(tokenizer, part, vocab_size, to_train).values()]
 
 
 @contextmanager
@@ -269,16 +272,31 @@ def cached_token_ids() -> Iterator[None]:
         _cache.reset(token)
 
 
-def _ids_of_kinds(tokenizer: PreTrainedTokenizerBase, source: str, split: Split, vocab_size: int) -> dict[str, Tensor]:
+def _ids_of_kinds(
+    tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int, to_train: bool
+) -> dict[str, Tensor]:
     """Return all ids of each kind of text in a source, int64 (tokens); only `general` has several kinds."""
     cache = {} if (current := _cache.get()) is None else current
-    key = (tokenizer.name_or_path, source, split, vocab_size)
+    key = (tokenizer.name_or_path, source, vocab_size, to_train)
     if key not in cache:
         is_general = source == GENERAL
-        kinds = general_documents(tokenizer) if is_general else {source: read_documents(source, tokenizer, split=split)}
-        texts = {kind: _JOIN.join(documents) for kind, documents in kinds.items()}
-        cache[key] = {kind: checked_ids(encode(tokenizer, text), vocab_size) for kind, text in texts.items()}
+        kinds = general_documents(tokenizer, to_train) if is_general else {source: read_documents(source, tokenizer)}
+        cache[key] = {
+            kind: torch.cat([checked_ids(encode(tokenizer, text), vocab_size) for text in _joined(documents)])
+            for kind, documents in kinds.items()
+        }
     return cache[key]
+
+
+def _joined(documents: list[str]) -> Iterator[str]:
+    """Yield the documents, joined to texts of about `_CHARACTERS_AT_ONCE` characters."""
+    text = ""
+    for document in documents:
+        if len(text) > _CHARACTERS_AT_ONCE:
+            yield text + _JOIN
+            text = ""
+        text += _JOIN * bool(text) + document
+    yield text
 
 
 def _require(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:

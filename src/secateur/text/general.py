@@ -19,18 +19,30 @@ from torch import Tensor
 from secateur.text.documents import render_or_join
 from secateur.text.windows import windows
 
-REPEATED, REPEATED_IDS = "repeated", "repeated ids"
-TEXT_SHARES = {"encyclopaedia": 20, "spaced": 20, "code": 20, "chat": 20, "mathematics": 16}
+ARTICLES, REPEATED, REPEATED_IDS = "encyclopaedia", "repeated", "repeated ids"
+TEXT_SHARES = {ARTICLES: 20, "spaced": 20, "code": 20, "chat": 20, "mathematics": 16}
 """Parts of rows of each kind of text."""
 SHARES = {**TEXT_SHARES, REPEATED: 24, REPEATED_IDS: 8}
 """Parts of rows of each kind, out of 128. Repeated rows hold a passage of text, or of random ids, twice."""
 FILE = Path(__file__).with_name("general.jsonl.xz")
 """Documents, one JSON object a line: `kind`, and `text` or `messages`."""
+TRAINING_FILE = FILE.with_name("general_training.jsonl.xz")
+"""More documents, also of other kinds. Only a training reads them: they take seconds to tokenize."""
 
 
-def general_documents(tokenizer: Any) -> dict[str, list[str]]:
-    """Return the documents of each kind of text; the tokenizer's chat template renders conversations."""
-    return {kind: _documents(kind, tokenizer) for kind in TEXT_SHARES}
+def general_documents(tokenizer: Any, to_train: bool = False) -> dict[str, list[str]]:
+    """Return the documents of each kind of text; the tokenizer's chat template renders conversations.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        to_train: Whether the documents that only a training reads are among them.
+    """
+    files = [_documents_of(file) for file in ((FILE, TRAINING_FILE) if to_train else (FILE,))]
+    found = {kind: [one for file in files for one in file.get(kind, [])] for file in files for kind in file}
+    # Every second article is spaced, so that no article occurs in both kinds.
+    articles = found.pop(ARTICLES)
+    texts = {ARTICLES: _texts(articles[::2], tokenizer), "spaced": [spaced(one["text"]) for one in articles[1::2]]}
+    return texts | {kind: _texts(documents, tokenizer) for kind, documents in found.items()}
 
 
 def general_rows(ids: dict[str, Tensor], *, samples: int, body: int, generator: torch.Generator) -> Tensor:
@@ -70,18 +82,9 @@ def spread(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)[places.argsort(stable=True)]
 
 
-def _documents(kind: str, tokenizer: Any) -> list[str]:
-    """Return the documents of one kind of text."""
-    documents = _file()["encyclopaedia" if kind == "spaced" else kind]
-    # Every second article is spaced, so that no article occurs in both kinds.
-    if kind == "spaced":
-        return [spaced(document["text"]) for document in documents[1::2]]
-    if kind == "encyclopaedia":
-        documents = documents[::2]
-    return [
-        render_or_join(document["messages"], tokenizer) if "messages" in document else document["text"]
-        for document in documents
-    ]
+def _texts(documents: list[dict[str, Any]], tokenizer: Any) -> list[str]:
+    """Return the texts of documents, with conversations as the tokenizer's chat template renders them."""
+    return [render_or_join(one["messages"], tokenizer) if "messages" in one else one["text"] for one in documents]
 
 
 _SPACINGS = (
@@ -103,10 +106,10 @@ def spaced(text: str) -> str:
 
 
 @cache
-def _file() -> dict[str, list[dict[str, Any]]]:
-    """Return all documents of the package by kind."""
+def _documents_of(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the documents of a file by kind."""
     documents: dict[str, list[dict[str, Any]]] = {}
-    with lzma.open(FILE, "rt", encoding="utf-8") as lines:
+    with lzma.open(file, "rt", encoding="utf-8") as lines:
         for line in lines:
             document = json.loads(line)
             documents.setdefault(document["kind"], []).append(document)
