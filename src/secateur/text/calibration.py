@@ -120,9 +120,9 @@ def calibration_rows(
         max_positions: The longest row that the model's positions allow; None for no limit.
         option: The option that sets the number of rows, for error messages.
         portion: The part of the text from which rows are drawn.
-        to_train: Whether a model is trained on the rows. Then `general` has more text, all of which is drawn alike,
-            without the rows that hold a passage twice; and a text with too few tokens is drawn from several times, cut
-            into other rows each time.
+        to_train: Whether a model is trained on the rows. Then `general` has more text, all tokens of which are drawn
+            alike, and no rows that hold a passage twice. A text with too few tokens is drawn from several times, each
+            time cut into other rows.
 
     Returns:
         Token ids, int64 (samples x length).
