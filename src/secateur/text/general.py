@@ -37,12 +37,11 @@ def general_documents(tokenizer: Any, to_train: bool = False) -> dict[str, list[
         tokenizer: The model's tokenizer.
         to_train: Whether the documents that only a training reads are among them.
     """
-    files = [_documents_of(file) for file in ((FILE, TRAINING_FILE) if to_train else (FILE,))]
-    found = {kind: [one for file in files for one in file.get(kind, [])] for file in files for kind in file}
+    found = _documents_of(FILE, TRAINING_FILE) if to_train else _documents_of(FILE)
+    texts = {kind: _texts(documents, tokenizer) for kind, documents in found.items()}
     # Every second article is spaced, so that no article occurs in both kinds.
-    articles = found.pop(ARTICLES)
-    texts = {ARTICLES: _texts(articles[::2], tokenizer), "spaced": [spaced(one["text"]) for one in articles[1::2]]}
-    return texts | {kind: _texts(documents, tokenizer) for kind, documents in found.items()}
+    articles = texts.pop(ARTICLES)
+    return {ARTICLES: articles[::2], "spaced": [spaced(article) for article in articles[1::2]], **texts}
 
 
 def general_rows(ids: dict[str, Tensor], *, samples: int, body: int, generator: torch.Generator) -> Tensor:
@@ -106,11 +105,12 @@ def spaced(text: str) -> str:
 
 
 @cache
-def _documents_of(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the documents of a file by kind."""
+def _documents_of(*files: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the documents of files by kind."""
     documents: dict[str, list[dict[str, Any]]] = {}
-    with lzma.open(file, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            document = json.loads(line)
-            documents.setdefault(document["kind"], []).append(document)
+    for file in files:
+        with lzma.open(file, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                document = json.loads(line)
+                documents.setdefault(document["kind"], []).append(document)
     return documents
